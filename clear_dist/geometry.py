@@ -1,0 +1,122 @@
+"""Which rank holds which rows, and which rows it must receive: whole numbers only, no tensors, no processes.
+
+Rows are rows of tokens of the latent grid. A stripe is full width, so columns never enter here but for the circle.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from math import isqrt
+
+
+@dataclass(frozen=True, order=True)
+class Rows:
+    """The rows [start, stop) of the grid."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start)
+
+    def intersect(self, other: "Rows") -> "Rows":
+        """The rows in both; empty, at this stripe's end of the gap, where there are none."""
+        start = min(max(self.start, other.start), self.stop)
+        return Rows(start, max(start, min(self.stop, other.stop)))
+
+    def relative_to(self, first: int) -> slice:
+        """These rows as a slice of a tensor whose row 0 is the grid's row `first`."""
+        return slice(self.start - first, self.stop - first)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Rows of K and V that travel between this rank and `peer` (a rank within the group)."""
+
+    peer: int
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class HaloPlan:
+    """What one rank sends and receives in each layer, and which of its rows must wait for it."""
+
+    own: Rows
+    extended: Rows
+    """Own rows and every row that their windows reach."""
+    inner: Rows
+    """Own rows whose windows lie within `own`: computed while the halos travel."""
+    receives: tuple[Transfer, ...]
+    """In ascending order of rows. Several owners on one side where stripes are thinner than the halo."""
+    sends: tuple[Transfer, ...]
+
+    @property
+    def edges(self) -> tuple[Rows, ...]:
+        """Own rows that see a neighbour's: above the inner rows and below them, empty ones left out."""
+        above, below = Rows(self.own.start, self.inner.start), Rows(self.inner.stop, self.own.stop)
+        return tuple(rows for rows in (above, below) if len(rows))
+
+
+def cut_in_stripes(rows: int, ranks: int, *, unit: int = 1) -> tuple[Rows, ...]:
+    """Cut `rows` in one stripe per rank, whole units each, the taller ones first.
+
+    Args:
+        rows: height of the grid in tokens.
+        unit: rows that must stay together (1; the factor d of down-sampled keys).
+
+    Raises:
+        ValueError: `rows` is not a multiple of `unit`, or there are more ranks than units.
+    """
+    if rows % unit:
+        nearest = max(1, (rows + unit // 2) // unit) * unit
+        raise ValueError(f"the height in tokens must be a multiple of {unit}, got {rows}; nearest: {nearest}")
+    units = rows // unit
+    if not 1 <= ranks <= units:
+        nearest = max(1, min(ranks, units))
+        raise ValueError(f"{rows} rows of tokens can be cut for 1 to {units} ranks, got {ranks}; nearest: {nearest}")
+    share, rest = divmod(units, ranks)
+    starts = [unit * (rank * share + min(rank, rest)) for rank in range(ranks + 1)]
+    return tuple(Rows(start, stop) for start, stop in pairwise(starts))
+
+
+def plan_halos(stripes: tuple[Rows, ...], rank: int, radius: int | None) -> HaloPlan:
+    """The halos of `rank` for windows of `radius` tokens; None: every row of the grid (full attention).
+
+    A key is seen if dx^2 + dy^2 < radius^2, strictly, so a halo is radius - 1 rows.
+    """
+    grid = Rows(0, stripes[-1].stop)
+    own = stripes[rank]
+    extended = reach(own, grid, radius)
+    others = [(peer, stripe) for peer, stripe in enumerate(stripes) if peer != rank]
+    receives = [Transfer(peer, stripe.intersect(extended)) for peer, stripe in others]
+    sends = [Transfer(peer, own.intersect(reach(stripe, grid, radius))) for peer, stripe in others]
+    return HaloPlan(
+        own=own,
+        extended=extended,
+        inner=_inner(own, extended, grid, radius),
+        receives=tuple(transfer for transfer in receives if len(transfer.rows)),
+        sends=tuple(transfer for transfer in sends if len(transfer.rows)),
+    )
+
+
+def reach(rows: Rows, grid: Rows, radius: int | None) -> Rows:
+    """The rows of keys that the windows of `rows` touch, cut off at the border of the grid."""
+    if radius is None:
+        return grid
+    return Rows(max(grid.start, rows.start - radius + 1), min(grid.stop, rows.stop + radius - 1))
+
+
+def half_widths(radius: int) -> tuple[int, ...]:
+    """For each distance dy = 0 ... radius - 1 in rows, the largest distance in columns that the circle still holds."""
+    return tuple(isqrt(radius * radius - dy * dy - 1) for dy in range(radius))
+
+
+def _inner(own: Rows, extended: Rows, grid: Rows, radius: int | None) -> Rows:
+    """Rows of `own` that no halo concerns; where there are none, an empty range inside `own`."""
+    if own == extended:
+        return own
+    if radius is None:
+        return Rows(own.start, own.start)
+    start = own.start if own.start == grid.start else own.start + radius - 1
+    stop = own.stop if own.stop == grid.stop else own.stop - radius + 1
+    # A thin stripe has no inner rows: all of it is one edge, so that no row is computed twice.
+    return Rows(start, stop) if start < stop else Rows(own.stop, own.stop)

@@ -1,0 +1,141 @@
+"""Stripes, halo plans and the circle, against their definitions; no process, no tensor."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from clear_dist.geometry import HaloPlan, Rows, Transfer, cut_in_stripes, half_widths, plan_halos, reach
+
+ROWS = st.tuples(st.integers(0, 30), st.integers(0, 30)).map(lambda ends: Rows(*sorted(ends)))
+
+
+def members(rows: Rows) -> set[int]:
+    return set(range(rows.start, rows.stop))
+
+
+@st.composite
+def stripes(draw: st.DrawFn) -> tuple[Rows, ...]:
+    unit = draw(st.integers(1, 4))
+    units = draw(st.integers(1, 40))
+    return cut_in_stripes(units * unit, draw(st.integers(1, min(units, 9))), unit=unit)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[tuple[Rows, ...], int | None, list[HaloPlan]]:
+    """Stripes, a radius and the plans of all ranks."""
+    cut = draw(stripes())
+    radius = draw(st.none() | st.integers(1, 50))
+    return cut, radius, [plan_halos(cut, rank, radius) for rank in range(len(cut))]
+
+
+@given(ROWS, ROWS)
+def test_intersection_holds_the_common_rows_and_lies_inside(mine: Rows, other: Rows) -> None:
+    common = mine.intersect(other)
+    assert members(common) == members(mine) & members(other)
+    assert mine.start <= common.start <= common.stop <= mine.stop
+    assert len(common) == len(members(common))
+
+
+@given(ROWS, st.integers(0, 30))
+def test_rows_relative_to_a_first_row_pick_the_same_rows(rows: Rows, first: int) -> None:
+    assume(first <= rows.start)
+    assert set(list(range(first, 70))[rows.relative_to(first)]) == members(rows)
+
+
+@given(st.integers(1, 5), st.integers(1, 60), st.data())
+def test_stripes_are_whole_units_in_order_and_differ_by_one_at_most(unit: int, units: int, data: st.DataObject) -> None:
+    ranks = data.draw(st.integers(1, units))
+    cut = cut_in_stripes(unit * units, ranks, unit=unit)
+    assert len(cut) == ranks
+    assert (cut[0].start, cut[-1].stop) == (0, unit * units)
+    assert all(above.stop == below.start for above, below in pairwise(cut))
+    heights = [len(stripe) for stripe in cut]
+    assert all(height % unit == 0 and height > 0 for height in heights)
+    assert heights == sorted(heights, reverse=True)
+    assert heights[0] - heights[-1] <= unit
+
+
+@pytest.mark.parametrize(
+    ("rows", "ranks", "unit", "message"),
+    [
+        (13, 2, 4, "must be a multiple of 4, got 13; nearest: 12"),
+        (3, 1, 8, "must be a multiple of 8, got 3; nearest: 8"),
+        (5, 6, 1, "can be cut for 1 to 5 ranks, got 6; nearest: 5"),
+        (8, 3, 4, "can be cut for 1 to 2 ranks, got 3; nearest: 2"),
+        (8, 0, 1, "can be cut for 1 to 8 ranks, got 0; nearest: 1"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(rows: int, ranks: int, unit: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cut_in_stripes(rows, ranks, unit=unit)
+
+
+@given(plans())
+def test_extended_rows_are_what_the_windows_see(case: tuple[tuple[Rows, ...], int | None, list[HaloPlan]]) -> None:
+    cut, radius, all_plans = case
+    height = cut[-1].stop
+    for plan in all_plans:
+        seen = {key for key in range(height) for row in members(plan.own) if radius is None or abs(key - row) < radius}
+        assert members(plan.extended) == seen
+        assert plan.extended == reach(plan.own, Rows(0, height), radius)
+
+
+@given(plans())
+def test_what_is_received_is_the_halo_each_row_once_from_its_owner(
+    case: tuple[tuple[Rows, ...], int | None, list[HaloPlan]],
+) -> None:
+    cut, _, all_plans = case
+    for rank, plan in enumerate(all_plans):
+        received = [row for transfer in plan.receives for row in range(transfer.rows.start, transfer.rows.stop)]
+        assert received == sorted(members(plan.extended) - members(plan.own))
+        for transfer in plan.receives:
+            assert transfer.peer != rank
+            assert len(transfer.rows) > 0
+            assert members(transfer.rows) <= members(cut[transfer.peer])
+
+
+@given(plans())
+def test_what_one_rank_sends_another_receives(case: tuple[tuple[Rows, ...], int | None, list[HaloPlan]]) -> None:
+    _, _, all_plans = case
+    sent = {(rank, send.peer, send.rows) for rank, plan in enumerate(all_plans) for send in plan.sends}
+    received = {(receive.peer, rank, receive.rows) for rank, plan in enumerate(all_plans) for receive in plan.receives}
+    assert sent == received
+
+
+@given(plans())
+def test_inner_rows_need_no_halo_and_with_the_edges_they_are_all(
+    case: tuple[tuple[Rows, ...], int | None, list[HaloPlan]],
+) -> None:
+    cut, radius, all_plans = case
+    grid = Rows(0, cut[-1].stop)
+    for plan in all_plans:
+        parts = [plan.inner, *plan.edges]
+        assert sorted(row for part in parts for row in members(part)) == sorted(members(plan.own))
+        if len(plan.inner):
+            assert members(reach(plan.inner, grid, radius)) <= members(plan.own)
+        alone = {
+            row for row in members(plan.own) if members(reach(Rows(row, row + 1), grid, radius)) <= members(plan.own)
+        }
+        assert members(plan.inner) == alone
+
+
+def test_one_rank_has_an_empty_plan() -> None:
+    plan = plan_halos(cut_in_stripes(9, 1), 0, 4)
+    assert (plan.receives, plan.sends, plan.edges) == ((), (), ())
+    assert plan.own == plan.inner == plan.extended == Rows(0, 9)
+
+
+def test_thin_stripes_have_halos_of_several_owners() -> None:
+    plan = plan_halos(cut_in_stripes(8, 8), 3, 4)
+    assert plan.receives == tuple(Transfer(peer, Rows(peer, peer + 1)) for peer in (0, 1, 2, 4, 5, 6))
+    assert plan.inner.start == plan.inner.stop
+
+
+@given(st.integers(1, 60))
+def test_half_widths_are_the_circle(radius: int) -> None:
+    widths = half_widths(radius)
+    assert len(widths) == radius
+    for row_distance, width in enumerate(widths):
+        assert row_distance**2 + width**2 < radius**2 <= row_distance**2 + (width + 1) ** 2
