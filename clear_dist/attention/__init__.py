@@ -1,0 +1,142 @@
+"""Attention on local tensors: check -> choose -> run.
+
+Image queries see all text keys and the image keys of a circle around them (`window_attention`); text queries see
+everything (`attend`). Layout: sequence before heads, [B, L, N, D]; the image as rows and columns, [B, R, W, N, D].
+
+Shape suffixes: B batch, R my rows, E my rows with halos, W columns, N heads, T text tokens, D head dim.
+"""
+
+import logging
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor
+
+from clear_dist.attention import flex, reference, tiled
+from clear_dist.attention.backend import Backend, Request, WindowCall
+from clear_dist.attention.dense import attend
+
+__all__ = ["BACKENDS", "Backend", "attend", "choose_backend", "window_attention"]
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = {backend.name: backend for backend in (flex.BACKEND, tiled.BACKEND, reference.BACKEND)}
+"""By name, the best first. A new kernel is one file and one row here; the tests cover it by itself."""
+
+
+def window_attention(
+    query_BRWND: Tensor,
+    key_BEWND: Tensor,
+    value_BEWND: Tensor,
+    key_text_BTND: Tensor,
+    value_text_BTND: Tensor,
+    *,
+    radius: int,
+    row_offset: int,
+    scale: float | None = None,
+    backend: Backend,
+) -> Tensor:
+    """Attention of image queries to all text keys and to the image keys of a circle (CLEAR, section 3.2).
+
+    A key is seen if dx^2 + dy^2 < radius^2, strictly. A circle cut off by the border has fewer keys.
+
+    Args:
+        radius: in tokens, at least 1.
+        row_offset: row i of the queries is row i + row_offset of the keys.
+        scale: factor of the scores; None: 1 / sqrt(D).
+        backend: as `choose_backend` returns it.
+
+    Returns:
+        [B, R, W, N, D] in the dtype of the queries.
+
+    Raises:
+        ValueError: the shapes, radius or offset don't fit together, or the backend cannot do it.
+    """
+    call = WindowCall(
+        query=query_BRWND,
+        key=key_BEWND,
+        value=value_BEWND,
+        key_text=key_text_BTND,
+        value_text=value_text_BTND,
+        radius=radius,
+        row_offset=row_offset,
+        scale=query_BRWND.shape[-1] ** -0.5 if scale is None else scale,
+    )
+    _check(call)
+    _require(backend, _request_of(call))
+    return backend.run(call) if query_BRWND.numel() else torch.empty_like(query_BRWND)
+
+
+def choose_backend(
+    name: str,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int = 0,
+    heads: int = 1,
+    queries: int = 0,
+    keys: int = 0,
+) -> Backend:
+    """The backend called `name`, or for `auto` the best that can run; why others were skipped goes to the log.
+
+    Args:
+        heads: batch times heads.
+        queries, keys: numbers of tokens in one call, text included. These and `head_dim` may be 0, not known yet.
+
+    Raises:
+        ValueError: there is no such backend, or it cannot run here; the message names what works.
+    """
+    request = Request(torch.device(device).type, dtype, head_dim, heads, queries, keys)
+    if name == "auto":
+        return _best(request)
+    if name not in BACKENDS:
+        known = ", ".join(["auto", *BACKENDS])
+        nearest = (get_close_matches(name, ["auto", *BACKENDS], n=1, cutoff=0.0) or ["auto"])[0]
+        raise ValueError(f"attention backend must be one of {known}; got {name!r}; nearest: {nearest}")
+    _require(BACKENDS[name], request)
+    return BACKENDS[name]
+
+
+def _best(request: Request) -> Backend:
+    """The first backend of the table that may be chosen here and can run."""
+    for backend in BACKENDS.values():
+        reason = backend.why_not(request)
+        if request.device_type not in backend.automatic_on:
+            reason = reason or f"on {request.device_type} it is used only when asked for by name"
+        if reason is None:
+            return backend
+        logger.info("attention backend %s skipped: %s", backend.name, reason)
+    raise ValueError(f"no attention backend can run {request.dtype} on {request.device_type}")
+
+
+def _require(backend: Backend, request: Request) -> None:
+    """Raise a ValueError with the reason if `backend` cannot do it."""
+    if reason := backend.why_not(request):
+        raise ValueError(f"attention backend {backend.name} cannot run: {reason}; nearest: {_best(request).name}")
+
+
+def _request_of(call: WindowCall) -> Request:
+    """What the backends' checks want to know of a call."""
+    batch, rows, columns, heads, head_dim = call.query.shape
+    keys = call.key_text.shape[1] + call.key.shape[1] * columns
+    query = call.query
+    return Request(query.device.type, query.dtype, head_dim, batch * heads, rows * columns, keys)
+
+
+def _check(call: WindowCall) -> None:
+    """Raise a ValueError, rule and values got, unless the tensors fit together."""
+    query, key, text = call.query.shape, call.key.shape, call.key_text.shape
+    if len(query) != 5 or len(key) != 5 or len(text) != 4:
+        raise ValueError(
+            f"queries and keys must be [B, rows, W, N, D] and text [B, T, N, D], got {query}, {key}, {text}"
+        )
+    if query[:1] + query[2:] != key[:1] + key[2:] or query[:1] + query[3:] != text[:1] + text[2:]:
+        raise ValueError(f"batch, columns, heads and head dim must be equal, got {query}, {key} and text {text}")
+    if call.value.shape != key or call.value_text.shape != text:
+        raise ValueError(f"values must have their keys' shape, got {call.value.shape} for {key}")
+    if call.radius < 1:
+        raise ValueError(f"radius must be at least 1 token, got {call.radius}; nearest: 1")
+    last = key[1] - query[1]
+    if not 0 <= call.row_offset <= last:
+        nearest = max(0, min(call.row_offset, last))
+        raise ValueError(f"row_offset must be between 0 and {last}, got {call.row_offset}; nearest: {nearest}")

@@ -1,0 +1,37 @@
+"""The oracle: one dense mask, all scores at once, float32. Slow and plain; the other backends are tested against it.
+
+Shape suffixes: B batch, R my rows, E my rows with halos, W columns, N heads, T text tokens, D head dim.
+"""
+
+import torch
+from torch import Tensor
+
+from clear_dist.attention.backend import Backend, WindowCall, why_too_many_scores
+
+
+def run(call: WindowCall) -> Tensor:
+    """Windowed attention [B, R, W, N, D] by its definition: a masked softmax over text and image keys."""
+    query = call.query.flatten(1, 2).float()
+    key = torch.cat([call.key_text, call.key.flatten(1, 2)], dim=1).float()
+    value = torch.cat([call.value_text, call.value.flatten(1, 2)], dim=1).float()
+    score = torch.einsum("blnd,bsnd->bnls", query, key) * call.scale
+    probability = score.masked_fill(~visible_keys(call), -torch.inf).softmax(-1)
+    out = torch.einsum("bnls,bsnd->blnd", probability, value)
+    return out.reshape(call.query.shape).to(call.query.dtype)
+
+
+def visible_keys(call: WindowCall) -> Tensor:
+    """Which keys each query sees: bool [R * W, T + E * W]; all text keys, and the image keys within the circle."""
+    rows, columns = call.query.shape[1:3]
+    key_rows, text = call.key.shape[1], call.key_text.shape[1]
+    device = call.query.device
+    row = torch.arange(rows, device=device).repeat_interleave(columns) + call.row_offset
+    column = torch.arange(columns, device=device).repeat(rows)
+    key_row = torch.arange(key_rows, device=device).repeat_interleave(columns)
+    key_column = torch.arange(columns, device=device).repeat(key_rows)
+    squared = (row[:, None] - key_row).square() + (column[:, None] - key_column).square()
+    all_text = torch.ones(rows * columns, text, dtype=torch.bool, device=device)
+    return torch.cat([all_text, squared < call.radius**2], dim=1)
+
+
+BACKEND = Backend("reference", why_too_many_scores, run)

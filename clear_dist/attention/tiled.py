@@ -1,0 +1,187 @@
+"""Windowed attention on 2D tiles of queries with PyTorch's own attention: runs anywhere, without a compiler.
+
+The keys that a tile of queries may see are the rectangle that reaches radius - 1 tokens beyond it, cut off at the
+border. They are gathered behind the text keys and attended to under a mask; tiles that are cut off alike share the mask
+and go through one call. Work and memory traffic per token are therefore constant, and so is the working memory.
+
+Shape suffixes: B batch, R my rows, E my rows with halos, W columns, N heads, T text tokens, D head dim;
+Y rows of tiles, X columns of tiles, H rows and V columns of one tile or of its rectangle of keys, S keys of a tile.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from clear_dist.attention.backend import Backend, Request, WindowCall
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How much is computed in one piece."""
+
+    side: int
+    """Rows and columns of a tile of queries. Small tiles gather fewer keys that are masked, large ones copy less."""
+    bytes_per_call: int
+    """The gathered K and V of one call stay below this, or hold a single tile."""
+
+
+# Measured on 2 cores: 8x8 beats larger tiles at radius 8 and 16, and 8 MiB stay in the cache.
+CPU_TILING = Tiling(side=8, bytes_per_call=8 * 2**20)
+# A GPU wants larger calls, and copies of the keys cost it more than the products that are masked.
+GPU_TILING = Tiling(side=16, bytes_per_call=256 * 2**20)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tiles along one dimension that are cut off alike: the i-th lies i * side further on."""
+
+    query_start: int
+    query_length: int
+    key_start: int
+    key_length: int
+    lead: int
+    """Position of the tile's first query within its keys."""
+    tiles: int = 1
+
+    def starts_at(self, tile: int, side: int) -> tuple[int, int]:
+        """Where the queries and the keys of the span's `tile`-th tile start."""
+        return self.query_start + tile * side, self.key_start + tile * side
+
+
+def run(call: WindowCall, tiling: Tiling | None = None) -> Tensor:
+    """Windowed attention [B, R, W, N, D]; keys beyond the queries' rectangles are not read.
+
+    For inference: buffers are reused, which autograd refuses to differentiate.
+
+    Args:
+        tiling: None: what suits the device.
+    """
+    if tiling is None:
+        tiling = CPU_TILING if call.query.device.type == "cpu" else GPU_TILING
+    out_BRWND = call.query.new_empty(call.query.shape)
+    rows, columns = call.query.shape[1:3]
+    row_spans = cut_in_spans(rows, call.row_offset, call.key.shape[1], tiling.side, call.radius)
+    column_spans = cut_in_spans(columns, 0, columns, tiling.side, call.radius)
+    bias = circle_bias(call, tiling.side)
+    for row_span, column_span in product(row_spans, column_spans):
+        _attend_alike(call, out_BRWND, bias, row_span, column_span, tiling)
+    return out_BRWND
+
+
+def cut_in_spans(queries: int, offset: int, keys: int, side: int, radius: int) -> list[Span]:
+    """Cut one dimension in tiles of `side` (the last one may be shorter) and join neighbours that are cut off alike.
+
+    Args:
+        offset: query i is key i + offset.
+    """
+    spans: list[Span] = []
+    for start in range(0, queries, side):
+        length = min(side, queries - start)
+        first = max(0, start + offset - radius + 1)
+        stop = min(keys, start + offset + length + radius - 1)
+        span = Span(start, length, first, stop - first, lead=start + offset - first)
+        if spans and (span.query_length, span.key_length, span.lead) == (
+            spans[-1].query_length,
+            spans[-1].key_length,
+            spans[-1].lead,
+        ):
+            last = spans.pop()
+            span = Span(last.query_start, length, last.key_start, last.key_length, last.lead, last.tiles + 1)
+        spans.append(span)
+    return spans
+
+
+def circle_bias(call: WindowCall, side: int) -> Tensor:
+    """What is added to the scores of a tile that is not cut off: 0 in the circle, -inf outside.
+
+    Returns:
+        [side, side, side + 2 * radius - 2, side + 2 * radius - 2] in the dtype of the queries: row and column of the
+        query, row and column of the key. Tiles that are cut off use a part of it.
+    """
+    reach = call.radius - 1
+    query = torch.arange(side, device=call.query.device) + reach
+    key = torch.arange(side + 2 * reach, device=call.query.device)
+    squared = (query[:, None] - key).square()
+    hidden = squared[:, None, :, None] + squared[None, :, None, :] >= call.radius**2
+    return torch.zeros(hidden.shape, dtype=call.query.dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+
+
+def _attend_alike(
+    call: WindowCall, out_BRWND: Tensor, bias: Tensor, row_span: Span, column_span: Span, tiling: Tiling
+) -> None:
+    """Compute the tiles of one kind, as many at a time as the buffers for their keys and values hold."""
+    mask = _mask(call, bias, row_span, column_span)
+    query_size = row_span.query_length, column_span.query_length
+    key_size = row_span.key_length, column_span.key_length
+    keys_BYXSND, values_BYXSND = _buffers(call, row_span, column_span, tiling)
+    down, across = keys_BYXSND.shape[1:3]
+    for y, x in product(range(0, row_span.tiles, down), range(0, column_span.tiles, across)):
+        tiles = min(down, row_span.tiles - y), min(across, column_span.tiles - x)
+        (row, key_row), (column, key_column) = row_span.starts_at(y, tiling.side), column_span.starts_at(x, tiling.side)
+        key_tiles = _tiles(call.key, (key_row, key_column), tiles, key_size, tiling.side)
+        value_tiles = _tiles(call.value, (key_row, key_column), tiles, key_size, tiling.side)
+        query_tiles = _tiles(call.query, (row, column), tiles, query_size, tiling.side)
+        out_tiles = _tiles(out_BRWND, (row, column), tiles, query_size, tiling.side)
+        out = scaled_dot_product_attention(
+            query_tiles.flatten(3, 4).flatten(0, 2).transpose(1, 2),
+            _behind_text(keys_BYXSND, key_tiles),
+            _behind_text(values_BYXSND, value_tiles),
+            attn_mask=mask,
+            scale=call.scale,
+        )
+        out_tiles.copy_(out.transpose(1, 2).reshape(out_tiles.shape))
+
+
+def _buffers(call: WindowCall, row_span: Span, column_span: Span, tiling: Tiling) -> tuple[Tensor, Tensor]:
+    """Room [B, Y, X, S, N, D] for the keys and for the values of several tiles, the text tokens already in place."""
+    batch, text, heads, head_dim = call.key_text.shape
+    length = text + row_span.key_length * column_span.key_length
+    bytes_per_tile = 2 * batch * length * heads * head_dim * call.key.element_size()
+    tiles = max(1, tiling.bytes_per_call // bytes_per_tile)
+    across = min(column_span.tiles, tiles)
+    down = min(row_span.tiles, max(1, tiles // across))
+    keys, values = (call.key.new_empty(batch, down, across, length, heads, head_dim) for _ in range(2))
+    keys[:, :, :, :text] = call.key_text[:, None, None]
+    values[:, :, :, :text] = call.value_text[:, None, None]
+    return keys, values
+
+
+def _behind_text(buffer_BYXSND: Tensor, tiles_BYXHVND: Tensor) -> Tensor:
+    """Copy tiles behind the text tokens of a buffer with room for them: a view [B * Y * X, N, S, D] of it."""
+    down, across, rows, columns = tiles_BYXHVND.shape[1:5]
+    filled = buffer_BYXSND[:, :down, :across]
+    filled[:, :, :, filled.shape[3] - rows * columns :].unflatten(3, (rows, columns)).copy_(tiles_BYXHVND)
+    return filled.flatten(0, 2).transpose(1, 2)
+
+
+def _mask(call: WindowCall, bias: Tensor, row_span: Span, column_span: Span) -> Tensor:
+    """The part of `bias` that tiles of this kind use, [queries, T + keys], with 0 for the text keys in front."""
+    above, left = call.radius - 1 - row_span.lead, call.radius - 1 - column_span.lead
+    part = bias[
+        : row_span.query_length,
+        : column_span.query_length,
+        above : above + row_span.key_length,
+        left : left + column_span.key_length,
+    ]
+    return pad(part.flatten(0, 1).flatten(1, 2), (call.key_text.shape[1], 0))
+
+
+def _tiles(image: Tensor, start: tuple[int, int], tiles: tuple[int, int], size: tuple[int, int], side: int) -> Tensor:
+    """Overlapping rectangles of an image [B, rows, columns, N, D], `side` tokens apart: view [B, Y, X, H, V, N, D]."""
+    batch, row, column, head, dim = image.stride()
+    return image.as_strided(
+        (image.shape[0], *tiles, *size, *image.shape[3:]),
+        (batch, row * side, column * side, row, column, head, dim),
+        image.storage_offset() + start[0] * row + start[1] * column,
+    )
+
+
+def why_not(request: Request) -> str | None:
+    """Nothing speaks against it: PyTorch's attention takes every device and floating-point dtype."""
+    return None if request.dtype.is_floating_point else f"it takes floating-point numbers only, got {request.dtype}"
+
+
+BACKEND = Backend("tiled", why_not, run, automatic_on=("cpu", "cuda", "mps", "xpu"))

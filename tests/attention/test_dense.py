@@ -1,0 +1,62 @@
+"""Dense attention and its log-sum-exp against float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from clear_dist.attention import attend, dense
+from clear_dist.merge import merge
+
+
+def by_definition(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    score = torch.einsum("blnd,bsnd->blns", query.double(), key.double()) * scale
+    return torch.einsum("blns,bsnd->blnd", score.softmax(-1), value.double()), score.logsumexp(-1)
+
+
+def inputs(queries: int, keys: int, dtype: torch.dtype = torch.float32, batch: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(batch, n, 3, 16, generator=generator).to(dtype) for n in (queries, keys, keys)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
+@pytest.mark.parametrize(("queries", "keys", "batch"), [(1, 1, 1), (7, 300, 2), (33, 1025, 1), (800, 40, 1)])
+def test_output_and_log_sum_exp(dtype: torch.dtype, tolerance: float, queries: int, keys: int, batch: int) -> None:
+    tensors = inputs(queries, keys, dtype, batch)
+    out, lse = attend(*tensors)
+    expected_out, expected_lse = by_definition(*tensors, scale=0.25)
+    assert out.dtype == dtype
+    assert out.shape == (batch, queries, 3, 16)
+    assert lse.dtype == torch.float32
+    assert lse.shape == (batch, queries, 3)
+    torch.testing.assert_close(out.double(), expected_out, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=tolerance, rtol=tolerance)
+
+
+def test_scale_is_taken() -> None:
+    tensors = inputs(5, 9)
+    out, lse = attend(*tensors, scale=0.9)
+    expected_out, expected_lse = by_definition(*tensors, scale=0.9)
+    torch.testing.assert_close(out.double(), expected_out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(5, 0), (0, 5), (0, 0)])
+def test_nothing_to_attend_to(queries: int, keys: int) -> None:
+    out, lse = attend(*inputs(queries, keys))
+    assert torch.equal(out, torch.zeros(1, queries, 3, 16))
+    assert torch.equal(lse, torch.full((1, queries, 3), -torch.inf))
+
+
+def test_split_keys_merge_to_the_whole() -> None:
+    query, key, value = inputs(6, 50)
+    out, lse = merge([attend(query, key[:, a:b], value[:, a:b]) for a, b in ((0, 1), (1, 1), (1, 37), (37, 50))])
+    expected_out, expected_lse = attend(query, key, value)
+    torch.testing.assert_close(out, expected_out)
+    torch.testing.assert_close(lse, expected_lse)
+
+
+@pytest.mark.parametrize("scale", [None, 0.9])
+def test_devices_without_a_kernel_do_the_same(scale: float | None) -> None:
+    heads_first = [tensor.transpose(1, 2) for tensor in inputs(6, 11)]
+    for mine, kernel in zip(dense._math(*heads_first, scale), dense._kernel(*heads_first, scale), strict=True):
+        torch.testing.assert_close(mine, kernel)

@@ -1,0 +1,79 @@
+"""The blocks that the compiled kernel visits, which the uncompiled one ignores."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from clear_dist.attention import flex
+from clear_dist.attention.flex import BLOCK, Geometry, block_mask
+
+CPU = torch.device("cpu")
+
+
+def dense(geometry: Geometry, mask: BlockMask) -> Tensor:
+    """The mask [tiles of queries, blocks of keys, BLOCK, BLOCK] from its definition alone."""
+    queries, keys = mask.seq_lengths
+    sees = flex.mask_of(geometry)(None, None, torch.arange(queries)[:, None], torch.arange(keys))
+    return sees.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).transpose(1, 2)
+
+
+def listed(counts: Tensor, indices: Tensor, blocks: int) -> Tensor:
+    """Bool [tiles, blocks]: the blocks in a table; each at most once."""
+    chosen = torch.zeros(counts.shape[-1], blocks, dtype=torch.int32)
+    for tile, (count, row) in enumerate(zip(counts[0, 0].tolist(), indices[0, 0], strict=True)):
+        chosen[tile].scatter_add_(0, row[:count].long(), torch.ones(count, dtype=torch.int32))
+    assert chosen.max() <= 1
+    return chosen.bool()
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=40)
+def test_blocks_hold_every_visible_key_and_whole_ones_need_no_mask(data: st.DataObject) -> None:
+    rows, above, below = (data.draw(st.integers(low, 30)) for low in (1, 0, 0))
+    geometry = Geometry(
+        rows=rows,
+        key_rows=above + rows + below,
+        columns=data.draw(st.integers(1, 60)),
+        text=data.draw(st.sampled_from([0, 1, 127, 128, 200, 256])),
+        radius=data.draw(st.integers(1, 40)),
+        row_offset=above,
+    )
+    mask = block_mask(geometry, CPU)
+    sees = dense(geometry, mask)
+    partial = listed(mask.kv_num_blocks, mask.kv_indices, sees.shape[1])
+    whole = listed(mask.full_kv_num_blocks, mask.full_kv_indices, sees.shape[1])
+    assert not (partial & whole).any()
+    assert sees[whole].all()
+    # Queries that fill up a border tile are thrown away; what only they see need not be visited.
+    real = flex._in_tile_order(torch.ones(1, rows, geometry.columns, 1, 1)).flatten().bool().unflatten(0, (-1, BLOCK))
+    assert not (sees & real[:, None, :, None]).any(dim=(-1, -2))[~(partial | whole)].any()
+
+
+def test_few_blocks_are_visited_and_listed() -> None:
+    """Wanted / visited pairs of image tokens for 8x16 tiles: 0.419 at radius 16 far from the border."""
+    geometry = Geometry(rows=512, key_rows=512, columns=512, text=0, radius=16, row_offset=0)
+    mask = block_mask(geometry, CPU)
+    visited = (mask.kv_num_blocks + mask.full_kv_num_blocks).sum().item() * BLOCK**2
+    offset = torch.arange(-15, 16)
+    circle = ((offset[:, None] ** 2 + offset**2) < 256).sum().item()
+    assert visited == pytest.approx(512 * 512 * circle / 0.419, rel=0.05)
+    assert mask.kv_indices.shape[-1] <= 32
+
+
+def test_masks_are_kept_with_their_geometry() -> None:
+    geometry = Geometry(rows=20, key_rows=26, columns=20, text=5, radius=4, row_offset=3)
+    same = Geometry(rows=20, key_rows=26, columns=20, text=5, radius=4, row_offset=3)
+    other = Geometry(rows=20, key_rows=26, columns=20, text=5, radius=4, row_offset=2)
+    assert block_mask(geometry, CPU) is block_mask(same, CPU)
+    assert block_mask(geometry, CPU) is not block_mask(other, CPU)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (8, 16), (13, 40), (30, 5)])
+def test_tile_order_and_back(rows: int, columns: int) -> None:
+    image = torch.randn(2, rows, columns, 3, 4)
+    tokens = flex._in_tile_order(image)
+    assert tokens.shape[1] % BLOCK == 0
+    assert torch.equal(flex._in_raster_order(tokens, rows, columns), image)
