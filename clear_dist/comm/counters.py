@@ -1,0 +1,71 @@
+"""What one rank hands over and how long it waits, per denoising step, for the report."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+AMOUNTS = ("halo_bytes_sent", "halo_messages_sent", "text_bytes_reduced", "join_bytes", "other_bytes")
+
+
+@dataclass
+class _Step:
+    amounts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(AMOUNTS, 0))
+    seconds: float = 0.0
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    def seconds_waiting(self) -> float:
+        for before, after in self.events:
+            after.synchronize()
+            self.seconds += before.elapsed_time(after) / 1e3
+        self.events.clear()
+        return self.seconds
+
+
+class Counters:
+    """Bytes are those of the tensors handed over, not those on the wire; what precedes the first step counts in it."""
+
+    def __init__(self) -> None:
+        self._steps = [_Step()]
+        self._steps_begun = 0
+
+    def add(self, name: str, amount: int) -> None:
+        """Add `amount` (bytes, or messages) to one of AMOUNTS in the step under way."""
+        assert name in AMOUNTS, name
+        self._steps[-1].amounts[name] += amount
+
+    @contextmanager
+    def waiting(self, wire: torch.device) -> Iterator[None]:
+        """Time the waits inside: wall time, or on CUDA the time that the current stream stands still.
+
+        Args:
+            wire: where the tensors lie while they travel (`Group.wire`).
+        """
+        if wire.type == "cuda":
+            # Events are read after the step: reading them here would make the host wait for the GPU in each layer.
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            yield
+            after.record()
+            self._steps[-1].events.append((before, after))
+        else:
+            began = time.perf_counter()
+            yield
+            self._steps[-1].seconds += time.perf_counter() - began
+
+    def begin_step(self) -> None:
+        """What follows belongs to another step."""
+        if self._steps_begun:
+            self._steps.append(_Step())
+        self._steps_begun += 1
+        if self._steps_begun > 2:
+            # Long done on the GPU, so that reading its events holds nothing up; kept, they would pile up.
+            self._steps[-3].seconds_waiting()
+
+    def as_dict(self) -> dict[str, list[int] | list[float]]:
+        """One list per name with an entry per step; `seconds_waiting` in seconds. Waits for the GPU's events."""
+        steps = self._steps[: self._steps_begun]
+        amounts: dict[str, list[int] | list[float]] = {name: [step.amounts[name] for step in steps] for name in AMOUNTS}
+        return amounts | {"seconds_waiting": [step.seconds_waiting() for step in steps]}

@@ -1,0 +1,260 @@
+"""The ranks that make one image together: who they are, where they compute, and what their tensors travel through."""
+
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from clear_dist.comm import env
+
+Transport = Literal["nccl", "gloo", "host"]
+
+_SIGNS_OF_LOSS = ("closed by peer", "reset by peer", "broken pipe", "refused", "timed out", "timeout", "socket")
+
+
+class PeerLost(RuntimeError):
+    """Another rank went away or stopped answering. It has the cause to tell; this rank's error only follows from it."""
+
+
+@contextmanager
+def telling_lost_peers(who: str = "another rank") -> Iterator[None]:
+    """Turn the transport's errors inside into PeerLost; others pass. Goes around every post and every wait."""
+    try:
+        yield
+    except RuntimeError as error:
+        backend_gave_up = isinstance(error, dist.DistError) or any(
+            sign in str(error).lower() for sign in _SIGNS_OF_LOSS
+        )
+        if isinstance(error, PeerLost) or not backend_gave_up:
+            raise
+        raise PeerLost(f"{who} is gone: {error}".splitlines()[0]) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Ranks are numbered 0 ... size - 1 *within* the group; `ranks` are their global numbers.
+
+    Every method that communicates must be called by all ranks of the group, in the same order.
+    """
+
+    rank: int
+    ranks: tuple[int, ...]
+    device: torch.device
+    """Where this rank computes."""
+    transport: Transport
+    """nccl: from GPU to GPU; gloo: CPU tensors; host: gloo, from and to the device through (pinned) host memory."""
+    timeout: timedelta
+    main: dist.ProcessGroup
+    text: dist.ProcessGroup
+    """For text reductions only: operations of one NCCL group queue up, so they would wait behind the halos."""
+    initialised_torch: bool
+    """Whether torch.distributed was initialised for this group, so that `close` must shut it down."""
+
+    @classmethod
+    def create(
+        cls,
+        device: torch.device | str,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        transport: Transport | Literal["auto"] = "auto",
+        timeout_seconds: float = 600.0,
+    ) -> "Group":
+        """Make the group of all ranks of `process_group`; all of them must call this, and no others need to.
+
+        Args:
+            device: where this rank computes; a CUDA device becomes the current one, as NCCL demands.
+            process_group: None: torch.distributed's default group. Where there is none yet it is initialised:
+                with torchrun's ranks, else with this process alone.
+            transport: "auto" is gloo on CPU, NCCL where each rank has a GPU of its own, host where ranks share one.
+            timeout_seconds: how long to wait for a rank that does not answer.
+
+        Raises:
+            ValueError: this process is not in `process_group`, or the transport cannot carry the device's tensors.
+            PeerLost: a rank of the group did not come.
+        """
+        device, timeout = _with_index(torch.device(device)), timedelta(seconds=timeout_seconds)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        _check_transport(device, transport)
+        if process_group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("this process must be a rank of process_group, and is not")
+        initialised_torch = not dist.is_initialized()
+        with telling_lost_peers():
+            if initialised_torch:
+                _initialise_torch(device, timeout)
+            ranks = tuple(sorted(dist.get_process_group_ranks(process_group)))
+            main = _new_process_group(ranks, _backends(device), timeout)
+            if transport == "auto":
+                transport = _choose_transport(device, main)
+            text = _new_process_group(ranks, "nccl" if transport == "nccl" else "gloo", timeout)
+        group = cls(
+            rank=ranks.index(dist.get_rank()),
+            ranks=ranks,
+            device=device,
+            transport=transport,
+            timeout=timeout,
+            main=main,
+            text=text,
+            initialised_torch=initialised_torch,
+        )
+        group._connect()
+        return group
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.ranks)
+
+    @property
+    def wire(self) -> torch.device:
+        """Where tensors must lie to be sent and received."""
+        return self.device if self.transport == "nccl" else torch.device("cpu")
+
+    @property
+    def copies_to_wire(self) -> bool:
+        """Whether tensors are copied from where they are computed to where they can be sent, and back."""
+        return self.transport == "host"
+
+    def wire_buffer(
+        self, shape: Sequence[int], dtype: torch.dtype, *, reuse: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`reuse` if it is of this shape and dtype, else uninitialised memory on the wire's side (pinned for CUDA)."""
+        if reuse is not None and reuse.shape == torch.Size(shape) and reuse.dtype == dtype:
+            return reuse
+        # A buffer made under inference_mode could not be written to in a later run without it.
+        with torch.inference_mode(False):
+            pinned = self.wire != self.device
+            return torch.empty(tuple(shape), dtype=dtype, device=self.wire, pin_memory=pinned)
+
+    def settle(self) -> None:
+        """Let the host wait for copies between device and wire, of which gloo knows nothing."""
+        if self.wire != self.device:
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def all_reduce(self, tensor: torch.Tensor, op: Literal["sum", "max"]) -> torch.Tensor:
+        """The sum or maximum over ranks of `tensor` (any shape, on `device`) as a new tensor, equal on all ranks."""
+        carried = self.wire_buffer(tensor.shape, tensor.dtype)
+        carried.copy_(tensor)
+        with telling_lost_peers():
+            dist.all_reduce(carried, reduce_op(op), group=self.main)
+        return carried.to(self.device)
+
+    def broadcast_object(self, value: Any, source: int = 0) -> Any:
+        """What rank `source` holds in `value`, pickled, on all ranks. Tensors: see `broadcast_tensors`."""
+        values = [value]
+        with telling_lost_peers():
+            dist.broadcast_object_list(values, self.ranks[source], group=self.main, device=torch.device("cpu"))
+        return values[0]
+
+    def broadcast_tensors(
+        self, tensors: Sequence[torch.Tensor | None] | None, source: int = 0
+    ) -> list[torch.Tensor | None]:
+        """Tensors of any shape and dtype, or None, from rank `source` on `device` of all; others' are ignored."""
+        mine = list(tensors or ())
+        kinds = self.broadcast_object(
+            [tensor if tensor is None else (tensor.shape, tensor.dtype) for tensor in mine], source
+        )
+        given = mine if self.rank == source else [None] * len(kinds)
+        return [
+            None if kind is None else self._broadcast_tensor(tensor, kind, source)
+            for tensor, kind in zip(given, kinds, strict=True)
+        ]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """`value` of each rank in order, pickled, on all ranks."""
+        values = [None] * self.size
+        with telling_lost_peers():
+            dist.all_gather_object(values, value, group=self.main)
+        return values
+
+    def agree(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank: what one rank decides on its own would leave the others waiting."""
+        # A CPU tensor, also with NCCL: it goes through gloo and leaves the GPU's queue alone.
+        flags = torch.tensor([int(flag)])
+        with telling_lost_peers():
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.main)
+        return bool(flags.item())
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        self.agree(False)
+
+    def close(self) -> None:
+        """Destroy what `create` made, and nothing else. A rank that failed must not call this: it would wait."""
+        if self.initialised_torch:
+            dist.destroy_process_group()
+        else:
+            dist.destroy_process_group(self.text)
+            dist.destroy_process_group(self.main)
+
+    def _connect(self) -> None:
+        """NCCL's first call on a group must involve all its ranks, and halos do not."""
+        with telling_lost_peers():
+            for process_group in (self.main, self.text):
+                dist.all_reduce(torch.zeros(1, device=self.wire), group=process_group)
+
+    def _broadcast_tensor(
+        self, tensor: torch.Tensor | None, kind: tuple[torch.Size, torch.dtype], source: int
+    ) -> torch.Tensor:
+        carried = self.wire_buffer(*kind)
+        if tensor is not None:
+            carried.copy_(tensor)
+        with telling_lost_peers():
+            # As bytes: gloo does not know every dtype.
+            dist.broadcast(carried.view(-1).view(torch.uint8), self.ranks[source], group=self.main)
+        return carried.to(self.device)
+
+
+def reduce_op(op: Literal["sum", "max"]) -> dist.ReduceOp.RedOpType:
+    """torch.distributed's name for `op`."""
+    return {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op]
+
+
+def _with_index(device: torch.device) -> torch.device:
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(device.type) if device.type == "cpu" else device
+
+
+def _check_transport(device: torch.device, transport: str) -> None:
+    """Gloo cannot send CUDA tensors, NCCL cannot send CPU tensors."""
+    allowed = ("auto", "nccl", "host") if device.type == "cuda" else ("auto", "gloo", "host")
+    if transport not in allowed:
+        raise ValueError(
+            f"the transport of {device} must be one of {', '.join(allowed)}, got {transport}; nearest: auto"
+        )
+
+
+def _backends(device: torch.device) -> str:
+    """CPU tensors (objects, decisions) always go through gloo. NCCL connects at its first use, so naming it is free."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+
+
+def _initialise_torch(device: torch.device, timeout: timedelta) -> None:
+    if env.launched_by_torchrun():
+        dist.init_process_group(_backends(device), timeout=timeout)
+    else:
+        dist.init_process_group(_backends(device), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _new_process_group(ranks: tuple[int, ...], backend: str, timeout: timedelta) -> dist.ProcessGroup:
+    # Local synchronisation: ranks outside the group need not take part, so that others may use them at will. Its
+    # groups are found by their ranks and by how many groups this process has made, which must be equal on the members.
+    local = len(ranks) < dist.get_world_size()
+    return dist.new_group(list(ranks), timeout=timeout, backend=backend, use_local_synchronization=local)
+
+
+def _choose_transport(device: torch.device, process_group: dist.ProcessGroup) -> Transport:
+    """The same on all ranks: decided from everyone's device."""
+    if device.type != "cuda":
+        return "gloo"
+    mine = (socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid))
+    all_devices: list[Any] = [None] * process_group.size()
+    dist.all_gather_object(all_devices, mine, group=process_group)
+    one_each = len(set(all_devices)) == len(all_devices)
+    return "nccl" if one_each and dist.is_nccl_available() else "host"

@@ -1,0 +1,139 @@
+"""The attention of the text queries, which see all stripes, from each rank's part of it.
+
+average: Eq. 7 of CLEAR, the mean of the ranks' outputs. Its error grows with the number of ranks.
+exact: outputs weighted by their share of the softmax, which each rank's log-sum-exp tells; what one rank would compute.
+
+Shapes: B batch, T text, N heads, D head dim.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from clear_dist.comm.counters import Counters
+from clear_dist.comm.group import Group, reduce_op, telling_lost_peers
+from clear_dist.merge import unweigh, weigh
+
+TextAttention = Literal["average", "exact"]
+
+
+class TextReduce:
+    """The reduction over all ranks of a group, used for one layer after the other; its buffers are kept."""
+
+    def __init__(self, group: Group, mode: TextAttention, counters: Counters) -> None:
+        assert mode in ("average", "exact"), mode
+        self._group = group
+        self._mode = mode
+        self._counters = counters
+        self._maximum: torch.Tensor | None = None
+        self._sum: torch.Tensor | None = None
+        self._pending: PendingText | None = None
+        self._aside = torch.cuda.Stream(group.device) if group.wire.type == "cuda" else None
+
+    @torch.no_grad()
+    def start(self, out_BTND: torch.Tensor, lse_BTN: torch.Tensor) -> "PendingText":
+        """Begin to reduce; all ranks call this, in the same order and after the layer's halos were started.
+
+        Args:
+            out_BTND: this rank's part, [B, T, N, D]. average: attention to the text and to its stripe (K_p of Eq. 7);
+                exact: to its stripe, and on one rank only to the text as well.
+            lse_BTN: log-sum-exp of the part's scores, [B, T, N] float32; average does not use it.
+
+        Raises:
+            PeerLost: a rank went away.
+        """
+        assert self._pending is None, "start: the previous reduction was not waited for"
+        assert lse_BTN.shape == out_BTND.shape[:-1] and lse_BTN.dtype == torch.float32
+        start = self._start_average if self._mode == "average" else self._start_exact
+        self._pending = PendingText(self, start(out_BTND, lse_BTN))
+        return self._pending
+
+    def _start_average(self, out_BTND: torch.Tensor, _: torch.Tensor) -> Callable[[], torch.Tensor]:
+        self._sum = self._load(out_BTND, self._sum)
+        total = self._post(self._sum, "sum")
+
+        def finish() -> torch.Tensor:
+            self._wait(total)
+            return self._unload(self._sum).div_(self._group.size)
+
+        return finish
+
+    def _start_exact(self, out_BTND: torch.Tensor, lse_BTN: torch.Tensor) -> Callable[[], torch.Tensor]:
+        if self._aside is not None:
+            return self._start_exact_aside(self._aside, out_BTND, lse_BTN)
+        maximum = self._post_maximum(lse_BTN)
+
+        def finish() -> torch.Tensor:
+            # Not in start: gloo's wait would keep the host from the inner rows until the slowest rank is here.
+            self._wait(maximum)
+            self._wait(self._post_weighed_sum(out_BTND, lse_BTN))
+            return unweigh(self._unload(self._sum), out_BTND.dtype)
+
+        return finish
+
+    def _start_exact_aside(
+        self, aside: torch.cuda.Stream, out_BTND: torch.Tensor, lse_BTN: torch.Tensor
+    ) -> Callable[[], torch.Tensor]:
+        """NCCL: on a stream of its own, which waits for the maximum while the inner rows are computed."""
+        aside.wait_stream(torch.cuda.current_stream(aside.device))
+        for part in (out_BTND, lse_BTN):
+            part.record_stream(aside)  # or the caller's memory could be given away while `aside` reads it
+        with torch.cuda.stream(aside), telling_lost_peers():
+            self._post_maximum(lse_BTN).wait()
+            total = self._post_weighed_sum(out_BTND, lse_BTN)
+
+        def finish() -> torch.Tensor:
+            self._wait(total)
+            return unweigh(self._unload(self._sum), out_BTND.dtype)
+
+        return finish
+
+    def _post_maximum(self, lse_BTN: torch.Tensor) -> dist.Work:
+        self._maximum = self._load(lse_BTN, self._maximum)
+        return self._post(self._maximum, "max")
+
+    def _post_weighed_sum(self, out_BTND: torch.Tensor, lse_BTN: torch.Tensor) -> dist.Work:
+        self._sum = self._load(weigh(out_BTND, lse_BTN, self._unload(self._maximum)), self._sum)
+        return self._post(self._sum, "sum")
+
+    def _load(self, part: torch.Tensor, reuse: torch.Tensor | None) -> torch.Tensor:
+        carried = self._group.wire_buffer(part.shape, part.dtype, reuse=reuse)
+        carried.copy_(part, non_blocking=True)
+        self._group.settle()
+        return carried
+
+    def _unload(self, carried: torch.Tensor | None) -> torch.Tensor:
+        assert carried is not None
+        return carried.to(self._group.device, non_blocking=True, copy=True)
+
+    def _post(self, carried: torch.Tensor, op: Literal["sum", "max"]) -> dist.Work:
+        self._counters.add("text_bytes_reduced", carried.nbytes)
+        with telling_lost_peers():
+            return dist.all_reduce(carried, reduce_op(op), group=self._group.text, async_op=True)
+
+    def _wait(self, work: dist.Work) -> None:
+        with self._counters.waiting(self._group.wire), telling_lost_peers():
+            work.wait()
+
+
+class PendingText:
+    """A reduction under way."""
+
+    def __init__(self, reduction: TextReduce, finish: Callable[[], torch.Tensor]) -> None:
+        self._reduction = reduction
+        self._finish = finish
+
+    @torch.no_grad()
+    def wait(self) -> torch.Tensor:
+        """The reduced output of the text queries, [B, T, N, D] in the parts' dtype, equal on all ranks; call it once.
+
+        On NCCL the current stream waits, the host does not.
+
+        Raises:
+            PeerLost: a rank went away.
+        """
+        assert self._reduction._pending is self, "wait: this reduction was waited for already"
+        self._reduction._pending = None
+        return self._finish()

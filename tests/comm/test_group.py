@@ -1,0 +1,159 @@
+"""Who is in a group, what it shares, and what happens when one of its ranks goes away."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from clear_dist.comm.counters import Counters
+from clear_dist.comm.group import Group
+from clear_dist.comm.halo_exchange import HaloExchange
+from clear_dist.comm.stripe_join import StripeJoin
+from clear_dist.comm.text_reduce import TextReduce
+from clear_dist.geometry import cut_in_stripes, plan_halos
+from tests.ranks import RanksFailedError, run_ranks
+
+
+def exchange_and_join(group: Group) -> tuple[list[float], list[float]]:
+    """The global ranks of the neighbours, as their halos tell, and of all, as the join tells. One row each."""
+    stripes = cut_in_stripes(group.size, group.size)
+    me = torch.full((1, 1, 2, 1, 1), float(group.ranks[group.rank]))
+    halos = HaloExchange(group, plan_halos(stripes, group.rank, 2), Counters()).start(me, me).wait()
+    text = TextReduce(group, "exact", Counters()).start(me.view(1, 1, 2, 1), torch.zeros(1, 1, 2)).wait()
+    assert text.eq(sum(group.ranks) / group.size).all()
+    joined = StripeJoin(group, stripes, Counters()).join(me.view(1, 2, 1))
+    return [halo[0].max().item() for halo in halos if halo.numel()], joined[0, ::2, 0].tolist()
+
+
+def test_one_process_alone_runs_the_same_code() -> None:
+    group = Group.create("cpu")
+    try:
+        assert (group.rank, group.size, group.ranks, group.transport) == (0, 1, (0,), "gloo")
+        assert exchange_and_join(group) == ([], [0.0])
+        assert group.broadcast_object("a") == "a"
+        assert group.all_reduce(torch.tensor([3.0]), "max").tolist() == [3.0]
+        assert group.agree(True) and not group.agree(False)
+    finally:
+        group.close()
+    assert not dist.is_initialized()
+
+
+def use_upper_half(group: Group) -> tuple | None:
+    upper_half = dist.new_group([2, 3])
+    if group.rank < 2:
+        # These take no part: whatever the others sent here would be left to the barrier at the end.
+        with pytest.raises(ValueError, match="rank of process_group"):
+            Group.create("cpu", process_group=upper_half)
+        return None
+    mine = Group.create("cpu", process_group=upper_half, timeout_seconds=20)
+    found = (
+        mine.rank,
+        mine.ranks,
+        exchange_and_join(mine),
+        mine.broadcast_object(group.rank),
+        mine.gather_objects(group.rank),
+    )
+    mine.close()
+    assert dist.is_initialized()
+    return found
+
+
+def test_a_group_of_global_ranks_2_and_3_does_not_talk_to_0_and_1() -> None:
+    assert run_ranks(use_upper_half, 4, timeout=20) == [
+        None,
+        None,
+        (0, (2, 3), ([3.0], [2.0, 3.0]), 2, [2, 3]),
+        (1, (2, 3), ([2.0], [2.0, 3.0]), 2, [2, 3]),
+    ]
+
+
+def share(group: Group, transport: str) -> None:
+    group = Group.create("cpu", transport=transport, timeout_seconds=20)
+    source = 1
+    tensors = [
+        torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).transpose(0, 2),
+        None,
+        torch.tensor([True, False]),
+        torch.tensor(7),
+        torch.zeros(0, 3),
+    ]
+    received = group.broadcast_tensors(tensors if group.rank == source else None, source)
+    for got, sent in zip(received, tensors, strict=True):
+        assert (got is None and sent is None) or (got.dtype == sent.dtype and torch.equal(got, sent))
+    assert group.broadcast_object({"seed": group.rank}, source) == {"seed": source}
+    assert group.gather_objects(group.rank) == list(range(group.size))
+    assert group.agree(group.rank == 2)
+    assert not group.agree(False)
+    mine = torch.tensor([group.rank, -group.rank])
+    assert group.all_reduce(mine, "sum").tolist() == [3, -3]
+    assert group.all_reduce(mine, "max").tolist() == [2, 0]
+    assert mine.tolist() == [group.rank, -group.rank]
+    group.barrier()
+
+
+@pytest.mark.parametrize("transport", ["gloo", "host"])
+def test_ranks_share_tensors_objects_and_decisions(transport: str) -> None:
+    run_ranks(share, 3, transport)
+
+
+def test_nccl_is_refused_on_cpu() -> None:
+    with pytest.raises(ValueError, match="transport of cpu must be one of auto, gloo, host, got nccl"):
+        Group.create("cpu", transport="nccl")
+
+
+def lose_a_rank(group: Group, where: str, how: str) -> None:
+    stripes = cut_in_stripes(3 * group.size, group.size)
+    exchange = HaloExchange(group, plan_halos(stripes, group.rank, 3), Counters())
+    reduction, join = TextReduce(group, "exact", Counters()), StripeJoin(group, stripes, Counters())
+    stripe = torch.zeros(1, 3, 2, 1, 4)
+    exchange.start(stripe, stripe).wait()
+    if group.rank == 1:
+        if how == "raises":
+            raise ZeroDivisionError("the cause")
+        if how == "is killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+    if where == "halos":
+        for _ in range(3):
+            exchange.start(stripe, stripe).wait()
+    elif where == "text":
+        reduction.start(stripe[0], torch.zeros(1, 3, 2, 1)[0]).wait()
+    elif where == "join":
+        join.join(stripe.view(1, 6, 4))
+    else:
+        group.agree(False)
+
+
+@pytest.mark.parametrize("how", ["raises", "is killed"])
+@pytest.mark.parametrize("where", ["halos", "text", "join", "decision"])
+def test_the_others_learn_of_a_lost_rank_within_seconds(where: str, how: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(RanksFailedError) as failed:
+        run_ranks(lose_a_rank, 3, where, how, timeout=60)
+    assert time.monotonic() - began < 15
+    failures = failed.value.failures
+    assert ("the cause" if how == "raises" else "exit code -9") in failures[1]
+    for rank in (0, 2):
+        assert "clear_dist.comm.group.PeerLost: " in failures[rank].splitlines()[-1]
+    if where == "halos":
+        assert "PeerLost: rank 1 is gone" in failures[0] or "PeerLost: a neighbour is gone" in failures[0]
+    assert str(failed.value).startswith("rank 1: ")
+
+
+def wait_for_a_sleeper(group: Group) -> None:
+    impatient = Group.create("cpu", timeout_seconds=1)
+    if group.rank == 1:
+        time.sleep(60)
+    exchange_and_join(impatient)
+
+
+def test_a_rank_that_does_not_answer_counts_as_lost_after_the_timeout() -> None:
+    began = time.monotonic()
+    with pytest.raises(RanksFailedError) as failed:
+        run_ranks(wait_for_a_sleeper, 2, timeout=40)
+    assert time.monotonic() - began < 15
+    assert "PeerLost" in failed.value.failures[0]
+    assert "was killed" in failed.value.failures[1]
