@@ -1,0 +1,139 @@
+"""FLUX: what to cut, where to join, and its attention processor. The transformer itself stays diffusers'."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from clear_dist.models.striped import Cut, StripedModel
+
+
+class FluxStripeAttnProcessor:
+    """Projects, normalises and rotates as diffusers' FluxAttnProcessor, then attends over stripes."""
+
+    def __init__(self, striped: StripedModel) -> None:
+        self.striped = striped
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Double blocks pass the text apart and get two outputs; single blocks pass both joined, text first.
+
+        Raises:
+            ValueError: an attention mask is given; windows and stripes have no place for it.
+        """
+        if attention_mask is not None:
+            raise ValueError("an attention mask cannot be combined with clear_dist.parallelize; pass none")
+        query, key, value = project(attn, hidden_states, encoder_hidden_states)
+        query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
+        output = self.striped.joint_attention(query, key, value).flatten(2)
+        if encoder_hidden_states is None:
+            return output
+        text_tokens = encoder_hidden_states.shape[1]
+        image = attn.to_out[1](attn.to_out[0](output[:, text_tokens:]))
+        return image, attn.to_add_out(output[:, :text_tokens])
+
+
+def project(attn: Any, image: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value [B, L, N, D], the text's first where it comes apart; query and key normalised."""
+
+    def heads(linear: nn.Module, x: Tensor) -> Tensor:
+        return linear(x).unflatten(-1, (-1, attn.head_dim))
+
+    query, key, value = heads(attn.to_q, image), heads(attn.to_k, image), heads(attn.to_v, image)
+    query, key = attn.norm_q(query), attn.norm_k(key)
+    if text is None:
+        return query, key, value
+    query_text, key_text = (
+        attn.norm_added_q(heads(attn.add_q_proj, text)),
+        attn.norm_added_k(heads(attn.add_k_proj, text)),
+    )
+    value_text = heads(attn.add_v_proj, text)
+    return (
+        torch.cat([query_text, query], dim=1),
+        torch.cat([key_text, key], dim=1),
+        torch.cat([value_text, value], dim=1),
+    )
+
+
+@dataclass(frozen=True)
+class FluxAdaptor:
+    """Cuts the inputs of FluxTransformer2DModel.forward to this rank's rows and joins its output."""
+
+    transformer: nn.Module
+
+    @property
+    def head_dim(self) -> int:
+        return self.transformer.config.attention_head_dim
+
+    def processors(self, striped: StripedModel) -> dict[str, FluxStripeAttnProcessor]:
+        return {name: FluxStripeAttnProcessor(striped) for name in self.transformer.attn_processors}
+
+    def grid_of(self, inputs: dict[str, Any]) -> tuple[int, int]:
+        """Height and width in tokens, read from `img_ids` (this waits for the GPU: once per generation).
+
+        Raises:
+            ValueError: the ids are not one image in raster order (FLUX.1 Kontext's reference images, for one).
+        """
+        ids = flat_ids(inputs["img_ids"])
+        width = int((ids[:, 1] == 0).sum())
+        height = len(ids) // max(width, 1)
+        if len(ids) != height * width or not torch.equal(raster_ids(height, width, ids.device).to(ids.dtype), ids):
+            raise ValueError(
+                f"`img_ids` must be those of one image in raster order, got {len(ids)} ids that are not; "
+                "pipelines that append tokens of other images cannot be parallelised"
+            )
+        return height, width
+
+    def cut(self, inputs: dict[str, Any], cut: Cut) -> dict[str, Any]:
+        """The inputs with the image's tokens, ids and ControlNet residuals cut; the text's stay whole.
+
+        Ids are made anew in float32: pipelines cast them to the prompt's dtype, and bfloat16 has no 257.
+        """
+        mine = cut.tokens
+        residuals = {
+            name: [sample[:, mine] for sample in inputs[name]]
+            for name in ("controlnet_block_samples", "controlnet_single_block_samples")
+            if inputs.get(name) is not None
+        }
+        ids = raster_ids(cut.height, cut.width, inputs["img_ids"].device)[mine]
+        return {
+            **inputs,
+            **residuals,
+            "hidden_states": inputs["hidden_states"][:, mine].contiguous(),
+            "img_ids": ids,
+            "txt_ids": flat_ids(inputs["txt_ids"]).float(),
+        }
+
+    def replicated(self, inputs: dict[str, Any]) -> list[Tensor]:
+        """The inputs that must be equal on all ranks."""
+        names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")
+        return [inputs[name] for name in names if inputs.get(name) is not None]
+
+    def named_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return dict(inspect.signature(self.transformer.forward).bind(*args, **kwargs).arguments)
+
+    def with_sample(self, output: Any, sample: Tensor) -> Any:
+        """The forward's output, a tuple or an object, with another sample in it."""
+        return (sample, *output[1:]) if isinstance(output, tuple) else Transformer2DModelOutput(sample=sample)
+
+
+def flat_ids(ids: Tensor) -> Tensor:
+    """Ids [tokens, 3]; a leading batch dimension is deprecated in diffusers, but taken."""
+    return ids[0] if ids.ndim == 3 else ids
+
+
+def raster_ids(height: int, width: int, device: torch.device) -> Tensor:
+    """Position ids (0, y, x) of a grid in raster order, float32 [height x width, 3]."""
+    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+    zeros = torch.zeros(height, width, device=device)
+    return torch.stack([zeros, *torch.meshgrid(rows.float(), columns.float(), indexing="ij")], dim=-1).flatten(0, 1)

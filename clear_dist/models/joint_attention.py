@@ -1,0 +1,109 @@
+"""One attention layer on one rank: what is sent, what is computed meanwhile, what is waited for (design, section 3).
+
+Shared by all models: an adaptor projects and rotates q, k and v, and gets the joint output back, text tokens first.
+Shape suffixes: B batch, N heads, T text, R my rows, E my rows with halos, W columns, D head dim, L = T + R x W tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clear_dist.attention import Backend, attend, window_attention
+from clear_dist.comm.halo_exchange import HaloExchange
+from clear_dist.comm.text_reduce import TextReduce
+from clear_dist.geometry import HaloPlan, Rows, reach
+
+JointAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q, k, v), each [B, L, N, D] with the text tokens first -> output [B, L, N, D]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowJointAttention:
+    """CLEAR's attention over stripes: image queries see text and circle (Sec. 3.2), text queries see all (Eq. 7)."""
+
+    plan: HaloPlan
+    grid: Rows
+    width: int
+    radius: int
+    halos: HaloExchange
+    text_reduce: TextReduce
+    backend: Backend
+    counts_text_keys: bool
+    """Whether this rank's part of the text queries' attention holds the text keys: in `exact`, on one rank only."""
+
+    def __call__(self, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor) -> Tensor:
+        text_tokens = query_BLND.shape[1] - len(self.plan.own) * self.width
+        query_text, query = self._split(query_BLND, text_tokens)
+        key_text, key = self._split(key_BLND, text_tokens)
+        value_text, value = self._split(value_BLND, text_tokens)
+
+        halos = self.halos.start(key, value)
+        first_key = 0 if self.counts_text_keys else text_tokens
+        text = self.text_reduce.start(*attend(query_text, key_BLND[:, first_key:], value_BLND[:, first_key:]))
+
+        output_BLND = torch.empty_like(query_BLND)
+        output_text, output = self._split(output_BLND, text_tokens)
+
+        def attend_rows(rows: Rows, extended: tuple[Tensor, Tensor], first_row: int) -> None:
+            mine = rows.relative_to(self.plan.own.start)
+            output[:, mine] = window_attention(
+                query[:, mine],
+                *extended,
+                key_text,
+                value_text,
+                radius=self.radius,
+                row_offset=rows.start - first_row,
+                backend=self.backend,
+            )
+
+        if len(self.plan.inner):
+            attend_rows(self.plan.inner, (key, value), self.plan.own.start)
+        above, below = halos.wait()
+        for rows in self.plan.edges:
+            keys = reach(rows, self.grid, self.radius)
+            attend_rows(rows, extend(keys, self.plan.own, above, (key, value), below), keys.start)
+        output_text.copy_(text.wait())
+        return output_BLND
+
+    def _split(self, x_BLND: Tensor, text_tokens: int) -> tuple[Tensor, Tensor]:
+        """Views of the text tokens [B, T, N, D] and of the image tokens [B, R, W, N, D]."""
+        return x_BLND[:, :text_tokens], x_BLND[:, text_tokens:].unflatten(1, (len(self.plan.own), self.width))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullJointAttention:
+    """Full attention over stripes: the whole grid is the halo, and every rank computes the text tokens alike."""
+
+    plan: HaloPlan
+    width: int
+    halos: HaloExchange
+
+    def __call__(self, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor) -> Tensor:
+        text_tokens = query_BLND.shape[1] - len(self.plan.own) * self.width
+        text = (key_BLND[:, :text_tokens], value_BLND[:, :text_tokens])
+        own = (key_BLND[:, text_tokens:], value_BLND[:, text_tokens:])
+        shape = (len(self.plan.own), self.width)
+        above, below = self.halos.start(own[0].unflatten(1, shape), own[1].unflatten(1, shape)).wait()
+        key, value = (
+            torch.cat([text[i], above[i].flatten(1, 2), own[i], below[i].flatten(1, 2)], dim=1) for i in range(2)
+        )
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query_BLND.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        )
+        return output.transpose(1, 2)
+
+
+def extend(rows: Rows, own: Rows, above: Tensor, mine: tuple[Tensor, Tensor], below: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of `rows` [B, E, W, N, D] from the stripe `own` and the halos [2, B, rows, W, N, D] beside it."""
+    sources = ((own.start - above.shape[2], above), (own.start, mine), (own.stop, below))
+
+    def joined(index: int) -> Tensor:
+        parts = []
+        for first_row, held in sources:
+            wanted = Rows(first_row, first_row + held[index].shape[1]).intersect(rows)
+            parts.append(held[index][:, wanted.relative_to(first_row)])
+        return torch.cat(parts, dim=1)
+
+    return joined(0), joined(1)

@@ -1,0 +1,95 @@
+"""CLEAR checkpoints: the image side of every attention layer, laid over a base model (paper, Sec. 3.3)."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def radius_of(path: str | Path) -> int:
+    """The radius in tokens that a checkpoint was distilled for, from its name: `clear_local_16.safetensors`.
+
+    Raises:
+        ValueError: the name tells none, or it names down-sampled keys.
+    """
+    name = Path(path).name
+    match = re.fullmatch(r"clear_local_(\d+)(_down_(\d+))?\.safetensors", name)
+    if match is None:
+        raise ValueError(
+            f"a CLEAR checkpoint is named clear_local_<radius>.safetensors, got {name}; pass window=<radius>"
+        )
+    if match[2]:
+        raise ValueError(
+            f"checkpoints with down-sampled keys are not supported, got {name}; nearest: clear_local_{match[1]}"
+        )
+    return int(match[1])
+
+
+def load_clear_weights(transformer: Any, path: str | Path) -> list[str]:
+    """Replaces the image side of attention by a checkpoint's and returns the names of what was replaced.
+
+    Text projections, norms and everything else stay the base model's. LoRA layers stay on top of what is replaced.
+
+    Raises:
+        ValueError: the file is none, or a tensor is missing, unexpected or of another shape; it is named.
+    """
+    parameters = dict(image_attention_parameters(transformer))
+    tensors = read_tensors(path)
+    require_same_names(parameters, tensors, path)
+    for name, parameter in parameters.items():
+        if tensors[name].shape != parameter.shape:
+            raise ValueError(
+                f"{name} must have the shape {tuple(parameter.shape)}, got {tuple(tensors[name].shape)} in {path}; "
+                "is the checkpoint for another model?"
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+    return list(parameters)
+
+
+def image_attention_parameters(transformer: Any) -> Iterable[tuple[str, nn.Parameter]]:
+    """Name in a CLEAR checkpoint and parameter, for every tensor that a checkpoint must hold."""
+    for blocks in ("transformer_blocks", "single_transformer_blocks"):
+        for index, block in enumerate(getattr(transformer, blocks)):
+            for projection in PROJECTIONS:
+                linear = _submodule(block.attn, projection)
+                if linear is not None:
+                    prefix = f"{blocks}.{index}.attn.{projection}"
+                    yield from ((f"{prefix}.{name}", getattr(linear, name)) for name in ("weight", "bias"))
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        ValueError: there is no such file, or it is truncated or of another format.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"CLEAR weights must be a complete safetensors file, got {path}: {error}") from error
+
+
+def require_same_names(expected: Mapping[str, Any], got: Mapping[str, Any], path: str | Path) -> None:
+    missing, unexpected = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
+    for kind, names in (("lacks", missing), ("has an unexpected", unexpected)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"{path} {kind} {names[0]}{more}; is the checkpoint for another model?")
+
+
+def _submodule(attn: nn.Module, name: str) -> nn.Module | None:
+    """The linear layer itself, under a LoRA's wrapping too; None where single blocks have no `to_out`."""
+    try:
+        module = attn.get_submodule(name)
+    except AttributeError:
+        return None
+    return getattr(module, "base_layer", module)

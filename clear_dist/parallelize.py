@@ -1,0 +1,134 @@
+"""Puts a stock diffusers pipeline on stripes, and takes it off again."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from clear_dist.attention import choose_backend
+from clear_dist.comm.counters import Counters
+from clear_dist.comm.group import Group
+from clear_dist.models import adaptor_for
+from clear_dist.models.striped import StripedModel
+from clear_dist.models.weights import load_clear_weights, radius_of
+
+
+class Parallelized:
+    """A pipeline on stripes: what it runs on, what it has counted, and the way back."""
+
+    def __init__(self, striped: StripedModel, *, owns_group: bool, replaced_weights: list[str]) -> None:
+        self._striped = striped
+        self._owns_group = owns_group
+        self.replaced_weights = replaced_weights
+
+    @property
+    def group(self) -> Group:
+        return self._striped.group
+
+    @property
+    def counters(self) -> Counters:
+        return self._striped.counters
+
+    @property
+    def window(self) -> int | Literal["full"]:
+        """Radius in tokens, or `full`."""
+        return self._striped.radius or "full"
+
+    @property
+    def text_attention(self) -> str:
+        return self._striped.text_attention
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width in tokens of the last image."""
+        assert self._striped.cut is not None, "known once a forward has run"
+        return self._striped.cut.height, self._striped.cut.width
+
+    @property
+    def stripes(self) -> list[tuple[int, int]]:
+        """Rows [start, stop) of each rank for the last image."""
+        assert self._striped.cut is not None, "known once a forward has run"
+        return [(rows.start, rows.stop) for rows in self._striped.cut.stripes]
+
+    def undo(self) -> None:
+        """Restores attention processors and hooks. Weights that a CLEAR checkpoint replaced stay replaced."""
+        self._striped.remove()
+        if self._owns_group:
+            self.group.close()
+
+
+def parallelize(
+    pipe: Any,
+    *,
+    window: int | Literal["full"] | None = None,
+    clear_weights: str | Path | None = None,
+    text_attention: Literal["average", "exact"] | None = None,
+    attention_backend: str = "auto",
+    group: Group | None = None,
+) -> Parallelized:
+    """Cuts the transformer of `pipe` in stripes, one per rank; all else stays diffusers'.
+
+    Call it on every rank, then use the pipeline as ever, with equal arguments and equally seeded generators.
+
+    Args:
+        pipe: a diffusers pipeline with a FLUX transformer, on the device where it is to run.
+        window: radius in tokens of what an image token sees, or `full`; by default the checkpoint's, else `full`.
+        clear_weights: a CLEAR checkpoint (safetensors); without one a window draws noise, unless `pipe` was
+            trained with it.
+        text_attention: `average` (Eq. 7 of the paper, the default) or `exact`: N ranks compute what one computes.
+        attention_backend: `auto`, or a row of `clear_dist.attention.BACKENDS`.
+        group: the ranks that share an image; by default all of torch.distributed's, and this process alone where
+            nothing is launched.
+
+    Raises:
+        ValueError: an argument is wrong, or the pipeline has no transformer that can be cut.
+    """
+    transformer = getattr(pipe, "transformer", None)
+    adaptor = adaptor_for(transformer)
+    if striped_of(pipe) is not None:
+        raise ValueError("this pipeline is parallelized already; undo() the former first")
+    radius = checked_radius(window, clear_weights)
+    mode = checked_text_attention(text_attention, radius)
+    backend = choose_backend(
+        attention_backend, device=transformer.device, dtype=transformer.dtype, head_dim=adaptor.head_dim
+    )
+    replaced = load_clear_weights(transformer, clear_weights) if clear_weights is not None else []
+    striped = StripedModel(
+        adaptor, group or Group.create(transformer.device), radius=radius, text_attention=mode, backend=backend
+    )
+    return Parallelized(striped, owns_group=group is None, replaced_weights=replaced)
+
+
+def interrupt(pipe: Any, when: bool = True) -> bool:
+    """Stops a generation after the step at hand, on all ranks, if `when` is true on any of them.
+
+    Ranks that decided alone would wait for each other for ever: call this on every rank at the same step, from
+    `callback_on_step_end`. Returns what was decided.
+    """
+    striped = striped_of(pipe)
+    stop = striped.group.agree(when) if striped is not None else when
+    if stop:
+        pipe._interrupt = True
+    return stop
+
+
+def striped_of(pipe: Any) -> StripedModel | None:
+    """What `parallelize` put on the pipeline's transformer; shared by pipelines made with `from_pipe`."""
+    processor = next(iter(pipe.transformer.attn_processors.values()))
+    return getattr(processor, "striped", None)
+
+
+def checked_radius(window: int | str | None, clear_weights: str | Path | None) -> int | None:
+    if window is None:
+        return radius_of(clear_weights) if clear_weights is not None else None
+    if window == "full":
+        return None
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise ValueError(f"window must be a radius of at least 1 token or 'full', got {window!r}; nearest: 1")
+    return window
+
+
+def checked_text_attention(text_attention: str | None, radius: int | None) -> str:
+    if text_attention not in (None, "average", "exact"):
+        raise ValueError(f"text_attention must be 'average' or 'exact', got {text_attention!r}")
+    if radius is None and text_attention == "average":
+        raise ValueError("text_attention must be 'exact' where window is 'full', got 'average'; nearest: 'exact'")
+    return text_attention or ("average" if radius is not None else "exact")

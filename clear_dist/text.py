@@ -1,0 +1,46 @@
+"""Prompts are encoded on rank 0 and broadcast: the other ranks need no text encoders."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clear_dist.comm.group import Group
+
+ARGUMENTS = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
+def encode_prompts(
+    pipe: Any,
+    group: Group,
+    prompts: list[str],
+    *,
+    negative_prompts: list[str] | None = None,
+    max_sequence_length: int = 512,
+    num_images: int = 1,
+) -> dict[str, Tensor]:
+    """The pipeline's arguments `prompt_embeds` [B, T, C], `pooled_prompt_embeds` [B, C] and their negatives.
+
+    Args:
+        pipe: FluxPipeline; its text encoders are used on rank 0 only and may be None elsewhere.
+        negative_prompts: as many as prompts, for `true_cfg_scale` above 1.
+        max_sequence_length: T, the tokens that every prompt is padded or cut to.
+        num_images: pictures of each prompt; B = len(prompts) x num_images.
+    """
+    encoded: list[Tensor | None] = []
+    if group.rank == 0:
+        for texts in (prompts, negative_prompts):
+            encoded += _encode(pipe, texts, max_sequence_length, num_images) if texts is not None else [None, None]
+    received = group.broadcast_tensors(encoded)
+    return {name: tensor for name, tensor in zip(ARGUMENTS, received, strict=True) if tensor is not None}
+
+
+@torch.no_grad()
+def _encode(pipe: Any, texts: list[str], max_sequence_length: int, num_images: int) -> list[Tensor | None]:
+    prompt_embeds, pooled, _ = pipe.encode_prompt(
+        prompt=texts,
+        prompt_2=None,
+        num_images_per_prompt=num_images,
+        max_sequence_length=max_sequence_length,
+    )
+    return [prompt_embeds, pooled]

@@ -1,0 +1,73 @@
+"""CLEAR in a single process, written apart from the engine: dense masks over the whole image, nothing cut."""
+
+import math
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from torch import Tensor
+
+
+def circle(height: int, width: int, radius: int) -> Tensor:
+    """Whether query i sees key j, [H x W, H x W] in raster order: dx^2 + dy^2 < r^2 (paper, Sec. 3.2)."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    y, x = y.flatten(), x.flatten()
+    return (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2 < radius**2
+
+
+def softmax_attention(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Softmax attention of [B, L, N, D] in float64, `seen` [L, S]."""
+    scores = torch.einsum("blnd,bsnd->bnls", query.double(), key.double()) / math.sqrt(query.shape[-1])
+    if seen is not None:
+        scores = scores.masked_fill(~seen, float("-inf"))
+    return torch.einsum("bnls,bsnd->blnd", scores.softmax(-1), value.double()).to(query.dtype)
+
+
+class DenseClearProcessor:
+    """An attention processor for an unmodified FluxTransformer2DModel.
+
+    `text_parts`: None: text queries see everything at once; else the rows of each part of Eq. 7, whose mean is taken.
+    """
+
+    def __init__(self, height: int, width: int, radius: int, text_parts: list[range] | None = None) -> None:
+        self.seen = circle(height, width, radius)
+        self.width = width
+        self.text_parts = text_parts
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        query, key, value = self._project(attn, hidden_states, encoder_hidden_states)
+        query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
+        text = query.shape[1] - len(self.seen)
+        seen_by_image = torch.cat([torch.ones(len(self.seen), text, dtype=torch.bool), self.seen], dim=1)
+        image = softmax_attention(query[:, text:], key, value, seen_by_image)
+        output = torch.cat([self._text_output(query[:, :text], key, value, text), image], dim=1).flatten(2)
+        if encoder_hidden_states is None:
+            return output
+        return attn.to_out[0](output[:, text:]), attn.to_add_out(output[:, :text])
+
+    def _text_output(self, query: Tensor, key: Tensor, value: Tensor, text: int) -> Tensor:
+        if self.text_parts is None:
+            return softmax_attention(query, key, value)
+        outputs = []
+        for rows in self.text_parts:
+            tokens = [*range(text), *range(text + rows.start * self.width, text + rows.stop * self.width)]
+            outputs.append(softmax_attention(query, key[:, tokens], value[:, tokens]))
+        return torch.stack(outputs).mean(0)
+
+    def _project(self, attn: Any, image: Tensor, text: Tensor | None) -> list[Tensor]:
+        projected = [attn.to_q(image), attn.to_k(image), attn.to_v(image)]
+        projected = [x.unflatten(-1, (attn.heads, -1)) for x in projected]
+        projected[:2] = [attn.norm_q(projected[0]), attn.norm_k(projected[1])]
+        if text is not None:
+            added = [attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)]
+            added = [x.unflatten(-1, (attn.heads, -1)) for x in added]
+            added[:2] = [attn.norm_added_q(added[0]), attn.norm_added_k(added[1])]
+            projected = [torch.cat(pair, dim=1) for pair in zip(added, projected, strict=True)]
+        return projected
