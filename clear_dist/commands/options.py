@@ -1,0 +1,52 @@
+"""The flags of commands that draw pictures: a type each, with its help."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clear_dist import config
+
+DRAWN, MODEL, CUT, WRITTEN = "What to draw", "Model", "How it is cut", "What is written"
+
+
+def _flag(text: str, panel: str | None, *names: str, takes: str | tuple[str, ...] | None = None) -> Any:
+    metavar = "|".join(takes) if isinstance(takes, tuple) else takes
+    return typer.Option(*names, help=text, rich_help_panel=panel, metavar=metavar, show_default=False)
+
+
+Prompt = Annotated[str | None, typer.Argument(help="what the picture shows; quote it", show_default=False)]
+Prompts = Annotated[Path | None, _flag("one prompt a line; the model is loaded once", DRAWN, takes="FILE")]
+Res = Annotated[int | None, _flag("height and width in pixels (the model's native size)", DRAWN)]
+Pixels = Annotated[int | None, _flag("pixels", DRAWN)]
+Steps = Annotated[int | None, _flag("denoising steps (dev 28, schnell 4)", DRAWN, "--steps", "--num-inference-steps")]
+GuidanceScale = Annotated[float | None, _flag("distilled guidance (3.5)", DRAWN)]
+NegativePrompt = Annotated[str | None, _flag("what to keep out; with --true-cfg-scale", DRAWN)]
+TrueCfgScale = Annotated[float | None, _flag("classifier-free guidance; above 1: on (1)", DRAWN)]
+MaxSequenceLength = Annotated[int | None, _flag("text tokens (dev 512, schnell 256)", DRAWN)]
+Seed = Annotated[int | None, _flag("of the noise, on any number of ranks (drawn and reported)", DRAWN)]
+NumImages = Annotated[int, _flag("pictures of each prompt (1)", DRAWN)]
+
+Model = Annotated[str, _flag("auto, demo, a folder in diffusers' layout, or a hub id (auto)", MODEL)]
+Revision = Annotated[str | None, _flag("of a hub model", MODEL)]
+ClearWeights = Annotated[str, _flag("auto, none, a file, a folder, or owner/name:file on the hub (auto)", MODEL)]
+Window = Annotated[
+    str | None, _flag("radius in tokens, or full (the CLEAR weights'; full without)", MODEL, takes=("RADIUS", "full"))
+]
+Dtype = Annotated[str, _flag("auto: bfloat16 on CUDA, float32 on CPU", MODEL, takes=config.DTYPES)]
+Device = Annotated[str, _flag("auto: CUDA where it is", MODEL, takes=config.DEVICES)]
+
+Nproc = Annotated[int | None, _flag("ranks to start here (visible GPUs; 1 on CPU); not under torchrun", CUT)]
+TextAttention = Annotated[
+    str | None,
+    _flag("average: the paper's; exact: independent of the ranks (average)", CUT, takes=config.TEXT_ATTENTION),
+]
+Schedule = Annotated[str, _flag("when halos are used (sync)", CUT, takes=config.SCHEDULES)]
+AttentionBackend = Annotated[str, _flag("auto: the fastest that can run", CUT, takes=config.ATTENTION_BACKENDS)]
+
+Output = Annotated[
+    Path, _flag("picture: png, jpg, webp or tiff; several are numbered (clear-dist.png)", WRITTEN, takes="FILE")
+]
+LatentsOut = Annotated[Path | None, _flag("packed latents, safetensors", WRITTEN, takes="FILE")]
+Report = Annotated[Path | None, _flag("times, memory and communication, JSON", WRITTEN, takes="FILE")]
+Traceback = Annotated[bool, _flag("if a rank fails, show where", None, "--traceback")]

@@ -1,0 +1,130 @@
+"""What a model is, before it is loaded: its geometry and its defaults, from its folder's files or from its name."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clear_dist import demo
+from clear_dist.config import FLUX_DEV, FLUX_SCHNELL, Refusal, nearest_word
+from clear_dist.preflight.flux import FluxShape
+from clear_dist.preflight.headers import compare, read_component, read_json
+
+PIPELINE, TRANSFORMER = "FluxPipeline", "FluxTransformer2DModel"
+WEIGHT_STEMS = {
+    "transformer": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
+OTHER_PARTS = ("tokenizer", "tokenizer_2", "scheduler")
+PACKING = 2
+"""FLUX packs 2x2 latents in a token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What checks and defaults need to know of a model."""
+
+    location: str
+    """A folder, or a hub id."""
+    is_demo: bool = False
+    folder: Path | None = None
+    token_size: int = 16
+    """Pixels along the side of a token."""
+    native_size: int | None = None
+    """Pixels; None: known once a hub model is loaded."""
+    flux: FluxShape | None = None
+    takes_guidance: bool = True
+    steps: int = 28
+    guidance_scale: float = 3.5
+    max_sequence_length: int = 512
+
+
+def find(model: str, *, has_cuda: bool) -> ModelFacts:
+    """The model that `--model` names.
+
+    Raises:
+        Refusal: a folder is missing, empty, damaged or of another architecture; no name of a model.
+    """
+    if model == "auto":
+        model = FLUX_DEV if has_cuda else "demo"
+    if model == "demo":
+        return _demo()
+    if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        return of_folder(Path(model).expanduser())
+    schnell = model == FLUX_SCHNELL
+    native_size = 1024 if model in (FLUX_DEV, FLUX_SCHNELL) else None
+    return ModelFacts(location=model, native_size=native_size, **_defaults(guided=not schnell, few_steps=schnell))
+
+
+def of_folder(folder: Path) -> ModelFacts:
+    """A folder in diffusers' layout, its weights' headers compared with its configurations.
+
+    Raises:
+        Refusal: see `find`.
+    """
+    _check_folder(folder)
+    _check_pipeline(folder, read_json(folder / "model_index.json"))
+    flux = FluxShape.of(read_json(folder / "transformer" / "config.json"))
+    vae = read_json(folder / "vae" / "config.json")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    factor = 2 ** (len(vae.get("block_out_channels", ())) - 1)
+    latent_channels = vae.get("latent_channels", 0)
+    if flux.in_channels != latent_channels * PACKING**2:
+        raise Refusal(
+            f"the transformer must take {latent_channels * PACKING**2} channels, 4 per channel of the VAE, "
+            f"got {flux.in_channels} in {folder}: models that take another picture are not supported; "
+            f"nearest: {FLUX_DEV}"
+        )
+    for part, stem in WEIGHT_STEMS.items():
+        shapes = read_component(folder / part, stem)
+        if part == "transformer":
+            compare(flux.tensors(), shapes, folder / part)
+    few_steps = not flux.guidance_embeds and not scheduler.get("use_dynamic_shifting", False)
+    return ModelFacts(
+        location=str(folder),
+        folder=folder,
+        token_size=factor * PACKING,
+        native_size=vae.get("sample_size"),
+        flux=flux,
+        **_defaults(guided=flux.guidance_embeds, few_steps=few_steps),
+    )
+
+
+def _demo() -> ModelFacts:
+    facts = of_folder(demo.WEIGHTS)
+    length = demo.DEFAULT_MAX_SEQUENCE_LENGTH
+    return ModelFacts(**{**vars(facts), "is_demo": True, "steps": demo.DEFAULT_STEPS, "max_sequence_length": length})
+
+
+def _defaults(*, guided: bool, few_steps: bool) -> dict[str, Any]:
+    """FLUX.1-schnell is distilled to 4 steps and takes no guidance; FLUX.1-dev takes guidance."""
+    if few_steps:
+        return {"takes_guidance": False, "steps": 4, "guidance_scale": 0.0, "max_sequence_length": 256}
+    return {"takes_guidance": guided, "steps": 28, "guidance_scale": 3.5, "max_sequence_length": 512}
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.exists():
+        nearest = nearest_word(str(folder), ("demo", FLUX_DEV, FLUX_SCHNELL))
+        raise Refusal(
+            f"--model must be auto, demo, a hub id such as {FLUX_DEV}, or a folder; "
+            f"there is no {folder}; nearest: {nearest}"
+        )
+    if not folder.is_dir():
+        raise Refusal(f"--model must be a folder in diffusers' layout, got the file {folder}; nearest: {folder.parent}")
+    if not any(folder.iterdir()):
+        raise Refusal(f"--model must be a folder in diffusers' layout, got the empty folder {folder}; nearest: demo")
+
+
+def _check_pipeline(folder: Path, index: Mapping[str, Any]) -> None:
+    name = index.get("_class_name")
+    if name != PIPELINE:
+        raise Refusal(f"--model must be a {PIPELINE}, got {name} in {folder}; nearest: {FLUX_DEV}")
+    for part in (*WEIGHT_STEMS, *OTHER_PARTS):
+        if not (folder / part).is_dir():
+            raise Refusal(f"a {PIPELINE} must have the folder {part}, and {folder} has none; download it again")
+    kind = read_json(folder / "transformer" / "config.json").get("_class_name")
+    if kind != TRANSFORMER:
+        raise Refusal(f"the transformer must be a {TRANSFORMER}, got {kind} in {folder}; nearest: {FLUX_DEV}")

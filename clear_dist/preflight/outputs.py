@@ -1,0 +1,56 @@
+"""Whether what a request makes can be written where it is to go."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from clear_dist.config import PICTURE_ENDINGS, Refusal, nearest_word
+
+BYTES_PER_PIXEL = 3
+LATENT_BYTES_PER_PIXEL = 1
+"""64 channels of at most 4 bytes for 16 x 16 pixels."""
+
+
+def check(output: Path, latents_out: Path | None, report: Path | None, *, pixels: int, pictures: int) -> None:
+    """Refuse an unknown ending, a folder that is missing or cannot be written, or a full disk.
+
+    Args:
+        pixels: of one picture.
+    """
+    check_file("--output", output, PICTURE_ENDINGS)
+    needed = {output.parent.resolve(): pixels * BYTES_PER_PIXEL * pictures}
+    if latents_out is not None:
+        check_file("--latents-out", latents_out, (".safetensors",))
+        folder = latents_out.parent.resolve()
+        needed[folder] = needed.get(folder, 0) + pixels * LATENT_BYTES_PER_PIXEL * pictures
+    if report is not None:
+        check_file("--report", report, (".json",))
+    files = [file.resolve() for file in (output, latents_out, report) if file is not None]
+    if len(set(files)) < len(files):
+        raise Refusal("--output, --latents-out and --report must be different files, got one twice")
+    for folder, size in needed.items():
+        free = shutil.disk_usage(folder).free
+        if free < size:
+            raise Refusal(f"{folder} must have {size / 1e9:.2f} GB free for this request, and has {free / 1e9:.2f} GB")
+
+
+def check_file(name: str, file: Path, endings: tuple[str, ...]) -> None:
+    """Raises a Refusal unless `file` has one of `endings` and can be created or replaced."""
+    if file.is_dir():
+        raise Refusal(f"{name} must be a file, got the folder {file}; nearest: {file / f'clear-dist{endings[0]}'}")
+    if file.suffix.lower() not in endings:
+        nearest = (
+            file.with_suffix(nearest_word(file.suffix.lower(), endings)) if file.name else f"clear-dist{endings[0]}"
+        )
+        raise Refusal(f"{name} must end in {', '.join(endings)}, got {str(file)!r}; nearest: {nearest}")
+    folder = file.parent
+    if not folder.is_dir():
+        existing = next(parent for parent in folder.absolute().parents if parent.is_dir())
+        raise Refusal(f"{name} must lie in a folder that exists, got {file}; nearest: {existing / file.name}")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()  # a superuser may write everywhere, but not on every file system
+    except OSError as error:
+        raise Refusal(
+            f"{name} must lie in a folder that can be written to, got {file} ({error.strerror}); "
+            f"nearest: {Path(tempfile.gettempdir()) / file.name}"
+        ) from error

@@ -1,0 +1,104 @@
+"""The JSON report of a run (schema 1), and the figures in it that have to be measured."""
+
+import json
+import platform
+import resource
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clear_dist import __version__
+from clear_dist.pictures import replacing
+
+SCHEMA = 1
+LIBRARIES = ("torch", "diffusers", "transformers")
+_CLEAR_HIGH_WATER_MARK = "5"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFigures:
+    """What one rank measured; gathered on rank 0."""
+
+    peak_memory_bytes: int
+    peak_since_loading: bool
+    """False where the system cannot reset the high-water mark: then loading is in it too."""
+    comm: Mapping[str, Sequence[float]]
+
+
+def versions() -> dict[str, str]:
+    """Of this package, what it rests on, and Python."""
+    return {"clear-dist": __version__, "python": platform.python_version()} | {
+        name: version(name) for name in LIBRARIES
+    }
+
+
+def build(
+    *,
+    seed: int,
+    settings: Mapping[str, Any],
+    grid: tuple[int, int],
+    stripes: Sequence[tuple[int, int]],
+    seconds: Mapping[str, float],
+    seconds_per_step: Sequence[float],
+    ranks: Sequence[RankFigures],
+) -> dict[str, Any]:
+    """The report as plain JSON values.
+
+    Args:
+        grid: height and width in tokens.
+        seconds: by phase, and `total`.
+    """
+    stage = {
+        "grid": list(grid),
+        "stripes": [list(rows) for rows in stripes],
+        "seconds": seconds["denoise"],
+        "seconds_per_step": list(seconds_per_step),
+    }
+    return {
+        "schema": SCHEMA,
+        "versions": versions(),
+        "seed": seed,
+        "world_size": len(ranks),
+        "settings": dict(settings),
+        "grid": stage["grid"],
+        "stripes": stage["stripes"],
+        "seconds": dict(seconds),
+        "seconds_per_step": stage["seconds_per_step"],
+        "stages": [stage],
+        "peak_memory_bytes": [rank.peak_memory_bytes for rank in ranks],
+        "peak_memory_includes_loading": not all(rank.peak_since_loading for rank in ranks),
+        "comm": [{name: list(values) for name, values in rank.comm.items()} for rank in ranks],
+    }
+
+
+def write(report: Mapping[str, Any], file: Path) -> None:
+    """Whole or not at all."""
+    with replacing(file) as partial:
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Start measuring anew, after loading; False where the system does not let us."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text(_CLEAR_HIGH_WATER_MARK)
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: allocated by torch on CUDA, resident on CPU; the highest since the reset."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])

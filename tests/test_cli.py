@@ -1,0 +1,111 @@
+"""The command line as a user meets it: words in, one line and a status out, and no torch on the way."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clear_dist.cli import with_dashes
+
+ROOT = Path(__file__).parents[1]
+# Runs `clear-dist`, then tells what was imported and how much processor time it took.
+RUN = """
+import atexit, sys, time
+heavy = lambda: [name for name in ("torch", "diffusers", "transformers") if name in sys.modules]
+atexit.register(lambda: print(heavy(), time.process_time(), sep="|"))
+from clear_dist.cli import main
+main()
+"""
+
+
+def run(*arguments: str, cwd: Path, **environment: str) -> tuple[int, list[str], list[str]]:
+    """Exit status, lines on stdout and on stderr; nothing heavy was imported, and less than a second was spent."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    *lines, figures = done.stdout.splitlines()
+    heavy, seconds = figures.split("|")
+    assert heavy == "[]"
+    assert float(seconds) < 1.0
+    return done.returncode, lines, done.stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["generate", "--res", "1000"],
+            "--res must be a multiple of 16 pixels (one token), got 1000; nearest: 992 or 1008",
+        ),
+        (["generate", "--res", "many"], "--res must be a whole number from 16 to 16384, got 'many'; nearest: 16"),
+        (["generate", "--max_sequence_length=1.5"], "got '1.5'; nearest: 2"),
+        (["generate", "--guidance_scale", "nan"], "--guidance-scale must be a number from 0 to 100, got nan"),
+        (["generate", "--steps"], "'--steps' requires an argument"),
+        (["generate", "--rez", "64"], "No such option: --rez"),
+        (["generate", "two", "prompts"], "unexpected extra argument"),
+        (["generate", "--schedule", "stale"], "--schedule must be one of sync, got 'stale'"),
+        (["generate", "--warmup_steps", "2"], "--warmup-steps is for the stale schedule"),
+        (["generate", "--model", "/nowhere"], "there is no /nowhere"),
+        (["generate", "--output", "picture.gif"], "--output must end in"),
+        (["generate", "--device", "cuda"], "--device cuda needs a CUDA GPU"),
+        (["generate", "--nproc", "99"], "got 99; nearest: 16"),
+        (["generat"], "Did you mean 'generate'"),
+        ([], "a command is needed"),
+    ],
+)
+def test_wrong_requests_get_one_line_and_status_2(arguments: list[str], words: str, tmp_path: Path) -> None:
+    status, output, errors = run(*arguments, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert (status, output, len(errors)) == (2, [], 1), errors
+    assert errors[0].startswith("clear-dist: ")
+    assert words in errors[0]
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["generate", "-h"]])
+def test_help_is_quick(arguments: list[str], tmp_path: Path) -> None:
+    status, output, errors = run(*arguments, cwd=tmp_path)
+    assert (status, errors) == (0, [])
+    assert any("generate" in line for line in output)
+
+
+def test_every_flag_is_in_the_help(tmp_path: Path) -> None:
+    text = "\n".join(run("generate", "--help", cwd=tmp_path, COLUMNS="200")[1])
+    flags = """--model --revision --res --height --width --steps --num-inference-steps --guidance-scale
+        --max-sequence-length --negative-prompt --true-cfg-scale --num-images --prompts --seed --window --clear-weights
+        --text-attention --schedule --attention-backend --dtype --device --nproc --output --latents-out --report"""
+    assert [flag for flag in flags.split() if flag not in text] == []
+
+
+def test_the_version(tmp_path: Path) -> None:
+    assert run("--version", cwd=tmp_path)[:2] == (0, ["clear-dist 0.1.0"])
+
+
+def test_a_refusal_on_two_ranks_is_told_once(tmp_path: Path) -> None:
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    lines = []
+    for rank in "10":
+        own = {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_ERROR_FILE": str(tmp_path / rank / "error.json")}
+        status, _, errors = run("generate", "--res", "7", cwd=tmp_path, **place, **own)
+        assert status == 2
+        lines += errors
+    assert len(lines) == 1
+
+
+def test_dashes_and_underscores_are_the_same_in_names_only() -> None:
+    given = ["generate", "a_b", "--num_images", "c_d", "--latents_out=e_f", "--", "--g_h"]
+    assert with_dashes(given) == ["generate", "a_b", "--num-images", "c_d", "--latents-out=e_f", "--", "--g_h"]
+
+
+def test_public_names_are_functions_although_a_module_has_the_same_name() -> None:
+    import clear_dist
+    from clear_dist.generation import generate
+    from clear_dist.parallelize import interrupt, parallelize
+
+    assert (clear_dist.generate, clear_dist.interrupt, clear_dist.parallelize) == (generate, interrupt, parallelize)

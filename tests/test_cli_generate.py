@@ -1,0 +1,178 @@
+"""`clear-dist generate` from the command to the files, with a tiny pipeline: in this process, on ranks, with faults."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from clear_dist.cli import main
+from tests.comm.test_launch import ended, is_alive
+from tests.tiny import make_clear_weights, make_tiny_flux
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = str(ROOT / "clear-dist")
+QUICK = ("--res", "64", "--steps", "2", "--seed", "5", "--device", "cpu", "--max_sequence_length", "16")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_tiny_flux(tmp_path_factory.mktemp("model"))
+    make_clear_weights(FluxPipeline.from_pretrained(folder).transformer, folder / "clear_local_2.safetensors")
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def generate(model: Path, *arguments: str) -> int:
+    """In this process; the exit status."""
+    with pytest.raises(SystemExit) as ending:
+        main(["generate", "--model", str(model), *QUICK, *arguments])
+    return int(ending.value.code or 0)
+
+
+def launch(model: Path, *arguments: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen[str]:
+    """As a user would, in a session of its own."""
+    command = [*launcher, SCRIPT, "generate", "--model", str(model), *QUICK, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def test_one_picture(model: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(model, "a red fox") == 0
+    assert os.listdir(here) == ["clear-dist.png"]
+    with Image.open("clear-dist.png") as picture:
+        assert picture.size == (64, 64)
+        assert (picture.text["prompt"], picture.text["seed"]) == ("a red fox", "5")  # type: ignore[attr-defined]
+        assert json.loads(picture.text["settings"])["window"] == 2  # type: ignore[attr-defined]
+    output = capsys.readouterr()
+    assert output.out.startswith("output=clear-dist.png seed=5 size=64x64 ranks=1 seconds=")
+    assert output.out.count("\n") == 1
+    assert output.err == ""
+
+
+def test_many_prompts_with_one_load(model: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("prompts.txt").write_text("a red fox\ntwo dogs\n")
+    assert (
+        generate(model, "--prompts", "prompts.txt", "--num_images", "2", "--output", "x.webp", "--report", "r.json")
+        == 0
+    )
+    assert sorted(os.listdir(here)) == ["prompts.txt", "r.json", "x-0.webp", "x-1.webp", "x-2.webp", "x-3.webp"]
+    assert len(json.loads(Path("r.json").read_text())["seconds_per_step"]) == 4
+    pictures = [Path(f"x-{index}.webp").read_bytes() for index in range(4)]
+    assert len(set(pictures)) == 4
+    assert capsys.readouterr().out.count("output=") == 4
+
+
+def test_a_drawn_seed_is_told_and_draws_the_same_again(
+    model: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "--model", str(model), "--res", "64", "--steps", "1", "--device", "cpu"])
+    seed = capsys.readouterr().out.split("seed=")[1].split()[0]
+    first = Path("clear-dist.png").read_bytes()
+    assert generate(model, "--steps", "1", "--max-sequence-length", "512", "--seed", seed) == 0
+    assert Path("clear-dist.png").read_bytes() == first
+
+
+def test_negative_prompts_change_the_picture(model: Path, here: Path) -> None:
+    for name, arguments in {"a.png": (), "b.png": ("--negative-prompt", "dogs", "--true-cfg-scale", "4")}.items():
+        assert generate(model, "a fox", "--output", name, *arguments) == 0
+    assert Path("a.png").read_bytes() != Path("b.png").read_bytes()
+
+
+def test_what_is_cut_off_a_long_prompt_is_said(model: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(model, "abcdefghij klmn") == 0
+    assert "longer than the 16 tokens that T5 takes here; cut off: 'n'" in capsys.readouterr().err
+
+
+def test_weights_that_lack_a_tensor_are_refused(model: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.test_preflight import retensor
+
+    broken = shutil.copytree(model, here / "broken")
+    retensor(broken / "vae/diffusion_pytorch_model.safetensors", lambda tensors: tensors.pop("decoder.conv_in.weight"))
+    assert generate(broken) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "decoder.conv_in.weight" in lines[0]
+
+
+def test_two_ranks_give_stock_latents_and_a_report(model: Path, here: Path) -> None:
+    process = launch(
+        model, "a fox", "--nproc", "2", "--window", "full", "--latents_out", "l.safetensors", "--report", "r.json"
+    )
+    output, errors = process.communicate(timeout=100)
+    assert (process.returncode, errors) == (0, "")
+    assert "ranks=2" in output
+    pipe = FluxPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(5)
+    stock = pipe(
+        "a fox",
+        height=64,
+        width=64,
+        num_inference_steps=2,
+        max_sequence_length=16,
+        generator=generator,
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(load_file("l.safetensors")["latents"], stock, rtol=1e-4, atol=1e-4)
+    report = json.loads(Path("r.json").read_text())
+    assert report["stripes"] == [[0, 2], [2, 4]]
+    assert [len(rank["join_bytes"]) for rank in report["comm"]] == [2, 2]
+    assert set(report["seconds"]) == {"launch", "load", "text", "denoise", "decode", "save", "total"}
+
+
+def test_torchrun_runs_the_file_of_a_checkout(model: Path, here: Path) -> None:
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    process = launch(model, "--output", "x.jpg", launcher=torchrun)
+    output, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors
+    assert output.count("output=x.jpg") == 1
+    assert os.listdir(here) == ["x.jpg"]
+
+
+def ranks_at_work(process: subprocess.Popen[str], size: int) -> list[int]:
+    """The launcher's children, once they have computed for a while."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 90
+    while len(children.read_text().split()) < size:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(3)
+    ranks = [int(pid) for pid in children.read_text().split()]
+    assert all(map(is_alive, ranks))
+    return ranks
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "line"),
+    [
+        ("kill a rank", 1, "clear-dist: rank 1 was killed by SIGKILL (out of memory?)"),
+        ("interrupt", 130, "clear-dist: interrupted"),
+    ],
+)
+def test_faults_in_the_middle_end_everything(model: Path, here: Path, fault: str, status: int, line: str) -> None:
+    process = launch(model, "--nproc", "3", "--steps", "1000", "--res", "512")
+    ranks = ranks_at_work(process, 3)
+    if fault == "interrupt":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        os.kill(ranks[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert [found for found in errors.splitlines() if "warning" not in found] == [line]
+    assert ended(ranks)
+    assert os.listdir(here) == []
