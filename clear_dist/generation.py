@@ -7,7 +7,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from clear_dist.parallelize import striped_of
+from clear_dist.parallelize import require_striped
 from clear_dist.text import encode_prompts
 
 
@@ -35,14 +35,13 @@ def generate(
     Raises:
         ValueError: the pipeline is not parallelized, or a size is no multiple of the token size.
     """
-    striped = striped_of(pipe)
-    if striped is None:
-        raise ValueError("generate needs a pipeline on which clear_dist.parallelize(pipe) was called")
+    striped = require_striped(pipe)
     height, width = (size or pipe.vae.config.sample_size for size in (height, width))
     prompts = [prompt] if isinstance(prompt, str) else prompt
     embeddings = encode_prompts(
         pipe,
         striped.group,
+        striped.counters,
         prompts,
         negative_prompts=None if negative_prompt is None else [negative_prompt] * len(prompts),
         max_sequence_length=max_sequence_length,
@@ -111,7 +110,7 @@ def denoise(
 @torch.no_grad()
 def decode(pipe: Any, latents: Tensor, *, height: int, width: int) -> list[Image]:
     """Pictures of packed latents [B, tokens, 64], on rank 0; elsewhere an empty list."""
-    if striped_of(pipe).group.rank != 0:
+    if require_striped(pipe).group.rank != 0:
         return []
     unpacked = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
     unpacked = unpacked / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from clear_dist.attention import choose_backend
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
+from clear_dist.comm.text_reduce import TextAttention
 from clear_dist.models import adaptor_for
 from clear_dist.models.striped import StripedModel
 from clear_dist.models.weights import load_clear_weights, radius_of
@@ -33,7 +34,7 @@ class Parallelized:
         return self._striped.radius or "full"
 
     @property
-    def text_attention(self) -> str:
+    def text_attention(self) -> TextAttention:
         return self._striped.text_attention
 
     @property
@@ -60,7 +61,7 @@ def parallelize(
     *,
     window: int | Literal["full"] | None = None,
     clear_weights: str | Path | None = None,
-    text_attention: Literal["average", "exact"] | None = None,
+    text_attention: TextAttention | None = None,
     attention_backend: str = "auto",
     group: Group | None = None,
 ) -> Parallelized:
@@ -81,7 +82,7 @@ def parallelize(
     Raises:
         ValueError: an argument is wrong, or the pipeline has no transformer that can be cut.
     """
-    transformer = getattr(pipe, "transformer", None)
+    transformer: Any = getattr(pipe, "transformer", None)
     adaptor = adaptor_for(transformer)
     if striped_of(pipe) is not None:
         raise ValueError("this pipeline is parallelized already; undo() the former first")
@@ -105,7 +106,7 @@ def interrupt(pipe: Any, when: bool = True) -> bool:
     """
     striped = striped_of(pipe)
     stop = striped.group.agree(when) if striped is not None else when
-    if stop:
+    if stop:  # the pipeline's loop asks for it before each step
         pipe._interrupt = True
     return stop
 
@@ -114,6 +115,14 @@ def striped_of(pipe: Any) -> StripedModel | None:
     """What `parallelize` put on the pipeline's transformer; shared by pipelines made with `from_pipe`."""
     processor = next(iter(pipe.transformer.attn_processors.values()))
     return getattr(processor, "striped", None)
+
+
+def require_striped(pipe: Any) -> StripedModel:
+    """As `striped_of`; raises ValueError where there is none."""
+    striped = striped_of(pipe)
+    if striped is None:
+        raise ValueError("the pipeline must be on stripes: call clear_dist.parallelize(pipe) first")
+    return striped
 
 
 def checked_radius(window: int | str | None, clear_weights: str | Path | None) -> int | None:
@@ -126,7 +135,7 @@ def checked_radius(window: int | str | None, clear_weights: str | Path | None) -
     return window
 
 
-def checked_text_attention(text_attention: str | None, radius: int | None) -> str:
+def checked_text_attention(text_attention: TextAttention | None, radius: int | None) -> TextAttention:
     if text_attention not in (None, "average", "exact"):
         raise ValueError(f"text_attention must be 'average' or 'exact', got {text_attention!r}")
     if radius is None and text_attention == "average":

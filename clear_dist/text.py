@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 
 ARGUMENTS = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -13,6 +14,7 @@ ARGUMENTS = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", 
 def encode_prompts(
     pipe: Any,
     group: Group,
+    counters: Counters,
     prompts: list[str],
     *,
     negative_prompts: list[str] | None = None,
@@ -25,6 +27,7 @@ def encode_prompts(
         pipe: FluxPipeline; its text encoders are used on rank 0 only and may be None elsewhere.
         negative_prompts: as many as prompts, for `true_cfg_scale` above 1.
         max_sequence_length: T, the tokens that every prompt is padded or cut to.
+        counters: what is broadcast counts as `other_bytes`.
         num_images: pictures of each prompt; B = len(prompts) x num_images.
     """
     encoded: list[Tensor | None] = []
@@ -32,6 +35,7 @@ def encode_prompts(
         for texts in (prompts, negative_prompts):
             encoded += _encode(pipe, texts, max_sequence_length, num_images) if texts is not None else [None, None]
     received = group.broadcast_tensors(encoded)
+    counters.add("other_bytes", sum(tensor.nbytes for tensor in received if tensor is not None))
     return {name: tensor for name, tensor in zip(ARGUMENTS, received, strict=True) if tensor is not None}
 
 

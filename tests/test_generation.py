@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.ranks import run_ranks
 
 import clear_dist
 from clear_dist.comm.group import Group
+from tests.ranks import run_ranks
 from tests.tiny import make_tiny_pipeline
 
 REQUEST: dict[str, Any] = {

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
-from tests.ranks import run_ranks
 from torch import Tensor
 
 from clear_dist.comm.group import Group
 from clear_dist.parallelize import interrupt, parallelize
 from tests.oracle import DenseClearProcessor
+from tests.ranks import run_ranks
 from tests.tiny import make_tiny_pipeline
 
 HEIGHT, WIDTH = 13, 11

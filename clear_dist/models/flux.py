@@ -69,7 +69,8 @@ def project(attn: Any, image: Tensor, text: Tensor | None) -> tuple[Tensor, Tens
 class FluxAdaptor:
     """Cuts the inputs of FluxTransformer2DModel.forward to this rank's rows and joins its output."""
 
-    transformer: nn.Module
+    transformer: Any
+    """A FluxTransformer2DModel."""
 
     @property
     def head_dim(self) -> int:

@@ -11,7 +11,7 @@ from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.comm.halo_exchange import HaloExchange
 from clear_dist.comm.stripe_join import StripeJoin
-from clear_dist.comm.text_reduce import TextReduce
+from clear_dist.comm.text_reduce import TextAttention, TextReduce
 from clear_dist.geometry import HaloPlan, Rows, cut_in_stripes, plan_halos
 from clear_dist.models.joint_attention import FullJointAttention, JointAttention, WindowJointAttention
 
@@ -36,8 +36,8 @@ class Cut:
 class Adaptor(Protocol):
     """What the engine has to know about one model; see `clear_dist.models.flux`."""
 
-    transformer: Any
-
+    @property
+    def transformer(self) -> Any: ...
     @property
     def head_dim(self) -> int: ...
     def processors(self, striped: "StripedModel") -> dict[str, Any]: ...
@@ -52,7 +52,7 @@ class StripedModel:
     """Puts an adaptor's processors and the two hooks on a transformer."""
 
     def __init__(
-        self, adaptor: Adaptor, group: Group, *, radius: int | None, text_attention: str, backend: Backend
+        self, adaptor: Adaptor, group: Group, *, radius: int | None, text_attention: TextAttention, backend: Backend
     ) -> None:
         self.adaptor = adaptor
         self.group = group
@@ -105,7 +105,7 @@ class StripedModel:
     def _begin_generation(self, inputs: dict[str, Any]) -> None:
         """Checks what a generation brings, and cuts anew where its size has changed."""
         require_own_processors(self.adaptor.transformer, self)
-        require_equal_on_all_ranks(self.adaptor.replicated(inputs), self.group)
+        require_equal_on_all_ranks(self.adaptor.replicated(inputs), self.group, self.counters)
         height, width = self.adaptor.grid_of(inputs)
         # A forward that was broken off has left halos on their way: its buffers must not be used again.
         broken_off, self._forward_is_under_way = self._forward_is_under_way, False
@@ -151,7 +151,7 @@ def require_own_processors(transformer: Any, striped: StripedModel) -> None:
             )
 
 
-def require_equal_on_all_ranks(tensors: list[Tensor], group: Group) -> None:
+def require_equal_on_all_ranks(tensors: list[Tensor], group: Group, counters: Counters) -> None:
     """Compares a checksum of each tensor over ranks.
 
     Raises:
@@ -161,6 +161,7 @@ def require_equal_on_all_ranks(tensors: list[Tensor], group: Group) -> None:
     sums = torch.stack([total for x in tensors for total in (x.double().sum(), x.double().abs().sum())])
     mine = torch.cat([sizes, sums]).nan_to_num()
     extremes = group.all_reduce(torch.cat([mine, -mine]), "max")
+    counters.add("other_bytes", extremes.nbytes)
     highest, lowest = extremes.chunk(2)
     if not torch.equal(highest, -lowest):
         raise ValueError(
