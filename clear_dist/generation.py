@@ -1,14 +1,20 @@
-"""From a prompt to a picture with a parallelized pipeline: encode on rank 0, denoise on stripes, decode on rank 0."""
+"""From a prompt to a picture with a parallelized pipeline: encode on rank 0, denoise and decode on stripes."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from PIL.Image import Image
+from PIL.Image import Image, fromarray
 from torch import Tensor
 
+from clear_dist.comm.stripe_collect import collect_stripes
+from clear_dist.geometry import cut_in_stripes
 from clear_dist.parallelize import require_striped
 from clear_dist.text import encode_prompts
+from clear_dist.vae import decode_stripes
+
+PACKING = 2
+"""FLUX packs 2x2 latents in a token."""
 
 
 def generate(
@@ -82,7 +88,7 @@ def denoise(
     Raises:
         ValueError: a size is no multiple of the token size.
     """
-    token = pipe.vae_scale_factor * 2
+    token = token_size(pipe)
     for name, size in (("height", height), ("width", width)):
         if size < token or size % token:
             nearest = max(token, round(size / token) * token)
@@ -109,10 +115,22 @@ def denoise(
 
 @torch.no_grad()
 def decode(pipe: Any, latents: Tensor, *, height: int, width: int) -> list[Image]:
-    """Pictures of packed latents [B, tokens, 64], on rank 0; elsewhere an empty list."""
-    if require_striped(pipe).group.rank != 0:
+    """Pictures of packed latents [B, tokens, 64], on rank 0; elsewhere an empty list. Each rank decodes its stripe."""
+    group = require_striped(pipe).group
+    stripes = cut_in_stripes(height // token_size(pipe), group.size)
+    unpacked_BCHW = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
+    mine = stripes[group.rank]
+    rows = slice(PACKING * mine.start, PACKING * mine.stop)
+    scaled = unpacked_BCHW[:, :, rows] / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    pixels_BCRW = decode_stripes(pipe.vae, scaled.to(pipe.vae.dtype), group, stripes)
+    bytes_RBWC = (pixels_BCRW.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(2, 0, 3, 1)
+    heights = tuple(len(stripe) * token_size(pipe) for stripe in stripes)
+    collected = list(collect_stripes(bytes_RBWC, group, heights))
+    if not collected:
         return []
-    unpacked = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
-    unpacked = unpacked / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    pixels = pipe.vae.decode(unpacked.to(pipe.vae.dtype), return_dict=False)[0]
-    return pipe.image_processor.postprocess(pixels, output_type="pil")
+    return [fromarray(picture.numpy()) for picture in torch.cat(collected).unbind(dim=1)]
+
+
+def token_size(pipe: Any) -> int:
+    """Pixels along the side of a token."""
+    return pipe.vae_scale_factor * PACKING

@@ -1,0 +1,164 @@
+"""The three operations of a VAE that look beyond a pixel, on stripes: convolution, group norm, attention.
+
+A stripe carries one row of halo on either side, which `convolve` has filled just before it reads it. Work is done in
+chunks of rows, so that only whole stripes and the temporary tensors of one chunk exist at a time; a chunk also stays
+below 2^31 elements, which several GPU kernels cannot count.
+
+Shapes: B batch, C channels, R my rows, E = R + 2 my rows with halos, W columns, L = R * W positions, S positions of the
+whole picture, G groups of channels.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from clear_dist.comm.counters import Counters
+from clear_dist.comm.group import Group
+from clear_dist.comm.row_halos import RowHalos
+from clear_dist.comm.stripe_join import StripeJoin
+from clear_dist.geometry import Rows
+
+Pointwise = Callable[[Tensor], Tensor]
+"""A map of [B, C, rows, W] that treats each row by itself."""
+
+FUSED = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+BYTES_PER_VALUE = 12  # at most three temporary tensors of float32 at a time
+
+
+class StripeOps:
+    """The operations of one decode or encode; all ranks call the same ones in the same order."""
+
+    def __init__(self, group: Group, stripes: tuple[Rows, ...], *, max_bytes: int, counters: Counters) -> None:
+        self._group = group
+        self._stripes = stripes
+        self._max_bytes = max_bytes
+        self._counters = counters
+        self._halos = RowHalos(group, counters)
+
+    def convolve(
+        self,
+        x_BCEW: Tensor,
+        conv: nn.Conv2d,
+        before: Pointwise | None = None,
+        *,
+        upsample: bool = False,
+        after: Callable[[Tensor, slice], Tensor] | None = None,
+        out_BCEW: Tensor | None = None,
+    ) -> Tensor:
+        """A 3x3 convolution: stride 1 with a border of zeros, or stride 2 with zeros below and on the right only.
+
+        Args:
+            before: what its input goes through first.
+            upsample: whether its input is then made twice as high and wide (nearest).
+            after: is given a chunk of the output and its rows in the output; returns what is kept of it.
+            out_BCEW: where the output goes; None: new memory. At stride 1 it may be the memory of `x_BCEW` if it
+                begins one row above: then a chunk is written where no later one reads.
+
+        Returns:
+            The output's stripe, with the halos not filled.
+        """
+        self._halos.fill(x_BCEW)
+        step, zoom = conv.stride[0], 2 if upsample else 1
+        if out_BCEW is None:
+            batch, _, extended, width = x_BCEW.shape
+            rows_out = (extended - 2) // step * zoom
+            out_BCEW = x_BCEW.new_empty(batch, conv.out_channels, rows_out + 2, width // step * zoom)
+        for rows in self._chunks(x_BCEW, (conv.in_channels + conv.out_channels) * zoom**2, step):
+            kept = slice(rows.start // step * zoom + 1, rows.stop // step * zoom + 1)
+            piece = _convolve(self._framed(x_BCEW, rows, before), conv, upsample)
+            out_BCEW[:, :, kept] = piece if after is None else after(piece, kept)
+        return out_BCEW
+
+    def normalised(self, x_BCEW: Tensor, norm: nn.GroupNorm, activation: Pointwise | None = None) -> Pointwise:
+        """`activation(norm(.))` for rows of `x_BCEW`, the moments being those of the whole picture."""
+        mean_BG, variance_BG = self._moments(x_BCEW, norm.num_groups)
+        deviation_BG = (variance_BG + norm.eps).sqrt()
+        mean_BC, deviation_BC = (
+            moment.repeat_interleave(norm.num_channels // norm.num_groups, dim=1) for moment in (mean_BG, deviation_BG)
+        )
+        scale_BC = norm.weight.double() / deviation_BC
+        shift_BC = norm.bias.double() - mean_BC * scale_BC
+        scale, shift = (factor.float()[..., None, None] for factor in (scale_BC, shift_BC))
+
+        def apply(rows: Tensor) -> Tensor:
+            normed = torch.addcmul(shift, rows, scale).to(rows.dtype)
+            return normed if activation is None else activation(normed)
+
+        return apply
+
+    def attend(self, query_BLC: Tensor, key_BLC: Tensor, value_BLC: Tensor, heads: int) -> Tensor:
+        """Attention of my positions to those of the whole picture, [B, L, C]: keys and values are gathered.
+
+        Only fused kernels are allowed, because the others hold the L x S matrix of scores.
+
+        Raises:
+            RuntimeError: the device has no fused kernel for this dtype and head dim.
+        """
+        query, key, value = (
+            part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query_BLC, *self._gather(key_BLC, value_BLC))
+        )
+        with sdpa_kernel(list(FUSED)):
+            return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+    def _gather(self, *parts_BLC: Tensor) -> list[Tensor]:
+        """All ranks' positions, in order: [B, S, C] each."""
+        join = StripeJoin(self._group, self._stripes, self._counters)
+        return [join.join(part) for part in parts_BLC]
+
+    def _moments(self, x_BCEW: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        """Mean and variance over the whole picture, [B, G] each, in float64."""
+        sums_3BG = x_BCEW.new_zeros(3, x_BCEW.shape[0], groups, dtype=torch.float64)
+        for rows in self._chunks(x_BCEW, x_BCEW.shape[1]):
+            values = x_BCEW[:, :, rows.start + 1 : rows.stop + 1].float().unflatten(1, (groups, -1))
+            mean_BG111 = values.mean(dim=(2, 3, 4), keepdim=True)
+            # Centred first, or float32 would lose a small variance around a large mean. (`var_mean` is slow on CPU.)
+            variance_BG = (values - mean_BG111).square_().mean(dim=(2, 3, 4)).double()
+            mean_BG = mean_BG111.double().flatten(1)
+            parts = torch.stack([torch.ones_like(mean_BG), mean_BG, variance_BG + mean_BG.square()])
+            sums_3BG += parts * values[0, 0].numel()
+        self._counters.add("other_bytes", sums_3BG.nbytes)
+        count_BG, sum_BG, squares_BG = self._group.all_reduce(sums_3BG, "sum")
+        mean_BG = sum_BG / count_BG
+        return mean_BG, (squares_BG / count_BG - mean_BG.square()).clamp_min(0.0)
+
+    def _framed(self, x_BCEW: Tensor, rows: Rows, before: Pointwise | None) -> Tensor:
+        """These rows and one more on either side, after `before`; zeros beyond the border of the picture."""
+        piece = x_BCEW[:, :, rows.start : rows.stop + 2]
+        piece = piece if before is None else before(piece)
+        if rows.start == 0 and self._group.rank == 0:
+            piece[:, :, 0] = 0
+        if rows.stop == x_BCEW.shape[2] - 2 and self._group.rank == self._group.size - 1:
+            piece[:, :, -1] = 0
+        return piece
+
+    def _chunks(self, x_BCEW: Tensor, channels: int, step: int = 1) -> Iterator[Rows]:
+        """My rows, in pieces of whole `step`s whose temporary tensors (`channels` in all) fit in the bound."""
+        batch, _, extended, width = x_BCEW.shape
+        rows = self._max_bytes // (batch * width * channels * BYTES_PER_VALUE) - 2
+        rows = max(1, rows // step) * step
+        for start in range(0, extended - 2, rows):
+            yield Rows(start, min(start + rows, extended - 2))
+
+
+def frame(rows_BCRW: Tensor) -> Tensor:
+    """Rows as a stripe, [B, C, R + 2, W], with the halos not filled."""
+    return F.pad(rows_BCRW, (0, 0, 1, 1))
+
+
+def unframe(stripe_BCEW: Tensor) -> Tensor:
+    """The rows [B, C, R, W] of a stripe, without the halos."""
+    return stripe_BCEW[:, :, 1:-1]
+
+
+def _convolve(framed: Tensor, conv: Any, upsample: bool) -> Tensor:
+    """Convolve rows that bring one more on either side."""
+    if upsample:
+        framed = F.interpolate(framed, scale_factor=2.0, mode="nearest")[:, :, 1:-1]
+    if conv.stride[0] == 1:
+        return F.conv2d(framed, conv.weight, conv.bias, padding=(0, 1))
+    # As diffusers' Downsample2D: nothing above and on the left, one column of zeros on the right.
+    return F.conv2d(F.pad(framed[:, :, 1:], (0, 1)), conv.weight, conv.bias, stride=conv.stride)
