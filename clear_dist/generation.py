@@ -42,8 +42,11 @@ def generate(
         ValueError: the pipeline is not parallelized, or a size is no multiple of the token size.
     """
     striped = require_striped(pipe)
-    height, width = (size or pipe.vae.config.sample_size for size in (height, width))
+    height, width = (pipe.vae.config.sample_size if size is None else size for size in (height, width))
+    require_whole_tokens(pipe, height=height, width=width)
     prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not prompts:
+        raise ValueError("prompt must be a text or a list of at least one, got an empty list")
     embeddings = encode_prompts(
         pipe,
         striped.group,
@@ -76,30 +79,27 @@ def denoise(
     guidance_scale: float,
     true_cfg_scale: float,
     seed: int,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Latents [B, tokens, 64], equal on all ranks, as `FluxPipeline(output_type="latent")` returns them.
 
     Args:
         embeddings: from `encode_prompts`.
         height, width: pixels.
-        on_step: called after each step with the steps done and their total.
+        on_step: called after each step with the number of steps done.
 
     Raises:
         ValueError: a size is no multiple of the token size.
+        RuntimeError: the latents are not finite (float16 that overflows, mostly): on all ranks, which hold the same.
     """
-    token = token_size(pipe)
-    for name, size in (("height", height), ("width", width)):
-        if size < token or size % token:
-            nearest = max(token, round(size / token) * token)
-            raise ValueError(f"{name} must be a multiple of {token} pixels, got {size}; nearest: {nearest}")
+    require_whole_tokens(pipe, height=height, width=width)
 
     def end_step(_: Any, step: int, __: Any, ___: dict[str, Any]) -> dict[str, Any]:
         if on_step is not None:
-            on_step(step + 1, num_inference_steps)
+            on_step(step + 1)
         return {}
 
-    return pipe(
+    latents = pipe(
         **embeddings,
         height=height,
         width=width,
@@ -111,6 +111,18 @@ def denoise(
         callback_on_step_end=end_step,
         callback_on_step_end_tensor_inputs=[],
     ).images
+    if not latents.isfinite().all():
+        raise RuntimeError(f"the latents are not finite after {num_inference_steps} steps in {latents.dtype}")
+    return latents
+
+
+def require_whole_tokens(pipe: Any, **sizes: int) -> None:
+    """Raises ValueError where a size in pixels is no multiple of the token size."""
+    token = token_size(pipe)
+    for name, size in sizes.items():
+        if size < token or size % token:
+            nearest = max(token, round(size / token) * token)
+            raise ValueError(f"{name} must be a multiple of {token} pixels, got {size}; nearest: {nearest}")
 
 
 @torch.no_grad()

@@ -110,6 +110,11 @@ def half_widths(radius: int) -> tuple[int, ...]:
     return tuple(isqrt(radius * radius - dy * dy - 1) for dy in range(radius))
 
 
+def covering_radius(height: int, width: int) -> int:
+    """The smallest radius whose circle holds the whole grid wherever its centre is."""
+    return isqrt((height - 1) ** 2 + (width - 1) ** 2) + 1
+
+
 def _inner(own: Rows, extended: Rows, grid: Rows, radius: int | None) -> Rows:
     """Rows of `own` that no halo concerns; where there are none, an empty range inside `own`."""
     if own == extended:

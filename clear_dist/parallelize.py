@@ -1,5 +1,6 @@
 """Puts a stock diffusers pipeline on stripes, and takes it off again."""
 
+from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,6 +9,7 @@ from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.comm.text_reduce import TextAttention
 from clear_dist.models import adaptor_for
+from clear_dist.models.agreement import checksum
 from clear_dist.models.striped import StripedModel
 from clear_dist.models.weights import load_clear_weights, radius_of
 
@@ -15,10 +17,9 @@ from clear_dist.models.weights import load_clear_weights, radius_of
 class Parallelized:
     """A pipeline on stripes: what it runs on, what it has counted, and the way back."""
 
-    def __init__(self, striped: StripedModel, *, owns_group: bool, replaced_weights: list[str]) -> None:
+    def __init__(self, striped: StripedModel, *, owns_group: bool) -> None:
         self._striped = striped
         self._owns_group = owns_group
-        self.replaced_weights = replaced_weights
 
     @property
     def group(self) -> Group:
@@ -54,6 +55,7 @@ class Parallelized:
         self._striped.remove()
         if self._owns_group:
             self.group.close()
+            self._owns_group = False
 
 
 def parallelize(
@@ -80,22 +82,41 @@ def parallelize(
             nothing is launched.
 
     Raises:
-        ValueError: an argument is wrong, or the pipeline has no transformer that can be cut.
+        ValueError: an argument is wrong or differs between ranks, or the pipeline's transformer cannot be cut.
     """
     transformer: Any = getattr(pipe, "transformer", None)
     adaptor = adaptor_for(transformer)
     if striped_of(pipe) is not None:
         raise ValueError("this pipeline is parallelized already; undo() the former first")
+    if any(getattr(module, "fused_projections", False) for module in transformer.modules()):
+        raise ValueError("fused projections cannot be cut; call pipe.transformer.unfuse_qkv_projections() first")
     radius = checked_radius(window, clear_weights)
     mode = checked_text_attention(text_attention, radius)
-    backend = choose_backend(
-        attention_backend, device=transformer.device, dtype=transformer.dtype, head_dim=adaptor.head_dim
-    )
+    # Where the pipeline runs, also if its parts are offloaded to the CPU meanwhile.
+    device = pipe._execution_device
+    backend = choose_backend(attention_backend, device=device, dtype=transformer.dtype, head_dim=adaptor.head_dim)
+    group_or_own = group or Group.create(device)
     replaced = load_clear_weights(transformer, clear_weights) if clear_weights is not None else []
-    striped = StripedModel(
-        adaptor, group or Group.create(transformer.device), radius=radius, text_attention=mode, backend=backend
+    require_equal_settings(
+        group_or_own,
+        window=radius or "full",
+        text_attention=mode,
+        attention_backend=backend.name,
+        dtype=str(transformer.dtype),
+        clear_weights=[checksum(transformer.get_parameter(name)) for name in replaced],
     )
-    return Parallelized(striped, owns_group=group is None, replaced_weights=replaced)
+    striped = StripedModel(adaptor, pipe.scheduler, group_or_own, radius=radius, text_attention=mode, backend=backend)
+    return Parallelized(striped, owns_group=group is None)
+
+
+def require_equal_settings(group: Group, **settings: Any) -> None:
+    """Raises ValueError on all ranks, where they were given different arguments: each would cut its own way."""
+    everyone = group.gather_objects(settings)
+    for name in settings:
+        values = [theirs[name] for theirs in everyone]
+        if any(value != values[0] for value in values):
+            shown = "different files" if name == "clear_weights" else ", ".join(map(str, values))
+            raise ValueError(f"{name} must be the same on all ranks, got {shown}")
 
 
 def interrupt(pipe: Any, when: bool = True) -> bool:
@@ -130,9 +151,9 @@ def checked_radius(window: int | str | None, clear_weights: str | Path | None) -
         return radius_of(clear_weights) if clear_weights is not None else None
     if window == "full":
         return None
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+    if isinstance(window, bool | str) or not hasattr(window, "__index__") or window < 1:
         raise ValueError(f"window must be a radius of at least 1 token or 'full', got {window!r}; nearest: 1")
-    return window
+    return index(window)
 
 
 def checked_text_attention(text_attention: TextAttention | None, radius: int | None) -> TextAttention:

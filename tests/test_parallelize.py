@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxImg2ImgPipeline, FluxPipeline
+from diffusers import FirstBlockCacheConfig, FluxImg2ImgPipeline, FluxPipeline
 from torch import Tensor
 
 from clear_dist.comm.group import Group
@@ -16,17 +16,19 @@ from tests.tiny import make_tiny_pipeline
 
 HEIGHT, WIDTH = 13, 11
 """In tokens: rows that 2, 3, 5 and 8 ranks don't divide; with 8, stripes of one and two rows are thinner than a halo."""
-RADII = (1, 4, 8)
+RADII = (1, 4, 8, 1000)
 
 
-def run(pipe: FluxPipeline, *, height: int = HEIGHT, width: int = WIDTH, seed: int = 7, **arguments: Any) -> Tensor:
-    """Latents after 3 steps."""
+def run(
+    pipe: FluxPipeline, *, height: int = HEIGHT, width: int = WIDTH, seed: int = 7, steps: int = 3, **arguments: Any
+) -> Tensor:
+    """Latents after the last step."""
     pipe.set_progress_bar_config(disable=True)
     return pipe(
         **({"prompt": "a lighthouse at dusk"} | arguments),
         height=16 * height,
         width=16 * width,
-        num_inference_steps=3,
+        num_inference_steps=steps,
         max_sequence_length=9,
         generator=torch.Generator().manual_seed(seed),
         output_type="latent",
@@ -158,7 +160,49 @@ def stock_after_undo(group: Group) -> bool:
     parallelized = parallelize(pipe, window=4, group=group)
     run(pipe)
     parallelized.undo()
+    parallelized.undo()  # to no effect
     return pipe.transformer.attn_processors == before and torch.equal(run(pipe), run(make_tiny_pipeline()))
+
+
+def threads_and_noise(group: Group) -> None:
+    torch.set_num_threads(1 + group.rank)
+    pipe = make_tiny_pipeline()
+    parallelize(pipe, window=4, group=group)
+    # So many tokens that PyTorch adds them up in parallel, in another order on each rank.
+    run(pipe, height=64, width=40)
+
+
+def test_equal_noise_is_equal_whatever_the_number_of_threads() -> None:
+    run_ranks(threads_and_noise, 2)
+
+
+UNEQUAL: dict[str, dict[str, Any]] = {
+    "guidance": {"negative_prompt": "fog", "true_cfg_scale": 3.0},
+    "batch": {"prompt": ["a hill", "a lake"]},
+    "prompt": {"prompt": "a hill"},
+    "steps": {"steps": 4},
+}
+
+
+def unequal_arguments(group: Group, what: str) -> None:
+    pipe = make_tiny_pipeline()
+    parallelize(pipe, window=4, group=group)
+    with pytest.raises(ValueError, match="every rank must"):
+        run(pipe, **(UNEQUAL[what] if group.rank == 1 else {}))
+
+
+@pytest.mark.parametrize("what", UNEQUAL)
+def test_ranks_with_different_arguments_are_told_and_do_not_hang(what: str) -> None:
+    run_ranks(unequal_arguments, 2, what, timeout=30)
+
+
+def unequal_windows(group: Group) -> None:
+    with pytest.raises(ValueError, match="window must be the same on all ranks, got 4, 5"):
+        parallelize(make_tiny_pipeline(), window=4 + group.rank, group=group)
+
+
+def test_ranks_with_different_windows_are_told() -> None:
+    run_ranks(unequal_windows, 2)
 
 
 def test_undo_restores_the_stock_pipeline() -> None:
@@ -219,6 +263,10 @@ def test_a_process_alone_needs_no_launcher() -> None:
         assert parallelized.stripes == [(0, HEIGHT)]
         with pytest.raises(ValueError, match="parallelized already"):
             parallelize(pipe, window=4)
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+        with pytest.raises(ValueError, match="step caches must be off"):
+            run(pipe)
+        pipe.transformer.disable_cache()
         pipe.transformer.transformer_blocks[0].attn.set_processor(DenseClearProcessor(HEIGHT, WIDTH, 4))
         with pytest.raises(ValueError, match=r"transformer_blocks\.0\.attn.*DenseClearProcessor"):
             run(pipe)

@@ -1,4 +1,7 @@
-"""Adaptors: what the engine must know about each transformer. A new model is one file and one row here."""
+"""Adaptors: what the engine must know about each transformer. A new one is one file and one row here.
+
+What the command line checks of a model before it is loaded is in `clear_dist/preflight/`.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +18,8 @@ def adaptor_for(transformer: Any) -> Adaptor:
     Raises:
         ValueError: there is none for its class.
     """
+    if hasattr(transformer, "_orig_mod"):
+        raise ValueError("parallelize must come before torch.compile; or compile in place: pipe.transformer.compile()")
     name = type(transformer).__name__
     if name not in ADAPTORS:
         raise ValueError(f"the transformer must be one of {', '.join(ADAPTORS)}, got {name}")

@@ -115,10 +115,10 @@ class FluxAdaptor:
             "txt_ids": flat_ids(inputs["txt_ids"]).float(),
         }
 
-    def replicated(self, inputs: dict[str, Any]) -> list[Tensor]:
-        """The inputs that must be equal on all ranks."""
-        names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")
-        return [inputs[name] for name in names if inputs.get(name) is not None]
+    def replicated(self, inputs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """The inputs that must be equal on all ranks: to the bit, and but for the rounding of text encoders."""
+        drawn = [inputs[name] for name in ("hidden_states", "timestep", "guidance") if inputs.get(name) is not None]
+        return drawn, [inputs["encoder_hidden_states"], inputs["pooled_projections"]]
 
     def named_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return dict(inspect.signature(self.transformer.forward).bind(*args, **kwargs).arguments)

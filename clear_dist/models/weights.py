@@ -1,6 +1,5 @@
 """CLEAR checkpoints: the image side of every attention layer, laid over a base model (paper, Sec. 3.3)."""
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+from clear_dist import clear_checkpoint
+from clear_dist.clear_checkpoint import PROJECTIONS
 
 
 def radius_of(path: str | Path) -> int:
@@ -18,17 +18,13 @@ def radius_of(path: str | Path) -> int:
     Raises:
         ValueError: the name tells none, or it names down-sampled keys.
     """
-    name = Path(path).name
-    match = re.fullmatch(r"clear_local_(\d+)(_down_(\d+))?\.safetensors", name)
-    if match is None:
+    clear_checkpoint.refuse_down_sampled(path)
+    radius = clear_checkpoint.radius_of(path)
+    if radius is None:
         raise ValueError(
-            f"a CLEAR checkpoint is named clear_local_<radius>.safetensors, got {name}; pass window=<radius>"
+            f"a CLEAR checkpoint is named clear_local_<radius>.safetensors, got {Path(path).name}; pass window=<radius>"
         )
-    if match[2]:
-        raise ValueError(
-            f"checkpoints with down-sampled keys are not supported, got {name}; nearest: clear_local_{match[1]}"
-        )
-    return int(match[1])
+    return radius
 
 
 def load_clear_weights(transformer: Any, path: str | Path) -> list[str]:
@@ -41,13 +37,8 @@ def load_clear_weights(transformer: Any, path: str | Path) -> list[str]:
     """
     parameters = dict(image_attention_parameters(transformer))
     tensors = read_tensors(path)
-    require_same_names(parameters, tensors, path)
-    for name, parameter in parameters.items():
-        if tensors[name].shape != parameter.shape:
-            raise ValueError(
-                f"{name} must have the shape {tuple(parameter.shape)}, got {tuple(tensors[name].shape)} in {path}; "
-                "is the checkpoint for another model?"
-            )
+    clear_checkpoint.refuse_down_sampled(path, tensors)
+    clear_checkpoint.require_same_tensors(_shapes(parameters), _shapes(tensors), path)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
@@ -78,12 +69,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"CLEAR weights must be a complete safetensors file, got {path}: {error}") from error
 
 
-def require_same_names(expected: Mapping[str, Any], got: Mapping[str, Any], path: str | Path) -> None:
-    missing, unexpected = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
-    for kind, names in (("lacks", missing), ("has an unexpected", unexpected)):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(f"{path} {kind} {names[0]}{more}; is the checkpoint for another model?")
+def _shapes(tensors: Mapping[str, Tensor]) -> clear_checkpoint.Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _submodule(attn: nn.Module, name: str) -> nn.Module | None:

@@ -1,0 +1,21 @@
+"""The embedded demo model: a small trained pipeline in FLUX's architecture that draws landscapes.
+
+Nothing heavy is imported here; `grammar` says what the model understands, `weights` is a folder in diffusers' layout.
+"""
+
+from pathlib import Path
+
+from clear_dist.demo.grammar import DEFAULT_PROMPT, parse
+
+WEIGHTS = Path(__file__).parent / "weights"
+CLEAR_WEIGHTS = WEIGHTS / "clear_local_8.safetensors"
+WINDOW = 8  # the radius, in tokens, that CLEAR_WEIGHTS was tuned for
+NATIVE_SIZE = 256
+DEFAULT_STEPS = 20
+DEFAULT_MAX_SEQUENCE_LENGTH = 32
+DEFAULT_TRUE_CFG_SCALE = 3.0  # with negative prompt "": twice the work, and much more faithful to the prompt
+
+__all__ = [
+    "CLEAR_WEIGHTS", "DEFAULT_MAX_SEQUENCE_LENGTH", "DEFAULT_PROMPT", "DEFAULT_STEPS", "DEFAULT_TRUE_CFG_SCALE",
+    "NATIVE_SIZE", "WEIGHTS", "WINDOW", "parse",
+]  # fmt: skip

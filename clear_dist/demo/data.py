@@ -1,0 +1,41 @@
+"""The demo model's training data: renders with what they show, made by several processes, kept in one folder."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import itertools
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from clear_dist.demo.grammar import Landscape, random_landscape
+from clear_dist.demo.renderer import render
+
+SIZE = 256  # pixels of the native picture; 16 pixels are one token
+LARGE = {512: 250, 1024: 60}  # pictures of larger sizes: cut-outs of them teach what upper stages of a cascade see
+TRAINING_SEED, HELD_OUT_SEED, LARGE_SEED = 1_000_000, 2_000_000, 3_000_000  # scene i of a set has seed first + i
+
+
+def scene(seed: int, size: int) -> tuple[Landscape, np.ndarray]:
+    """The landscape of a seed and its picture, uint8 [size, size, 3]."""
+    words = random_landscape(np.random.default_rng(seed))
+    return words, render(words, seed, size, size)
+
+
+def load_or_render(
+    folder: Path, name: str, first_seed: int, count: int, size: int = SIZE
+) -> tuple[np.ndarray, list[Landscape]]:
+    """`count` pictures, uint8 [count, size, size, 3], and their landscapes; rendered once, then read from `folder`."""
+    pictures, captions = folder / f"{name}.npy", folder / f"{name}.json"
+    if not captions.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        seeds = range(first_seed, first_seed + count)
+        with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
+            scenes = list(pool.map(scene, seeds, itertools.repeat(size), chunksize=20))
+        np.save(pictures, np.stack([picture for _, picture in scenes]))
+        captions.write_text(json.dumps([dataclasses.asdict(words) for words, _ in scenes]))
+    landscapes = [Landscape(**words) for words in json.loads(captions.read_text())]
+    return np.load(pictures, mmap_mode="r"), landscapes

@@ -1,0 +1,117 @@
+"""CLEAR's own recipe on the demo: the image side of attention learns the window from the base with full attention.
+
+Only the layers that a CLEAR checkpoint holds are trained. The loss is the flow's, plus the distance to the teacher's
+prediction, plus the distance to the teacher's attention outputs at image tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from clear_dist.demo.clear_window import image_side
+from clear_dist.demo.tokenizers import T5_LENGTH
+from clear_dist.demo.train_transformer import (
+    GRID,
+    Batch,
+    LatentSet,
+    draw_batch,
+    draw_sigmas,
+    held_out_loss,
+    predict,
+)
+from clear_dist.demo.training import (
+    Figures,
+    MovingAverage,
+    Stopwatch,
+    learning_rate,
+    save_checkpoint,
+    set_learning_rate,
+)
+
+PEAK_RATE, DECAY, SEED = 2e-4, 0.99, 13
+PREDICTION_WEIGHT, ATTENTION_WEIGHT = 0.5, 0.5
+
+
+@contextmanager
+def recorded_attention(transformer: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collects the attention outputs at image tokens, [B, GRID^2, C] per layer, of one forward."""
+    outputs: list[torch.Tensor] = []
+
+    def record(_module: nn.Module, _inputs: tuple, output: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> None:
+        image = output[0] if isinstance(output, tuple) else output[:, -GRID * GRID :]
+        outputs.append(image.float())
+
+    blocks = itertools.chain(transformer.transformer_blocks, transformer.single_transformer_blocks)
+    handles = [block.attn.register_forward_hook(record) for block in blocks]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def distillation_loss(student: nn.ModuleDict, teacher: nn.ModuleDict, batch: Batch) -> torch.Tensor:
+    """Flow, prediction and attention losses of the windowed student against the teacher with full attention."""
+    noise = torch.randn_like(batch.latents)
+    sigmas = draw_sigmas(len(noise), batch.most_noise)
+    noisy = (1 - sigmas) * batch.latents + sigmas * noise
+    with torch.no_grad(), recorded_attention(teacher["transformer"]) as wanted:
+        wanted_prediction = predict(teacher, noisy, sigmas, batch, T5_LENGTH, window=False)
+    with recorded_attention(student["transformer"]) as outputs:
+        prediction = predict(student, noisy, sigmas, batch, T5_LENGTH, window=True)
+    flow = F.mse_loss(prediction, noise - batch.latents)
+    attention = torch.stack([F.mse_loss(a, b) for a, b in zip(outputs, wanted, strict=True)]).mean()
+    return flow + PREDICTION_WEIGHT * F.mse_loss(prediction, wanted_prediction) + ATTENTION_WEIGHT * attention
+
+
+def train_clear(
+    output: Path, base: nn.ModuleDict, native: LatentSet, large: list[LatentSet], held_out: LatentSet, minutes: float
+) -> Path:
+    """Fine-tune for `minutes`, resuming from `output`/clear.pt; returns the checkpoint's file."""
+    torch.manual_seed(SEED)
+    teacher, student = copy.deepcopy(base).requires_grad_(False), copy.deepcopy(base).requires_grad_(False)
+    trained = image_side(student["transformer"])
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    figures, checkpoint = Figures(output / "figures.jsonl", "clear"), output / "clear.pt"
+    average = MovingAverage(student, DECAY)
+    optimizer = torch.optim.AdamW(trained.values(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.0, foreach=True)
+    step, used = 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        student.load_state_dict(state["model"])
+        average.module.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, used = state["step"], state["minutes"]
+    else:
+        figures.add(step=0, minutes=0.0, window=held_out_loss(student, held_out, window=True))
+    clock, rng = Stopwatch(minutes, used), np.random.default_rng(SEED + step)
+    while clock.progress < 1:
+        set_learning_rate(optimizer, learning_rate(clock.progress, PEAK_RATE, warm_up=0.1))
+        loss = distillation_loss(student, teacher, draw_batch(native, large, rng))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        step += 1
+        average.update(student, step)
+        if step % 50 == 0 or clock.progress >= 1:
+            save_checkpoint(
+                checkpoint, model=student.state_dict(), average=average.module.state_dict(),
+                optimizer=optimizer.state_dict(), step=step, minutes=clock.elapsed,
+            )  # fmt: skip
+            window = held_out_loss(average.module, held_out, window=True)
+            figures.add(step=step, minutes=clock.elapsed, loss=loss.item(), window=window)
+    path = output / "clear_local_8.safetensors"
+    layers = image_side(average.module["transformer"])
+    save_file({name: value.half().contiguous() for name, value in layers.items()}, path)
+    return path

@@ -1,0 +1,51 @@
+"""What every rank holds for itself must be the same on all: else they compute different pictures, or wait for ever."""
+
+import torch
+from torch import Tensor
+
+from clear_dist.comm.group import Group
+
+LARGEST_WEIGHT = 8191
+
+LARGEST_DEVIATION = 0.05
+"""Of embeddings between ranks, where 1 is their length: bfloat16 rounds by 0.004, another prompt changes more."""
+
+
+def require_equal_on_all_ranks(drawn: list[Tensor], encoded: list[Tensor], steps: int, group: Group) -> None:
+    """Compares the number of steps, noise and embeddings over ranks.
+
+    Args:
+        drawn: what must be the same to the bit.
+        encoded: what each rank may have computed by itself, so that it differs by rounding.
+
+    Raises:
+        ValueError: on all ranks, where something differs: noise drawn without a common generator, mostly.
+    """
+    if not group.equal([steps]):
+        raise ValueError(f"every rank must be given the same number of steps, got {steps} here and another elsewhere")
+    if not group.equal([number for x in drawn for number in checksum(x)]):
+        raise ValueError(
+            "every rank must be given the same noise and step, but they differ; "
+            "pass generator=torch.Generator().manual_seed(n) with the same n on all ranks"
+        )
+    everyone = torch.tensor(group.gather_objects([shadow(x) for x in encoded]))
+    if (everyone - everyone[0]).abs().max() > LARGEST_DEVIATION:
+        raise ValueError("every rank must be given the same prompt, but their embeddings differ; pass equal prompts")
+
+
+def shadow(x: Tensor) -> list[float]:
+    """A few coordinates of a tensor, in units of its length, along directions that are the same everywhere."""
+    values = x.detach().flatten().double()
+    angles = torch.outer(torch.arange(1, 5, device=x.device).double(), torch.arange(len(values), device=x.device))
+    return (angles.cos() @ values / values.norm().clamp_min(1e-30)).nan_to_num().tolist()
+
+
+def checksum(x: Tensor) -> tuple[int, int]:
+    """Two sums over the bits of a tensor, the second with weights that tell order; the same whatever adds them up.
+
+    Sums of whole numbers, modulo 2^64: those of floating-point numbers depend on the number of threads.
+    """
+    whole_number = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    bits = x.detach().contiguous().flatten().view(whole_number).long()
+    weights = torch.arange(len(bits), device=bits.device) % LARGEST_WEIGHT + 1
+    return int(bits.sum()), int((bits * weights).sum())
