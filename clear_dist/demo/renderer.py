@@ -7,6 +7,7 @@ on the resolution. Edges are smoothed analytically over one pixel.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from clear_dist.demo.grammar import Landscape
 from clear_dist.demo.palette import LANDS, SKIES, mix
 from clear_dist.demo.shapes import Ridge, cover, crescent, dunes, hills, pine_mask, puffs, soft_step
 
-SUN_X = {"left": 0.19, "center": 0.5, "right": 0.81}
+SUN_X: dict[str | None, float] = {"left": 0.19, "center": 0.5, "right": 0.81}
 HORIZON = 0.6
 
 
@@ -71,9 +72,13 @@ def render(words: Landscape, seed: int, height: int = 256, width: int = 256) -> 
     _paint_light(canvas, scene)
     if words.sky == "cloudy":
         _paint_clouds(canvas, scene)
-    {"mountains": _paint_mountains, "hills": _paint_hills, "dunes": _paint_dunes, "sea": _paint_sea}[words.land](
-        canvas, scene
-    )
+    paint_land: dict[str | None, Callable[[Canvas, Scene], None]] = {
+        "mountains": _paint_mountains,
+        "hills": _paint_hills,
+        "dunes": _paint_dunes,
+        "sea": _paint_sea,
+    }
+    paint_land[words.land](canvas, scene)
     if words.trees:
         _paint_pines(canvas, scene)
     return (np.clip(canvas.pixels, 0, 1) * 255 + 0.5).astype(np.uint8)
@@ -92,14 +97,14 @@ def _paint_sky(canvas: Canvas, scene: Scene) -> None:
     middle_y = scene.rng.uniform(0.3, 0.36)
     upper = mix(sky.top, sky.middle, np.clip(y / middle_y, 0, 1))
     canvas.pixels[:] = mix(upper, sky.horizon, np.clip((y - middle_y) / (HORIZON - middle_y), 0, 1))
-    stars = {"night": 70, "dawn": 0, "noon": 0, "sunset": 0}[scene.words.time]
+    stars = 70 if scene.words.time == "night" else 0
     stars = stars // 3 if scene.words.sky == "cloudy" else stars
     for _ in range(round(stars * canvas.aspect)):
-        x, y = scene.rng.uniform(0, canvas.aspect), 0.55 * scene.rng.random()
+        star_x, star_y = scene.rng.uniform(0, canvas.aspect), 0.55 * scene.rng.random()
         size, shine = scene.rng.uniform(0.0025, 0.0045), scene.rng.uniform(0.5, 1.0)
-        if np.hypot(x - scene.light_x, y - scene.light_y) > 0.16:
-            box = canvas.window(x - 0.02, x + 0.02, y - 0.02, y + 0.02)
-            distance = np.hypot(canvas.x[:, box[1]] - x, canvas.y[box[0]] - y)
+        if np.hypot(star_x - scene.light_x, star_y - scene.light_y) > 0.16:
+            box = canvas.window(star_x - 0.02, star_x + 0.02, star_y - 0.02, star_y + 0.02)
+            distance = np.hypot(canvas.x[:, box[1]] - star_x, canvas.y[box[0]] - star_y)
             canvas.paint(shine * np.exp(-((distance / size) ** 2)), palette.SNOW, box)
 
 

@@ -18,7 +18,7 @@ class MovingAverage:
     """An exponential moving average of a module's parameters; its half-life grows with the steps taken."""
 
     def __init__(self, module: nn.Module, decay: float):
-        self.module = copy.deepcopy(module).requires_grad_(False).eval()
+        self.module: Any = copy.deepcopy(module).requires_grad_(False).eval()
         self.decay = decay
 
     @torch.no_grad()
