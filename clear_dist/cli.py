@@ -1,95 +1,19 @@
-"""The command line: a table of commands, and their errors on one line."""
+"""The entry of the command line: what an interrupt does is settled before anything slow is imported."""
 
+import signal
 import sys
 from collections.abc import Sequence
-from typing import Annotated
-
-import typer
-
-from clear_dist import __version__, config
-from clear_dist.comm import ends
-from clear_dist.commands.generate import generate
-from clear_dist.config import Refusal
-
-COMMANDS = {"generate": generate}
-NOT_YET = {
-    "--warmup-steps": "--warmup-steps is for the stale schedule, and there is none yet; nearest: --schedule sync",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `clear-dist` and exit: 0 done, 2 a wrong request, 1 a failure while running, 130 interrupted."""
-    given = with_dashes(sys.argv[1:] if arguments is None else arguments)
-    try:
-        status = _app()(given, standalone_mode=False, prog_name="clear-dist")
-    except KeyboardInterrupt:
-        status = ends.interrupted()
-    except typer.Exit as error:
-        status = error.exit_code
-    except typer.Abort:
-        status = ends.interrupted()
-    except Exception as error:
-        status = ends.refuse(_message(error, given))
-    sys.exit(status or 0)
+    # Signals wait until their handler, too, has been imported.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    from clear_dist.comm.interrupts import at_once
 
+    with at_once():
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        from clear_dist.commands import app
 
-def with_dashes(arguments: Sequence[str]) -> list[str]:
-    """`-` and `_` are the same in the names of flags; values stay as they are."""
-    names = list(arguments)
-    end = names.index("--") if "--" in names else len(names)
-    for index, word in enumerate(names[:end]):
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            names[index] = name.replace("_", "-") + equals + value
-    return names
-
-
-def _app() -> typer.Typer:
-    app = typer.Typer(
-        name="clear-dist",
-        help="Pictures from diffusion transformers linearised by CLEAR, on many GPUs.",
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["--help", "-h"]},
-    )
-    app.callback(invoke_without_command=True)(_without_command)
-    for name, command in COMMANDS.items():
-        app.command(name)(command)
-    return app
-
-
-def _without_command(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="show the version and exit")] = False,
-) -> None:
-    if version:
-        print(f"clear-dist {__version__}")
-        raise typer.Exit(0)
-    if context.invoked_subcommand is None:
-        raise Refusal(f"a command is needed, one of {', '.join(COMMANDS)}; nearest: clear-dist generate")
-
-
-def _message(error: Exception, arguments: Sequence[str]) -> str:
-    """One line for what is wrong with the request; errors of our own making are raised again."""
-    if isinstance(error, Refusal):
-        return str(error)
-    words = getattr(error, "format_message", None)  # typer's, of whichever version
-    if words is None:
-        raise error
-    parameter = getattr(error, "param", None)
-    if parameter is not None and parameter.name in config.WHOLE_NUMBERS | config.REAL_NUMBERS:
-        return str(config.no_number(parameter.name, _value_of(parameter.opts, arguments)))
-    for word in arguments:
-        if word.partition("=")[0] in NOT_YET:
-            return NOT_YET[word.partition("=")[0]]
-    return " ".join(words().split()).rstrip(".") + "; see clear-dist generate --help"
-
-
-def _value_of(flags: Sequence[str], arguments: Sequence[str]) -> str:
-    """What was given for a flag, the last time; `--flag value` or `--flag=value`."""
-    values = [""]
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        name, equals, value = word.partition("=")
-        if name in flags:
-            values.append(value if equals else following)
-    return values[-1]
+        status = app.run(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(status)

@@ -2,18 +2,20 @@
 
 import difflib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 Window = int | Literal["full"]
+TextAttention = Literal["average", "exact"]
 
 FLUX_DEV = "black-forest-labs/FLUX.1-dev"
 FLUX_SCHNELL = "black-forest-labs/FLUX.1-schnell"
 CLEAR_REPOSITORY = "Huage001/CLEAR"
 
-TEXT_ATTENTION = ("average", "exact")
+TEXT_ATTENTION: tuple[TextAttention, ...] = get_args(TextAttention)
 SCHEDULES = ("sync",)
 ATTENTION_BACKENDS = ("auto", "reference", "tiled", "flex")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -34,6 +36,8 @@ WHOLE_NUMBERS = {
 REAL_NUMBERS = {"guidance_scale": (0.0, 100.0), "true_cfg_scale": (1.0, 100.0)}
 RADII = (1, 8_192)
 MOST_PIXELS = 16_384**2
+LONGEST_SHOWN = 80
+"""Characters of a value that a message repeats."""
 
 
 class Refusal(ValueError):
@@ -67,7 +71,7 @@ class GenerateConfig:
     seed: int | None = None
     window: str | None = None
     """Radius in tokens, or `full`."""
-    text_attention: str | None = None
+    text_attention: TextAttention | None = None
     schedule: str = "sync"
     attention_backend: str = "auto"
     dtype: str = "auto"
@@ -79,6 +83,8 @@ class GenerateConfig:
     traceback: bool = False
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            _check_encoding(name, value)
         for name, (least, most) in WHOLE_NUMBERS.items():
             check_whole_number(f"--{flag(name)}", getattr(self, name), least, most)
         for name, (low, high) in REAL_NUMBERS.items():
@@ -89,6 +95,7 @@ class GenerateConfig:
         _check_choice("--device", self.device, DEVICES)
         if self.text_attention is not None:
             _check_choice("--text-attention", self.text_attention, TEXT_ATTENTION)
+        _radius(self.window)
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -97,22 +104,11 @@ class GenerateConfig:
         if self.res is not None and (self.height is not None or self.width is not None):
             given = "--height" if self.height is not None else "--width"
             raise Refusal(f"--res is both height and width, got {given} too; leave one out")
-        if self.radius == "full" and self.text_attention == "average":
-            raise Refusal("--text-attention must be exact where --window is full, got average; nearest: exact")
 
     @property
     def radius(self) -> Window | None:
-        """The window as a number of tokens, `full`, or None where none was given.
-
-        Raises:
-            Refusal: it is neither.
-        """
-        if self.window is None or self.window == "full":
-            return "full" if self.window else None
-        if not self.window.removeprefix("-").isdecimal() or not self.window.isascii():
-            raise Refusal(f"--window must be a radius in tokens, or full, got {self.window!r}; nearest: 8 or full")
-        check_whole_number("--window", int(self.window), *RADII)
-        return int(self.window)
+        """The window as a number of tokens, `full`, or None where none was given."""
+        return _radius(self.window)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +136,7 @@ class Request:
     max_sequence_length: int
     seed: int | None
     window: Window
-    text_attention: str | None
+    text_attention: TextAttention | None
     schedule: str
     attention_backend: str
     dtype: str
@@ -152,7 +148,7 @@ class Request:
 
     @property
     def from_folder(self) -> bool:
-        return Path(self.model).is_dir()
+        return os.path.isdir(self.model)
 
 
 def flag(name: str) -> str:
@@ -163,6 +159,11 @@ def flag(name: str) -> str:
 def nearest_word(word: str, choices: Sequence[str]) -> str:
     """The choice that was probably meant; the first one where none resembles it."""
     return next(iter(difflib.get_close_matches(word, choices, n=1, cutoff=0.4)), choices[0])
+
+
+def shortened(text: str) -> str:
+    """`text`, its end left out where it is too long to be repeated in a message."""
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
 
 
 def check_whole_number(name: str, value: int | None, least: int, most: int) -> None:
@@ -182,7 +183,33 @@ def no_number(name: str, text: str) -> Refusal:
         nearest = least
     nearest = nearest if math.isfinite(nearest) else least
     kind, shown = ("whole number", str(round(nearest))) if whole else ("number", f"{nearest:g}")
-    return Refusal(f"--{flag(name)} must be a {kind} from {least:g} to {most:g}, got {text!r}; nearest: {shown}")
+    bounds = f"{least} to {most}" if whole else f"{least:g} to {most:g}"
+    return Refusal(f"--{flag(name)} must be a {kind} from {bounds}, got {shortened(text)!r}; nearest: {shown}")
+
+
+def _radius(window: str | None) -> Window | None:
+    """Raises a Refusal for a window that is neither a radius nor `full`."""
+    if window is None or window == "full":
+        return "full" if window else None
+    if not window.removeprefix("-").isdecimal() or not window.isascii():
+        raise Refusal(f"--window must be a radius in tokens, or full, got {shortened(window)!r}; nearest: 8 or full")
+    if len(window) > LONGEST_SHOWN:  # Python converts no more than some thousand digits
+        least, most = RADII
+        nearest = least if window.startswith("-") else most
+        raise Refusal(f"--window must be from {least} to {most}, got {shortened(window)}; nearest: {nearest}")
+    check_whole_number("--window", int(window), *RADII)
+    return int(window)
+
+
+def _check_encoding(name: str, value: object) -> None:
+    """Raises a Refusal for words or file names of bytes that are not UTF-8: no tokenizer, nor metadata, takes them."""
+    text = str(value)
+    if not isinstance(value, str | Path) or text.isprintable():
+        return
+    kept = text.encode(errors="ignore").decode()
+    if kept != text:
+        label = "the prompt" if name == "prompt" else f"--{flag(name)}"
+        raise Refusal(f"{label} must be UTF-8, got {shortened(text)!r}; nearest: {shortened(kept)!r}")
 
 
 def _check_real_number(name: str, value: float | None, low: float, high: float) -> None:
@@ -195,5 +222,6 @@ def _check_real_number(name: str, value: float | None, low: float, high: float) 
 def _check_choice(name: str, word: str, choices: Sequence[str]) -> None:
     if word not in choices:
         raise Refusal(
-            f"{name} must be one of {', '.join(choices)}, got {word!r}; nearest: {nearest_word(word, choices)}"
+            f"{name} must be one of {', '.join(choices)}, got {shortened(word)!r}; "
+            f"nearest: {nearest_word(word, choices)}"
         )

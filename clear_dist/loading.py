@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from clear_dist import preflight
 from clear_dist.comm.group import Group
-from clear_dist.config import FLUX_DEV, Refusal, Request
+from clear_dist.config import FLUX_DEV, Refusal, Request, shortened
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 WANTED = (
@@ -26,6 +27,7 @@ WANTED = (
 )
 CUTTABLE = {"transformer": FluxTransformer2DModel, "vae": AutoencoderKL}
 TEXT = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
+SECONDS_BETWEEN_WORDS = 1.0
 NO_TEXT = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
 
 
@@ -40,9 +42,12 @@ def locate(request: Request, group: Group, *, local_rank: int) -> Request:
     hub_checkpoint = checkpoint if checkpoint is not None and not Path(checkpoint).exists() else None
     if request.from_folder and hub_checkpoint is None:
         return request
+    fetching = None
     if local_rank == 0:
-        _fetch(request, hub_checkpoint, offline=False)
-    group.barrier()
+        fetching = ThreadPoolExecutor(1).submit(_fetch, request, hub_checkpoint, offline=False)
+    # A download may take longer than a group waits for a rank that is silent, so the ranks keep in touch meanwhile.
+    while group.agree(_is_underway(fetching)):
+        pass
     folder, checkpoint_file = _fetch(request, hub_checkpoint, offline=True)
     if not request.from_folder:
         return preflight.located(request, folder, checkpoint_file or checkpoint)
@@ -62,7 +67,10 @@ def load_pipeline(folder: Path, *, with_text_encoders: bool, dtype: torch.dtype,
     with _quietly():
         parts = {name: _load_part(kind, folder, name, dtype) for name, kind in kinds.items()}
         without: dict[str, Any] = {} if with_text_encoders else NO_TEXT
-        pipe: Any = FluxPipeline.from_pretrained(folder, **without, **parts, dtype=dtype, local_files_only=True)
+        try:
+            pipe: Any = FluxPipeline.from_pretrained(folder, **without, **parts, dtype=dtype, local_files_only=True)
+        except Exception as error:  # what the tokenizers' library raises is of no other class
+            raise _unloadable(folder, "the tokenizers and the scheduler of a FluxPipeline", error) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -78,7 +86,9 @@ def cut_off(pipe: Any, prompt: str, max_sequence_length: int) -> list[str]:
         if len(ids) > most:
             # The last place goes to the token that ends a prompt.
             rest = tokenizer.decode(ids[most - 1 :], skip_special_tokens=True).strip()
-            lines.append(f"the prompt is longer than the {most} tokens that {name} takes here; cut off: {rest!r}")
+            lines.append(
+                f"the prompt is longer than the {most} tokens that {name} takes here; cut off: {shortened(rest)!r}"
+            )
     return lines
 
 
@@ -90,19 +100,24 @@ def _load_part(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to name the tensor ourselves
             dtype=dtype,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # for a damaged configuration the libraries raise what they like
+        raise _unloadable(folder / name, kind.__name__, error) from error
+    for tensor in sorted(info["missing_keys"]):
+        raise Refusal(f"{folder / name} lacks {tensor}; are these the weights of another model?")
+    for tensor, got, expected in sorted(info.get("mismatched_keys", ())):
         raise Refusal(
-            f"{folder / name} cannot be loaded as a {kind.__name__}: {' '.join(str(error).split())}"
-        ) from error
-    missing = sorted(info["missing_keys"])
-    if missing or info.get("mismatched_keys"):
-        first = missing[0] if missing else sorted(map(str, info["mismatched_keys"]))[0]
-        raise Refusal(
-            f"{folder / name} lacks {first}, or has it in another shape; are these the weights of another model?"
+            f"{tensor} must have the shape {list(expected)}, got {list(got)} in {folder / name}; "
+            "are these the weights of another model?"
         )
     return part
+
+
+def _unloadable(folder: Path, kind: str, error: Exception) -> Refusal:
+    why = " ".join(str(error).split()) or type(error).__name__
+    return Refusal(f"{folder} must hold what can be loaded as {kind}, and does not ({why}); download it again")
 
 
 def _fetch(request: Request, hub_checkpoint: str | None, *, offline: bool) -> tuple[Path, str | None]:
@@ -134,6 +149,17 @@ def _fetch(request: Request, hub_checkpoint: str | None, *, offline: bool) -> tu
         ) from error
     except OSError as error:
         raise _unreachable(what) from error
+
+
+def _is_underway(fetching: Future[tuple[Path, str | None]] | None) -> bool:
+    """Whether there is more to fetch, a moment later; raises what fetching raised."""
+    if fetching is None:
+        return False
+    wait([fetching], SECONDS_BETWEEN_WORDS)
+    if not fetching.done():
+        return True
+    fetching.result()
+    return False
 
 
 def _unreachable(what: str) -> RuntimeError:

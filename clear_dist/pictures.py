@@ -1,7 +1,7 @@
 """Pictures to disk: whole or not at all, with what made them in their metadata."""
 
 import json
-import os
+import secrets
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +13,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 EXIF_DESCRIPTION, EXIF_SOFTWARE = 0x010E, 0x0131
+MOST_EXIF_BYTES = 60_000
+"""Of the description: a JPEG holds less than 64 KB of EXIF."""
 SAVE_OPTIONS: Mapping[str, dict[str, Any]] = {
     ".jpg": {"quality": 95, "subsampling": 0},
     ".jpeg": {"quality": 95, "subsampling": 0},
@@ -28,11 +30,12 @@ def numbered(file: Path, index: int, count: int) -> Path:
     return file if count == 1 else file.with_name(f"{file.stem}-{index:0{digits}d}{file.suffix}")
 
 
-def save_picture(image: Image.Image, file: Path, metadata: Mapping[str, Any]) -> None:
+def save_picture(image: Image.Image, file: Path, metadata: Mapping[str, str]) -> None:
     """Write `image` in the format of the file's ending.
 
     Args:
-        metadata: by name; text chunks of a PNG, a JSON object as the EXIF description elsewhere.
+        metadata: by name; text chunks of a PNG, a JSON object as the EXIF description elsewhere, where long values
+            are cut and end in "...".
 
     Raises:
         OSError: it cannot be written; then nothing is left behind.
@@ -50,7 +53,7 @@ def save_picture(image: Image.Image, file: Path, metadata: Mapping[str, Any]) ->
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
     """A temporary name beside `file`, with the same ending; becomes `file` at the end, and vanishes on failure."""
-    partial = file.with_name(f".{file.stem}.{os.getpid()}{file.suffix}")
+    partial = file.with_name(f".{secrets.token_hex(8)}{file.suffix}")  # short: `file` may have the longest name allowed
     try:
         with _raising_on_sigterm():
             yield partial
@@ -77,15 +80,24 @@ def _raising_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _text_chunks(metadata: Mapping[str, Any]) -> PngInfo:
+def _text_chunks(metadata: Mapping[str, str]) -> PngInfo:
     chunks = PngInfo()
     for name, value in metadata.items():
-        chunks.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
+        chunks.add_itxt(name, value)
     return chunks
 
 
-def _exif(metadata: Mapping[str, Any]) -> Image.Exif:
+def _exif(metadata: Mapping[str, str]) -> Image.Exif:
     exif = Image.Exif()
-    exif[EXIF_DESCRIPTION] = json.dumps(metadata)
-    exif[EXIF_SOFTWARE] = str(metadata.get("Software", ""))
+    exif[EXIF_DESCRIPTION] = _description(metadata)
+    exif[EXIF_SOFTWARE] = metadata.get("Software", "")
     return exif
+
+
+def _description(metadata: Mapping[str, str]) -> str:
+    """A JSON object that fits; the longest values are cut until it does."""
+    kept = dict(metadata)
+    while len(text := json.dumps(kept)) > MOST_EXIF_BYTES:
+        longest = max(kept, key=lambda name: len(kept[name]))
+        kept[longest] = f"{kept[longest][: len(kept[longest]) * 3 // 4]}..."
+    return text

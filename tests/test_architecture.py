@@ -11,10 +11,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ARROWS = {
     "geometry": set(),
     "config": {"demo"},
+    "clear_checkpoint": {"config"},
     "merge": {"geometry"},
     "comm": {"merge", "geometry", "config"},
     "attention": {"merge", "geometry", "config"},
-    "models": {"attention", "comm", "merge", "geometry", "config"},
+    "models": {"attention", "comm", "merge", "geometry", "config", "clear_checkpoint"},
     "text": {"comm", "merge", "geometry", "config"},
     "demo": {"config"},
 }

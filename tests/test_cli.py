@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from clear_dist.cli import with_dashes
+from clear_dist import preflight
+from clear_dist.cli import main
+from clear_dist.commands.app import with_dashes
 
 ROOT = Path(__file__).parents[1]
 # Runs `clear-dist`, then tells what was imported and how much processor time it took.
@@ -85,6 +87,32 @@ def test_every_flag_is_in_the_help(tmp_path: Path) -> None:
 
 def test_the_version(tmp_path: Path) -> None:
     assert run("--version", cwd=tmp_path)[:2] == (0, ["clear-dist 0.1.0"])
+
+
+@pytest.mark.parametrize(
+    ("rank", "words"), [("x", "RANK must be a whole number"), ("3", "RANK must be less than WORLD_SIZE")]
+)
+def test_a_launcher_that_makes_no_sense_is_refused(rank: str, words: str, tmp_path: Path) -> None:
+    place = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    status, output, errors = run("generate", cwd=tmp_path, **place)
+    assert (status, output, len(errors)) == (2, [], 1)
+    assert words in errors[0]
+
+
+@pytest.mark.parametrize("traceback", [[], ["--traceback"]])
+def test_an_error_of_our_own_is_one_line(
+    traceback: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def break_down(*_: object) -> None:
+        raise ZeroDivisionError("by\nnothing")
+
+    monkeypatch.setattr(preflight, "check", break_down)
+    with pytest.raises(SystemExit) as ending:
+        main(["generate", *traceback])
+    first, *more = capsys.readouterr().err.splitlines()
+    assert ending.value.code == 1
+    assert first == "clear-dist: failed: ZeroDivisionError: by nothing (for the traceback: --traceback)"
+    assert bool(more) == bool(traceback)
 
 
 def test_a_refusal_on_two_ranks_is_told_once(tmp_path: Path) -> None:

@@ -144,6 +144,25 @@ def test_torchrun_runs_the_file_of_a_checkout(model: Path, here: Path) -> None:
     assert os.listdir(here) == ["x.jpg"]
 
 
+def has_begun(process: subprocess.Popen[str]) -> bool:
+    """Whether it handles SIGTERM, which Python by itself does not."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return bool(int(status.split("SigCgt:")[1].split()[0], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.parametrize("nproc", ["1", "2"])
+@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.3, 1.0, 2.0])
+def test_an_interrupt_while_libraries_are_imported(model: Path, here: Path, nproc: str, seconds: float) -> None:
+    process = launch(model, "--nproc", nproc, "--steps", "1000")
+    while not has_begun(process):
+        time.sleep(0.01)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=20)
+    assert (process.returncode, output, errors) == (130, "", "clear-dist: interrupted\n")
+    assert os.listdir(here) == []
+
+
 def ranks_at_work(process: subprocess.Popen[str], size: int) -> list[int]:
     """The launcher's children, once they have computed for a while."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")

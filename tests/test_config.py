@@ -28,7 +28,12 @@ WRONG = [
     ({"device": "gpu"}, "--device must be one of auto, cpu, cuda"),
     ({"res": 64, "width": 64}, "--res is both height and width, got --width too"),
     ({"prompt": "a", "prompts": Path("b")}, "either a prompt or --prompts"),
-    ({"window": "full", "text_attention": "average"}, "must be exact where --window is full"),
+    ({"window": "9" * 5_000}, "999...; nearest: 8192"),
+    ({"window": "-" + "9" * 5_000}, "nearest: 1"),
+    ({"window": "x" * 5_000}, "xxx...'; nearest: 8 or full"),
+    ({"prompt": "sea\udcff"}, r"the prompt must be UTF-8, got 'sea\udcff'; nearest: 'sea'"),
+    ({"negative_prompt": "\udcfffog"}, "--negative-prompt must be UTF-8"),
+    ({"output": Path("\udcff.png")}, r"--output must be UTF-8, got '\udcff.png'; nearest: '.png'"),
 ]
 
 
@@ -54,10 +59,20 @@ def test_windows(word: str | None, radius: int | str | None) -> None:
 
 @pytest.mark.parametrize(
     ("name", "text", "nearest"),
-    [("res", "512.4", "512"), ("res", "many", "16"), ("res", "nan", "16"), ("guidance_scale", "1e9", "100")],
+    [
+        ("seed", "1e30", str(2**63 - 1)),
+        ("res", "512.4", "512"),
+        ("res", "many", "16"),
+        ("res", "nan", "16"),
+        ("guidance_scale", "1e9", "100"),
+    ],
 )
 def test_words_in_place_of_numbers(name: str, text: str, nearest: str) -> None:
     assert str(no_number(name, text)).endswith(f"got {text!r}; nearest: {nearest}")
+
+
+def test_bounds_are_told_to_the_last_digit() -> None:
+    assert "from 0 to 9223372036854775807, got" in str(no_number("seed", "x"))
 
 
 def test_nearest_word_always_proposes_something() -> None:

@@ -27,6 +27,27 @@ def test_pictures_carry_what_made_them(tmp_path: Path, ending: str) -> None:
     assert found == METADATA
 
 
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".webp", ".tiff"])
+@pytest.mark.parametrize("letter", ["a", "ß"])
+def test_long_prompts_are_cut_where_they_do_not_fit(tmp_path: Path, ending: str, letter: str) -> None:
+    file = tmp_path / f"picture{ending}"
+    save_picture(Image.new("RGB", (32, 16)), file, METADATA | {"prompt": letter * 100_000})
+    with Image.open(file) as picture:
+        if ending == ".png":
+            found = picture.text  # type: ignore[attr-defined]
+            assert found["prompt"] == letter * 100_000
+        else:
+            found = json.loads(picture.getexif()[EXIF_DESCRIPTION])
+            assert found["prompt"].startswith(letter * 5_000) and found["prompt"].endswith("...")
+        assert found["settings"] == METADATA["settings"]
+
+
+def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
+    file = tmp_path / f"{'x' * 251}.png"
+    save_picture(Image.new("RGB", (32, 16)), file, METADATA)
+    assert os.listdir(tmp_path) == [file.name]
+
+
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     file = tmp_path / "picture.png"
     file.write_text("old")

@@ -1,24 +1,24 @@
 """Checks before anything is loaded: models, CLEAR weights, sizes, ranks, outputs, and what the user is told."""
 
-import json
+import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from clear_dist import demo, preflight
 from clear_dist.comm.env import Place
 from clear_dist.config import CLEAR_REPOSITORY, FLUX_DEV, FLUX_SCHNELL, GenerateConfig, Refusal
 from clear_dist.preflight import clear_weights, devices, model, outputs
 from clear_dist.preflight.flux import FluxShape
+from tests.test_damaged_models import retensor
 from tests.tiny import make_clear_weights, make_tiny_flux, make_tiny_pipeline
 
 ALONE = Place()
-TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -31,93 +31,11 @@ def folder(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "model"))
 
 
-def edit(file: Path, **changes: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def retensor(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file)
-
-
-def cut(file: Path, size: int) -> None:
-    file.write_bytes(file.read_bytes()[:size])
-
-
-def split(folder: Path) -> Path:
-    """Two files and an index in place of the transformer's one; the second file."""
-    whole = folder / TRANSFORMER
-    tensors = load_file(whole)
-    halves = [dict(list(tensors.items())[::2]), dict(list(tensors.items())[1::2])]
-    names = [f"diffusion_pytorch_model-0000{part}-of-00002.safetensors" for part in (1, 2)]
-    for name, half in zip(names, halves, strict=True):
-        save_file(half, whole.with_name(name))
-    weight_map = {key: name for name, half in zip(names, halves, strict=True) for key in half}
-    whole.with_name("diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    whole.unlink()
-    return whole.with_name(names[1])
-
-
-DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (lambda f: shutil.rmtree(f), "there is no"),
-    "empty": (lambda f: (shutil.rmtree(f), f.mkdir()), "empty folder"),
-    "no index": (lambda f: (f / "model_index.json").unlink(), "model_index.json"),
-    "broken index": (lambda f: (f / "model_index.json").write_text("{"), "must be a JSON file"),
-    "another pipeline": (
-        lambda f: edit(f / "model_index.json", _class_name="StableDiffusionPipeline"),
-        "must be a FluxPipeline, got StableDiffusionPipeline",
-    ),
-    "another transformer": (
-        lambda f: edit(f / "transformer/config.json", _class_name="SD3Transformer2DModel"),
-        "must be a FluxTransformer2DModel, got SD3Transformer2DModel",
-    ),
-    "another use": (lambda f: edit(f / "transformer/config.json", in_channels=384), "must take 64 channels"),
-    "no vae": (lambda f: shutil.rmtree(f / "vae"), "must have the folder vae"),
-    "no weights": (lambda f: (f / TRANSFORMER).unlink(), f"there is no file .*{TRANSFORMER}"),
-    "no text weights": (lambda f: (f / "text_encoder_2/model.safetensors").unlink(), "text_encoder_2"),
-    "pickled": (
-        lambda f: (f / TRANSFORMER).rename(f / "transformer/diffusion_pytorch_model.bin"),
-        "got the pickled file .*diffusion_pytorch_model.bin",
-    ),
-    "cut in the data": (lambda f: cut(f / TRANSFORMER, -100), "must have .* bytes by its own header"),
-    "cut in the header": (lambda f: cut(f / TRANSFORMER, 100), "complete safetensors file"),
-    "nothing in it": (lambda f: cut(f / TRANSFORMER, 0), "complete safetensors file"),
-    "other contents": (lambda f: (f / TRANSFORMER).write_text("<html>" * 100), "complete safetensors file"),
-    "tensor missing": (
-        lambda f: retensor(f / TRANSFORMER, lambda t: t.pop("transformer_blocks.0.attn.to_q.weight")),
-        "lacks transformer_blocks.0.attn.to_q.weight",
-    ),
-    "tensor unexpected": (
-        lambda f: retensor(f / TRANSFORMER, lambda t: t.update(extra=torch.zeros(1))),
-        "has an unexpected tensor extra",
-    ),
-    "wrong shape": (
-        lambda f: retensor(f / TRANSFORMER, lambda t: t.update({"proj_out.bias": torch.zeros(3)})),
-        r"proj_out.bias must have the shape \[64\], got \[3\]",
-    ),
-    "a file of several missing": (lambda f: split(f).unlink(), "there is no file .*00002-of-00002"),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGE)
-def test_damaged_models_are_refused(folder: Path, name: str) -> None:
-    damage, message = DAMAGE[name]
-    damage(folder)
-    with pytest.raises(Refusal, match=message):
-        preflight.check(GenerateConfig(model=str(folder)), ALONE)
-
-
-def test_weights_in_several_files(folder: Path) -> None:
-    split(folder)
-    assert model.of_folder(folder).token_size == 16
-
-
 @pytest.mark.parametrize("guidance", [True, False])
 def test_every_tensor_of_the_transformer_is_known(guidance: bool) -> None:
     transformer = make_tiny_pipeline(double_blocks=2, single_blocks=3, guidance_embeds=guidance).transformer
     expected = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
-    assert FluxShape.of(transformer.config).tensors() == expected
+    assert FluxShape.of(transformer.config, "here").tensors() == expected
 
 
 def test_defaults_fit_the_model(original: Path, tmp_path: Path) -> None:
@@ -159,6 +77,13 @@ def test_the_demo_passes_its_own_checks() -> None:
         ({"clear_weights": "nowhere.safetensors"}, r"there is no nowhere.safetensors"),
         ({"clear_weights": "a:b"}, r"must be owner/name:file"),
         ({"text_attention": "average"}, r"must be exact where the window is full"),
+        ({"output": Path(f"{'x' * 252}.png")}, r"must be a file that can be written, .* of 256 bytes .*clear-dist.png"),
+        ({"output": Path(f"{'x' * 251}.png"), "num_images": 2}, r"must be a file that can be written, .* 257 bytes"),
+        ({"model": "/" + "x" * 5_000}, r"there is no /xxx.*\.\.\.; nearest"),
+        ({"model": f"a/{'x' * 5_000}"}, r"there is no a/xxx"),
+        ({"model": "a/b c"}, r"there is no a/b c; nearest"),
+        ({"clear_weights": "x" * 5_000}, r"there is no xxx.*\.\.\.; nearest"),
+        ({"clear_weights": "a/b:clear_local_8_down_4.safetensors"}, r"down-sampled .* nearest: clear_local_8.safe"),
         ({"window": "4", "model": "huggingface"}, r"there is no huggingface; nearest"),
     ],
 )
@@ -229,6 +154,17 @@ def test_clear_weights_of_another_model_are_refused(folder: Path, change: Callab
         clear_weights.find(str(file), None, model.of_folder(folder))
 
 
+def test_clear_weights_for_a_window_and_full_attention_are_said(folder: Path) -> None:
+    file = make_clear_weights(make_tiny_pipeline().transformer, folder / "clear_local_4.safetensors")
+    config = GenerateConfig(model=str(folder), clear_weights=str(file), window="full")
+    assert any("distilled for a window of 4, not for full" in line for line in preflight.check(config, ALONE)[1])
+
+
+def test_a_folder_is_no_checkpoint(folder: Path) -> None:
+    (folder / "clear_local_1.safetensors").mkdir()
+    assert clear_weights.find("auto", None, model.of_folder(folder)) is None
+
+
 def test_official_checkpoints_go_with_flux_by_name() -> None:
     dev = model.find(FLUX_DEV, has_cuda=True)
     assert clear_weights.find("auto", None, dev) == f"{CLEAR_REPOSITORY}:clear_local_16.safetensors"
@@ -252,6 +188,7 @@ def test_a_checkpoint_without_a_radius_needs_a_window(folder: Path) -> None:
         ({"revision": "main"}, "--revision has no effect"),
         ({"window": "4", "text_attention": "exact"}, "--text-attention has no effect on one rank"),
         ({"res": 1024}, "far above the model's 128"),
+        ({"attention_backend": "tiled"}, "--attention-backend has no effect where the window is full"),
     ],
 )
 def test_choices_and_flags_without_effect_are_said(original: Path, given: dict[str, Any], part: str) -> None:
@@ -279,6 +216,30 @@ def test_a_file_of_prompts(original: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\n  two \n")
     assert preflight.check(GenerateConfig(model=str(original), prompts=file), ALONE)[0].prompts == ("one", "two")
+    file.write_text("\ufeffone\n", encoding="utf-8")
+    assert preflight.check(GenerateConfig(model=str(original), prompts=file), ALONE)[0].prompts == ("one",)
     file.write_text("\n")
     with pytest.raises(Refusal, match="at least one prompt"):
         preflight.check(GenerateConfig(model=str(original), prompts=file), ALONE)
+
+
+def test_a_pipe_of_prompts_is_read_once(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    config = GenerateConfig(model="demo", device="cpu", prompts=pipe)
+    with pytest.raises(Refusal, match="must be a file under torchrun"):
+        preflight.check(config, Place(world_size=2, local_world_size=2, launcher="torchrun"))
+    writer = threading.Thread(target=pipe.write_text, args=("sunset over hills\nan elephant\n",), daemon=True)
+    writer.start()
+    request, lines = preflight.check(config, ALONE)
+    writer.join()
+    assert request.prompts[0] == "sunset over hills" and len(request.prompts) == 2
+    assert any("'elephant'" in line for line in lines)
+
+
+def test_a_numbered_name_that_is_a_folder_is_refused(original: Path, tmp_path: Path) -> None:
+    (tmp_path / "x-1.png").mkdir()
+    output = tmp_path / "x.png"
+    preflight.check(GenerateConfig(model=str(original), output=output), ALONE)
+    with pytest.raises(Refusal, match=r"got the folder .*x-1\.png"):
+        preflight.check(GenerateConfig(model=str(original), output=output, num_images=2), ALONE)

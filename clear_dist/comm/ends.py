@@ -40,13 +40,15 @@ def run_rank(work: Callable[[], None], *, traceback: bool) -> int:
     try:
         work()
     except KeyboardInterrupt:
-        return _tell(place, _cause(place, INTERRUPTED, "interrupted", None), traceback=False)
+        return interrupted()
     except Refusal as error:
         return _tell(place, _cause(place, REFUSED, str(error), error), traceback=traceback)
     except Exception as error:
-        if _follows_from_a_lost_peer(error):
-            return FAILED
-        line = f"rank {place.rank} failed: {describe(error)} {HOW_TO_SEE_MORE}"
+        lost = _lost_peer(error) if place.launcher is not None else None
+        if lost is not None and place.failures is not None:
+            return FAILED  # the rank that has the cause tells it
+        what = f"failed: {describe(error)}" if lost is None else f"lost contact with another rank: {lost}"
+        line = f"rank {place.rank} {what} {HOW_TO_SEE_MORE}"
         return _tell(place, _cause(place, FAILED, line, error), traceback=traceback)
     return 0
 
@@ -57,11 +59,19 @@ def refuse(message: str) -> int:
     return _tell(place, _cause(place, REFUSED, message, None), traceback=False)
 
 
+def fail(error: Exception, *, traceback: bool) -> int:
+    """Tell of an error outside the ranks' work; returns the exit status."""
+    place = env.read()
+    cause = _cause(place, FAILED, f"failed: {describe(error)} {HOW_TO_SEE_MORE}", error)
+    return _tell(place, cause, traceback=traceback)
+
+
 def interrupted() -> int:
-    """Tell that the launcher was interrupted; returns the exit status."""
-    _restore_terminal()
-    say("interrupted")
-    return INTERRUPTED
+    """Tell that this process was interrupted, once where several ranks were; returns the exit status."""
+    place = env.read()
+    if place.launcher is None:
+        _restore_terminal()
+    return _tell(place, _cause(place, INTERRUPTED, "interrupted", None), traceback=False)
 
 
 def causes(folder: Path) -> list[Cause]:
@@ -122,7 +132,7 @@ def _tell(place: env.Place, cause: Cause, *, traceback: bool) -> int:
     if place.launcher == "torchrun":
         # As soon as one rank has ended torchrun terminates the others, this one perhaps in the middle of its line.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return _print(cause, traceback=traceback) if _is_first(place) else cause.status
+    return _print(cause, traceback=traceback) if _speaks(place, cause) else cause.status
 
 
 def _print(cause: Cause, *, traceback: bool) -> int:
@@ -132,10 +142,11 @@ def _print(cause: Cause, *, traceback: bool) -> int:
     return cause.status
 
 
-def _is_first(place: env.Place) -> bool:
-    """Whether no other rank of this machine has spoken."""
+def _speaks(place: env.Place, cause: Cause) -> bool:
+    """Whether no other rank of this machine has spoken, or none can know."""
     if place.failures is None or not place.failures.is_dir():
-        return place.launcher is None or place.rank == 0
+        # Each may have a cause of its own, but all are interrupted alike.
+        return place.rank == 0 or cause.status != INTERRUPTED
     try:
         os.close(os.open(place.failures / "clear_dist_spoke", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
@@ -143,10 +154,11 @@ def _is_first(place: env.Place) -> bool:
     return True
 
 
-def _follows_from_a_lost_peer(error: BaseException | None) -> bool:
+def _lost_peer(error: BaseException | None) -> BaseException | None:
+    """The PeerLost that `error` is or follows from."""
     group = sys.modules.get("clear_dist.comm.group")  # not imported: nothing can have been lost
     while group is not None and error is not None:
         if isinstance(error, group.PeerLost):
-            return True
+            return error
         error = error.__cause__ or error.__context__
-    return False
+    return None

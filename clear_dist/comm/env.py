@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-_FAILURES = "CLEAR_DIST_FAILURES"
+_FAILURES, _THREADS = "CLEAR_DIST_FAILURES", "CLEAR_DIST_THREADS"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,10 @@ class Place:
     launcher: Literal["torchrun", "clear-dist"] | None = None
     failures: Path | None = None
     """Folder in which the ranks of this machine, and `clear-dist --nproc`, learn that one has failed."""
+    threads: int | None = None
+    """This rank's share of the cores; None: whatever OpenMP was told."""
+    meeting: tuple[str, int] | None = None
+    """Host and port at which the ranks find each other."""
 
 
 def read(environment: Mapping[str, str] = os.environ) -> Place:
@@ -40,6 +44,8 @@ def read(environment: Mapping[str, str] = os.environ) -> Place:
         local_world_size=_number(environment, "LOCAL_WORLD_SIZE", world_size),
         launcher="clear-dist" if _FAILURES in environment else "torchrun",
         failures=_failures_folder(environment),
+        threads=_number(environment, _THREADS) if _THREADS in environment else None,
+        meeting=(environment["MASTER_ADDR"], _number(environment, "MASTER_PORT")),
     )
 
 
@@ -48,9 +54,10 @@ def launched_by_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
     return all(name in environment for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
-def variables(*, rank: int, size: int, port: int, failures: Path) -> dict[str, str]:
+def variables(*, rank: int, size: int, port: int, failures: Path, threads: int | None) -> dict[str, str]:
     """torchrun's variables for one of `size` ranks on this machine that meet at `port`."""
-    return {
+    own = {} if threads is None else {_THREADS: str(threads)}
+    return own | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(size),

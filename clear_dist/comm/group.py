@@ -14,7 +14,8 @@ from clear_dist.comm import env
 
 Transport = Literal["nccl", "gloo", "host"]
 
-_SIGNS_OF_LOSS = ("closed by peer", "reset by peer", "broken pipe", "refused", "timed out", "timeout", "socket")
+_SIGNS_OF_DEATH = ("closed by peer", "reset by peer", "broken pipe")
+_SIGNS_OF_LOSS = (*_SIGNS_OF_DEATH, "refused", "timed out", "timeout", "socket")
 
 
 class PeerLost(RuntimeError):
@@ -75,7 +76,8 @@ class Group:
 
         Raises:
             ValueError: this process is not in `process_group`, or the transport cannot carry the device's tensors.
-            PeerLost: a rank of the group did not come.
+            ConnectionError: the ranks cannot meet, or cannot connect to each other.
+            PeerLost: a rank of the group went away while they did.
         """
         device, timeout = _with_index(torch.device(device)), timedelta(seconds=timeout_seconds)
         if device.type == "cuda":
@@ -84,9 +86,9 @@ class Group:
         if process_group == dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError("this process must be a rank of process_group, and is not")
         initialised_torch = not dist.is_initialized()
-        with telling_lost_peers():
-            if initialised_torch:
-                _initialise_torch(device, timeout)
+        if initialised_torch:
+            _initialise_torch(device, timeout)
+        with _telling_failed_connections():
             ranks = tuple(sorted(dist.get_process_group_ranks(process_group)))
             main = _new_process_group(ranks, _backends(device), timeout)
             if transport == "auto":
@@ -180,21 +182,33 @@ class Group:
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.main)
         return bool(flags.item())
 
+    def equal(self, values: Sequence[int]) -> bool:
+        """Whether all ranks hold the same whole numbers, as many on each; told alike to all of them."""
+        # Through gloo, as in `agree`. 62 bits of each: their negatives exist.
+        mine = torch.tensor([value & (2**62 - 1) for value in values])
+        extremes = torch.cat([mine, -mine])
+        with telling_lost_peers():
+            dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self.main)
+        highest, lowest = extremes.chunk(2)
+        return torch.equal(highest, -lowest)
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         self.agree(False)
 
     def close(self) -> None:
         """Destroy what `create` made, and nothing else. A rank that failed must not call this: it would wait."""
-        if self.initialised_torch:
+        if not dist.is_initialized():
+            return
+        dist.destroy_process_group(self.text)
+        dist.destroy_process_group(self.main)
+        # Others may have been made since on what this one initialised.
+        if self.initialised_torch and len(dist.distributed_c10d._world.pg_map) == 1:
             dist.destroy_process_group()
-        else:
-            dist.destroy_process_group(self.text)
-            dist.destroy_process_group(self.main)
 
     def _connect(self) -> None:
         """NCCL's first call on a group must involve all its ranks, and halos do not."""
-        with telling_lost_peers():
+        with _telling_failed_connections():
             for process_group in (self.main, self.text):
                 dist.all_reduce(torch.zeros(1, device=self.wire), group=process_group)
 
@@ -235,11 +249,30 @@ def _backends(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
 
 
+@contextmanager
+def _telling_failed_connections() -> Iterator[None]:
+    """While ranks connect they may all fail for the same cause, so that silence would hide it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not any(sign in str(error).lower() for sign in _SIGNS_OF_LOSS):
+            raise
+        if any(sign in str(error).lower() for sign in _SIGNS_OF_DEATH):
+            raise PeerLost(f"another rank is gone: {error}".splitlines()[0]) from error
+        raise ConnectionError(f"cannot connect to the other ranks: {error}".splitlines()[0]) from error
+
+
 def _initialise_torch(device: torch.device, timeout: timedelta) -> None:
-    if env.launched_by_torchrun():
-        dist.init_process_group(_backends(device), timeout=timeout)
-    else:
+    meeting = env.read().meeting
+    if meeting is None:
         dist.init_process_group(_backends(device), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    host, port = meeting
+    try:
+        socket.getaddrinfo(host, port)  # torch would try for as long as it waits for ranks
+        dist.init_process_group(_backends(device), timeout=timeout)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConnectionError(f"cannot meet the other ranks at {host}:{port}: {error}".splitlines()[0]) from error
 
 
 def _new_process_group(ranks: tuple[int, ...], backend: str, timeout: timedelta) -> dist.ProcessGroup:

@@ -14,10 +14,10 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 from clear_dist.comm import ends, env
+from clear_dist.comm.interrupts import ENDING, at_once, unwinding
 
 HEAVY = ("torch", "diffusers.pipelines.flux.pipeline_flux", "clear_dist.generation")
 """Imported once, before the ranks are forked: in each of eight ranks it would cost a minute on two cores."""
@@ -25,10 +25,9 @@ QUIET = {
     "DIFFUSERS_VERBOSITY": "error",
     "HF_HUB_VERBOSITY": "error",
     "TRANSFORMERS_VERBOSITY": "error",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "FATAL",
 }
 """Unless the user sets them: libraries would report every lost connection from every rank."""
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MEETING_SECONDS, FAREWELL_SECONDS = 5.0, 5.0
 _PR_SET_PDEATHSIG = 1
 
@@ -39,33 +38,38 @@ def run(work: Work, *, nproc: int, on_cuda: bool = False, traceback: bool = Fals
     """Do `work` in this process or, if nobody launched it and nproc > 1, in `nproc` new ones; the exit status.
 
     Args:
-        work: what a rank does; it finds its place in `comm.env`.
+        work: what a rank does; it finds its place in `comm.env`. An interrupt ends a single rank at once, except
+            inside `interrupts.unwinding`.
         nproc: ranks on this machine; without meaning where torchrun has started them.
         on_cuda: ranks will use CUDA, which does not survive a fork after its first use.
         traceback: print the traceback of the rank that failed first, too.
     """
     for name, level in QUIET.items():
         os.environ.setdefault(name, level)
-    if env.read().launcher is not None:
-        return _leave(ends.run_rank(work, traceback=traceback))
-    with _terminable():
+    with at_once():
+        if env.read().launcher is not None:
+            return _leave(ends.run_rank(work, traceback=traceback))
         if nproc == 1:
             return ends.run_rank(work, traceback=traceback)
+        threads = _share_of_threads(nproc)
+        if not on_cuda:
+            for name in HEAVY:
+                import_module(name)  # only imports: a fork is safe as long as no parallel region of OpenMP has run
         try:
-            with _reserved_port() as port, tempfile.TemporaryDirectory(prefix="clear-dist-") as folder:
-                return _run_ranks(work, nproc, port, Path(folder), on_cuda=on_cuda, traceback=traceback)
+            with unwinding(), _reserved_port() as port, tempfile.TemporaryDirectory(prefix="clear-dist-") as folder:
+                failures = Path(folder)
+                places = [
+                    env.variables(rank=rank, size=nproc, port=port, failures=failures, threads=threads)
+                    for rank in range(nproc)
+                ]
+                return _run_ranks(work, places, failures, on_cuda=on_cuda, traceback=traceback)
         except KeyboardInterrupt:
             return ends.interrupted()
 
 
-def _run_ranks(work: Work, size: int, port: int, folder: Path, *, on_cuda: bool, traceback: bool) -> int:
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // size)))
-    if not on_cuda:
-        for name in HEAVY:
-            import_module(name)  # only imports: a fork is safe as long as no parallel region of OpenMP has run
+def _run_ranks(work: Work, places: list[dict[str, str]], folder: Path, *, on_cuda: bool, traceback: bool) -> int:
     # mypy knows no common class of contexts that has Process.
     context: Any = multiprocessing.get_context("spawn" if on_cuda else "fork")
-    places = [env.variables(rank=rank, size=size, port=port, failures=folder) for rank in range(size)]
     processes = [context.Process(target=_be_rank, args=(work, place, os.getpid())) for place in places]
     try:
         with _undisturbed():
@@ -97,6 +101,15 @@ def _leave(status: int) -> int:
     if status:
         os._exit(status)
     return status
+
+
+def _share_of_threads(size: int) -> int | None:
+    """Of each of `size` ranks; None: the user has told OpenMP."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return None
+    threads = max(1, len(os.sched_getaffinity(0)) // size)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is imported, here or in a rank
+    return threads
 
 
 def _wait(processes: list[BaseProcess], folder: Path) -> None:
@@ -153,18 +166,3 @@ def _undisturbed() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the launcher as Ctrl-C does: its ranks first."""
-
-    def stop(_: int, __: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, stop) for number in ENDING[1:]}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -14,9 +14,8 @@ import torch.distributed as dist
 
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group, reduce_op, telling_lost_peers
+from clear_dist.config import TextAttention
 from clear_dist.merge import unweigh, weigh
-
-TextAttention = Literal["average", "exact"]
 
 
 class TextReduce:

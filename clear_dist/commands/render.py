@@ -1,7 +1,6 @@
 """What each rank does for `generate`: load, encode, denoise, decode, save, report."""
 
 import json
-import os
 import secrets
 import shlex
 import time
@@ -14,10 +13,11 @@ from PIL.Image import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from clear_dist import __version__, loading, report
+from clear_dist import __version__, demo, loading, report
 from clear_dist.comm import env
 from clear_dist.comm.ends import say
 from clear_dist.comm.group import Group
+from clear_dist.comm.interrupts import unwinding
 from clear_dist.config import Refusal, Request
 from clear_dist.generation import decode, denoise
 from clear_dist.parallelize import Parallelized, parallelize
@@ -94,7 +94,7 @@ class Rendering:
             num_images=request.num_images,
         )
 
-    def _end_step(self, done: int, _: int) -> None:
+    def _end_step(self, done: int, *_: int) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # else the launch of the step's kernels is timed, not the step
         self.phases.end_step(done)
@@ -108,9 +108,18 @@ class Rendering:
             files.append(file)
         return files
 
-    def _metadata(self, prompt: str, index: int) -> dict[str, Any]:
-        own = {"prompt": prompt, "seed": str(self.seed), "Software": f"clear-dist {__version__}"}
-        return own | {"image": str(index), "settings": json.dumps(self._settings())}
+    def _metadata(self, prompt: str, index: int) -> dict[str, str]:
+        """What made one picture, and may be shared with it: no other prompts, no folders of this machine."""
+        settings = self._settings()
+        for name in ("prompts", "negative_prompt", "output", "latents_out", "report"):
+            del settings[name]
+        for name in ("model", "clear_weights"):
+            if settings[name] is not None and Path(settings[name]).exists():
+                settings[name] = "demo" if settings[name] == str(demo.WEIGHTS) else Path(settings[name]).name
+        own = {"prompt": prompt, "seed": str(self.seed), "Software": f"clear-dist {__version__}", "image": str(index)}
+        if self.request.negative_prompt is not None:
+            own["negative_prompt"] = self.request.negative_prompt
+        return own | {"settings": json.dumps(settings)}
 
     def _settings(self) -> dict[str, Any]:
         """The request as plain values, with what this run has chosen: settings that make the picture again."""
@@ -164,15 +173,15 @@ def render(request: Request, began: float) -> None:
     """
     with watched(rank=env.read().rank) as phases, torch.inference_mode():
         rendering = _prepare(request, began, phases)
-        rendering.run()
+        with unwinding():  # from here on files are written
+            rendering.run()
     rendering.group.close()
 
 
 def _prepare(request: Request, began: float, phases: Phases) -> Rendering:
     place = env.read()
-    if place.launcher == "clear-dist":
-        # Counted when torch was imported, before this rank's share was known.
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if place.threads is not None:
+        torch.set_num_threads(place.threads)  # torch may have been imported before the share was known
     device = _device(request.device, place.local_rank)
     group = Group.create(device)
     phases.seconds["launch"] = time.time() - began
@@ -206,7 +215,7 @@ def _parallelize(pipe: Any, request: Request, group: Group) -> Parallelized:
             pipe,
             window=request.window,
             clear_weights=request.clear_weights,
-            text_attention=request.text_attention,  # type: ignore[arg-type]
+            text_attention=request.text_attention,
             attention_backend=request.attention_backend,
             group=group,
         )

@@ -1,11 +1,14 @@
 """What can be checked, and chosen, before weights are loaded: no torch here."""
 
+import stat
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from clear_dist import demo
+from clear_dist.clear_checkpoint import radius_of
 from clear_dist.comm.env import Place
-from clear_dist.config import MOST_PIXELS, GenerateConfig, Refusal, Request, Window
+from clear_dist.config import MOST_PIXELS, GenerateConfig, Refusal, Request, Window, shortened
 from clear_dist.geometry import cut_in_stripes
 from clear_dist.preflight import clear_weights, devices, model, notes, outputs
 from clear_dist.preflight.model import ModelFacts
@@ -29,9 +32,10 @@ def check(config: GenerateConfig, place: Place) -> tuple[Request, tuple[str, ...
     height, width = _size(config, facts)
     checkpoint = clear_weights.find(config.clear_weights, config.radius, facts)
     window = _window(config, checkpoint)
+    prompts = _prompts(config, facts, place)
     request = Request(
-        prompts=_prompts(config, facts),
-        negative_prompt=_understood(config.negative_prompt, facts),
+        prompts=tuple(_understood(prompt, facts) or "" for prompt in prompts),
+        negative_prompt=_understood(_given(config.negative_prompt, facts.negative_prompt), facts),
         num_images=config.num_images,
         model=facts.location,
         revision=config.revision,
@@ -39,8 +43,8 @@ def check(config: GenerateConfig, place: Place) -> tuple[Request, tuple[str, ...
         height=height,
         width=width,
         steps=config.steps or facts.steps,
-        guidance_scale=facts.guidance_scale if config.guidance_scale is None else config.guidance_scale,
-        true_cfg_scale=1.0 if config.true_cfg_scale is None else config.true_cfg_scale,
+        guidance_scale=_given(config.guidance_scale, facts.guidance_scale),
+        true_cfg_scale=_given(config.true_cfg_scale, facts.true_cfg_scale),
         max_sequence_length=config.max_sequence_length or facts.max_sequence_length,
         seed=config.seed,
         window=window,
@@ -57,7 +61,7 @@ def check(config: GenerateConfig, place: Place) -> tuple[Request, tuple[str, ...
     _check_text_attention(request)
     _check_size(request, facts)
     ranks = place.local_world_size if place.launcher else request.world_size
-    return request, notes.of(config, request, facts, gpus=gpus, ranks=ranks)
+    return request, notes.of(config, request, facts, prompts=prompts, gpus=gpus, ranks=ranks)
 
 
 def located(request: Request, folder: Path, checkpoint: str | None) -> Request:
@@ -79,20 +83,26 @@ def located(request: Request, folder: Path, checkpoint: str | None) -> Request:
     return settled
 
 
-def _prompts(config: GenerateConfig, facts: ModelFacts) -> tuple[str, ...]:
-    if config.prompts is not None:
-        try:
-            lines = config.prompts.read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", None) or "not UTF-8"
-            raise Refusal(f"--prompts must be a text file, one prompt a line, got {config.prompts} ({why})") from error
-        given = [line.strip() for line in lines if line.strip()]
-        if not given:
-            raise Refusal(f"--prompts must hold at least one prompt, got the empty file {config.prompts}")
-    else:
+def _prompts(config: GenerateConfig, facts: ModelFacts, place: Place) -> tuple[str, ...]:
+    """As given. A pipe can be read once only: not here and in the notes, and not by each of torchrun's ranks."""
+    if config.prompts is None:
         default = demo.DEFAULT_PROMPT if facts.is_demo else DEFAULT_PROMPT
-        given = [default if config.prompt is None else config.prompt]
-    return tuple(_understood(prompt, facts) or "" for prompt in given)
+        return (default if config.prompt is None else config.prompt,)
+    try:
+        if place.world_size > 1 and stat.S_ISFIFO(config.prompts.stat().st_mode):
+            raise Refusal(f"--prompts must be a file under torchrun, got the pipe {config.prompts}; nearest: --nproc")
+        lines = config.prompts.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why, shown = getattr(error, "strerror", None) or "not UTF-8", shortened(str(config.prompts))
+        raise Refusal(f"--prompts must be a text file, one prompt a line, got {shown} ({why})") from error
+    given = tuple(line.strip() for line in lines if line.strip())
+    if not given:
+        raise Refusal(f"--prompts must hold at least one prompt, got the empty file {config.prompts}")
+    return given
+
+
+def _given(value: Any, default: Any) -> Any:
+    return default if value is None else value
 
 
 def _understood(prompt: str | None, facts: ModelFacts) -> str | None:
@@ -105,7 +115,7 @@ def _window(config: GenerateConfig, checkpoint: str | None) -> Window:
         return config.radius
     if checkpoint is None:
         return "full"
-    radius = clear_weights.radius_of(checkpoint)
+    radius = radius_of(checkpoint)
     if radius is None:
         raise Refusal(
             f"--window must be given where the checkpoint's name does not tell it, got {checkpoint}; "
@@ -167,6 +177,3 @@ def _check_size(request: Request, facts: ModelFacts) -> None:
         pixels=request.height * request.width,
         pictures=len(request.prompts) * request.num_images,
     )
-
-
-__all__ = ["check", "located"]

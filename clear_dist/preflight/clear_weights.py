@@ -1,17 +1,17 @@
 """Which CLEAR checkpoint goes with a request, and whether it fits the model."""
 
+import os
 import re
 from pathlib import Path
 
 from clear_dist import demo
-from clear_dist.config import CLEAR_REPOSITORY, FLUX_DEV, FLUX_SCHNELL, Refusal, Window
-from clear_dist.preflight.headers import compare, read_shapes
+from clear_dist.clear_checkpoint import radius_of, refuse_down_sampled, require_same_tensors
+from clear_dist.config import CLEAR_REPOSITORY, FLUX_DEV, FLUX_SCHNELL, Refusal, Window, shortened
+from clear_dist.preflight.headers import read_shapes
 from clear_dist.preflight.model import ModelFacts
 
 DEFAULT_RADIUS = 16
 """Of the paper's pictures; used where FLUX.1's own checkpoints are, and no window was asked for."""
-CHECKPOINT = re.compile(r"clear_local_(\d+)\.safetensors")
-DOWN_SAMPLED = "spatial_weight"
 
 
 def find(word: str, window: Window | None, model: ModelFacts) -> str | None:
@@ -28,21 +28,17 @@ def find(word: str, window: Window | None, model: ModelFacts) -> str | None:
         return None
     if word == "auto":
         found = None if window == "full" else _automatic(window, model)
-    elif Path(word).expanduser().exists() or ":" not in word:
+    elif os.path.exists(Path(word).expanduser()) or ":" not in word:  # a Path raises for a name that is too long
         found = _local(Path(word).expanduser(), window)
     else:
         found = word if _is_hub_file(word) else None
         if found is None:
-            raise Refusal(f"--clear-weights on the hub must be owner/name:file, got {word!r}; nearest: auto")
-    if found is not None and Path(found).exists():
+            raise Refusal(f"--clear-weights on the hub must be owner/name:file, got {shortened(word)!r}; nearest: auto")
+    if found is not None:
+        refuse_down_sampled(found)
+    if found is not None and os.path.exists(found):
         _check(Path(found), model)
     return found
-
-
-def radius_of(checkpoint: str) -> int | None:
-    """The radius in tokens that a checkpoint was distilled for, from its name."""
-    match = CHECKPOINT.fullmatch(re.split(r"[/:]", checkpoint)[-1])
-    return int(match[1]) if match else None
 
 
 def _automatic(window: Window | None, model: ModelFacts) -> str | None:
@@ -55,12 +51,12 @@ def _automatic(window: Window | None, model: ModelFacts) -> str | None:
 
 
 def _local(path: Path, window: Window | None) -> str:
-    if path.is_file():
+    if os.path.isfile(path):
         return str(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise Refusal(
             f"--clear-weights must be auto, none, a safetensors file, a folder, or a hub file owner/name:file; "
-            f"there is no {path}; nearest: auto"
+            f"there is no {shortened(str(path))}; nearest: auto"
         )
     own = _checkpoints(path)
     if not own:
@@ -69,9 +65,8 @@ def _local(path: Path, window: Window | None) -> str:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(
-        (file for file in folder.iterdir() if radius_of(file.name)), key=lambda file: radius_of(file.name) or 0
-    )
+    files = [file for file in folder.iterdir() if radius_of(file.name) and file.is_file()]
+    return sorted(files, key=lambda file: radius_of(file.name) or 0)
 
 
 def _choose(checkpoints: list[Path], window: Window | None) -> Path:
@@ -86,9 +81,6 @@ def _is_hub_file(word: str) -> bool:
 
 def _check(file: Path, model: ModelFacts) -> None:
     shapes = read_shapes(file)
-    if any(DOWN_SAMPLED in name for name in shapes):
-        raise Refusal(
-            f"checkpoints with down-sampled keys are not supported, got {file}; nearest: clear_local_8.safetensors"
-        )
+    refuse_down_sampled(file, shapes)
     if model.flux is not None:
-        compare(model.flux.clear_tensors(), shapes, file)
+        require_same_tensors(model.flux.clear_tensors(), shapes, file)

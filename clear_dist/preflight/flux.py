@@ -2,12 +2,17 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
-from clear_dist.preflight.headers import Shapes
+from clear_dist.clear_checkpoint import Shapes, is_image_side
+from clear_dist.config import Refusal, shortened
+from clear_dist.preflight.headers import whole_number, whole_numbers
 
 TIME_CHANNELS = 256
 MLP_RATIO = 4
+ROPE_AXES = (16, 56, 56)
+"""Channels of a head that tell apart pictures, rows and columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +30,21 @@ class FluxShape:
     guidance_embeds: bool = False
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Self:
-        """From the contents of config.json."""
-        return cls(**{name: config[name] for name in cls.__dataclass_fields__ if name in config})
+    def of(cls, config: Mapping[str, Any], where: Path | str) -> Self:
+        """From the contents of config.json.
+
+        Args:
+            where: the file, for messages.
+
+        Raises:
+            Refusal: a number is none, or the axes of the positions do not fill the heads.
+        """
+        names = [name for name in cls.__dataclass_fields__ if name not in ("guidance_embeds", "out_channels")]
+        numbers = {name: whole_number(config, name, getattr(cls, name), where) for name in names}
+        if config.get("out_channels") is not None:
+            numbers["out_channels"] = whole_number(config, "out_channels", numbers["in_channels"], where)
+        _check_axes(whole_numbers(config, "axes_dims_rope", ROPE_AXES, where), numbers["attention_head_dim"], where)
+        return cls(**numbers, guidance_embeds=bool(config.get("guidance_embeds")))
 
     @property
     def channels(self) -> int:
@@ -39,9 +56,8 @@ class FluxShape:
         return dict(self._tensors())
 
     def clear_tensors(self) -> Shapes:
-        """Those that a CLEAR checkpoint replaces: the image side of attention. Single blocks have no to_out."""
-        image_side = (".attn.to_q.", ".attn.to_k.", ".attn.to_v.", ".attn.to_out.0.")
-        return {name: shape for name, shape in self._tensors() if any(part in name for part in image_side)}
+        """Those that a CLEAR checkpoint replaces."""
+        return {name: shape for name, shape in self._tensors() if is_image_side(name)}
 
     def _tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         width = self.channels
@@ -81,6 +97,14 @@ class FluxShape:
         yield from _linear(f"{block}.norm.linear", width, 3 * width)
         yield from _linear(f"{block}.proj_mlp", width, MLP_RATIO * width)
         yield from _linear(f"{block}.proj_out", (1 + MLP_RATIO) * width, width)
+
+
+def _check_axes(axes: tuple[int, ...], head_dim: int, where: Path | str) -> None:
+    if len(axes) != len(ROPE_AXES) or sum(axes) != head_dim or any(axis % 2 for axis in axes):
+        raise Refusal(
+            f"axes_dims_rope must be three even numbers that sum up to attention_head_dim, {head_dim}, "
+            f"got {shortened(str(list(axes)))} in {where}; are the files those of one model?"
+        )
 
 
 def _linear(name: str, inputs: int, outputs: int) -> Iterator[tuple[str, tuple[int, ...]]]:

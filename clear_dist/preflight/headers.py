@@ -1,16 +1,18 @@
-"""What safetensors files say of themselves: names and shapes, from their first bytes, without torch."""
+"""What files say of themselves, without torch: safetensors by their first bytes, configurations by their numbers."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from clear_dist.config import Refusal
-
-Shapes = Mapping[str, tuple[int, ...]]
+from clear_dist.clear_checkpoint import Shapes
+from clear_dist.config import Refusal, shortened
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LONGEST_HEADER = 100_000_000
 """Bytes, as the safetensors library has it."""
+LARGEST_NUMBER = 65_536
+"""Of layers, channels or pixels in a configuration: far above any model's."""
 
 
 def read_shapes(file: Path) -> Shapes:
@@ -34,8 +36,8 @@ def read_shapes(file: Path) -> Shapes:
             header = json.loads(stream.read(length))
             tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
             shapes = {name: tuple(entry["shape"]) for name, entry in tensors.items()}
-            end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            end = max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
+        except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
             raise Refusal(f"weights must be a safetensors file, got {file}, which is of another format") from error
     if size != 8 + length + end:
         raise Refusal(f"{file} must have {8 + length + end} bytes by its own header, got {size}; download it again")
@@ -50,8 +52,11 @@ def read_component(folder: Path, stem: str) -> Shapes:
     """
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        return {name: shape for file in names for name, shape in read_shapes(folder / file).items()}
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise Refusal(f"weight_map in {index} must give a file for each tensor; download it again")
+        files = sorted(set(weight_map.values()))
+        return {name: shape for file in files for name, shape in read_shapes(folder / file).items()}
     file = folder / f"{stem}.safetensors"
     pickled = sorted(other for other in folder.glob("*") if other.suffix in PICKLED) if folder.is_dir() else []
     if not file.is_file() and pickled:
@@ -66,23 +71,41 @@ def read_json(file: Path) -> dict:
         Refusal: the file is missing, or holds no JSON object.
     """
     try:
-        value = json.loads(file.read_text())
+        value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Refusal(f"there is no file {file}; a model folder must have diffusers' layout") from None
-    except (OSError, ValueError) as error:
-        raise Refusal(f"{file} must be a JSON file, and is not: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise Refusal(f"{file} must be a JSON file, and is not: {error}; download it again") from error
     if not isinstance(value, dict):
         raise Refusal(f"{file} must hold a JSON object, got {type(value).__name__}")
     return value
 
 
-def compare(expected: Shapes, got: Shapes, where: Path | str) -> None:
-    """Raises a Refusal that names the first tensor that is missing, unexpected or of another shape."""
-    missing, unexpected = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
-    for kind, names in (("lacks", missing), ("has an unexpected tensor", unexpected)):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise Refusal(f"{where} {kind} {names[0]}{more}; are these the weights of another model?")
-    for name, shape in expected.items():
-        if got[name] != shape:
-            raise Refusal(f"{name} must have the shape {list(shape)}, got {list(got[name])} in {where}")
+def whole_number(config: Mapping[str, Any], name: str, default: int, where: Path | str) -> int:
+    """The number `name` of a configuration.
+
+    Raises:
+        Refusal: it is none, or not from 1 to LARGEST_NUMBER.
+    """
+    return _checked(config.get(name, default), name, default, where)
+
+
+def whole_numbers(config: Mapping[str, Any], name: str, default: tuple[int, ...], where: Path | str) -> tuple[int, ...]:
+    """The list of numbers `name` of a configuration; raises a Refusal as `whole_number`, and for an empty one."""
+    values = config.get(name, default)
+    if not isinstance(values, list | tuple) or not values:
+        raise Refusal(f"{name} must be a list of numbers, got {_shown(values)} in {where}; nearest: {list(default)}")
+    return tuple(_checked(value, name, default[0], where) for value in values)
+
+
+def _checked(value: object, name: str, default: int, where: Path | str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_NUMBER:
+        raise Refusal(
+            f"{name} must be a whole number from 1 to {LARGEST_NUMBER}, got {_shown(value)} in {where}; "
+            f"nearest: {default}"
+        )
+    return value
+
+
+def _shown(value: object) -> str:
+    return shortened(json.dumps(value))

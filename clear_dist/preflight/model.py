@@ -1,16 +1,19 @@
 """What a model is, before it is loaded: its geometry and its defaults, from its folder's files or from its name."""
 
+import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from clear_dist import demo
-from clear_dist.config import FLUX_DEV, FLUX_SCHNELL, Refusal, nearest_word
+from clear_dist.clear_checkpoint import require_same_tensors
+from clear_dist.config import FLUX_DEV, FLUX_SCHNELL, Refusal, nearest_word, shortened
 from clear_dist.preflight.flux import FluxShape
-from clear_dist.preflight.headers import compare, read_component, read_json
+from clear_dist.preflight.headers import read_component, read_json, whole_number, whole_numbers
 
-PIPELINE, TRANSFORMER = "FluxPipeline", "FluxTransformer2DModel"
+PIPELINE, TRANSFORMER, SCHEDULER = "FluxPipeline", "FluxTransformer2DModel", "FlowMatchEulerDiscreteScheduler"
 WEIGHT_STEMS = {
     "transformer": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
@@ -18,8 +21,13 @@ WEIGHT_STEMS = {
     "text_encoder_2": "model",
 }
 OTHER_PARTS = ("tokenizer", "tokenizer_2", "scheduler")
+HUB_ID = re.compile(r"(?=.{3,96}$)[\w.-]+/[\w.-]+", re.ASCII)
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 PACKING = 2
 """FLUX packs 2x2 latents in a token."""
+VAE_CHANNELS, LATENT_CHANNELS, NATIVE_SIZE = (128, 256, 512, 512), 16, 1024
+"""FLUX's own, where a configuration tells nothing."""
+CLIP_TOKENS = 77
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +46,9 @@ class ModelFacts:
     takes_guidance: bool = True
     steps: int = 28
     guidance_scale: float = 3.5
+    true_cfg_scale: float = 1.0
+    """Classifier-free guidance, for models that were not distilled to do without."""
+    negative_prompt: str | None = None
     max_sequence_length: int = 512
 
 
@@ -51,7 +62,7 @@ def find(model: str, *, has_cuda: bool) -> ModelFacts:
         model = FLUX_DEV if has_cuda else "demo"
     if model == "demo":
         return _demo()
-    if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+    if os.path.exists(model) or model.startswith((".", "/", "~")) or not HUB_ID.fullmatch(model):
         return of_folder(Path(model).expanduser())
     schnell = model == FLUX_SCHNELL
     native_size = 1024 if model in (FLUX_DEV, FLUX_SCHNELL) else None
@@ -66,11 +77,13 @@ def of_folder(folder: Path) -> ModelFacts:
     """
     _check_folder(folder)
     _check_pipeline(folder, read_json(folder / "model_index.json"))
-    flux = FluxShape.of(read_json(folder / "transformer" / "config.json"))
-    vae = read_json(folder / "vae" / "config.json")
+    _check_tokenizers(folder)
+    configuration, vae_file = folder / "transformer" / "config.json", folder / "vae" / "config.json"
+    flux, vae = FluxShape.of(read_json(configuration), configuration), read_json(vae_file)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    factor = 2 ** (len(vae.get("block_out_channels", ())) - 1)
-    latent_channels = vae.get("latent_channels", 0)
+    token_size = PACKING * 2 ** (len(whole_numbers(vae, "block_out_channels", VAE_CHANNELS, vae_file)) - 1)
+    latent_channels = whole_number(vae, "latent_channels", LATENT_CHANNELS, vae_file)
+    native_size = whole_number(vae, "sample_size", NATIVE_SIZE, vae_file)
     if flux.in_channels != latent_channels * PACKING**2:
         raise Refusal(
             f"the transformer must take {latent_channels * PACKING**2} channels, 4 per channel of the VAE, "
@@ -80,13 +93,13 @@ def of_folder(folder: Path) -> ModelFacts:
     for part, stem in WEIGHT_STEMS.items():
         shapes = read_component(folder / part, stem)
         if part == "transformer":
-            compare(flux.tensors(), shapes, folder / part)
+            require_same_tensors(flux.tensors(), shapes, folder / part)
     few_steps = not flux.guidance_embeds and not scheduler.get("use_dynamic_shifting", False)
     return ModelFacts(
         location=str(folder),
         folder=folder,
-        token_size=factor * PACKING,
-        native_size=vae.get("sample_size"),
+        token_size=token_size,
+        native_size=max(native_size // token_size, 1) * token_size,
         flux=flux,
         **_defaults(guided=flux.guidance_embeds, few_steps=few_steps),
     )
@@ -94,8 +107,14 @@ def of_folder(folder: Path) -> ModelFacts:
 
 def _demo() -> ModelFacts:
     facts = of_folder(demo.WEIGHTS)
-    length = demo.DEFAULT_MAX_SEQUENCE_LENGTH
-    return ModelFacts(**{**vars(facts), "is_demo": True, "steps": demo.DEFAULT_STEPS, "max_sequence_length": length})
+    return replace(
+        facts,
+        is_demo=True,
+        steps=demo.DEFAULT_STEPS,
+        max_sequence_length=demo.DEFAULT_MAX_SEQUENCE_LENGTH,
+        true_cfg_scale=demo.DEFAULT_TRUE_CFG_SCALE,
+        negative_prompt="",
+    )
 
 
 def _defaults(*, guided: bool, few_steps: bool) -> dict[str, Any]:
@@ -106,11 +125,11 @@ def _defaults(*, guided: bool, few_steps: bool) -> dict[str, Any]:
 
 
 def _check_folder(folder: Path) -> None:
-    if not folder.exists():
+    if not os.path.exists(folder):  # a Path raises for a name that is too long
         nearest = nearest_word(str(folder), ("demo", FLUX_DEV, FLUX_SCHNELL))
         raise Refusal(
             f"--model must be auto, demo, a hub id such as {FLUX_DEV}, or a folder; "
-            f"there is no {folder}; nearest: {nearest}"
+            f"there is no {shortened(str(folder))}; nearest: {nearest}"
         )
     if not folder.is_dir():
         raise Refusal(f"--model must be a folder in diffusers' layout, got the file {folder}; nearest: {folder.parent}")
@@ -128,3 +147,21 @@ def _check_pipeline(folder: Path, index: Mapping[str, Any]) -> None:
     kind = read_json(folder / "transformer" / "config.json").get("_class_name")
     if kind != TRANSFORMER:
         raise Refusal(f"the transformer must be a {TRANSFORMER}, got {kind} in {folder}; nearest: {FLUX_DEV}")
+    listed = index.get("scheduler")  # the class that diffusers loads
+    kinds = {listed[1] if isinstance(listed, list) and len(listed) == 2 else None}
+    kinds.add(read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name"))
+    if kinds != {SCHEDULER}:
+        got = ", ".join(sorted(map(str, kinds - {SCHEDULER})))
+        raise Refusal(f"the scheduler must be a {SCHEDULER}, got {got} in {folder}; nearest: {FLUX_DEV}")
+
+
+def _check_tokenizers(folder: Path) -> None:
+    for tokenizer in (folder / "tokenizer", folder / "tokenizer_2"):
+        files = {file.name: file for file in tokenizer.iterdir()}
+        if not files.keys() & set(VOCABULARIES):
+            raise Refusal(f"{tokenizer} must hold one of {', '.join(VOCABULARIES)}, and has none; download it again")
+        for file in files.values():
+            if file.suffix == ".json":
+                read_json(file)
+    settings = folder / "tokenizer" / "tokenizer_config.json"
+    whole_number(read_json(settings), "model_max_length", CLIP_TOKENS, settings)

@@ -1,10 +1,13 @@
 """Whether what a request makes can be written where it is to go."""
 
+import os
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 
-from clear_dist.config import PICTURE_ENDINGS, Refusal, nearest_word
+from clear_dist.config import PICTURE_ENDINGS, Refusal, nearest_word, shortened
+from clear_dist.pictures import numbered
 
 BYTES_PER_PIXEL = 3
 LATENT_BYTES_PER_PIXEL = 1
@@ -28,6 +31,8 @@ def check(output: Path, latents_out: Path | None, report: Path | None, *, pixels
     files = [file.resolve() for file in (output, latents_out, report) if file is not None]
     if len(set(files)) < len(files):
         raise Refusal("--output, --latents-out and --report must be different files, got one twice")
+    for index in range(pictures if pictures > 1 else 0):
+        refuse_folder("--output", numbered(output, index, pictures), PICTURE_ENDINGS)
     for folder, size in needed.items():
         free = shutil.disk_usage(folder).free
         if free < size:
@@ -36,8 +41,7 @@ def check(output: Path, latents_out: Path | None, report: Path | None, *, pixels
 
 def check_file(name: str, file: Path, endings: tuple[str, ...]) -> None:
     """Raises a Refusal unless `file` has one of `endings` and can be created or replaced."""
-    if file.is_dir():
-        raise Refusal(f"{name} must be a file, got the folder {file}; nearest: {file / f'clear-dist{endings[0]}'}")
+    refuse_folder(name, file, endings)
     if file.suffix.lower() not in endings:
         nearest = (
             file.with_suffix(nearest_word(file.suffix.lower(), endings)) if file.name else f"clear-dist{endings[0]}"
@@ -54,3 +58,18 @@ def check_file(name: str, file: Path, endings: tuple[str, ...]) -> None:
             f"{name} must lie in a folder that can be written to, got {file} ({error.strerror}); "
             f"nearest: {Path(tempfile.gettempdir()) / file.name}"
         ) from error
+
+
+def refuse_folder(name: str, file: Path, endings: tuple[str, ...]) -> None:
+    """Raises a Refusal where `file` is a folder, or cannot be the name of a file."""
+    try:
+        is_folder = stat.S_ISDIR(file.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise Refusal(
+            f"{name} must be a file that can be written, got {shortened(str(file))!r} of {len(os.fsencode(file.name))} "
+            f"bytes ({error.strerror}); nearest: clear-dist{endings[0]}"
+        ) from error
+    if is_folder:
+        raise Refusal(f"{name} must be a file, got the folder {file}; nearest: {file / f'clear-dist{endings[0]}'}")

@@ -28,13 +28,18 @@ def test_torchruns_variables() -> None:
 
 
 def test_our_own_variables_are_read_back() -> None:
-    place = env.read(env.variables(rank=2, size=3, port=1234, failures=Path("/somewhere")))
+    place = env.read(env.variables(rank=2, size=3, port=1234, failures=Path("/somewhere"), threads=5))
     assert (place.rank, place.local_rank, place.world_size, place.local_world_size) == (2, 2, 3, 3)
     assert place.launcher == "clear-dist"
     assert place.failures == Path("/somewhere")
+    assert (place.threads, place.meeting) == (5, ("127.0.0.1", 1234))
+    quiet = env.variables(rank=2, size=3, port=1234, failures=Path("/somewhere"), threads=None)
+    assert env.read(quiet).threads is None
 
 
-@pytest.mark.parametrize("wrong", [{"RANK": "4"}, {"RANK": "one"}, {"WORLD_SIZE": "-1"}, {"LOCAL_RANK": "²"}])
+@pytest.mark.parametrize(
+    "wrong", [{"RANK": "4"}, {"RANK": "one"}, {"WORLD_SIZE": "-1"}, {"LOCAL_RANK": "²"}, {"MASTER_PORT": "x"}]
+)
 def test_nonsense_is_refused(wrong: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match=r"RANK|WORLD_SIZE"):
+    with pytest.raises(ValueError, match=r"RANK|WORLD_SIZE|MASTER_PORT"):
         env.read(RANK_1_OF_4 | wrong)

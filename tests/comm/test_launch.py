@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -178,6 +179,65 @@ def test_under_torchrun_one_rank_speaks(
         assert ends.refuse("wrong") == 2
         signal.signal(signal.SIGTERM, before)
     assert capsys.readouterr().err == "clear-dist: wrong\n"
+
+
+def test_ranks_that_nobody_speaks_for_speak_themselves(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Lost(RuntimeError):
+        pass
+
+    def lose() -> None:
+        raise Lost("rank 1 is gone: closed by peer")
+
+    def fail() -> None:
+        raise OSError("no space")
+
+    def be_interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "clear_dist.comm.group", SimpleNamespace(PeerLost=Lost))  # type: ignore[arg-type]
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    statuses = []
+    for rank, work in ((1, fail), (0, lose), (1, be_interrupted), (0, be_interrupted)):
+        place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+        for name, value in place.items():
+            monkeypatch.setenv(name, str(value))
+        statuses.append(ends.run_rank(work, traceback=False))
+    assert statuses == [1, 1, 130, 130]
+    more = "(for the traceback: --traceback)"
+    assert capsys.readouterr().err.splitlines() == [
+        f"clear-dist: rank 1 failed: OSError: no space {more}",
+        f"clear-dist: rank 0 lost contact with another rank: rank 1 is gone: closed by peer {more}",
+        "clear-dist: interrupted",
+    ]
+
+
+def test_an_error_on_every_rank_is_told_once(tmp_path: Path) -> None:
+    status, lines = finish(start(tmp_path, "raise RuntimeError('not finite')"))
+    assert (status, len(lines)) == (1, 1)
+    assert lines[0].endswith("failed: RuntimeError: not finite (for the traceback: --traceback)")
+
+
+@pytest.mark.parametrize("told", [None, "2,1"])
+def test_ranks_share_the_cores_unless_openmp_was_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str | None
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if told is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    process = start(tmp_path, "os.write(2, f'{env.read().threads}\\n'.encode())")
+    share = max(1, len(os.sched_getaffinity(0)) // 3) if told is None else None
+    assert finish(process) == (0, [str(share)] * 3)
+
+
+def test_an_ignored_hangup_stays_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    process = start(tmp_path, "time.sleep(0.5)")
+    signal.signal(signal.SIGHUP, before)
+    wait_for_ranks(process)
+    os.kill(process.pid, signal.SIGHUP)
+    assert finish(process) == (0, [])
 
 
 def test_a_long_cause_stays_on_one_line() -> None:
