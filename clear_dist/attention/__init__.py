@@ -21,7 +21,7 @@ __all__ = ["BACKENDS", "Backend", "attend", "choose_backend", "window_attention"
 logger = logging.getLogger(__name__)
 
 BACKENDS = {backend.name: backend for backend in (flex.BACKEND, tiled.BACKEND, reference.BACKEND)}
-"""By name, the best first. A new kernel is one file and one row here (and its name in config.py, for the command line)."""
+"""By name, the best first. A new kernel is one file and one row here, and its name in `config.ATTENTION_BACKENDS`."""
 
 
 def window_attention(
