@@ -94,7 +94,7 @@ class Rendering:
             num_images=request.num_images,
         )
 
-    def _end_step(self, done: int, *_: int) -> None:
+    def _end_step(self, done: int) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # else the launch of the step's kernels is timed, not the step
         self.phases.end_step(done)
