@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,17 +31,13 @@ from clear_dist.demo.train_transformer import (
     held_out_loss,
     predict,
 )
-from clear_dist.demo.training import (
-    Figures,
-    MovingAverage,
-    Stopwatch,
-    learning_rate,
-    save_checkpoint,
-    set_learning_rate,
-)
+from clear_dist.demo.training import Figures, Recipe, fit
 
-PEAK_RATE, DECAY, SEED = 2e-4, 0.99, 13
 PREDICTION_WEIGHT, ATTENTION_WEIGHT = 0.5, 0.5
+RECIPE = Recipe(
+    seed=13, peak_rate=2e-4, warm_up=0.1, hold=0.6, weight_decay=0.0, most_gradient=math.inf, average_decay=0.99,
+    report_every=50,
+)  # fmt: skip
 
 
 @contextmanager
@@ -79,40 +76,22 @@ def train_clear(
     output: Path, base: nn.ModuleDict, native: LatentSet, large: list[LatentSet], held_out: LatentSet, minutes: float
 ) -> Path:
     """Fine-tune for `minutes`, resuming from `output`/clear.pt; returns the checkpoint's file."""
-    torch.manual_seed(SEED)
+    torch.manual_seed(RECIPE.seed)
     teacher, student = copy.deepcopy(base).requires_grad_(False), copy.deepcopy(base).requires_grad_(False)
-    trained = image_side(student["transformer"])
-    for parameter in trained.values():
+    for parameter in image_side(student["transformer"]).values():
         parameter.requires_grad_(True)
-    figures, checkpoint = Figures(output / "figures.jsonl", "clear"), output / "clear.pt"
-    average = MovingAverage(student, DECAY)
-    optimizer = torch.optim.AdamW(trained.values(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.0, foreach=True)
-    step, used = 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        student.load_state_dict(state["model"])
-        average.module.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, used = state["step"], state["minutes"]
-    else:
-        figures.add(step=0, minutes=0.0, window=held_out_loss(student, held_out, window=True))
-    clock, rng = Stopwatch(minutes, used), np.random.default_rng(SEED + step)
-    while clock.progress < 1:
-        set_learning_rate(optimizer, learning_rate(clock.progress, PEAK_RATE, warm_up=0.1))
-        loss = distillation_loss(student, teacher, draw_batch(native, large, rng))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        step += 1
-        average.update(student, step)
-        if step % 50 == 0 or clock.progress >= 1:
-            save_checkpoint(
-                checkpoint, model=student.state_dict(), average=average.module.state_dict(),
-                optimizer=optimizer.state_dict(), step=step, minutes=clock.elapsed,
-            )  # fmt: skip
-            window = held_out_loss(average.module, held_out, window=True)
-            figures.add(step=step, minutes=clock.elapsed, loss=loss.item(), window=window)
+    checkpoint = output / "clear.pt"
+
+    def loss(rng: np.random.Generator, _progress: float) -> torch.Tensor:
+        return distillation_loss(student, teacher, draw_batch(native, large, rng))
+
+    def validate(average: nn.ModuleDict, _last: bool = False) -> dict[str, float]:
+        return {"window": held_out_loss(average, held_out, window=True)}
+
+    if not checkpoint.exists():
+        Figures(checkpoint).add(step=0, minutes=0.0, **validate(student))
+    average = fit(checkpoint, student, loss, validate, RECIPE, minutes)
     path = output / "clear_local_8.safetensors"
-    layers = image_side(average.module["transformer"])
+    layers = image_side(average["transformer"])
     save_file({name: value.half().contiguous() for name, value in layers.items()}, path)
     return path

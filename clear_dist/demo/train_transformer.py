@@ -22,21 +22,18 @@ from clear_dist.demo import WINDOW, pipeline, tokenizers
 from clear_dist.demo.clear_window import DenseAttnProcessor, window_mask
 from clear_dist.demo.grammar import Landscape, caption, training_caption
 from clear_dist.demo.train_text import pretrain_clip
-from clear_dist.demo.training import (
-    Figures,
-    MovingAverage,
-    Stopwatch,
-    learning_rate,
-    save_checkpoint,
-    set_learning_rate,
-)
+from clear_dist.demo.training import Figures, Recipe, fit
 
-BATCH, PEAK_RATE, DECAY, SEED = 16, 1.5e-3, 0.99, 12
+BATCH = 16
 GRID = 16  # tokens along each side of the native picture
 TEXT_LENGTHS, LENGTH_ODDS = (16, 24, 32, 64, 128, 512), (0.1, 0.1, 0.68, 0.07, 0.03, 0.02)
 LARGE_ODDS, LARGE_MOST_NOISE, WINDOW_ODDS = 0.1, 0.9, 0.5
 STRONG_SHIFT, STRONG_ODDS = 15.0, 0.8
 TIME_SHIFT = math.exp(0.5)  # what the scheduler's dynamic shift gives at the native size
+RECIPE = Recipe(
+    seed=12, peak_rate=1.5e-3, warm_up=0.02, hold=0.7, weight_decay=0.01, most_gradient=1.0, average_decay=0.99,
+    report_every=250,
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -139,7 +136,7 @@ def flow_loss(models: nn.ModuleDict, batch: Batch, text_length: int, window: boo
 def held_out_loss(models: nn.ModuleDict, held_out: LatentSet, window: bool) -> float:
     """The loss on held-out pictures with full captions and always the same noise."""
     state = torch.get_rng_state()
-    torch.manual_seed(SEED)
+    torch.manual_seed(RECIPE.seed)
     count, losses = len(held_out.latents), []
     ids = FluxPipeline._prepare_latent_image_ids(1, GRID, GRID, torch.device("cpu"), torch.float32)
     for start in range(0, count, BATCH):
@@ -155,38 +152,16 @@ def train_transformer(
     output: Path, native: LatentSet, large: list[LatentSet], held_out: LatentSet, minutes: float
 ) -> nn.ModuleDict:
     """Train for `minutes`, resuming from `output`/transformer.pt; returns the averaged models."""
-    torch.manual_seed(SEED)
+    torch.manual_seed(RECIPE.seed)
     models, checkpoint = build_models(), output / "transformer.pt"
-    figures = Figures(output / "figures.jsonl", "transformer")
     if not checkpoint.exists():
-        pretrain_clip(models["text_encoder"], figures)
-    average = MovingAverage(models, DECAY)
-    optimizer = torch.optim.AdamW(models.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01, foreach=True)
-    step, used = 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        models.load_state_dict(state["model"])
-        average.module.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, used = state["step"], state["minutes"]
-    clock, rng, recent = Stopwatch(minutes, used), np.random.default_rng(SEED + step), []
-    while clock.progress < 1:
-        set_learning_rate(optimizer, learning_rate(clock.progress, PEAK_RATE, hold=0.85))
+        pretrain_clip(models["text_encoder"], Figures(checkpoint))
+
+    def loss(rng: np.random.Generator, _progress: float) -> torch.Tensor:
         text_length = int(rng.choice(TEXT_LENGTHS, p=LENGTH_ODDS))
-        loss = flow_loss(models, draw_batch(native, large, rng), text_length, rng.random() < WINDOW_ODDS)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        average.update(models, step)
-        recent.append(loss.item())
-        if step % 250 == 0 or clock.progress >= 1:
-            save_checkpoint(
-                checkpoint, model=models.state_dict(), average=average.module.state_dict(),
-                optimizer=optimizer.state_dict(), step=step, minutes=clock.elapsed,
-            )  # fmt: skip
-            losses = {kind: held_out_loss(average.module, held_out, kind == "window") for kind in ("full", "window")}
-            figures.add(step=step, minutes=clock.elapsed, loss=float(np.mean(recent)), **losses)
-            recent.clear()
-    return average.module
+        return flow_loss(models, draw_batch(native, large, rng), text_length, rng.random() < WINDOW_ODDS)
+
+    def validate(average: nn.ModuleDict, _last: bool) -> dict[str, float]:
+        return {kind: held_out_loss(average, held_out, kind == "window") for kind in ("full", "window")}
+
+    return fit(checkpoint, models, loss, validate, RECIPE, minutes)

@@ -9,20 +9,16 @@ import torch
 from diffusers import AutoencoderKL
 
 from clear_dist.demo import data
-from clear_dist.demo.training import (
-    Figures,
-    MovingAverage,
-    Stopwatch,
-    learning_rate,
-    save_checkpoint,
-    set_learning_rate,
-)
+from clear_dist.demo.training import Recipe, fit
 
 WIDTHS = (16, 32, 64, 128)
-CROP, BATCH, PEAK_RATE, DECAY = 128, 4, 1.5e-3, 0.998
+CROP, BATCH = 128, 4
 WHOLE_BATCH, WHOLE_FROM = 2, 0.85  # after this share of the budget whole pictures, whose norms see what users will
 LATENT_NOISE, KL_WEIGHT, LOG_VARIANCE = 0.1, 5e-4, -12.0
-SEED = 11
+RECIPE = Recipe(
+    seed=11, peak_rate=1.5e-3, warm_up=0.02, hold=0.8, weight_decay=1e-4, most_gradient=1.0, average_decay=0.998,
+    report_every=400,
+)  # fmt: skip
 
 
 def build_vae() -> AutoencoderKL:
@@ -92,36 +88,17 @@ def psnr(vae: AutoencoderKL, pictures: np.ndarray) -> float:
 
 def train_vae(output: Path, pictures: np.ndarray, held_out: np.ndarray, minutes: float) -> AutoencoderKL:
     """Train for `minutes`, resuming from `output`/vae.pt; returns the averaged weights."""
-    torch.manual_seed(SEED)
-    vae, figures, checkpoint = build_vae(), Figures(output / "figures.jsonl", "vae"), output / "vae.pt"
-    average = MovingAverage(vae, DECAY)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=1e-4, foreach=True)
-    step, used = 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        vae.load_state_dict(state["model"])
-        average.module.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, used = state["step"], state["minutes"]
-    clock, rng = Stopwatch(minutes, used), np.random.default_rng(SEED + step)
-    while clock.progress < 1:
-        set_learning_rate(optimizer, learning_rate(clock.progress, PEAK_RATE, hold=0.8))
-        size, count = (CROP, BATCH) if clock.progress < WHOLE_FROM else (data.SIZE, WHOLE_BATCH)
-        loss = training_loss(vae, random_batch(pictures, rng, size, count))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        average.update(vae, step)
-        if step % 400 == 0 or clock.progress >= 1:
-            quality = psnr(average.module, held_out if clock.progress >= 1 else held_out[:16])
-            figures.add(step=step, minutes=clock.elapsed, loss=loss.item(), psnr=quality)
-            save_checkpoint(
-                checkpoint, model=vae.state_dict(), average=average.module.state_dict(),
-                optimizer=optimizer.state_dict(), step=step, minutes=clock.elapsed,
-            )  # fmt: skip
-    return average.module
+    torch.manual_seed(RECIPE.seed)
+    vae = build_vae()
+
+    def loss(rng: np.random.Generator, progress: float) -> torch.Tensor:
+        size, count = (CROP, BATCH) if progress < WHOLE_FROM else (data.SIZE, WHOLE_BATCH)
+        return training_loss(vae, random_batch(pictures, rng, size, count))
+
+    def validate(average: AutoencoderKL, last: bool) -> dict[str, float]:
+        return {"psnr": psnr(average, held_out if last else held_out[:16])}
+
+    return fit(output / "vae.pt", vae, loss, validate, RECIPE, minutes)
 
 
 @torch.no_grad()

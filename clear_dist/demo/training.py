@@ -1,17 +1,33 @@
-"""What the stages of training share: a moving average of weights, checkpoints, a schedule, figures of the run."""
+"""What the stages of training share: the loop `fit` with its checkpoints, schedule and moving average; figures."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The numbers of one stage; `warm_up` and `hold` are shares of its minutes, see `learning_rate`."""
+
+    seed: int
+    peak_rate: float
+    warm_up: float
+    hold: float
+    weight_decay: float
+    most_gradient: float  # longer gradients are shortened to this norm
+    average_decay: float
+    report_every: int  # steps from one checkpoint, with its figures, to the next
 
 
 class MovingAverage:
@@ -46,10 +62,10 @@ def save_checkpoint(path: Path, **state: Any) -> None:
 
 
 class Figures:
-    """The figures of a run: one JSON object per line, appended, and printed."""
+    """The figures of a run: one JSON object per line, appended to figures.jsonl beside the checkpoint, and printed."""
 
-    def __init__(self, path: Path, stage: str):
-        self.path, self.stage = path, stage
+    def __init__(self, checkpoint: Path):
+        self.path, self.stage = checkpoint.with_name("figures.jsonl"), checkpoint.stem
 
     def add(self, **values: Any) -> None:
         row = {"stage": self.stage, **{k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()}}
@@ -73,5 +89,49 @@ class Stopwatch:
         return min(1.0, self.elapsed / self.minutes)
 
 
-def count_parameters(modules: Iterable[nn.Module]) -> int:
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+def fit(
+    checkpoint: Path,
+    module: nn.Module,
+    loss: Callable[[np.random.Generator, float], torch.Tensor],
+    validate: Callable[[Any, bool], dict[str, float]],
+    recipe: Recipe,
+    minutes: float,
+) -> Any:
+    """Train what of `module` requires gradients until `minutes` are used; returns its moving average.
+
+    Goes on from `checkpoint` where it exists. `loss(rng, progress)` draws a batch and gives `module`'s loss on it;
+    `validate(average, last)` gives figures of the average, `last` at the end of training.
+    """
+    average, trained = MovingAverage(module, recipe.average_decay), [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=recipe.weight_decay, foreach=True)
+    step, used = 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        module.load_state_dict(state["model"])
+        average.module.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, used = state["step"], state["minutes"]
+    clock, rng, figures = Stopwatch(minutes, used), np.random.default_rng(recipe.seed + step), Figures(checkpoint)
+    losses: list[float] = []
+    last = clock.progress >= 1
+    while not last:
+        progress = clock.progress
+        set_learning_rate(optimizer, learning_rate(progress, recipe.peak_rate, recipe.warm_up, recipe.hold))
+        value = loss(rng, progress)
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(trained, recipe.most_gradient)
+        optimizer.step()
+        step += 1
+        average.update(module, step)
+        losses.append(value.item())
+        last = clock.progress >= 1  # asked once a step: minutes that run out during validation cost one more step
+        if last or step % recipe.report_every == 0:
+            save_checkpoint(
+                checkpoint, model=module.state_dict(), average=average.module.state_dict(),
+                optimizer=optimizer.state_dict(), step=step, minutes=clock.elapsed,
+            )  # fmt: skip
+            mean_loss = float(np.mean(losses))
+            figures.add(step=step, minutes=clock.elapsed, loss=mean_loss, **validate(average.module, last))
+            losses.clear()
+    return average.module
