@@ -7,12 +7,10 @@ say: images of twice the height on twice the ranks should cost each rank the sam
 import argparse
 import json
 import platform
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from reports import report_of
 from rich.console import Console
 from rich.table import Table
 
@@ -21,22 +19,8 @@ MEGABYTE = 1e6
 
 def measure(height: int, width: int, ranks: int, steps: int) -> dict[str, Any]:
     """One generation; the peaks, per rank, are high-water marks since loading."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.json"
-        command = [
-            sys.executable,
-            "-c",
-            "from clear_dist.cli import main; main()",
-            "generate",
-            "--model",
-            "demo",
-            "--device",
-            "cpu",
-        ]
-        command += ["--height", str(height), "--width", str(width), "--nproc", str(ranks), "--steps", str(steps)]
-        command += ["--seed", "0", "--report", str(report), "--output", str(Path(folder) / "picture.png")]
-        subprocess.run(command, check=True, capture_output=True)
-        contents = json.loads(report.read_text())
+    size = ("--height", str(height), "--width", str(width), "--cascade", "off")
+    contents = report_of(*size, "--nproc", str(ranks), "--steps", str(steps))
     return {
         "height": height,
         "width": width,

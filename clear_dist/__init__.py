@@ -6,10 +6,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clear_dist.generation import generate
+    from clear_dist.generation import generate, upscale
     from clear_dist.parallelize import interrupt, parallelize
 
-__all__ = ["__version__", "generate", "interrupt", "parallelize"]
+__all__ = ["__version__", "generate", "interrupt", "parallelize", "upscale"]
 __version__ = "0.1.0"
 
 
@@ -31,6 +31,7 @@ class _Package(ModuleType):
     generate = _of("generation", "generate")
     interrupt = _of("parallelize", "interrupt")
     parallelize = _of("parallelize", "parallelize")
+    upscale = _of("generation", "upscale")
 
 
 sys.modules[__name__].__class__ = _Package

@@ -1,20 +1,20 @@
-"""From a prompt to a picture with a parallelized pipeline: encode on rank 0, denoise and decode on stripes."""
+"""From a prompt, or a picture, to pictures of any size with a parallelized pipeline: one call on every rank."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from PIL.Image import Image, fromarray
 from torch import Tensor
 
+from clear_dist.cascade import Cascade, Drawing, to_bytes, token_size
+from clear_dist.comm.group import Group
 from clear_dist.comm.stripe_collect import collect_stripes
-from clear_dist.geometry import cut_in_stripes
+from clear_dist.geometry import Rows
 from clear_dist.parallelize import require_striped
+from clear_dist.stages import Sampling, Size, Stage, Upscaling, plan_cascade, plan_upscaling
 from clear_dist.text import encode_prompts
-from clear_dist.vae import decode_stripes
-
-PACKING = 2
-"""FLUX packs 2x2 latents in a token."""
 
 
 def generate(
@@ -30,6 +30,9 @@ def generate(
     max_sequence_length: int = 512,
     num_images: int = 1,
     seed: int = 0,
+    cascade: bool = True,
+    base_resolution: int | None = None,
+    upscaling: Upscaling | None = None,
 ) -> list[Image]:
     """Pictures of `prompt`, on rank 0; the other ranks take part and get an empty list.
 
@@ -37,83 +40,64 @@ def generate(
         pipe: a pipeline that `parallelize` was called on; only rank 0 needs its text encoders.
         height, width: pixels, multiples of the token size; the model's native size by default.
         seed: of a CPU generator, so that it means the same noise as in `FluxPipeline` and on any number of ranks.
+        cascade: draw what is larger than the native size there first, then enlarge and refine it, about 2 times a
+            stage (paper, Sec. 4.3).
+        base_resolution: side in pixels of a square as large as the first stage; the native size by default.
+        upscaling: how upper stages are refined; by default as in CLEAR's notebook, `num_inference_steps` x 0.7 steps.
+
+    Raises:
+        ValueError: the pipeline is not parallelized, or a size is no multiple of the token size.
+    """
+    require_striped(pipe)
+    native = pipe.vae.config.sample_size
+    size = (height or native, width or native)
+    require_whole_tokens(pipe, height=size[0], width=size[1], base_resolution=base_resolution or native)
+    stages = plan_cascade(
+        size,
+        native=base_resolution or native,
+        token=token_size(pipe),
+        sampling=Sampling(steps=num_inference_steps, guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale),
+        upscaling=upscaling or Upscaling(steps=max(1, round(0.7 * num_inference_steps))),
+        cascade=cascade,
+    )
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    embeddings = _encoded(pipe, prompts, negative_prompt, max_sequence_length, num_images)
+    return _pictures(pipe, embeddings, stages, seed, None)
+
+
+def upscale(
+    pipe: Any,
+    image: Image,
+    prompt: str = "",
+    *,
+    height: int,
+    width: int,
+    negative_prompt: str | None = None,
+    max_sequence_length: int = 512,
+    seed: int = 0,
+    upscaling: Upscaling | None = None,
+) -> list[Image]:
+    """`image` made larger and refined, stage by stage; on rank 0, which alone reads it, in a list of one.
+
+    Args:
+        image: any size and shape; it is stretched where `height` and `width` have another shape.
+        upscaling, and all others: as in `generate`.
 
     Raises:
         ValueError: the pipeline is not parallelized, or a size is no multiple of the token size.
     """
     striped = require_striped(pipe)
-    height, width = (pipe.vae.config.sample_size if size is None else size for size in (height, width))
     require_whole_tokens(pipe, height=height, width=width)
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not prompts:
-        raise ValueError("prompt must be a text or a list of at least one, got an empty list")
-    embeddings = encode_prompts(
-        pipe,
-        striped.group,
-        striped.counters,
-        prompts,
-        negative_prompts=None if negative_prompt is None else [negative_prompt] * len(prompts),
-        max_sequence_length=max_sequence_length,
-        num_images=num_images,
+    before = from_image(image, striped.group)
+    stages = plan_upscaling(
+        before.size,
+        (height, width),
+        native=pipe.vae.config.sample_size,
+        token=token_size(pipe),
+        upscaling=upscaling or Upscaling(),
     )
-    latents = denoise(
-        pipe,
-        embeddings,
-        height=height,
-        width=width,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        true_cfg_scale=true_cfg_scale,
-        seed=seed,
-    )
-    return decode(pipe, latents, height=height, width=width)
-
-
-def denoise(
-    pipe: Any,
-    embeddings: dict[str, Tensor],
-    *,
-    height: int,
-    width: int,
-    num_inference_steps: int,
-    guidance_scale: float,
-    true_cfg_scale: float,
-    seed: int,
-    on_step: Callable[[int], None] | None = None,
-) -> Tensor:
-    """Latents [B, tokens, 64], equal on all ranks, as `FluxPipeline(output_type="latent")` returns them.
-
-    Args:
-        embeddings: from `encode_prompts`.
-        height, width: pixels.
-        on_step: called after each step with the number of steps done.
-
-    Raises:
-        ValueError: a size is no multiple of the token size.
-        RuntimeError: the latents are not finite (float16 that overflows, mostly): on all ranks, which hold the same.
-    """
-    require_whole_tokens(pipe, height=height, width=width)
-
-    def end_step(_: Any, step: int, __: Any, ___: dict[str, Any]) -> dict[str, Any]:
-        if on_step is not None:
-            on_step(step + 1)
-        return {}
-
-    latents = pipe(
-        **embeddings,
-        height=height,
-        width=width,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        true_cfg_scale=true_cfg_scale,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="latent",
-        callback_on_step_end=end_step,
-        callback_on_step_end_tensor_inputs=[],
-    ).images
-    if not latents.isfinite().all():
-        raise RuntimeError(f"the latents are not finite after {num_inference_steps} steps in {latents.dtype}")
-    return latents
+    embeddings = _encoded(pipe, [prompt], negative_prompt, max_sequence_length)
+    return _pictures(pipe, embeddings, stages, seed, before)
 
 
 def require_whole_tokens(pipe: Any, **sizes: int) -> None:
@@ -125,24 +109,52 @@ def require_whole_tokens(pipe: Any, **sizes: int) -> None:
             raise ValueError(f"{name} must be a multiple of {token} pixels, got {size}; nearest: {nearest}")
 
 
-@torch.no_grad()
-def decode(pipe: Any, latents: Tensor, *, height: int, width: int) -> list[Image]:
-    """Pictures of packed latents [B, tokens, 64], on rank 0; elsewhere an empty list. Each rank decodes its stripe."""
+def from_image(image: Image | None, group: Group) -> Drawing:
+    """A picture that rank 0 holds, to be enlarged; the others' is ignored."""
+    size: Size = group.broadcast_object(None if image is None else (image.height, image.width))
+    pixels = None
+    if group.rank == 0:
+        assert image is not None
+        values = torch.from_numpy(np.array(image.convert("RGB")))
+        pixels = values.permute(2, 0, 1)[None].to(group.device)
+    rows = (Rows(0, size[0]), *(Rows(0, 0),) * (group.size - 1))
+    return Drawing(size=size, rows=rows, pixels=pixels)
+
+
+def picture_rows(drawing: Drawing, index: int, group: Group) -> Iterator[np.ndarray]:
+    """Bytes [some rows, W, 3] of picture `index` from the top, on rank 0; all ranks exhaust the iterator."""
+    if drawing.pixels is None:
+        rows_RWC = torch.empty(0, drawing.size[1], 3, dtype=torch.uint8)
+    else:
+        rows_RWC = to_bytes(drawing.pixels[index : index + 1])[:, 0]
+    for stripe in collect_stripes(rows_RWC, group, tuple(map(len, drawing.rows))):
+        yield stripe.numpy()
+
+
+def _encoded(
+    pipe: Any, prompts: list[str], negative_prompt: str | None, max_sequence_length: int, num_images: int = 1
+) -> dict[str, Tensor]:
+    if not prompts:
+        raise ValueError("prompt must be a text or a list of at least one, got an empty list")
+    striped = require_striped(pipe)
+    return encode_prompts(
+        pipe,
+        striped.group,
+        striped.counters,
+        prompts,
+        negative_prompts=None if negative_prompt is None else [negative_prompt] * len(prompts),
+        max_sequence_length=max_sequence_length,
+        num_images=num_images,
+    )
+
+
+def _pictures(
+    pipe: Any, embeddings: dict[str, Tensor], stages: tuple[Stage, ...], seed: int, drawing: Drawing | None
+) -> list[Image]:
+    cascade = Cascade(pipe, embeddings, seed=seed, native_size=pipe.vae.config.sample_size)
+    for stage in stages:
+        drawing = cascade.draw(stage, drawing)
+    assert drawing is not None
     group = require_striped(pipe).group
-    stripes = cut_in_stripes(height // token_size(pipe), group.size)
-    unpacked_BCHW = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
-    mine = stripes[group.rank]
-    rows = slice(PACKING * mine.start, PACKING * mine.stop)
-    scaled = unpacked_BCHW[:, :, rows] / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    pixels_BCRW = decode_stripes(pipe.vae, scaled.to(pipe.vae.dtype), group, stripes)
-    bytes_RBWC = (pixels_BCRW.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(2, 0, 3, 1)
-    heights = tuple(len(stripe) * token_size(pipe) for stripe in stripes)
-    collected = list(collect_stripes(bytes_RBWC, group, heights))
-    if not collected:
-        return []
-    return [fromarray(picture.numpy()) for picture in torch.cat(collected).unbind(dim=1)]
-
-
-def token_size(pipe: Any) -> int:
-    """Pixels along the side of a token."""
-    return pipe.vae_scale_factor * PACKING
+    pictures = (list(picture_rows(drawing, index, group)) for index in range(len(embeddings["prompt_embeds"])))
+    return [fromarray(np.concatenate(rows)) for rows in pictures if rows]

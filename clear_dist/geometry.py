@@ -30,10 +30,20 @@ class Rows:
 
 @dataclass(frozen=True)
 class Transfer:
-    """Rows of K and V that travel between this rank and `peer` (a rank within the group)."""
+    """Rows that travel between this rank and `peer` (a rank within the group)."""
 
     peer: int
     rows: Rows
+
+
+@dataclass(frozen=True)
+class MovePlan:
+    """What one rank keeps, sends and receives where rows change hands; transfers in the order of the peers' ranks."""
+
+    kept: Rows
+    """Own rows that it also wants."""
+    receives: tuple[Transfer, ...]
+    sends: tuple[Transfer, ...]
 
 
 @dataclass(frozen=True)
@@ -84,18 +94,36 @@ def plan_halos(stripes: tuple[Rows, ...], rank: int, radius: int | None) -> Halo
     A key is seen if dx^2 + dy^2 < radius^2, strictly, so a halo is radius - 1 rows.
     """
     grid = Rows(0, stripes[-1].stop)
-    own = stripes[rank]
-    extended = reach(own, grid, radius)
-    others = [(peer, stripe) for peer, stripe in enumerate(stripes) if peer != rank]
-    receives = [Transfer(peer, stripe.intersect(extended)) for peer, stripe in others]
-    sends = [Transfer(peer, own.intersect(reach(stripe, grid, radius))) for peer, stripe in others]
+    extended = tuple(reach(stripe, grid, radius) for stripe in stripes)
+    moves = plan_moves(stripes, extended, rank)
     return HaloPlan(
-        own=own,
-        extended=extended,
-        inner=_inner(own, extended, grid, radius),
+        own=stripes[rank],
+        extended=extended[rank],
+        inner=_inner(stripes[rank], extended[rank], grid, radius),
+        receives=moves.receives,
+        sends=moves.sends,
+    )
+
+
+def plan_moves(have: tuple[Rows, ...], want: tuple[Rows, ...], rank: int) -> MovePlan:
+    """What `rank` must do so that each rank p gets the rows want[p], of which have[p] are there already.
+
+    Args:
+        have: disjoint, in any order; empty on ranks that have nothing.
+        want: may overlap and be empty; every row of them is had by some rank.
+    """
+    assert len(have) == len(want), f"{len(have)} ranks have rows, {len(want)} want some"
+    others = [peer for peer in range(len(have)) if peer != rank]
+    receives = [Transfer(peer, have[peer].intersect(want[rank])) for peer in others]
+    sends = [Transfer(peer, have[rank].intersect(want[peer])) for peer in others]
+    plan = MovePlan(
+        kept=have[rank].intersect(want[rank]),
         receives=tuple(transfer for transfer in receives if len(transfer.rows)),
         sends=tuple(transfer for transfer in sends if len(transfer.rows)),
     )
+    found = len(plan.kept) + sum(len(transfer.rows) for transfer in plan.receives)
+    assert found == len(want[rank]), f"rank {rank} wants {want[rank]}, of which there are {found} rows"
+    return plan
 
 
 def reach(rows: Rows, grid: Rows, radius: int | None) -> Rows:

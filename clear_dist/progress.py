@@ -1,65 +1,109 @@
-"""What a person sees while a picture is made: phases, steps and the time left. Rank 0 and terminals only."""
+"""What a person sees while a picture is made: stages, phases, steps and the time left. Rank 0 and terminals only."""
 
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 PHASES = {
     "load": "loading",
     "text": "encoding the prompt",
+    "encode": "encoding",
     "denoise": "denoising",
     "decode": "decoding",
     "save": "saving",
 }
+WHOLE = "all in all"
+
+
+@dataclass
+class Times:
+    """Seconds by phase, and of each denoising step."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    seconds_per_step: list[float] = field(default_factory=list)
 
 
 class Phases:
     """Times the phases of a run, on every rank, and shows them where somebody watches."""
 
     def __init__(self, progress: Progress | None = None) -> None:
-        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
-        self.seconds_per_step: list[float] = []
+        self.times = Times()
+        self.stages: list[Times] = []
         self._progress = progress
+        self._whole: TaskID | None = None
         self._task: TaskID | None = None
+        self._work_per_step = 0.0
         self._step_began = 0.0
 
+    def expect(self, work: float) -> None:
+        """How much work the whole run is, in any unit: the time left is told from it."""
+        if self._progress is not None:
+            self._whole = self._progress.add_task(WHOLE, total=work, shown="", known_at=0.0)
+
+    def begin_stage(self) -> None:
+        """What follows is timed as another stage too."""
+        self.stages.append(Times())
+
     @contextmanager
-    def phase(self, name: str, *, detail: str = "", steps: int | None = None) -> Iterator[None]:
+    def phase(self, name: str, *, detail: str = "", steps: int | None = None, work: float = 0.0) -> Iterator[None]:
         """Time what is inside as `name`, one of PHASES; several times add up.
 
         Args:
             detail: which of several such phases this is; its bar goes when it ends.
             steps: of the bar.
+            work: its part of what was expected.
         """
         began = self._step_began = time.perf_counter()
+        self._work_per_step = work / (steps or 1)
         if self._progress is not None:
-            self._task = self._progress.add_task(f"{PHASES[name]}{detail}", total=steps)
+            shown = f"0/{steps}" if steps else ""
+            self._task = self._progress.add_task(f"{PHASES[name]}{detail}", total=steps, shown=shown)
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - began
+            for times in (self.times, *self.stages[-1:]):
+                times.seconds[name] += time.perf_counter() - began
+        if not steps:
+            self._advance()
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, total=steps or 1, completed=steps or 1, visible=not detail)
 
     def end_step(self, done: int) -> None:
         """Called at the end of each denoising step with the number of steps done in this phase."""
         now = time.perf_counter()
-        self.seconds_per_step.append(now - self._step_began)
+        for times in (self.times, *self.stages[-1:]):
+            times.seconds_per_step.append(now - self._step_began)
         self._step_began = now
+        self._advance()
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=done)
+            total = self._progress.tasks[self._progress.task_ids.index(self._task)].total
+            self._progress.update(self._task, completed=done, shown=f"{done}/{total:g}")
+
+    def _advance(self) -> None:
+        if self._progress is not None and self._whole is not None:
+            task = self._progress.tasks[self._progress.task_ids.index(self._whole)]
+            self._progress.update(self._whole, advance=self._work_per_step, known_at=task.elapsed or 0.0)
+            self._progress.update(self._whole, shown=f"{task.percentage:.0f} %")
+
+
+class TimeLeft(ProgressColumn):
+    """From the work done so far; counts down between steps, which may take minutes."""
+
+    def render(self, task: Task) -> Text:
+        known_at = task.fields.get("known_at")
+        if known_at is None or task.finished:
+            return Text("")
+        if not task.completed or not task.total:
+            return Text("left: -:--:--")
+        left = known_at * (task.total / task.completed - 1) - ((task.elapsed or 0.0) - known_at)
+        return Text(f"left: {timedelta(seconds=max(0, round(left)))}")
 
 
 @contextmanager
@@ -71,10 +115,9 @@ def watched(*, rank: int) -> Iterator[Phases]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[shown]}"),
         TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
+        TimeLeft(),
     )
     # Results on stdout go through the display only where they would be drawn over it.
     with Progress(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty()) as progress:

@@ -13,9 +13,11 @@ import torch
 
 from clear_dist import __version__
 from clear_dist.pictures import replacing
+from clear_dist.progress import Times
 
 SCHEMA = 1
 LIBRARIES = ("torch", "diffusers", "transformers")
+STAGE_PHASES = ("encode", "denoise", "decode", "save")
 _CLEAR_HIGH_WATER_MARK = "5"
 
 
@@ -36,42 +38,58 @@ def versions() -> dict[str, str]:
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class StageFigures:
+    """One stage of one prompt."""
+
+    grid: tuple[int, int]
+    """Height and width in tokens."""
+    stripes: Sequence[tuple[int, int]]
+    """Rows [start, stop) of each rank that took part."""
+    times: Times
+
+
 def build(
     *,
     seed: int,
     settings: Mapping[str, Any],
-    grid: tuple[int, int],
-    stripes: Sequence[tuple[int, int]],
-    seconds: Mapping[str, float],
-    seconds_per_step: Sequence[float],
+    times: Times,
+    launch: float,
+    total: float,
+    stages: Sequence[StageFigures],
     ranks: Sequence[RankFigures],
 ) -> dict[str, Any]:
     """The report as plain JSON values.
 
     Args:
-        grid: height and width in tokens.
-        seconds: by phase, and `total`.
+        times: of the whole run.
+        launch, total: seconds until the ranks were at work, and of everything.
+        stages: in the order in which they were drawn, at least one.
     """
-    stage = {
-        "grid": list(grid),
-        "stripes": [list(rows) for rows in stripes],
-        "seconds": seconds["denoise"],
-        "seconds_per_step": list(seconds_per_step),
-    }
+    listed = [_stage(stage) for stage in stages]
     return {
         "schema": SCHEMA,
         "versions": versions(),
         "seed": seed,
         "world_size": len(ranks),
         "settings": dict(settings),
-        "grid": stage["grid"],
-        "stripes": stage["stripes"],
-        "seconds": dict(seconds),
-        "seconds_per_step": stage["seconds_per_step"],
-        "stages": [stage],
+        "grid": listed[-1]["grid"],
+        "stripes": listed[-1]["stripes"],
+        "seconds": {"launch": launch, **times.seconds, "total": total},
+        "seconds_per_step": times.seconds_per_step,
+        "stages": listed,
         "peak_memory_bytes": [rank.peak_memory_bytes for rank in ranks],
         "peak_memory_includes_loading": not all(rank.peak_since_loading for rank in ranks),
         "comm": [{name: list(values) for name, values in rank.comm.items()} for rank in ranks],
+    }
+
+
+def _stage(stage: StageFigures) -> dict[str, Any]:
+    return {
+        "grid": list(stage.grid),
+        "stripes": [list(rows) for rows in stage.stripes],
+        "seconds": {name: stage.times.seconds[name] for name in STAGE_PHASES},
+        "seconds_per_step": stage.times.seconds_per_step,
     }
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def circle(height: int, width: int, radius: int) -> Tensor:
@@ -23,16 +23,45 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | 
     return torch.einsum("bnls,bsnd->blnd", scores.softmax(-1), value.double()).to(query.dtype)
 
 
+class Rotary(nn.Module):
+    """FLUX's rotary embedding with another base and scaled positions; stands in for a transformer's `pos_embed`."""
+
+    def __init__(self, axes: tuple[int, ...], *, theta: float, position_scale: float) -> None:
+        super().__init__()
+        self.axes = axes
+        self.theta = theta
+        self.position_scale = position_scale
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each [L, D] float32: pair i of an axis of d dimensions turns by position * theta^(-2i / d)."""
+        angles = []
+        for axis, dims in enumerate(self.axes):
+            frequencies = self.theta ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+            angles.append(torch.outer(self.position_scale * ids[:, axis].double(), frequencies))
+        angle = torch.cat(angles, dim=1).repeat_interleave(2, dim=1)
+        return angle.cos().float(), angle.sin().float()
+
+
 class DenseClearProcessor:
     """An attention processor for an unmodified FluxTransformer2DModel.
 
     `text_parts`: None: text queries see everything at once; else the rows of each part of Eq. 7, whose mean is taken.
+    `native_tokens`: scores are scaled by sqrt(log_n0(n) / d); n: text and image tokens, n0: those at the native size.
     """
 
-    def __init__(self, height: int, width: int, radius: int, text_parts: list[range] | None = None) -> None:
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        radius: int,
+        text_parts: list[range] | None = None,
+        *,
+        native_tokens: int | None = None,
+    ) -> None:
         self.seen = circle(height, width, radius)
         self.width = width
         self.text_parts = text_parts
+        self.native_tokens = native_tokens
 
     def __call__(
         self,
@@ -45,6 +74,8 @@ class DenseClearProcessor:
         query, key, value = self._project(attn, hidden_states, encoder_hidden_states)
         query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
         text = query.shape[1] - len(self.seen)
+        if self.native_tokens is not None:
+            query = query * math.sqrt(math.log(query.shape[1]) / math.log(self.native_tokens + text))
         seen_by_image = torch.cat([torch.ones(len(self.seen), text, dtype=torch.bool), self.seen], dim=1)
         image = softmax_attention(query[:, text:], key, value, seen_by_image)
         output = torch.cat([self._text_output(query[:, :text], key, value, text), image], dim=1).flatten(2)

@@ -10,7 +10,9 @@ PACKAGE = Path(__file__).parents[1] / "clear_dist"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ARROWS = {
     "geometry": set(),
-    "config": {"demo"},
+    "stages": {"geometry"},
+    "resize": {"geometry"},
+    "config": {"demo", "stages"},
     "clear_checkpoint": {"config"},
     "merge": {"geometry"},
     "comm": {"merge", "geometry", "config"},

@@ -58,6 +58,11 @@ def run(*arguments: str, cwd: Path, **environment: str) -> tuple[int, list[str],
         (["generate", "--output", "picture.gif"], "--output must end in"),
         (["generate", "--device", "cuda"], "--device cuda needs a CUDA GPU"),
         (["generate", "--nproc", "99"], "got 99; nearest: 16"),
+        (["generate", "--strength", "2"], "--strength must be a number from 0.001 to 1, got 2.0; nearest: 1"),
+        (["generate", "--base-res", "4096"], "--base-res must be at most the final 256 px, got 4096; nearest: 256"),
+        (["upscale"], "Missing argument 'image'"),
+        (["upscale", "nowhere.png"], "a file that can be read, got nowhere.png (No such file or directory)"),
+        (["upscale", "x.png", "--steps", "2"], "No such option: --steps"),
         (["generat"], "Did you mean 'generate'"),
         ([], "a command is needed"),
     ],
@@ -70,18 +75,19 @@ def test_wrong_requests_get_one_line_and_status_2(arguments: list[str], words: s
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["generate", "-h"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["generate", "-h"], ["upscale", "--help"]])
 def test_help_is_quick(arguments: list[str], tmp_path: Path) -> None:
     status, output, errors = run(*arguments, cwd=tmp_path)
     assert (status, errors) == (0, [])
-    assert any("generate" in line for line in output)
+    assert any("usage: clear-dist" in line.lower() for line in output)
 
 
 def test_every_flag_is_in_the_help(tmp_path: Path) -> None:
     text = "\n".join(run("generate", "--help", cwd=tmp_path, COLUMNS="200")[1])
     flags = """--model --revision --res --height --width --steps --num-inference-steps --guidance-scale
         --max-sequence-length --negative-prompt --true-cfg-scale --num-images --prompts --seed --window --clear-weights
-        --text-attention --schedule --attention-backend --dtype --device --nproc --output --latents-out --report"""
+        --text-attention --schedule --attention-backend --dtype --device --nproc --output --latents-out --report
+        --cascade --base-res --strength --upscale-steps --ntk-factor --save-stages --preview-every --no-metadata"""
     assert [flag for flag in flags.split() if flag not in text] == []
 
 

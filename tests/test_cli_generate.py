@@ -132,7 +132,7 @@ def test_two_ranks_give_stock_latents_and_a_report(model: Path, here: Path) -> N
     report = json.loads(Path("r.json").read_text())
     assert report["stripes"] == [[0, 2], [2, 4]]
     assert [len(rank["join_bytes"]) for rank in report["comm"]] == [2, 2]
-    assert set(report["seconds"]) == {"launch", "load", "text", "denoise", "decode", "save", "total"}
+    assert set(report["seconds"]) == {"launch", "load", "text", "encode", "denoise", "decode", "save", "total"}
 
 
 def test_torchrun_runs_the_file_of_a_checkout(model: Path, here: Path) -> None:

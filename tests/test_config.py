@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from clear_dist.config import GenerateConfig, Refusal, nearest_word, no_number
+from clear_dist.config import GenerateConfig, Refusal, nearest_word
+from clear_dist.config.rules import no_number
 
 WRONG = [
     ({"res": 0}, "--res must be from 16 to 16384, got 0; nearest: 16"),
@@ -33,6 +34,14 @@ WRONG = [
     ({"window": "x" * 5_000}, "xxx...'; nearest: 8 or full"),
     ({"prompt": "sea\udcff"}, r"the prompt must be UTF-8, got 'sea\udcff'; nearest: 'sea'"),
     ({"negative_prompt": "\udcfffog"}, "--negative-prompt must be UTF-8"),
+    ({"strength": 0.0}, "--strength must be a number from 0.001 to 1, got 0.0; nearest: 0.001"),
+    ({"strength": 1.5}, "--strength must be a number from 0.001 to 1, got 1.5; nearest: 1"),
+    ({"strength": float("nan")}, "nearest: 0.001"),
+    ({"ntk_factor": 0.1}, "--ntk-factor must be a number from 1 to 1000, got 0.1; nearest: 1"),
+    ({"cascade": "on"}, "--cascade must be one of auto, off, got 'on'"),
+    ({"base_res": 0}, "--base-res must be from 16 to 16384, got 0; nearest: 16"),
+    ({"upscale_steps": 0}, "--upscale-steps must be from 1"),
+    ({"preview_every": 0}, "--preview-every must be from 1"),
     ({"output": Path("\udcff.png")}, r"--output must be UTF-8, got '\udcff.png'; nearest: '.png'"),
 ]
 
@@ -81,6 +90,6 @@ def test_nearest_word_always_proposes_something() -> None:
 
 def test_backends_are_those_there_are() -> None:
     from clear_dist.attention import BACKENDS
-    from clear_dist.config import ATTENTION_BACKENDS
+    from clear_dist.config.rules import ATTENTION_BACKENDS
 
     assert set(ATTENTION_BACKENDS) == {"auto", *BACKENDS}

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from clear_dist.geometry import HaloPlan, Rows, Transfer, cut_in_stripes, half_widths, plan_halos, reach
+from clear_dist.geometry import (
+    HaloPlan,
+    MovePlan,
+    Rows,
+    Transfer,
+    cut_in_stripes,
+    half_widths,
+    plan_halos,
+    plan_moves,
+    reach,
+)
 
 ROWS = st.tuples(st.integers(0, 30), st.integers(0, 30)).map(lambda ends: Rows(*sorted(ends)))
 
@@ -28,6 +38,17 @@ def plans(draw: st.DrawFn) -> tuple[tuple[Rows, ...], int | None, list[HaloPlan]
     cut = draw(stripes())
     radius = draw(st.none() | st.integers(1, 50))
     return cut, radius, [plan_halos(cut, rank, radius) for rank in range(len(cut))]
+
+
+@st.composite
+def moves(draw: st.DrawFn) -> tuple[tuple[Rows, ...], tuple[Rows, ...], list[MovePlan]]:
+    """Rows that ranks have, in any order and some of them none, rows that they want, and the plans of all ranks."""
+    height, ranks = draw(st.integers(1, 30)), draw(st.integers(1, 7))
+    cuts = sorted(draw(st.lists(st.integers(0, height), min_size=ranks - 1, max_size=ranks - 1)))
+    have = tuple(draw(st.permutations([Rows(*ends) for ends in pairwise([0, *cuts, height])])))
+    ends = st.tuples(st.integers(0, height), st.integers(0, height))
+    want = tuple(Rows(*sorted(draw(ends))) for _ in range(ranks))
+    return have, want, [plan_moves(have, want, rank) for rank in range(ranks)]
 
 
 @given(ROWS, ROWS)
@@ -119,6 +140,39 @@ def test_inner_rows_need_no_halo_and_with_the_edges_they_are_all(
             row for row in members(plan.own) if members(reach(Rows(row, row + 1), grid, radius)) <= members(plan.own)
         }
         assert members(plan.inner) == alone
+
+
+@given(moves())
+def test_each_wanted_row_is_kept_or_arrives_once(
+    case: tuple[tuple[Rows, ...], tuple[Rows, ...], list[MovePlan]],
+) -> None:
+    have, want, all_plans = case
+    for rank, plan in enumerate(all_plans):
+        assert members(plan.kept) == members(have[rank]) & members(want[rank])
+        received = [row for transfer in plan.receives for row in sorted(members(transfer.rows))]
+        assert sorted([*received, *members(plan.kept)]) == sorted(members(want[rank]))
+        for transfer in (*plan.receives, *plan.sends):
+            assert transfer.peer != rank
+            assert len(transfer.rows) > 0
+        assert len({transfer.peer for transfer in plan.receives}) == len(plan.receives)
+        assert len({transfer.peer for transfer in plan.sends}) == len(plan.sends)
+
+
+@given(moves())
+def test_moved_rows_are_sent_by_the_rank_that_has_them_to_those_that_want_them(
+    case: tuple[tuple[Rows, ...], tuple[Rows, ...], list[MovePlan]],
+) -> None:
+    have, _, all_plans = case
+    sent = {(rank, send.peer, send.rows) for rank, plan in enumerate(all_plans) for send in plan.sends}
+    received = {(receive.peer, rank, receive.rows) for rank, plan in enumerate(all_plans) for receive in plan.receives}
+    assert sent == received
+    assert all(members(rows) <= members(have[rank]) for rank, _, rows in sent)
+
+
+@pytest.mark.parametrize("have", [(Rows(0, 3), Rows(4, 6)), (Rows(0, 4), Rows(2, 6))])
+def test_rows_that_none_has_or_two_have_are_not_moved(have: tuple[Rows, ...]) -> None:
+    with pytest.raises(AssertionError, match="rank 0 wants"):
+        plan_moves(have, (Rows(0, 6), Rows(0, 0)), 0)
 
 
 def test_one_rank_has_an_empty_plan() -> None:

@@ -4,7 +4,9 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 from clear_dist import demo, preflight
 from clear_dist.comm.env import Place
 from clear_dist.config import CLEAR_REPOSITORY, FLUX_DEV, FLUX_SCHNELL, GenerateConfig, Refusal
-from clear_dist.preflight import clear_weights, devices, model, outputs
+from clear_dist.preflight import clear_weights, devices, model
 from clear_dist.preflight.flux import FluxShape
 from tests.test_damaged_models import retensor
 from tests.tiny import make_clear_weights, make_tiny_flux, make_tiny_pipeline
@@ -41,7 +43,10 @@ def test_every_tensor_of_the_transformer_is_known(guidance: bool) -> None:
 def test_defaults_fit_the_model(original: Path, tmp_path: Path) -> None:
     schnell = make_tiny_flux(tmp_path / "schnell", guidance_embeds=False)
     facts = {name: model.find(name, has_cuda=False) for name in (str(original), str(schnell), FLUX_DEV, FLUX_SCHNELL)}
-    found = {name: (fact.steps, fact.guidance_scale, fact.max_sequence_length) for name, fact in facts.items()}
+    found = {
+        name: (fact.sampling.steps, fact.sampling.guidance_scale, fact.max_sequence_length)
+        for name, fact in facts.items()
+    }
     assert found[str(original)] == found[FLUX_DEV] == (28, 3.5, 512)
     assert found[str(schnell)] == found[FLUX_SCHNELL] == (4, 0.0, 256)
     assert facts[str(original)].native_size == 128
@@ -73,6 +78,8 @@ def test_the_demo_passes_its_own_checks() -> None:
         ({"output": Path("/proc/x.png")}, r"a folder that can be written to"),
         ({"latents_out": Path("x.pt")}, r"--latents-out must end in .safetensors"),
         ({"report": Path("x.txt")}, r"--report must end in .json, got 'x.txt'; nearest: x.json"),
+        ({"base_res": 72}, r"--base-res must be a multiple of 16"),
+        ({"base_res": 256}, r"--base-res must be at most the final 128 px, got 256; nearest: 128"),
         ({"prompts": Path("/nowhere")}, r"--prompts must be a text file"),
         ({"clear_weights": "nowhere.safetensors"}, r"there is no nowhere.safetensors"),
         ({"clear_weights": "a:b"}, r"must be owner/name:file"),
@@ -106,9 +113,13 @@ def test_gpus_decide_device_dtype_and_ranks(original: Path, monkeypatch: pytest.
     assert "4 ranks share 2 GPUs: they exchange through host memory" in lines
 
 
-def test_a_full_disk_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="GB free for this request"):
-        outputs.check(tmp_path / "x.png", None, None, pixels=10**15, pictures=1)
+def test_a_full_disk_is_refused(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 4096 * 4096 * 3 + 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    given = GenerateConfig(model=str(original), res=4096, output=tmp_path / "x.png")
+    preflight.check(given, ALONE)
+    with pytest.raises(Refusal, match=r"0.08 GB free for this request, and has 0.05 GB; nearest: --output"):
+        preflight.check(replace(given, save_stages=True), ALONE)
 
 
 def test_torchruns_world_size_counts(original: Path) -> None:
@@ -187,7 +198,10 @@ def test_a_checkpoint_without_a_radius_needs_a_window(folder: Path) -> None:
         ({"true_cfg_scale": 3.0}, "--true-cfg-scale has no effect without"),
         ({"revision": "main"}, "--revision has no effect"),
         ({"window": "4", "text_attention": "exact"}, "--text-attention has no effect on one rank"),
-        ({"res": 1024}, "far above the model's 128"),
+        ({"res": 1024, "cascade": "off"}, "1024 px in one stage is far above the model's 128"),
+        ({"res": 512, "strength": 0.5, "steps": 8}, "cascade: 128x128 -> 256x256 -> 512x512 (4 steps at strength 0.5"),
+        ({"strength": 0.5}, "--strength has no effect: this size is drawn in one stage"),
+        ({"res": 256, "cascade": "off", "save_stages": True}, "--save-stages has no effect"),
         ({"attention_backend": "tiled"}, "--attention-backend has no effect where the window is full"),
     ],
 )

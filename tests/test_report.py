@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from clear_dist import report
+from clear_dist.progress import Times
 
+SECONDS = {"load": 1.0, "text": 0.1, "encode": 0.0, "denoise": 0.0, "decode": 0.5, "save": 0.0}
 FIGURES = report.RankFigures(peak_memory_bytes=5, peak_since_loading=True, comm={"halo_bytes_sent": [1, 2]})
 
 
@@ -13,10 +15,13 @@ def build(**changes: object) -> dict:
     given: dict = {
         "seed": 3,
         "settings": {"steps": 2},
-        "grid": (4, 6),
-        "stripes": [(0, 2), (2, 4)],
-        "seconds": {"launch": 1.0, "load": 1.0, "text": 0.1, "denoise": 2.0, "decode": 0.1, "save": 0.1, "total": 5.0},
-        "seconds_per_step": [1.0, 1.0],
+        "times": Times(seconds=SECONDS | {"denoise": 7.0}, seconds_per_step=[1.0, 1.0, 5.0]),
+        "launch": 1.0,
+        "total": 9.0,
+        "stages": [
+            report.StageFigures(grid=(2, 3), stripes=[(0, 2)], times=Times(SECONDS | {"denoise": 2.0}, [1.0, 1.0])),
+            report.StageFigures(grid=(4, 6), stripes=[(0, 2), (2, 4)], times=Times(SECONDS | {"denoise": 5.0}, [5.0])),
+        ],
         "ranks": [FIGURES, FIGURES],
     }
     return report.build(**(given | changes))
@@ -28,9 +33,14 @@ def test_schema_1_as_json(tmp_path: Path) -> None:
     assert (got["schema"], got["seed"], got["world_size"]) == (1, 3, 2)
     assert got["grid"] == [4, 6]
     assert got["stripes"] == [[0, 2], [2, 4]]
+    parts = {"encode": 0.0, "decode": 0.5, "save": 0.0}
     assert got["stages"] == [
-        {"grid": [4, 6], "stripes": [[0, 2], [2, 4]], "seconds": 2.0, "seconds_per_step": [1.0, 1.0]}
+        {"grid": [2, 3], "stripes": [[0, 2]], "seconds": parts | {"denoise": 2.0}, "seconds_per_step": [1.0, 1.0]},
+        {"grid": [4, 6], "stripes": [[0, 2], [2, 4]], "seconds": parts | {"denoise": 5.0}, "seconds_per_step": [5.0]},
     ]
+    assert got["seconds_per_step"] == [1.0, 1.0, 5.0]
+    assert got["seconds"]["denoise"] == 7.0
+    assert (got["seconds"]["launch"], got["seconds"]["total"]) == (1.0, 9.0)
     assert got["peak_memory_bytes"] == [5, 5]
     assert got["comm"] == [{"halo_bytes_sent": [1, 2]}] * 2
     assert {"clear-dist", "torch", "diffusers", "transformers", "python"} <= got["versions"].keys()

@@ -1,6 +1,5 @@
 """The ranks that make one image together: who they are, where they compute, and what their tensors travel through."""
 
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,9 +9,16 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from clear_dist.comm import env
-
-Transport = Literal["nccl", "gloo", "host"]
+from clear_dist.comm.process_groups import (
+    Transport,
+    backends,
+    check_transport,
+    choose_transport,
+    forget_addresses,
+    initialise_torch,
+    new_process_group,
+    with_index,
+)
 
 _SIGNS_OF_DEATH = ("closed by peer", "reset by peer", "broken pipe")
 _SIGNS_OF_LOSS = (*_SIGNS_OF_DEATH, "refused", "timed out", "timeout", "socket")
@@ -49,6 +55,8 @@ class Group:
     """Where this rank computes."""
     transport: Transport
     """nccl: from GPU to GPU; gloo: CPU tensors; host: gloo, from and to the device through (pinned) host memory."""
+    asked_transport: Transport | Literal["auto"]
+    """What `create` was asked for; `split` asks for the same."""
     timeout: timedelta
     main: dist.ProcessGroup
     text: dist.ProcessGroup
@@ -79,26 +87,40 @@ class Group:
             ConnectionError: the ranks cannot meet, or cannot connect to each other.
             PeerLost: a rank of the group went away while they did.
         """
-        device, timeout = _with_index(torch.device(device)), timedelta(seconds=timeout_seconds)
+        device, timeout = with_index(torch.device(device)), timedelta(seconds=timeout_seconds)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        _check_transport(device, transport)
+        check_transport(device, transport)
         if process_group == dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError("this process must be a rank of process_group, and is not")
         initialised_torch = not dist.is_initialized()
         if initialised_torch:
-            _initialise_torch(device, timeout)
+            initialise_torch(device, timeout)
+        ranks = tuple(sorted(dist.get_process_group_ranks(process_group)))
+        return cls._of([ranks], device, transport, timeout, initialised_torch)
+
+    @classmethod
+    def _of(
+        cls,
+        parts: Sequence[tuple[int, ...]],
+        device: torch.device,
+        transport: Transport | Literal["auto"],
+        timeout: timedelta,
+        initialised_torch: bool = False,
+    ) -> "Group":
+        """The part (global ranks, disjoint) that this process is in; all ranks of all parts call this."""
         with _telling_failed_connections():
-            ranks = tuple(sorted(dist.get_process_group_ranks(process_group)))
-            main = _new_process_group(ranks, _backends(device), timeout)
-            if transport == "auto":
-                transport = _choose_transport(device, main)
-            text = _new_process_group(ranks, "nccl" if transport == "nccl" else "gloo", timeout)
+            main = new_process_group(parts, backends(device), timeout)
+            chosen = choose_transport(device, main) if transport == "auto" else transport
+            text = new_process_group(parts, "nccl" if chosen == "nccl" else "gloo", timeout)
+        rank = dist.get_rank()
+        ranks = next(part for part in parts if rank in part)
         group = cls(
-            rank=ranks.index(dist.get_rank()),
+            rank=ranks.index(rank),
             ranks=ranks,
             device=device,
-            transport=transport,
+            transport=chosen,
+            asked_transport=transport,
             timeout=timeout,
             main=main,
             text=text,
@@ -106,6 +128,18 @@ class Group:
         )
         group._connect()
         return group
+
+    def split(self, count: int) -> "Group":
+        """A new group of the first `count` ranks, or on the others one of the rest; all ranks call this.
+
+        Transport and timeout as for this group, which both may still use. Each is closed by all of its ranks.
+
+        Raises:
+            ConnectionError, PeerLost: as `create`.
+        """
+        assert 1 <= count <= self.size, f"the first {count} of {self.size} ranks"
+        parts = [part for part in (self.ranks[:count], self.ranks[count:]) if part]
+        return self._of(parts, self.device, self.asked_transport, self.timeout)
 
     @property
     def size(self) -> int:
@@ -197,14 +231,26 @@ class Group:
         self.agree(False)
 
     def close(self) -> None:
-        """Destroy what `create` made, and nothing else. A rank that failed must not call this: it would wait."""
+        """Destroy what made this group, and nothing else; all its ranks call this.
+
+        A rank that failed must not call this: it would wait.
+        """
         if not dist.is_initialized():
             return
+        if self.size < dist.get_world_size():
+            self._forget_addresses()
         dist.destroy_process_group(self.text)
         dist.destroy_process_group(self.main)
         # Others may have been made since on what this one initialised.
         if self.initialised_torch and len(dist.distributed_c10d._world.pg_map) == 1:
             dist.destroy_process_group()
+
+    def _forget_addresses(self) -> None:
+        """Between two barriers: some may still connect (NCCL does so late), some are about to make the next group."""
+        self.barrier()
+        if self.rank == 0:
+            forget_addresses(self.main, self.text)
+        self.barrier()
 
     def _connect(self) -> None:
         """NCCL's first call on a group must involve all its ranks, and halos do not."""
@@ -229,26 +275,6 @@ def reduce_op(op: Literal["sum", "max"]) -> dist.ReduceOp.RedOpType:
     return {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op]
 
 
-def _with_index(device: torch.device) -> torch.device:
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device(device.type) if device.type == "cpu" else device
-
-
-def _check_transport(device: torch.device, transport: str) -> None:
-    """Gloo cannot send CUDA tensors, NCCL cannot send CPU tensors."""
-    allowed = ("auto", "nccl", "host") if device.type == "cuda" else ("auto", "gloo", "host")
-    if transport not in allowed:
-        raise ValueError(
-            f"the transport of {device} must be one of {', '.join(allowed)}, got {transport}; nearest: auto"
-        )
-
-
-def _backends(device: torch.device) -> str:
-    """CPU tensors (objects, decisions) always go through gloo. NCCL connects at its first use, so naming it is free."""
-    return "cpu:gloo,cuda:nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
-
-
 @contextmanager
 def _telling_failed_connections() -> Iterator[None]:
     """While ranks connect they may all fail for the same cause, so that silence would hide it."""
@@ -260,34 +286,3 @@ def _telling_failed_connections() -> Iterator[None]:
         if any(sign in str(error).lower() for sign in _SIGNS_OF_DEATH):
             raise PeerLost(f"another rank is gone: {error}".splitlines()[0]) from error
         raise ConnectionError(f"cannot connect to the other ranks: {error}".splitlines()[0]) from error
-
-
-def _initialise_torch(device: torch.device, timeout: timedelta) -> None:
-    meeting = env.read().meeting
-    if meeting is None:
-        dist.init_process_group(_backends(device), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        return
-    host, port = meeting
-    try:
-        socket.getaddrinfo(host, port)  # torch would try for as long as it waits for ranks
-        dist.init_process_group(_backends(device), timeout=timeout)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ConnectionError(f"cannot meet the other ranks at {host}:{port}: {error}".splitlines()[0]) from error
-
-
-def _new_process_group(ranks: tuple[int, ...], backend: str, timeout: timedelta) -> dist.ProcessGroup:
-    # Local synchronisation: ranks outside the group need not take part, so that others may use them at will. Its
-    # groups are found by their ranks and by how many groups this process has made, which must be equal on the members.
-    local = len(ranks) < dist.get_world_size()
-    return dist.new_group(list(ranks), timeout=timeout, backend=backend, use_local_synchronization=local)
-
-
-def _choose_transport(device: torch.device, process_group: dist.ProcessGroup) -> Transport:
-    """The same on all ranks: decided from everyone's device."""
-    if device.type != "cuda":
-        return "gloo"
-    mine = (socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid))
-    all_devices: list[Any] = [None] * process_group.size()
-    dist.all_gather_object(all_devices, mine, group=process_group)
-    one_each = len(set(all_devices)) == len(all_devices)
-    return "nccl" if one_each and dist.is_nccl_available() else "host"

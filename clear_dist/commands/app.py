@@ -1,16 +1,17 @@
 """The command line: a table of commands, and their errors on one line."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
 
-from clear_dist import __version__, config
+from clear_dist import __version__
 from clear_dist.comm import ends, env
 from clear_dist.commands.generate import generate
-from clear_dist.config import Refusal
+from clear_dist.commands.upscale import upscale
+from clear_dist.config import Refusal, rules
 
-COMMANDS = {"generate": generate}
+COMMANDS: dict[str, Callable[..., int]] = {"generate": generate, "upscale": upscale}
 NOT_YET = {
     "--warmup-steps": "--warmup-steps is for the stale schedule, and there is none yet; nearest: --schedule sync",
 }
@@ -79,12 +80,12 @@ def _message(error: Exception, arguments: Sequence[str]) -> str | None:
     if words is None:
         return None
     parameter = getattr(error, "param", None)
-    if parameter is not None and parameter.name in config.WHOLE_NUMBERS | config.REAL_NUMBERS:
-        return str(config.no_number(parameter.name, _value_of(parameter.opts, arguments)))
+    if parameter is not None and parameter.name in rules.WHOLE_NUMBERS | rules.REAL_NUMBERS:
+        return str(rules.no_number(parameter.name, _value_of(parameter.opts, arguments)))
     for word in arguments:
         if word.partition("=")[0] in NOT_YET:
             return NOT_YET[word.partition("=")[0]]
-    return " ".join(words().split()).rstrip(".") + "; see clear-dist generate --help"
+    return " ".join(words().split()).rstrip(".") + f"; see clear-dist {_command(arguments)}--help"
 
 
 def _value_of(flags: Sequence[str], arguments: Sequence[str]) -> str:
@@ -95,3 +96,8 @@ def _value_of(flags: Sequence[str], arguments: Sequence[str]) -> str:
         if name in flags:
             values.append(value if equals else following)
     return values[-1]
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """The command that was asked for, and a space; nothing where there is none of that name."""
+    return next((f"{word} " for word in arguments if word in COMMANDS), "")

@@ -5,9 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from clear_dist import config
+from clear_dist.config import rules
 
-DRAWN, MODEL, CUT, WRITTEN = "What to draw", "Model", "How it is cut", "What is written"
+DRAWN, LARGE, MODEL = "What to draw", "Above the native size", "Model"
+CUT, WRITTEN = "How it is cut", "What is written"
 
 
 def _flag(text: str, panel: str | None, *names: str, takes: str | tuple[str, ...] | None = None) -> Any:
@@ -27,26 +28,46 @@ MaxSequenceLength = Annotated[int | None, _flag("text tokens (dev 512, schnell 2
 Seed = Annotated[int | None, _flag("of the noise, on any number of ranks (drawn and reported)", DRAWN)]
 NumImages = Annotated[int, _flag("pictures of each prompt (1)", DRAWN)]
 
+Image = Annotated[Path, typer.Argument(help="the picture to make larger", show_default=False)]
+UpscaleRes = Annotated[int | None, _flag("the longer side in pixels (twice the picture's)", DRAWN)]
+UpscalePrompt = Annotated[
+    str | None, typer.Argument(help="what it shows (the prompt in the file's metadata)", show_default=False)
+]
+UpscalePixels = Annotated[int | None, _flag("pixels; with both, the picture is cropped to their shape", DRAWN)]
+
+Cascade = Annotated[
+    str, _flag("auto: draw at the native size, then enlarge and refine; off (auto)", LARGE, takes=rules.CASCADE)
+]
+BaseRes = Annotated[int | None, _flag("side of a square as large as the first stage (the native size)", LARGE)]
+Strength = Annotated[float | None, _flag("share of noise that enlarged pictures get (0.7; demo 0.3)", LARGE)]
+UpscaleSteps = Annotated[int | None, _flag("steps of each upper stage (steps x strength)", LARGE)]
+NtkFactor = Annotated[float | None, _flag("of the rotary embedding's base (10; demo 1)", LARGE)]
+SaveStages = Annotated[bool, _flag("write the lower stages' pictures too", LARGE, "--save-stages")]
+
 Model = Annotated[str, _flag("auto, demo, a folder in diffusers' layout, or a hub id (auto)", MODEL)]
 Revision = Annotated[str | None, _flag("of a hub model", MODEL)]
 ClearWeights = Annotated[str, _flag("auto, none, a file, a folder, or owner/name:file on the hub (auto)", MODEL)]
 Window = Annotated[
     str | None, _flag("radius in tokens, or full (the CLEAR weights'; full without)", MODEL, takes=("RADIUS", "full"))
 ]
-Dtype = Annotated[str, _flag("auto: bfloat16 on CUDA, float32 on CPU", MODEL, takes=config.DTYPES)]
-Device = Annotated[str, _flag("auto: CUDA where it is", MODEL, takes=config.DEVICES)]
+Dtype = Annotated[str, _flag("auto: bfloat16 on CUDA, float32 on CPU", MODEL, takes=rules.DTYPES)]
+Device = Annotated[str, _flag("auto: CUDA where it is", MODEL, takes=rules.DEVICES)]
 
 Nproc = Annotated[int | None, _flag("ranks to start here (visible GPUs; 1 on CPU); not under torchrun", CUT)]
 TextAttention = Annotated[
     str | None,
-    _flag("average: the paper's; exact: independent of the ranks (average)", CUT, takes=config.TEXT_ATTENTION),
+    _flag("average: the paper's; exact: independent of the ranks (average)", CUT, takes=rules.TEXT_ATTENTION),
 ]
-Schedule = Annotated[str, _flag("when halos are used (sync)", CUT, takes=config.SCHEDULES)]
-AttentionBackend = Annotated[str, _flag("auto: the fastest that can run", CUT, takes=config.ATTENTION_BACKENDS)]
+Schedule = Annotated[str, _flag("when halos are used (sync)", CUT, takes=rules.SCHEDULES)]
+AttentionBackend = Annotated[str, _flag("auto: the fastest that can run", CUT, takes=rules.ATTENTION_BACKENDS)]
 
 Output = Annotated[
     Path, _flag("picture: png, jpg, webp or tiff; several are numbered (clear-dist.png)", WRITTEN, takes="FILE")
 ]
+PreviewEvery = Annotated[
+    int | None, _flag("write a small preview beside the output every so many steps", WRITTEN, takes="STEPS")
+]
+NoMetadata = Annotated[bool, _flag("no prompt, seed and settings in the picture", WRITTEN, "--no-metadata")]
 LatentsOut = Annotated[Path | None, _flag("packed latents, safetensors", WRITTEN, takes="FILE")]
 Report = Annotated[Path | None, _flag("times, memory and communication, JSON", WRITTEN, takes="FILE")]
 Traceback = Annotated[bool, _flag("if a rank fails, show where", None, "--traceback")]

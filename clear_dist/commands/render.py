@@ -1,28 +1,32 @@
-"""What each rank does for `generate`: load, encode, denoise, decode, save, report."""
+"""What each rank does for `generate` and `upscale`: load, encode, draw stage by stage, save, report."""
 
 import json
 import secrets
-import shlex
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from clear_dist import __version__, demo, loading, report
+from clear_dist import loading, report
+from clear_dist.cascade import Cascade, Drawing, work_of
 from clear_dist.comm import env
 from clear_dist.comm.ends import say
 from clear_dist.comm.group import Group
 from clear_dist.comm.interrupts import unwinding
+from clear_dist.commands.saving import Saving
 from clear_dist.config import Refusal, Request
-from clear_dist.generation import decode, denoise
+from clear_dist.config.request import Picture
+from clear_dist.generation import from_image
 from clear_dist.parallelize import Parallelized, parallelize
-from clear_dist.pictures import numbered, replacing, save_picture
+from clear_dist.pictures import replacing
+from clear_dist.preflight.pictures import load
+from clear_dist.previews import Previews, preview_file
 from clear_dist.progress import Phases, watched
+from clear_dist.stages import Stage
 from clear_dist.text import encode_prompts
 
 SEED_BITS = 32
@@ -40,50 +44,56 @@ class Rendering:
     handle: Parallelized
     phases: Phases
     began: float
+    launch: float
+    """Seconds until the ranks were at work."""
     peak_since_loading: bool
+    previews: Previews | None
+    stages: list[report.StageFigures] = field(default_factory=list)
 
     def run(self) -> None:
         """All pictures of the request, and its report."""
-        latents = [self._render_prompt(index) for index in range(len(self.request.prompts))]
-        if self.request.latents_out is not None and self.group.rank == 0:
-            with self.phases.phase("save"), replacing(self.request.latents_out) as partial:
+        request = self.request
+        self.phases.expect(len(request.prompts) * sum(sum(work_of(stage).values()) for stage in request.stages))
+        latents = [self._render_prompt(index) for index in range(len(request.prompts))]
+        if request.latents_out is not None and self.group.rank == 0:
+            with self.phases.phase("save"), replacing(request.latents_out) as partial:
                 partial.write_bytes(save({"latents": torch.cat(latents)}))
-        if self.request.report is not None:
-            self._report(self.request.report)
+        if request.report is not None:
+            self._report(request.report)
 
     def _render_prompt(self, index: int) -> Tensor:
         """Latents [num_images, tokens, 64] on the CPU; their pictures are saved."""
-        request, began = self.request, time.perf_counter()
-        height, width = self._size()
-        detail = f" {index + 1} of {len(request.prompts)}" if len(request.prompts) > 1 else ""
+        request, began, count = self.request, time.perf_counter(), len(self.request.prompts)
+        saving = Saving(
+            request=request, settings=self._settings(), seed=self.seed, group=self.group, prompt=index, began=began
+        )
+        detail = f", prompt {index + 1} of {count}" if count > 1 else ""
         with self.phases.phase("text", detail=detail):
             embeddings = self._encode(request.prompts[index])
-        with self.phases.phase("denoise", detail=detail, steps=request.steps):
-            latents = denoise(
-                self.pipe,
-                embeddings,
-                height=height,
-                width=width,
-                num_inference_steps=request.steps,
-                guidance_scale=request.guidance_scale,
-                true_cfg_scale=request.true_cfg_scale,
-                seed=self.seed,
-                on_step=self._end_step,
-            )
-        with self.phases.phase("decode", detail=detail):
-            images = decode(self.pipe, latents, height=height, width=width)
-        with self.phases.phase("save", detail=detail):
-            files = self._save(images, index)
-        for file in files:
-            self._tell(file, height, width, time.perf_counter() - began)
-        return latents.cpu()
+        native_size = self.pipe.vae.config.sample_size
+        cascade = Cascade(
+            self.pipe, embeddings, seed=self.seed, native_size=native_size, phases=self.phases, on_step=self._end_step
+        )
+        stages = request.stages
+        drawing = None if request.picture is None else self._user_picture(request.picture)
+        for number, stage in enumerate(stages):
+            of_several = f", stage {number + 1} of {len(stages)}" if len(stages) > 1 else ""
+            self.phases.begin_stage()
+            drawing = cascade.draw(stage, drawing, detail=f"{detail}{of_several}")
+            if number == len(stages) - 1 or request.save_stages:
+                with self.phases.phase("save", detail=detail):
+                    saving.save(drawing, last=number == len(stages) - 1)
+            self._note(stage, drawing)
+        assert drawing is not None and drawing.latents is not None, "all ranks draw the last stage"
+        return drawing.latents.cpu()
 
     def _encode(self, prompt: str) -> dict[str, Tensor]:
         request = self.request
         if self.group.rank == 0:
             for line in loading.cut_off(self.pipe, prompt, request.max_sequence_length):
                 say(f"warning: {line}")
-        negative = request.negative_prompt if request.true_cfg_scale > 1 else None
+        guided = max(stage.sampling.true_cfg_scale for stage in request.stages) > 1
+        negative = request.negative_prompt if guided else None
         return encode_prompts(
             self.pipe,
             self.group,
@@ -94,52 +104,30 @@ class Rendering:
             num_images=request.num_images,
         )
 
-    def _end_step(self, done: int) -> None:
+    def _user_picture(self, picture: Picture) -> Drawing:
+        return from_image(load(picture) if self.group.rank == 0 else None, self.group)
+
+    def _end_step(self, pipe: Any, stage: Stage, done: int, latents: Tensor) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # else the launch of the step's kernels is timed, not the step
         self.phases.end_step(done)
+        if self.previews is not None:
+            self.previews.after_step(pipe, stage, done, latents)
 
-    def _save(self, images: list[Image], prompt_index: int) -> list[Path]:
-        request, count = self.request, len(self.request.prompts) * self.request.num_images
-        files = []
-        for index, image in enumerate(images):
-            file = numbered(request.output, prompt_index * request.num_images + index, count)
-            save_picture(image, file, self._metadata(request.prompts[prompt_index], index))
-            files.append(file)
-        return files
-
-    def _metadata(self, prompt: str, index: int) -> dict[str, str]:
-        """What made one picture, and may be shared with it: no other prompts, no folders of this machine."""
-        settings = self._settings()
-        for name in ("prompts", "negative_prompt", "output", "latents_out", "report"):
-            del settings[name]
-        for name in ("model", "clear_weights"):
-            if settings[name] is not None and Path(settings[name]).exists():
-                settings[name] = "demo" if settings[name] == str(demo.WEIGHTS) else Path(settings[name]).name
-        own = {"prompt": prompt, "seed": str(self.seed), "Software": f"clear-dist {__version__}", "image": str(index)}
-        if self.request.negative_prompt is not None:
-            own["negative_prompt"] = self.request.negative_prompt
-        return own | {"settings": json.dumps(settings)}
+    def _note(self, stage: Stage, drawing: Drawing) -> None:
+        """Keep what the report tells of a stage."""
+        token = self.request.token_size
+        figures = report.StageFigures(
+            grid=(stage.height // token, stage.width // token),
+            stripes=[(rows.start // token, rows.stop // token) for rows in drawing.rows if len(rows)],
+            times=self.phases.stages[-1],
+        )
+        self.stages.append(figures)
 
     def _settings(self) -> dict[str, Any]:
         """The request as plain values, with what this run has chosen: settings that make the picture again."""
-        plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self.request).items()}
         chosen = {"seed": self.seed, "text_attention": self.handle.text_attention, "transport": self.group.transport}
-        return plain | {"prompts": list(self.request.prompts)} | chosen
-
-    def _size(self) -> tuple[int, int]:
-        assert self.request.height is not None and self.request.width is not None, "known once the model is located"
-        return self.request.height, self.request.width
-
-    def _tell(self, file: Path, height: int, width: int, seconds: float) -> None:
-        fields = {
-            "output": shlex.quote(str(file)),
-            "seed": self.seed,
-            "size": f"{width}x{height}",
-            "ranks": self.group.size,
-            "seconds": f"{seconds:.2f}",
-        }
-        print(" ".join(f"{name}={value}" for name, value in fields.items()), flush=True)
+        return json.loads(json.dumps(asdict(self.request), default=str)) | chosen
 
     def _report(self, file: Path) -> None:
         figures = report.RankFigures(
@@ -153,10 +141,10 @@ class Rendering:
         contents = report.build(
             seed=self.seed,
             settings=self._settings(),
-            grid=self.handle.grid,
-            stripes=self.handle.stripes,
-            seconds=self.phases.seconds | {"total": time.time() - self.began},
-            seconds_per_step=self.phases.seconds_per_step,
+            times=self.phases.times,
+            launch=self.launch,
+            total=time.time() - self.began,
+            stages=self.stages,
             ranks=ranks,
         )
         report.write(contents, file)
@@ -184,7 +172,7 @@ def _prepare(request: Request, began: float, phases: Phases) -> Rendering:
         torch.set_num_threads(place.threads)  # torch may have been imported before the share was known
     device = _device(request.device, place.local_rank)
     group = Group.create(device)
-    phases.seconds["launch"] = time.time() - began
+    launch = time.time() - began
     with phases.phase("load"):
         request = loading.locate(request, group, local_rank=place.local_rank)
         pipe = loading.load_pipeline(
@@ -196,6 +184,7 @@ def _prepare(request: Request, began: float, phases: Phases) -> Rendering:
         handle = _parallelize(pipe, request, group)
     seed = group.broadcast_object(secrets.randbits(SEED_BITS) if request.seed is None else request.seed)
     torch.manual_seed(seed)
+    every = request.preview_every
     return Rendering(
         request=request,
         seed=seed,
@@ -205,7 +194,9 @@ def _prepare(request: Request, began: float, phases: Phases) -> Rendering:
         handle=handle,
         phases=phases,
         began=began,
+        launch=launch,
         peak_since_loading=report.reset_peak_memory(device),
+        previews=None if every is None or group.rank != 0 else Previews(preview_file(request.output), every),
     )
 
 

@@ -1,5 +1,7 @@
 """What every rank holds for itself must be the same on all: else they compute different pictures, or wait for ever."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,25 +13,31 @@ LARGEST_DEVIATION = 0.05
 """Of embeddings between ranks, where 1 is their length: bfloat16 rounds by 0.004, another prompt changes more."""
 
 
-def require_equal_on_all_ranks(drawn: list[Tensor], encoded: list[Tensor], steps: int, group: Group) -> None:
-    """Compares the number of steps, noise and embeddings over ranks.
+def require_equal_on_all_ranks(
+    drawn: list[Tensor], encoded: list[Tensor], settings: dict[str, Any], group: Group
+) -> None:
+    """Compares settings, noise and embeddings over ranks.
 
     Args:
         drawn: what must be the same to the bit.
         encoded: what each rank may have computed by itself, so that it differs by rounding.
+        settings: by the name that an error gives them; pickled and compared with ==.
 
     Raises:
         ValueError: on all ranks, where something differs: noise drawn without a common generator, mostly.
     """
-    if not group.equal([steps]):
-        raise ValueError(f"every rank must be given the same number of steps, got {steps} here and another elsewhere")
+    everyone = group.gather_objects((settings, [shadow(x) for x in encoded]))
+    for name in settings:
+        values = [theirs[name] for theirs, _ in everyone]
+        if any(value != values[0] for value in values):
+            raise ValueError(f"every rank must be given the same {name}, got {', '.join(map(str, values))}")
     if not group.equal([number for x in drawn for number in checksum(x)]):
         raise ValueError(
             "every rank must be given the same noise and step, but they differ; "
             "pass generator=torch.Generator().manual_seed(n) with the same n on all ranks"
         )
-    everyone = torch.tensor(group.gather_objects([shadow(x) for x in encoded]))
-    if (everyone - everyone[0]).abs().max() > LARGEST_DEVIATION:
+    shadows = torch.tensor([theirs for _, theirs in everyone])
+    if (shadows - shadows[0]).abs().max() > LARGEST_DEVIATION:
         raise ValueError("every rank must be given the same prompt, but their embeddings differ; pass equal prompts")
 
 

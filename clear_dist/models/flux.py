@@ -1,15 +1,20 @@
 """FLUX: what to cut, where to join, and its attention processor. The transformer itself stays diffusers'."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor, nn
 
-from clear_dist.models.striped import Cut, StripedModel
+from clear_dist.models.cut import Cut
+from clear_dist.models.extrapolation import Extrapolation
+from clear_dist.models.striped import StripedModel
 
 
 class FluxStripeAttnProcessor:
@@ -107,6 +112,8 @@ class FluxAdaptor:
             if inputs.get(name) is not None
         }
         ids = raster_ids(cut.height, cut.width, inputs["img_ids"].device)[mine]
+        if cut.extrapolation is not None:
+            ids = ids * cut.extrapolation.position_scale
         return {
             **inputs,
             **residuals,
@@ -114,6 +121,17 @@ class FluxAdaptor:
             "img_ids": ids,
             "txt_ids": flat_ids(inputs["txt_ids"]).float(),
         }
+
+    @contextmanager
+    def extrapolated(self, extrapolation: Extrapolation) -> Iterator[None]:
+        """While inside, the rotary embedding's base is `ntk_factor` times the stock one's."""
+        stock = self.transformer.pos_embed
+        # Another module, not a hook on the stock one: a compiled transformer does not look for new hooks.
+        self.transformer.pos_embed = FluxPosEmbed(theta=stock.theta * extrapolation.ntk_factor, axes_dim=stock.axes_dim)
+        try:
+            yield
+        finally:
+            self.transformer.pos_embed = stock
 
     def replicated(self, inputs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
         """The inputs that must be equal on all ranks: to the bit, and but for the rounding of text encoders."""

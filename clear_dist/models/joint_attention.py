@@ -14,6 +14,7 @@ from clear_dist.attention import Backend, attend, window_attention
 from clear_dist.comm.halo_exchange import HaloExchange
 from clear_dist.comm.text_reduce import TextReduce
 from clear_dist.geometry import HaloPlan, Rows, reach
+from clear_dist.models.extrapolation import Extrapolation, attention_scale
 
 JointAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q, k, v), each [B, L, N, D] with the text tokens first -> output [B, L, N, D]."""
@@ -32,16 +33,23 @@ class WindowJointAttention:
     backend: Backend
     counts_text_keys: bool
     """Whether this rank's part of the text queries' attention holds the text keys: in `exact`, on one rank only."""
+    extrapolation: Extrapolation | None
 
     def __call__(self, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor) -> Tensor:
         text_tokens = query_BLND.shape[1] - len(self.plan.own) * self.width
         query_text, query = self._split(query_BLND, text_tokens)
         key_text, key = self._split(key_BLND, text_tokens)
         value_text, value = self._split(value_BLND, text_tokens)
+        scale = attention_scale(
+            self.extrapolation,
+            head_dim=query_BLND.shape[-1],
+            text_tokens=text_tokens,
+            image_tokens=len(self.grid) * self.width,
+        )
 
         halos = self.halos.start(key, value)
         first_key = 0 if self.counts_text_keys else text_tokens
-        text = self.text_reduce.start(*attend(query_text, key_BLND[:, first_key:], value_BLND[:, first_key:]))
+        text = self.text_reduce.start(*attend(query_text, key_BLND[:, first_key:], value_BLND[:, first_key:], scale))
 
         output_BLND = torch.empty_like(query_BLND)
         output_text, output = self._split(output_BLND, text_tokens)
@@ -55,6 +63,7 @@ class WindowJointAttention:
                 value_text,
                 radius=self.radius,
                 row_offset=rows.start - first_row,
+                scale=scale,
                 backend=self.backend,
             )
 
@@ -79,6 +88,7 @@ class FullJointAttention:
     plan: HaloPlan
     width: int
     halos: HaloExchange
+    extrapolation: Extrapolation | None
 
     def __call__(self, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor) -> Tensor:
         text_tokens = query_BLND.shape[1] - len(self.plan.own) * self.width
@@ -89,8 +99,14 @@ class FullJointAttention:
         key, value = (
             torch.cat([text[i], above[i].flatten(1, 2), own[i], below[i].flatten(1, 2)], dim=1) for i in range(2)
         )
+        scale = attention_scale(
+            self.extrapolation,
+            head_dim=query_BLND.shape[-1],
+            text_tokens=text_tokens,
+            image_tokens=key.shape[1] - text_tokens,
+        )
         output = torch.nn.functional.scaled_dot_product_attention(
-            query_BLND.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+            query_BLND.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=scale
         )
         return output.transpose(1, 2)
 

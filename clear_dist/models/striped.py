@@ -1,6 +1,7 @@
 """A transformer on stripes: cut before its forward, joined after it, by hooks that can be taken off again."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -8,32 +9,14 @@ from torch import Tensor, nn
 from clear_dist.attention import Backend
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
-from clear_dist.comm.halo_exchange import HaloExchange
-from clear_dist.comm.stripe_join import StripeJoin
-from clear_dist.comm.text_reduce import TextAttention, TextReduce
-from clear_dist.geometry import HaloPlan, Rows, covering_radius, cut_in_stripes, plan_halos
+from clear_dist.comm.text_reduce import TextAttention
 from clear_dist.models.agreement import require_equal_on_all_ranks
-from clear_dist.models.joint_attention import FullJointAttention, JointAttention, WindowJointAttention
+from clear_dist.models.cut import Cut, cut_image
+from clear_dist.models.extrapolation import Extrapolation
+from clear_dist.models.joint_attention import JointAttention
 
 MOST_SHAPES = 10
 """Two numbers for each input that is compared; models have five at most."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cut:
-    """How an image of `height` x `width` tokens is cut; valid for as long as its size is."""
-
-    height: int
-    width: int
-    stripes: tuple[Rows, ...]
-    plan: HaloPlan
-    joint_attention: JointAttention
-    join: StripeJoin
-
-    @property
-    def tokens(self) -> slice:
-        """This rank's tokens in raster order."""
-        return slice(self.plan.own.start * self.width, self.plan.own.stop * self.width)
 
 
 class Adaptor(Protocol):
@@ -48,6 +31,7 @@ class Adaptor(Protocol):
     def grid_of(self, inputs: dict[str, Any]) -> tuple[int, int]: ...
     def replicated(self, inputs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]: ...
     def cut(self, inputs: dict[str, Any], cut: Cut) -> dict[str, Any]: ...
+    def extrapolated(self, extrapolation: Extrapolation) -> AbstractContextManager[None]: ...
     def with_sample(self, output: Any, sample: Tensor) -> Any: ...
 
 
@@ -67,6 +51,7 @@ class StripedModel:
         self.adaptor = adaptor
         self.scheduler = scheduler
         self.group = group
+        self.extrapolation: Extrapolation | None = None
         self.radius = radius
         self.text_attention = text_attention
         self.backend = backend
@@ -76,6 +61,8 @@ class StripedModel:
         self._step: object = None
         self._passes = 0
         self._forward_is_under_way = False
+        self._given = group, scheduler
+        self._extrapolated = ExitStack()
         transformer = adaptor.transformer
         self._stock_processors = dict(transformer.attn_processors)
         transformer.set_attn_processor(adaptor.processors(self))
@@ -89,10 +76,48 @@ class StripedModel:
         assert self.cut is not None, "the cut comes before the first layer"
         return self.cut.joint_attention
 
+    @contextmanager
+    def running(
+        self,
+        *,
+        group: Group | None = None,
+        scheduler: Any | None = None,
+        extrapolation: Extrapolation | None = None,
+    ) -> Iterator[None]:
+        """While inside, the model runs on another group, with another scheduler, above its native size.
+
+        The ranks of `group` enter together, with equal arguments; the others don't call the model meanwhile. What is
+        None stays as it is. `cut` goes on telling the last image's stripes afterwards.
+
+        Args:
+            group: on the same device; it stays the caller's to close.
+            scheduler: what the pipeline steps with meanwhile; giving it to the pipeline is the caller's part.
+        """
+        before = self.group, self.scheduler, self.extrapolation
+        try:
+            self._run_on(
+                self.group if group is None else group,
+                self.scheduler if scheduler is None else scheduler,
+                self.extrapolation if extrapolation is None else extrapolation,
+            )
+            yield
+        finally:
+            self._run_on(*before)
+
+    def _run_on(self, group: Group, scheduler: Any, extrapolation: Extrapolation | None) -> None:
+        self.group, self.scheduler, self.extrapolation = group, scheduler, extrapolation
+        # The next forward begins a generation, whatever it is given.
+        self._generation = self._step = None
+        self._extrapolated.close()
+        if extrapolation is not None and self._hooks:  # none: taken off inside `running`
+            self._extrapolated.enter_context(self.adaptor.extrapolated(extrapolation))
+
     def remove(self) -> None:
-        """Restores the processors and takes the hooks off, unless others have taken their place."""
+        """Restores the processors and takes the hooks off, unless others have taken their place; ends `running`."""
+        self._run_on(*self._given, None)
         for hook in self._hooks:
             hook.remove()
+        self._hooks.clear()
         if is_striped_by(self.adaptor.transformer, self):
             self.adaptor.transformer.set_attn_processor(dict(self._stock_processors))  # emptied by diffusers
 
@@ -131,7 +156,7 @@ class StripedModel:
             )
 
     def _begin_generation(self, inputs: dict[str, Any]) -> None:
-        """Checks what a generation brings, and cuts anew where its size has changed."""
+        """Checks what a generation brings, and cuts anew where the last cut is not for it."""
         require_supported(self.adaptor.transformer, self)
         if inputs["hidden_states"].device != self.group.device:
             raise ValueError(
@@ -139,42 +164,20 @@ class StripedModel:
                 f"got {inputs['hidden_states'].device}; call parallelize after pipe.to(...)"
             )
         drawn, encoded = self.adaptor.replicated(inputs)
-        require_equal_on_all_ranks(drawn, encoded, len(self.scheduler.timesteps), self.group)
-        height, width = self.adaptor.grid_of(inputs)
-        if self.cut is None or self._forward_is_under_way or (self.cut.height, self.cut.width) != (height, width):
-            self.cut = self._cut(height, width)
+        settings = {"number of steps": len(self.scheduler.timesteps), "extrapolation": self.extrapolation}
+        require_equal_on_all_ranks(drawn, encoded, settings, self.group)
+        size = self.adaptor.grid_of(inputs)
+        if self.cut is None or self._forward_is_under_way or not self.cut.serves(size, self.group, self.extrapolation):
+            self.cut = cut_image(
+                size,
+                self.group,
+                self.extrapolation,
+                radius=self.radius,
+                text_attention=self.text_attention,
+                backend=self.backend,
+                counters=self.counters,
+            )
         self._generation = inputs["img_ids"]
-
-    def _cut(self, height: int, width: int) -> Cut:
-        stripes = cut_in_stripes(height, self.group.size)
-        # A wider circle than the image holds the same keys.
-        radius = self.radius and min(self.radius, covering_radius(height, width))
-        plan = plan_halos(stripes, self.group.rank, radius)
-        halos = HaloExchange(self.group, plan, self.counters)
-        return Cut(
-            height=height,
-            width=width,
-            stripes=stripes,
-            plan=plan,
-            joint_attention=self._joint_attention(plan, radius, height, width, halos),
-            join=StripeJoin(self.group, stripes, self.counters),
-        )
-
-    def _joint_attention(
-        self, plan: HaloPlan, radius: int | None, height: int, width: int, halos: HaloExchange
-    ) -> JointAttention:
-        if radius is None:
-            return FullJointAttention(plan=plan, width=width, halos=halos)
-        return WindowJointAttention(
-            plan=plan,
-            grid=Rows(0, height),
-            width=width,
-            radius=radius,
-            halos=halos,
-            text_reduce=TextReduce(self.group, self.text_attention, self.counters),
-            backend=self.backend,
-            counts_text_keys=self.text_attention == "average" or self.group.rank == 0,
-        )
 
 
 def is_striped_by(transformer: Any, striped: StripedModel) -> bool:

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from clear_dist.clear_checkpoint import require_same_tensors
 from clear_dist.config import FLUX_DEV, FLUX_SCHNELL, Refusal, nearest_word, shortened
 from clear_dist.preflight.flux import FluxShape
 from clear_dist.preflight.headers import read_component, read_json, whole_number, whole_numbers
+from clear_dist.stages import Sampling, Upscaling
 
 PIPELINE, TRANSFORMER, SCHEDULER = "FluxPipeline", "FluxTransformer2DModel", "FlowMatchEulerDiscreteScheduler"
 WEIGHT_STEMS = {
@@ -44,10 +45,9 @@ class ModelFacts:
     """Pixels; None: known once a hub model is loaded."""
     flux: FluxShape | None = None
     takes_guidance: bool = True
-    steps: int = 28
-    guidance_scale: float = 3.5
-    true_cfg_scale: float = 1.0
-    """Classifier-free guidance, for models that were not distilled to do without."""
+    sampling: Sampling = field(default_factory=Sampling)
+    upscaling: Upscaling = field(default_factory=Upscaling)
+    """Its steps: those that the model's `sampling` asks for."""
     negative_prompt: str | None = None
     max_sequence_length: int = 512
 
@@ -110,9 +110,14 @@ def _demo() -> ModelFacts:
     return replace(
         facts,
         is_demo=True,
-        steps=demo.DEFAULT_STEPS,
+        sampling=Sampling(steps=demo.DEFAULT_STEPS, guidance_scale=0.0, true_cfg_scale=demo.DEFAULT_TRUE_CFG_SCALE),
+        upscaling=Upscaling(
+            guidance_scale=0.0,
+            strength=demo.DEFAULT_STRENGTH,
+            ntk_factor=demo.DEFAULT_NTK_FACTOR,
+            interpolate_positions=demo.INTERPOLATE_POSITIONS,
+        ),
         max_sequence_length=demo.DEFAULT_MAX_SEQUENCE_LENGTH,
-        true_cfg_scale=demo.DEFAULT_TRUE_CFG_SCALE,
         negative_prompt="",
     )
 
@@ -120,8 +125,9 @@ def _demo() -> ModelFacts:
 def _defaults(*, guided: bool, few_steps: bool) -> dict[str, Any]:
     """FLUX.1-schnell is distilled to 4 steps and takes no guidance; FLUX.1-dev takes guidance."""
     if few_steps:
-        return {"takes_guidance": False, "steps": 4, "guidance_scale": 0.0, "max_sequence_length": 256}
-    return {"takes_guidance": guided, "steps": 28, "guidance_scale": 3.5, "max_sequence_length": 512}
+        sampling, upscaling = Sampling(steps=4, guidance_scale=0.0), Upscaling(guidance_scale=0.0)
+        return {"takes_guidance": False, "sampling": sampling, "upscaling": upscaling, "max_sequence_length": 256}
+    return {"takes_guidance": guided}
 
 
 def _check_folder(folder: Path) -> None:

@@ -6,22 +6,24 @@ import stat
 import tempfile
 from pathlib import Path
 
-from clear_dist.config import PICTURE_ENDINGS, Refusal, nearest_word, shortened
-from clear_dist.pictures import numbered
+from clear_dist.config import Refusal, Request, nearest_word, shortened
+from clear_dist.config.rules import PICTURE_ENDINGS
+from clear_dist.pictures import files_of, numbered
 
 BYTES_PER_PIXEL = 3
+SHARE_OF_LOWER_STAGES = 0.5
+"""Of the last stage's pixels, at most: each has about a quarter of the next one's."""
 LATENT_BYTES_PER_PIXEL = 1
 """64 channels of at most 4 bytes for 16 x 16 pixels."""
 
 
-def check(output: Path, latents_out: Path | None, report: Path | None, *, pixels: int, pictures: int) -> None:
-    """Refuse an unknown ending, a folder that is missing or cannot be written, or a full disk.
-
-    Args:
-        pixels: of one picture.
-    """
+def check(request: Request) -> None:
+    """Refuse an unknown ending, a folder that is missing or cannot be written, or a full disk."""
+    output, latents_out, report = request.output, request.latents_out, request.report
+    pixels, pictures = request.size[0] * request.size[1], len(request.prompts) * request.num_images
     check_file("--output", output, PICTURE_ENDINGS)
-    needed = {output.parent.resolve(): pixels * BYTES_PER_PIXEL * pictures}
+    kept = 1 + SHARE_OF_LOWER_STAGES * request.save_stages
+    needed = {output.parent.resolve(): round(pixels * BYTES_PER_PIXEL * pictures * kept)}
     if latents_out is not None:
         check_file("--latents-out", latents_out, (".safetensors",))
         folder = latents_out.parent.resolve()
@@ -29,14 +31,22 @@ def check(output: Path, latents_out: Path | None, report: Path | None, *, pixels
     if report is not None:
         check_file("--report", report, (".json",))
     files = [file.resolve() for file in (output, latents_out, report) if file is not None]
+    if request.picture is not None:
+        files.append(request.picture.file.resolve())
     if len(set(files)) < len(files):
-        raise Refusal("--output, --latents-out and --report must be different files, got one twice")
-    for index in range(pictures if pictures > 1 else 0):
-        refuse_folder("--output", numbered(output, index, pictures), PICTURE_ENDINGS)
+        raise Refusal(
+            "the picture to start from, --output, --latents-out and --report must be different files, got one twice"
+        )
+    for index in range(pictures):
+        for file in files_of(numbered(output, index, pictures), height=request.size[0], width=request.size[1]):
+            refuse_folder("--output", file, PICTURE_ENDINGS)
     for folder, size in needed.items():
         free = shutil.disk_usage(folder).free
         if free < size:
-            raise Refusal(f"{folder} must have {size / 1e9:.2f} GB free for this request, and has {free / 1e9:.2f} GB")
+            raise Refusal(
+                f"{folder} must have {size / 1e9:.2f} GB free for this request, and has {free / 1e9:.2f} GB; "
+                f"nearest: --output {Path(tempfile.gettempdir()) / output.name}"
+            )
 
 
 def check_file(name: str, file: Path, endings: tuple[str, ...]) -> None:

@@ -74,6 +74,83 @@ def test_a_group_of_global_ranks_2_and_3_does_not_talk_to_0_and_1() -> None:
     ]
 
 
+def split_again_and_again(group: Group, counts: tuple[int, ...]) -> list[tuple]:
+    """What a rank finds in its part of each split; the ranks of the second part leave theirs unused."""
+    found = []
+    groups_before = len(dist.distributed_c10d._world.pg_map)
+    for count in counts:
+        part = group.split(count)
+        assert (part.transport, part.device, part.timeout) == (group.transport, group.device, group.timeout)
+        assert part.ranks == (group.ranks[:count] if group.rank < count else group.ranks[count:])
+        if group.rank < count:
+            time.sleep(0.02 * group.rank)  # some are late
+            found.append((part.rank, exchange_and_join(part)[1], part.gather_objects(group.rank)))
+        part.close()
+        assert len(dist.distributed_c10d._world.pg_map) == groups_before
+        assert exchange_and_join(group)[1] == list(group.ranks)
+    return found
+
+
+def split_the_world(group: Group, counts: tuple[int, ...], transport: str) -> list[tuple]:
+    return split_again_and_again(Group.create("cpu", transport=transport, timeout_seconds=20), counts)
+
+
+@pytest.mark.parametrize("transport", ["gloo", "host"])
+def test_a_group_is_split_again_and_again(transport: str) -> None:
+    counts = (2, 2, 3, 1, 4, 2)
+    for rank, found in enumerate(run_ranks(split_the_world, 4, counts, transport)):
+        parts = [count for count in counts if rank < count]
+        assert found == [(rank, [float(peer) for peer in range(count)], list(range(count))) for count in parts]
+
+
+def split_a_part_of_the_world(group: Group, counts: tuple[int, ...]) -> list[tuple] | None:
+    upper = dist.new_group([2, 3, 4])
+    if group.rank < 2:
+        return None
+    for _ in range(3):
+        Group.create("cpu", process_group=upper, timeout_seconds=20).close()
+    return split_again_and_again(Group.create("cpu", process_group=upper, timeout_seconds=20), counts)
+
+
+def test_a_group_of_global_ranks_2_to_4_is_split_while_0_and_1_do_something_else() -> None:
+    counts = (2, 2, 1, 3, 2)
+    *idle, third, fourth, fifth = run_ranks(split_a_part_of_the_world, 5, counts)
+    assert idle == [None, None]
+    for rank, found in enumerate([third, fourth, fifth]):
+        parts = [count for count in counts if rank < count]
+        assert found == [(rank, [2.0, 3.0, 4.0][:count], list(range(count))) for count in parts]
+
+
+def use_parts_side_by_side(group: Group) -> list[int]:
+    """Both parts in use, a part of a part, and another split while these exist: the ranks are in unequally many."""
+    part = group.split(3)
+    inner = part.split(2) if group.rank < 3 else part
+    other = group.split(4)
+    sizes = [one.size for _ in range(2) for one in (inner, other, group, part) if exchange_and_join(one)]
+    for one in (other, *((inner,) if group.rank < 3 else ()), part):
+        one.close()
+    group.barrier()
+    return sizes
+
+
+def test_parts_and_parts_of_parts_live_side_by_side() -> None:
+    first, second, third, fourth, fifth = run_ranks(use_parts_side_by_side, 5)
+    assert first == second == [2, 4, 5, 3] * 2
+    assert third == [1, 4, 5, 3] * 2
+    assert fourth == [2, 4, 5, 2] * 2
+    assert fifth == [2, 1, 5, 2] * 2
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_only_ranks_that_exist_can_be_split_off(count: int) -> None:
+    group = Group.create("cpu")
+    try:
+        with pytest.raises(AssertionError, match=f"the first {count} of 1 ranks"):
+            group.split(count)
+    finally:
+        group.close()
+
+
 def share(group: Group, transport: str) -> None:
     group = Group.create("cpu", transport=transport, timeout_seconds=20)
     source = 1

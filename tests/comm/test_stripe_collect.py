@@ -20,9 +20,9 @@ def collect(group: Group, heights: tuple[int, ...], transport: str) -> list[list
 
 
 @pytest.mark.parametrize("transport", ["gloo", "host"])
-@pytest.mark.parametrize("heights", [(4,), (3, 2), (1, 5, 2)])
+@pytest.mark.parametrize("heights", [(4,), (3, 2), (1, 5, 2), (0,), (0, 3), (2, 0), (0, 2, 0, 1, 0), (0, 0)])
 def test_rank_0_gets_all_rows_in_order(heights: tuple[int, ...], transport: str) -> None:
     on_rank_0, *on_others = run_ranks(collect, len(heights), heights, transport)
-    assert [len(stripe) for stripe in on_rank_0] == list(heights)
+    assert [len(stripe) for stripe in on_rank_0] == [rows for rows in heights if rows]
     assert [row for stripe in on_rank_0 for row in stripe] == [[[row] * 3] * WIDTH for row in range(sum(heights))]
     assert on_others == [[]] * (len(heights) - 1)

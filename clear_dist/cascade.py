@@ -1,0 +1,207 @@
+"""A picture stage by stage: each is drawn from noise, or from the former one, enlarged and refined (SDEdit, Sec. 4.3).
+
+Every rank holds the rows of its stripe only, in pixels; latents are equal on all ranks that take part in a stage.
+
+Shapes: B pictures, C channels, R my rows, E the rows that mine are interpolated from, W columns.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers import FluxImg2ImgPipeline
+from torch import Tensor
+
+from clear_dist.comm.group import Group
+from clear_dist.comm.stripe_join import StripeJoin
+from clear_dist.comm.stripe_move import move_rows
+from clear_dist.denoising import OnStep, denoise, refining_pipeline
+from clear_dist.geometry import Rows, cut_in_stripes
+from clear_dist.models.extrapolation import Extrapolation
+from clear_dist.parallelize import require_striped
+from clear_dist.progress import Phases
+from clear_dist.resize import resize_rows, rows_behind
+from clear_dist.stages import Size, Stage, Upscaling
+from clear_dist.vae import decode_stripes, encode_stripes
+
+PACKING = 2
+"""FLUX packs 2x2 latents in a token."""
+SEED_STRIDE = 0x9E3779B97F4A7C15
+"""Between the seeds of stages, so that none meets a neighbouring request's."""
+
+ENCODING, DECODING = 1.5, 3.0
+"""Passes through the transformer that take about as long, on a CPU with the embedded model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """Pictures of one size, each rank holding some of their rows."""
+
+    size: Size
+    """Height and width in pixels."""
+    rows: tuple[Rows, ...]
+    """In pixels, of each rank; none where a rank has nothing."""
+    pixels: Tensor | None
+    """My rows [B, 3, R, W], floating-point numbers in [-1, 1], or bytes."""
+    latents: Tensor | None = None
+    """[B, tokens, 64] of the whole picture, on the ranks that took part in drawing it."""
+
+
+class Cascade:
+    """The stages of one request; every rank of the group calls the same methods in the same order."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        embeddings: dict[str, Tensor],
+        *,
+        seed: int,
+        native_size: int,
+        phases: Phases | None = None,
+        on_step: OnStep | None = None,
+    ) -> None:
+        """
+        Args:
+            pipe: a FluxPipeline that `parallelize` was called on.
+            embeddings: from `encode_prompts`.
+            native_size: side in pixels of the square that the model was trained on.
+        """
+        self._pipe = pipe
+        self._striped = require_striped(pipe)
+        self._embeddings = embeddings
+        self._seed = seed
+        self._native_tokens = (native_size // token_size(pipe)) ** 2
+        self._phases = phases or Phases()
+        self._on_step = on_step
+        self._stages_drawn = 0
+
+    def draw(self, stage: Stage, before: Drawing | None = None, *, detail: str = "") -> Drawing:
+        """The pictures of one stage. A stage with fewer rows of tokens than there are ranks leaves some idle.
+
+        Args:
+            before: what an upper stage enlarges; None: the stage starts from noise.
+            detail: which of several stages this is, for people.
+        """
+        group, rows = self._striped.group, stage.height // token_size(self._pipe)
+        ranks = min(group.size, rows)
+        stripes = cut_in_stripes(rows, ranks)
+        seed = (self._seed + self._stages_drawn * SEED_STRIDE) % 2**63
+        self._stages_drawn += 1
+        held = self._in_pixels(stripes)
+        enlarged = None if before is None else self._enlarge(before, stage, held)
+        part = group if ranks == group.size else group.split(ranks)
+        latents = pixels = None
+        if group.rank < ranks:
+            latents, pixels = self._draw_stripe(stage, part, stripes, enlarged, seed, detail)
+        else:
+            for _ in range(stage.sampling.steps):  # the report has an entry per step for every rank
+                self._striped.counters.begin_step()
+        if part is not group:
+            part.close()
+        return Drawing(size=stage.size, rows=held, pixels=pixels, latents=latents)
+
+    def _draw_stripe(
+        self, stage: Stage, part: Group, stripes: tuple[Rows, ...], enlarged: Tensor | None, seed: int, detail: str
+    ) -> tuple[Tensor, Tensor]:
+        """Latents of the whole picture and the pixels of my stripe, on a rank that takes part."""
+        start, pipe, work = None, self._pipe, work_of(stage)
+        if enlarged is not None:
+            with self._phases.phase("encode", detail=detail, work=work["encode"]):
+                start, pipe = self._encode(enlarged, part, stripes), self._refining
+        extrapolation = self._extrapolation(stage)
+        running = self._striped.running(group=part, scheduler=pipe.scheduler, extrapolation=extrapolation)
+        steps = stage.sampling.steps
+        with self._phases.phase("denoise", detail=detail, steps=steps, work=work["denoise"]), running:
+            latents = denoise(pipe, self._embeddings, stage, seed=seed, start=start, on_step=self._on_step)
+        with self._phases.phase("decode", detail=detail, work=work["decode"]):
+            return latents, self._decode(latents, stage, part, stripes)
+
+    @cached_property
+    def _refining(self) -> FluxImg2ImgPipeline:
+        return refining_pipeline(self._pipe)
+
+    def _extrapolation(self, stage: Stage) -> Extrapolation | None:
+        tokens = stage.height * stage.width // token_size(self._pipe) ** 2
+        upper = stage.sampling
+        if not isinstance(upper, Upscaling) or tokens <= self._native_tokens:
+            return None
+        return Extrapolation(
+            native_tokens=self._native_tokens,
+            ntk_factor=upper.ntk_factor,
+            position_scale=(self._native_tokens / tokens) ** 0.5 if upper.interpolate_positions else 1.0,
+        )
+
+    def _enlarge(self, before: Drawing, stage: Stage, held: tuple[Rows, ...]) -> Tensor | None:
+        """My rows [B, C, R, W] of the former stage's pictures at this stage's size, in [-1, 1]; all ranks call this."""
+        group, (height, width) = self._striped.group, before.size
+        behind = tuple(rows_behind(rows, height, stage.height) for rows in held)
+        # Rank 0 has always taken part.
+        batch, dtype = group.broadcast_object(before.pixels if before.pixels is None else _kind(before.pixels))
+        pixels_BCEW = move_rows(
+            before.pixels,
+            group,
+            before.rows,
+            behind,
+            shape=(batch, 3, width),
+            dtype=dtype,
+            counters=self._striped.counters,
+        )
+        if not len(held[group.rank]):
+            return None
+        if dtype == torch.uint8:
+            pixels_BCEW = pixels_BCEW.float().div_(127.5).sub_(1)
+        return resize_rows(
+            pixels_BCEW, behind[group.rank].start, size=before.size, new_size=stage.size, rows=held[group.rank]
+        )
+
+    @torch.no_grad()
+    def _encode(self, pixels_BCRW: Tensor, group: Group, stripes: tuple[Rows, ...]) -> Tensor:
+        """Latents [B, 16, H, W] of the whole picture: the means, so that nothing is drawn that ranks must share."""
+        vae, counters = self._pipe.vae, self._striped.counters
+        moments = encode_stripes(vae, pixels_BCRW.to(vae.dtype), group, stripes, counters=counters)
+        mean_BCRW = moments.chunk(2, dim=1)[0]
+        tokens_BLC = mean_BCRW.flatten(2).transpose(1, 2).contiguous()
+        whole_BLC = StripeJoin(group, stripes, counters).join(tokens_BLC)
+        mean = whole_BLC.transpose(1, 2).unflatten(2, (-1, mean_BCRW.shape[3]))
+        return (mean - vae.config.shift_factor) * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def _decode(self, latents: Tensor, stage: Stage, group: Group, stripes: tuple[Rows, ...]) -> Tensor:
+        """The pixels [B, 3, R, W] of my stripe."""
+        vae, mine = self._pipe.vae, stripes[group.rank]
+        latents_BCHW = self._pipe._unpack_latents(latents, *stage.size, self._pipe.vae_scale_factor)
+        rows_BCRW = latents_BCHW[:, :, PACKING * mine.start : PACKING * mine.stop]
+        scaled = rows_BCRW / vae.config.scaling_factor + vae.config.shift_factor
+        return decode_stripes(vae, scaled.to(vae.dtype), group, stripes, counters=self._striped.counters)
+
+    def _in_pixels(self, stripes: tuple[Rows, ...]) -> tuple[Rows, ...]:
+        """Rows of tokens in rows of pixels, and none for each rank that has no stripe."""
+        token, idle = token_size(self._pipe), self._striped.group.size - len(stripes)
+        return (*(Rows(token * rows.start, token * rows.stop) for rows in stripes), *(Rows(0, 0),) * idle)
+
+
+def work_of(stage: Stage) -> dict[str, float]:
+    """What the phases of a stage cost, in tokens that go through the transformer; for the time left only."""
+    tokens, upper = stage.height * stage.width, isinstance(stage.sampling, Upscaling)
+    passes = 2 if stage.sampling.true_cfg_scale > 1 else 1
+    return {
+        "encode": ENCODING * tokens * upper,
+        "denoise": tokens * stage.sampling.steps * passes,
+        "decode": DECODING * tokens,
+    }
+
+
+def _kind(pixels: Tensor) -> tuple[int, torch.dtype]:
+    return len(pixels), pixels.dtype
+
+
+def token_size(pipe: Any) -> int:
+    """Pixels along the side of a token."""
+    return pipe.vae_scale_factor * PACKING
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """[R, B, W, 3] of bytes, from [B, 3, R, W] in [-1, 1]."""
+    scaled = pixels.float().mul(127.5).add_(127.5).clamp_(0, 255).round_()
+    return scaled.to(torch.uint8).permute(2, 0, 3, 1)

@@ -1,0 +1,91 @@
+"""torch.distributed's process groups: how ranks meet, what their tensors travel through, and what they leave behind."""
+
+import socket
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from clear_dist.comm import env
+
+Transport = Literal["nccl", "gloo", "host"]
+
+
+def with_index(device: torch.device) -> torch.device:
+    """CUDA devices with their number, others without."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(device.type) if device.type == "cpu" else device
+
+
+def check_transport(device: torch.device, transport: str) -> None:
+    """Raises ValueError: gloo cannot send CUDA tensors, NCCL cannot send CPU tensors."""
+    allowed = ("auto", "nccl", "host") if device.type == "cuda" else ("auto", "gloo", "host")
+    if transport not in allowed:
+        raise ValueError(
+            f"the transport of {device} must be one of {', '.join(allowed)}, got {transport}; nearest: auto"
+        )
+
+
+def backends(device: torch.device) -> str:
+    """CPU tensors (objects, decisions) always go through gloo. NCCL connects at its first use, so naming it is free."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+
+
+def initialise_torch(device: torch.device, timeout: timedelta) -> None:
+    """Make torch.distributed's default group: torchrun's ranks, or this process alone.
+
+    Raises:
+        ConnectionError: the ranks cannot meet.
+    """
+    meeting = env.read().meeting
+    if meeting is None:
+        dist.init_process_group(backends(device), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    host, port = meeting
+    try:
+        socket.getaddrinfo(host, port)  # torch would try for as long as it waits for ranks
+        dist.init_process_group(backends(device), timeout=timeout)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConnectionError(f"cannot meet the other ranks at {host}:{port}: {error}".splitlines()[0]) from error
+
+
+def new_process_group(parts: Sequence[tuple[int, ...]], backend: str, timeout: timedelta) -> dist.ProcessGroup:
+    """The group of the part (global ranks) that this process is in; all ranks of all parts call this, no others.
+
+    Args:
+        parts: disjoint, in the same order on all ranks.
+    """
+    # Where everyone is here, groups are numbered alike on all ranks. Else local synchronisation: ranks outside need
+    # not take part, so that others may use them at will. Its groups are found by their ranks and by how many groups
+    # this process has at the time, which must be equal on the members: so all parts are made at once.
+    local = sum(map(len, parts)) < dist.get_world_size()
+    made = [
+        dist.new_group(list(part), timeout=timeout, backend=backend, use_local_synchronization=local) for part in parts
+    ]
+    return next(group for group in made if group not in (None, dist.GroupMember.NON_GROUP_MEMBER))
+
+
+def forget_addresses(*process_groups: dist.ProcessGroup) -> None:
+    """Remove from the store what ranks found each other by; one rank calls this, while none of them connects.
+
+    With local synchronisation the next group of the same ranks has the same name, once this one is destroyed: its
+    ranks would call at the addresses of this one.
+    """
+    for process_group in process_groups:
+        store = process_group.get_group_store()
+        for key in store.list_keys():
+            store.delete_key(key)
+
+
+def choose_transport(device: torch.device, process_group: dist.ProcessGroup) -> Transport:
+    """The same on all ranks: decided from everyone's device."""
+    if device.type != "cuda":
+        return "gloo"
+    mine = (socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid))
+    all_devices: list[Any] = [None] * process_group.size()
+    dist.all_gather_object(all_devices, mine, group=process_group)
+    one_each = len(set(all_devices)) == len(all_devices)
+    return "nccl" if one_each and dist.is_nccl_available() else "host"

@@ -1,0 +1,84 @@
+"""The pictures of one prompt on disk, with what made them in their metadata."""
+
+import json
+import shlex
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clear_dist import __version__, demo
+from clear_dist.cascade import Drawing
+from clear_dist.comm.group import Group
+from clear_dist.config import Request
+from clear_dist.generation import picture_rows
+from clear_dist.pictures import numbered, save_picture
+from clear_dist.stages import Size
+
+NOT_TO_BE_SHARED = ("prompts", "negative_prompt", "output", "latents_out", "report", "picture")
+"""Other prompts, and files of this machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """Every rank has one and calls `save`; rank 0 writes, row by row as stripes arrive."""
+
+    request: Request
+    settings: Mapping[str, Any]
+    seed: int
+    group: Group
+    prompt: int
+    """Index of the prompt."""
+    began: float
+    """When work on it began, by `time.perf_counter`."""
+
+    def save(self, drawing: Drawing, *, last: bool) -> None:
+        """All pictures of a stage; a lower stage's have its size in their names.
+
+        Raises:
+            OSError: one cannot be written; then nothing of it is left behind.
+        """
+        request = self.request
+        height, width = drawing.size
+        for index in range(request.num_images):
+            count = len(request.prompts) * request.num_images
+            file = numbered(request.output, self.prompt * request.num_images + index, count)
+            if not last:
+                file = file.with_name(f"{file.stem}.{width}x{height}{file.suffix}")
+            rows = picture_rows(drawing, index, self.group)
+            if self.group.rank == 0:
+                metadata = self._metadata(index) if request.metadata else None
+                written = save_picture(rows, file, height=height, width=width, metadata=metadata)
+                self._tell(written, drawing.size)
+            else:
+                for _ in rows:  # sends
+                    pass
+
+    def _tell(self, written: list[Path], size: Size) -> None:
+        """One line on stdout for each picture, for people and for scripts."""
+        names = ("output", "thumbnail")
+        fields = {name: shlex.quote(str(file)) for name, file in zip(names, written, strict=False)}
+        fields |= {
+            "seed": str(self.seed),
+            "size": f"{size[1]}x{size[0]}",
+            "ranks": str(self.group.size),
+            "seconds": f"{time.perf_counter() - self.began:.2f}",
+        }
+        print(" ".join(f"{name}={value}" for name, value in fields.items()), flush=True)
+
+    def _metadata(self, index: int) -> dict[str, str]:
+        """What made one picture, and may be shared with it: no other prompts, no folders of this machine."""
+        settings = {name: value for name, value in self.settings.items() if name not in NOT_TO_BE_SHARED}
+        for name in ("model", "clear_weights"):
+            if settings[name] is not None and Path(settings[name]).exists():
+                settings[name] = "demo" if settings[name] == str(demo.WEIGHTS) else Path(settings[name]).name
+        own = {
+            "prompt": self.request.prompts[self.prompt],
+            "seed": str(self.seed),
+            "Software": f"clear-dist {__version__}",
+            "image": str(index),
+        }
+        if self.request.negative_prompt is not None:
+            own["negative_prompt"] = self.request.negative_prompt
+        return own | {"settings": json.dumps(settings)}

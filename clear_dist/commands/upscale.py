@@ -1,0 +1,44 @@
+"""`clear-dist upscale`: a user's own picture, made larger and refined."""
+
+from pathlib import Path
+
+from clear_dist.commands import drawing, options
+from clear_dist.config import UpscaleConfig
+
+
+def upscale(
+    image: options.Image,
+    prompt: options.UpscalePrompt = None,
+    res: options.UpscaleRes = None,
+    height: options.UpscalePixels = None,
+    width: options.UpscalePixels = None,
+    strength: options.Strength = None,
+    upscale_steps: options.UpscaleSteps = None,
+    ntk_factor: options.NtkFactor = None,
+    base_res: options.BaseRes = None,
+    save_stages: options.SaveStages = False,
+    guidance_scale: options.GuidanceScale = None,
+    negative_prompt: options.NegativePrompt = None,
+    true_cfg_scale: options.TrueCfgScale = None,
+    max_sequence_length: options.MaxSequenceLength = None,
+    seed: options.Seed = None,
+    model: options.Model = "auto",
+    revision: options.Revision = None,
+    clear_weights: options.ClearWeights = "auto",
+    window: options.Window = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    nproc: options.Nproc = None,
+    text_attention: options.TextAttention = None,
+    schedule: options.Schedule = "sync",
+    attention_backend: options.AttentionBackend = "auto",
+    output: options.Output = Path("clear-dist.png"),
+    preview_every: options.PreviewEvery = None,
+    no_metadata: options.NoMetadata = False,
+    latents_out: options.LatentsOut = None,
+    report: options.Report = None,
+    traceback: options.Traceback = False,
+) -> int:
+    """Make a picture larger: enlarge it, add noise, and denoise it again, stage by stage (SDEdit)."""
+    given = locals()
+    return drawing.run(UpscaleConfig(metadata=not given.pop("no_metadata"), **given))

@@ -1,0 +1,97 @@
+"""A checked request, with everything chosen."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from clear_dist.config.rules import TextAttention, Window
+from clear_dist.stages import Sampling, Size, Stage, Upscaling, plan_cascade, plan_upscaling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A user's picture that is to be made larger."""
+
+    file: Path
+    box: tuple[int, int, int, int]
+    """What is used of it: left, top, right and bottom in pixels; the target's shape."""
+
+    @property
+    def size(self) -> Size:
+        """Height and width of what is used."""
+        left, top, right, bottom = self.box
+        return bottom - top, right - left
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A checked request with everything chosen that can be known before the model is loaded.
+
+    None: the loaded model decides (a hub model's native size and window), or rank 0 draws it (the seed).
+    """
+
+    prompts: tuple[str, ...]
+    negative_prompt: str | None
+    num_images: int
+    """Of each prompt."""
+    picture: Picture | None
+    """What to start from; None: noise."""
+    model: str
+    """A folder, or a hub id."""
+    revision: str | None
+    clear_weights: str | None
+    """A file, or a hub file as `owner/name:file`."""
+    height: int | None
+    """Pixels, as width."""
+    width: int | None
+    base_res: int | None
+    """Side of the square with as many pixels as the first stage; without a choice the native size."""
+    native_size: int | None
+    token_size: int
+    """Pixels along the side of a token."""
+    cascade: bool
+    sampling: Sampling
+    upscaling: Upscaling
+    max_sequence_length: int
+    seed: int | None
+    window: Window
+    text_attention: TextAttention | None
+    schedule: str
+    attention_backend: str
+    dtype: str
+    device: str
+    world_size: int
+    output: Path
+    save_stages: bool
+    preview_every: int | None
+    """Steps."""
+    metadata: bool
+    latents_out: Path | None
+    report: Path | None
+
+    @property
+    def from_folder(self) -> bool:
+        return os.path.isdir(self.model)
+
+    @property
+    def size(self) -> Size:
+        """Height and width in pixels."""
+        assert self.height is not None and self.width is not None, "known once the model is located"
+        return self.height, self.width
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The last one has the size that was asked for."""
+        native = self.base_res or self.native_size
+        assert native is not None, "known once the model is located"
+        token = self.token_size
+        if self.picture is not None:
+            return plan_upscaling(self.picture.size, self.size, native=native, token=token, upscaling=self.upscaling)
+        return plan_cascade(
+            self.size,
+            native=native,
+            token=token,
+            sampling=self.sampling,
+            upscaling=self.upscaling,
+            cascade=self.cascade,
+        )

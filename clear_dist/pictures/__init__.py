@@ -1,0 +1,65 @@
+"""Pictures to disk: whole or not at all, with what made them in their metadata.
+
+PNG and TIFF are written while rows arrive, so that nobody ever holds the whole picture.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from clear_dist.pictures.files import numbered, replacing, thumbnail_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["files_of", "numbered", "replacing", "save_picture"]
+
+MOST_WITHOUT_THUMBNAIL = 4096
+"""Pixels of the longer side that viewers open at ease."""
+Writer: TypeAlias = Callable[[Iterator["np.ndarray"], Path, int, int, Mapping[str, str]], None]
+
+
+def files_of(file: Path, *, height: int, width: int) -> list[Path]:
+    """What `save_picture` writes: the picture and, if it is large, its thumbnail."""
+    return [file, thumbnail_of(file)] if max(height, width) > MOST_WITHOUT_THUMBNAIL else [file]
+
+
+def save_picture(
+    rows: Iterable["np.ndarray"], file: Path, *, height: int, width: int, metadata: Mapping[str, str] | None
+) -> list[Path]:
+    """Write a picture in the format of the file's ending; return the files written.
+
+    Args:
+        rows: from the top, uint8 [some rows, width, 3] each; used up to the end.
+        metadata: by name; text chunks of a PNG, a JSON object as the description elsewhere (in EXIF long values are
+            cut and end in "..."). `None`: none is written.
+
+    Raises:
+        OSError: it cannot be written; then, as after whatever `rows` raises, nothing is left behind.
+    """
+    from clear_dist.pictures.blocks import in_blocks  # numpy and Pillow: `plan` starts without them
+    from clear_dist.pictures.thumbnail import Thumbnail
+
+    files = files_of(file, height=height, width=width)
+    blocks = in_blocks(rows, height, width)
+    with ExitStack() as stack:
+        partials = [stack.enter_context(replacing(each)) for each in reversed(files)]  # the picture is renamed first
+        thumbnail = Thumbnail(height, width) if len(files) > 1 else None
+        watched = blocks if thumbnail is None else thumbnail.watching(blocks)
+        _writer(file)(watched, partials[-1], height, width, metadata or {})
+        next(watched, None)  # a writer stops at the last row, `rows` may have more to do
+        if thumbnail is not None:
+            thumbnail.save(partials[0])
+    return files
+
+
+def _writer(file: Path) -> Writer:
+    match file.suffix.lower():
+        case ".png":
+            from clear_dist.pictures.png import write
+        case ".tif" | ".tiff":
+            from clear_dist.pictures.tiff import write
+        case _:
+            from clear_dist.pictures.whole import write
+    return write

@@ -1,0 +1,48 @@
+"""TIFF while rows arrive; BigTIFF where a file might be too large for 4-byte offsets."""
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import tifffile
+
+from clear_dist.pictures.blocks import BLOCK_ROWS, CHANNELS
+
+MOST_CLASSIC_BYTES = 2**32 - 2**26
+"""Of pixels: they may grow a little when compressed, and tags and metadata come on top."""
+
+
+def write(
+    blocks: Iterator[np.ndarray],
+    file: Path,
+    height: int,
+    width: int,
+    metadata: Mapping[str, str],
+    *,
+    most_classic_bytes: int = MOST_CLASSIC_BYTES,
+) -> None:
+    """`blocks`: uint8 [BLOCK_ROWS, width, 3], the last one maybe lower; a strip each."""
+    shape = (height, width, CHANNELS)
+    with tifffile.TiffWriter(file, bigtiff=height * width * CHANNELS > most_classic_bytes) as out:
+        out.write(
+            map(_strip, blocks),
+            shape=shape,
+            dtype=np.uint8,
+            photometric="rgb",
+            planarconfig="contig",
+            compression="adobe_deflate",
+            predictor="horizontal",
+            rowsperstrip=BLOCK_ROWS,
+            description=json.dumps(dict(metadata)) if metadata else None,
+            software=metadata.get("Software", False),  # None would be tifffile's own name
+            metadata=None,  # else tifffile adds a description
+        )
+
+
+def _strip(block: np.ndarray) -> bytes:
+    """Compressed here: tifffile takes pictures whole or in compressed strips."""
+    differences = np.diff(block, axis=1, prepend=np.uint8(0))
+    deflate = zlib.compressobj(level=1, memLevel=9, strategy=zlib.Z_RLE)
+    return deflate.compress(differences.data) + deflate.flush()

@@ -1,0 +1,92 @@
+"""A user's picture, before it is made larger: whether it can be read, and what it is to become."""
+
+import warnings
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from clear_dist.config import Refusal, UpscaleConfig, shortened
+from clear_dist.config.request import Picture
+from clear_dist.preflight.model import ModelFacts
+from clear_dist.stages import Size
+
+MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+"""More is a decompression bomb: Pillow's own bound."""
+DEFAULT_GROWTH = 2
+
+
+def find(config: UpscaleConfig, facts: ModelFacts, *, reads: bool) -> tuple[Picture, Size, str | None]:
+    """The picture, the size that it is to get, and the prompt in its file.
+
+    Args:
+        reads: whether to read all of it, so that a damaged file is refused now; once on each machine is enough.
+
+    Raises:
+        Refusal: it cannot be read, is a decompression bomb, or must not be made smaller.
+    """
+    picture, prompt = _open(config.image, reads=reads)
+    native = config.base_res or facts.native_size or 0
+    target = _target(config, picture, native, facts.token_size)
+    box, asked = _box(picture, target), target[0] * target[1]
+    if asked < (box[2] - box[0]) * (box[3] - box[1]):
+        raise Refusal(
+            f"upscale makes pictures larger, got {target[1]} x {target[0]} for one of {picture[1]} x {picture[0]} px; "
+            f"nearest: --res {_up_to_token(max(picture), facts.token_size)}"
+        )
+    if asked < native * native and max(target) < native:
+        raise Refusal(f"--res must be at least the model's native {native} px, got {max(target)}; nearest: {native}")
+    return Picture(file=config.image.absolute(), box=box), target, prompt
+
+
+def load(picture: Picture) -> Image.Image:
+    """What is used of the picture, upright, in RGB."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(picture.file) as image:
+            return ImageOps.exif_transpose(image).convert("RGB").crop(picture.box)
+
+
+def _open(file: Path, *, reads: bool) -> tuple[Size, str | None]:
+    """Height and width as it is to be looked at, and the prompt that clear-dist wrote into it."""
+    shown = shortened(str(file))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                if reads:
+                    image.load()
+                turned = image.getexif().get(0x0112, 1) >= 5  # orientations that swap the sides
+                prompt = image.info.get("prompt")
+                height, width = (image.width, image.height) if turned else (image.height, image.width)
+    except Image.DecompressionBombError as error:
+        raise Refusal(f"the picture must have at most {MOST_PIXELS} pixels, and {shown} has more ({error})") from error
+    except UnidentifiedImageError as error:
+        raise Refusal(f"the picture must be one that Pillow reads (png, jpg, webp, tiff ...), got {shown}") from error
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's for damaged files
+        why = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise Refusal(f"the picture must be a file that can be read, got {shown} ({why})") from error
+    return (height, width), prompt if isinstance(prompt, str) else None
+
+
+def _target(config: UpscaleConfig, picture: Size, native: int, token: int) -> Size:
+    """Height and width asked for; what was left open follows from the picture's shape."""
+    height, width = config.height, config.width
+    if height is None and width is None:
+        longer = config.res or _up_to_token(max(DEFAULT_GROWTH * max(picture), native), token)
+        height, width = (longer, None) if picture[0] >= picture[1] else (None, longer)
+    if height is None:
+        assert width is not None
+        return max(1, round(picture[0] * width / picture[1] / token)) * token, width
+    return height, width or max(1, round(picture[1] * height / picture[0] / token)) * token
+
+
+def _box(picture: Size, target: Size) -> tuple[int, int, int, int]:
+    """The largest box around the picture's centre that has the target's shape: left, top, right, bottom."""
+    height = min(picture[0], max(1, round(picture[1] * target[0] / target[1])))
+    width = min(picture[1], max(1, round(picture[0] * target[1] / target[0])))
+    top, left = (picture[0] - height) // 2, (picture[1] - width) // 2
+    return left, top, left + width, top + height
+
+
+def _up_to_token(side: int, token: int) -> int:
+    return -(-side // token) * token

@@ -1,0 +1,98 @@
+"""Where a request starts, from noise or from a picture: its prompts, its size, and how it is denoised."""
+
+import stat
+from dataclasses import dataclass, replace
+from typing import Any
+
+from clear_dist import demo
+from clear_dist.comm.env import Place
+from clear_dist.config import GenerateConfig, PictureConfig, Refusal, UpscaleConfig, shortened
+from clear_dist.config.request import Picture
+from clear_dist.config.rules import flag
+from clear_dist.preflight import pictures
+from clear_dist.preflight.model import ModelFacts
+from clear_dist.stages import Sampling, Upscaling
+
+DEFAULT_PROMPT = "a lighthouse on a cliff at dusk, its light over a calm sea"
+GUIDANCE = ("guidance_scale", "true_cfg_scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What `generate` and `upscale` choose each in their own way."""
+
+    prompts: tuple[str, ...]
+    """As given."""
+    height: int | None
+    """Pixels; None: a hub model's native size."""
+    width: int | None
+    sampling: Sampling
+    num_images: int = 1
+    cascade: bool = True
+    picture: Picture | None = None
+
+
+def find(config: PictureConfig, facts: ModelFacts, place: Place) -> Start:
+    """Where the request starts.
+
+    Raises:
+        Refusal: prompts or picture cannot be read, or a size is no multiple of the token size.
+    """
+    for name in ("res", "height", "width", "base_res"):
+        _check_tokens(name, getattr(config, name), facts.token_size)
+    if isinstance(config, UpscaleConfig):
+        return _from_picture(config, facts, place)
+    assert isinstance(config, GenerateConfig), config
+    height, width = config.height or config.res, config.width or config.res
+    return Start(
+        prompts=_prompts(config, facts, place),
+        height=height or facts.native_size,
+        width=width or facts.native_size,
+        sampling=replace(facts.sampling, **_given(config, "steps", *GUIDANCE)),
+        num_images=config.num_images,
+        cascade=config.cascade == "auto",
+    )
+
+
+def upscaling(config: PictureConfig, sampling: Sampling, facts: ModelFacts) -> Upscaling:
+    """How upper stages are refined: as many steps as diffusers' img2img would take, where none were asked for."""
+    chosen = replace(facts.upscaling, **_given(config, "strength", "ntk_factor", *GUIDANCE))
+    return replace(chosen, steps=config.upscale_steps or max(1, round(sampling.steps * chosen.strength)))
+
+
+def _given(config: PictureConfig, *names: str) -> dict[str, Any]:
+    """The flags of these names that were given."""
+    values = {name: getattr(config, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _from_picture(config: UpscaleConfig, facts: ModelFacts, place: Place) -> Start:
+    picture, (height, width), prompt = pictures.find(config, facts, reads=place.local_rank == 0)
+    chosen = config.prompt if config.prompt is not None else prompt or ""
+    return Start(prompts=(chosen,), height=height, width=width, sampling=facts.sampling, picture=picture)
+
+
+def _check_tokens(name: str, size: int | None, token: int) -> None:
+    if size is not None and size % token:
+        below = size // token * token
+        nearest = " or ".join(str(near) for near in (below, below + token) if near)
+        shown = f"--{flag(name)} must be a multiple of {token} pixels (one token)"
+        raise Refusal(f"{shown}, got {size}; nearest: {nearest}")
+
+
+def _prompts(config: GenerateConfig, facts: ModelFacts, place: Place) -> tuple[str, ...]:
+    """A pipe can be read once only: not here and in the notes, and not by each of torchrun's ranks."""
+    if config.prompts is None:
+        default = demo.DEFAULT_PROMPT if facts.is_demo else DEFAULT_PROMPT
+        return (default if config.prompt is None else config.prompt,)
+    try:
+        if place.world_size > 1 and stat.S_ISFIFO(config.prompts.stat().st_mode):
+            raise Refusal(f"--prompts must be a file under torchrun, got the pipe {config.prompts}; nearest: --nproc")
+        lines = config.prompts.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why, shown = getattr(error, "strerror", None) or "not UTF-8", shortened(str(config.prompts))
+        raise Refusal(f"--prompts must be a text file, one prompt a line, got {shown} ({why})") from error
+    given = tuple(line.strip() for line in lines if line.strip())
+    if not given:
+        raise Refusal(f"--prompts must hold at least one prompt, got the empty file {config.prompts}")
+    return given

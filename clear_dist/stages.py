@@ -1,0 +1,111 @@
+"""The stages of a cascade: at which sizes a picture is drawn, and how each is denoised. Whole numbers, no tensors.
+
+A picture above the native size is drawn there first, then enlarged and refined by SDEdit, stage by stage (paper,
+Sec. 4.3). All sizes are height and width in pixels.
+"""
+
+from dataclasses import dataclass, field
+from math import ceil, log2, sqrt
+
+Size = tuple[int, int]
+
+SPARE_DOUBLINGS = 0.1
+"""A stage enlarges 2 times, or a little more where rounding to whole tokens asks for it (2.14 times at most)."""
+LEAST_SHARE_OF_NATIVE = 0.5
+"""The shorter side of a long, thin base picture, in native sizes: models don't draw slivers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a stage is denoised."""
+
+    steps: int = 28
+    guidance_scale: float = 3.5
+    """Distilled; for models that take none it has no effect."""
+    true_cfg_scale: float = 1.0
+    """Classifier-free guidance with a negative prompt; 1: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upscaling(Sampling):
+    """How an upper stage refines the picture that was enlarged for it. The defaults are the official notebook's."""
+
+    steps: int = 20
+    """Taken by every stage: `strength` decides where they begin, not how many there are."""
+    guidance_scale: float = 7.5
+    strength: float = 0.7
+    """Share of noise that the enlarged picture gets, above 0: 1 leaves nothing of it."""
+    ntk_factor: float = 10.0
+    """Of the rotary embedding's base above the native size."""
+    interpolate_positions: bool = False
+    """Scale position ids to the native range above the native size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One size of the cascade; with an Upscaling it starts from a picture, else from noise alone."""
+
+    height: int
+    width: int
+    sampling: Sampling = field(default_factory=Sampling)
+
+    @property
+    def size(self) -> Size:
+        return self.height, self.width
+
+
+def plan_cascade(
+    size: Size, *, native: int, token: int, sampling: Sampling, upscaling: Upscaling, cascade: bool = True
+) -> tuple[Stage, ...]:
+    """The stages from noise to `size`; one alone up to the native size, or without `cascade`.
+
+    Args:
+        native: side in pixels of the square with as many pixels as the first stage.
+        token: pixels along the side of a token; every size is a multiple.
+    """
+    base = base_size(size, native=native, token=token) if cascade else size
+    first = Stage(height=base[0], width=base[1], sampling=sampling)
+    return (first, *_refining(sizes_up_to(size, start=base, token=token), upscaling))
+
+
+def plan_upscaling(picture: Size, size: Size, *, native: int, token: int, upscaling: Upscaling) -> tuple[Stage, ...]:
+    """The stages from a picture to `size`, at least one; a picture below the native size is refined there first."""
+    base = base_size(size, native=native, token=token)
+    if picture[0] * picture[1] < base[0] * base[1]:
+        sizes: tuple[Size, ...] = (base, *sizes_up_to(size, start=base, token=token))
+    else:
+        sizes = sizes_up_to(size, start=picture, token=token) or (size,)
+    return _refining(sizes, upscaling)
+
+
+def base_size(size: Size, *, native: int, token: int) -> Size:
+    """The native number of pixels in the shape of `size`; `size` itself where that is smaller."""
+    shrink = max(native / sqrt(size[0] * size[1]), LEAST_SHARE_OF_NATIVE * native / min(size))
+    if shrink >= 1:
+        return size
+    return _whole_tokens(size[0] * shrink, token), _whole_tokens(size[1] * shrink, token)
+
+
+def sizes_up_to(size: Size, *, start: Size, token: int) -> tuple[Size, ...]:
+    """Sizes after `start` up to `size`, each about twice the one before, or all a little less; none if they are equal.
+
+    Args:
+        start: need not be a multiple of `token`.
+    """
+    if start == size:
+        return ()
+    growth = max(1.0, *(new / old for new, old in zip(size, start, strict=True)))
+    count = max(1, ceil(log2(growth) - SPARE_DOUBLINGS))
+    between = [
+        tuple(_whole_tokens(old * (new / old) ** (index / count), token) for old, new in zip(start, size, strict=True))
+        for index in range(1, count)
+    ]
+    return (*((height, width) for height, width in between), size)
+
+
+def _refining(sizes: tuple[Size, ...], upscaling: Upscaling) -> tuple[Stage, ...]:
+    return tuple(Stage(height=height, width=width, sampling=upscaling) for height, width in sizes)
+
+
+def _whole_tokens(side: float, token: int) -> int:
+    return max(1, round(side / token)) * token
