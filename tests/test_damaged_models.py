@@ -127,6 +127,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit(f / "scheduler/scheduler_config.json", _class_name="DDIMScheduler"),
         "scheduler must be a FlowMatchEulerDiscreteScheduler, got DDIMScheduler",
     ),
+    "a shift in words": (
+        lambda f: edit(f / "scheduler/scheduler_config.json", shift="three"),
+        'shift must be a number above 0, got "three" in .*scheduler_config.json; nearest: 3',
+    ),
+    "a shift of nothing": (
+        lambda f: edit(f / "scheduler/scheduler_config.json", max_shift=0),
+        "max_shift must be a number above 0, got 0",
+    ),
     "another scheduler's class": (
         lambda f: edit(f / "model_index.json", scheduler=["diffusers", "DDIMScheduler"]),
         "got DDIMScheduler",

@@ -54,15 +54,20 @@ class Rendering:
         """All pictures of the request, and its report."""
         request = self.request
         self.phases.expect(len(request.prompts) * sum(sum(work_of(stage).values()) for stage in request.stages))
-        latents = [self._render_prompt(index) for index in range(len(request.prompts))]
-        if request.latents_out is not None and self.group.rank == 0:
+        latents = []
+        for index in range(len(request.prompts)):
+            drawing = self._render_prompt(index)
+            assert drawing.latents is not None, "all ranks draw the last stage"
+            if request.latents_out is not None and self.group.rank == 0:
+                latents.append(drawing.latents.cpu())
+        if request.latents_out is not None and latents:
             with self.phases.phase("save"), replacing(request.latents_out) as partial:
                 partial.write_bytes(save({"latents": torch.cat(latents)}))
         if request.report is not None:
             self._report(request.report)
 
-    def _render_prompt(self, index: int) -> Tensor:
-        """Latents [num_images, tokens, 64] on the CPU; their pictures are saved."""
+    def _render_prompt(self, index: int) -> Drawing:
+        """All stages of one prompt, their pictures saved; returns the last one."""
         request, began, count = self.request, time.perf_counter(), len(self.request.prompts)
         saving = Saving(
             request=request, settings=self._settings(), seed=self.seed, group=self.group, prompt=index, began=began
@@ -84,8 +89,8 @@ class Rendering:
                 with self.phases.phase("save", detail=detail):
                     saving.save(drawing, last=number == len(stages) - 1)
             self._note(stage, drawing)
-        assert drawing is not None and drawing.latents is not None, "all ranks draw the last stage"
-        return drawing.latents.cpu()
+        assert drawing is not None, "there is at least one stage"
+        return drawing
 
     def _encode(self, prompt: str) -> dict[str, Tensor]:
         request = self.request

@@ -38,7 +38,7 @@ def save_picture(
     Raises:
         OSError: it cannot be written; then, as after whatever `rows` raises, nothing is left behind.
     """
-    from clear_dist.pictures.blocks import in_blocks  # numpy and Pillow: `plan` starts without them
+    from clear_dist.pictures.blocks import in_blocks  # numpy and Pillow: checks and --help do without
     from clear_dist.pictures.thumbnail import Thumbnail
 
     files = files_of(file, height=height, width=width)

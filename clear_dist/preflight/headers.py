@@ -98,6 +98,14 @@ def whole_numbers(config: Mapping[str, Any], name: str, default: tuple[int, ...]
     return tuple(_checked(value, name, default[0], where) for value in values)
 
 
+def positive_number(config: Mapping[str, Any], name: str, default: float, where: Path | str) -> float:
+    """The number `name` of a configuration; raises a Refusal where it is none above 0."""
+    value = config.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST_NUMBER:
+        raise Refusal(f"{name} must be a number above 0, got {_shown(value)} in {where}; nearest: {default:g}")
+    return value
+
+
 def _checked(value: object, name: str, default: int, where: Path | str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_NUMBER:
         raise Refusal(

@@ -11,7 +11,7 @@ from clear_dist import demo
 from clear_dist.clear_checkpoint import require_same_tensors
 from clear_dist.config import FLUX_DEV, FLUX_SCHNELL, Refusal, nearest_word, shortened
 from clear_dist.preflight.flux import FluxShape
-from clear_dist.preflight.headers import read_component, read_json, whole_number, whole_numbers
+from clear_dist.preflight.headers import positive_number, read_component, read_json, whole_number, whole_numbers
 from clear_dist.stages import Sampling, Upscaling
 
 PIPELINE, TRANSFORMER, SCHEDULER = "FluxPipeline", "FluxTransformer2DModel", "FlowMatchEulerDiscreteScheduler"
@@ -29,6 +29,8 @@ PACKING = 2
 VAE_CHANNELS, LATENT_CHANNELS, NATIVE_SIZE = (128, 256, 512, 512), 16, 1024
 """FLUX's own, where a configuration tells nothing."""
 CLIP_TOKENS = 77
+SCHEDULE = {"shift": 3.0, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+"""What decides the noise of each step, and FLUX.1-dev's values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +82,10 @@ def of_folder(folder: Path) -> ModelFacts:
     _check_tokenizers(folder)
     configuration, vae_file = folder / "transformer" / "config.json", folder / "vae" / "config.json"
     flux, vae = FluxShape.of(read_json(configuration), configuration), read_json(vae_file)
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler_file = folder / "scheduler" / "scheduler_config.json"
+    scheduler = read_json(scheduler_file)
+    for name, default in SCHEDULE.items():
+        positive_number(scheduler, name, default, scheduler_file)
     token_size = PACKING * 2 ** (len(whole_numbers(vae, "block_out_channels", VAE_CHANNELS, vae_file)) - 1)
     latent_channels = whole_number(vae, "latent_channels", LATENT_CHANNELS, vae_file)
     native_size = whole_number(vae, "sample_size", NATIVE_SIZE, vae_file)

@@ -26,7 +26,8 @@ from clear_dist.vae.stripe_ops import StripeOps, frame, unframe
 
 __all__ = ["MAX_BYTES", "decode_stripes", "encode_stripes"]
 
-MAX_BYTES = 1 << 28
+MAX_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}
+"""Of the temporary tensors of a chunk, by device: a CPU wants them small, a GPU wants few calls."""
 
 
 # A VAE that is offloaded comes to its device by this hook, as for its own methods.
@@ -38,7 +39,7 @@ def decode_stripes(
     group: Group,
     stripes: tuple[Rows, ...],
     *,
-    max_bytes: int = MAX_BYTES,
+    max_bytes: int | None = None,
     counters: Counters | None = None,
 ) -> Tensor:
     """This rank's rows of `vae.decode(latents).sample`; all ranks call this. Slicing and tiling settings don't count.
@@ -46,7 +47,7 @@ def decode_stripes(
     Args:
         latents_BCRW: this rank's rows of the latents, scaled for the VAE, in its dtype and on the group's device.
         stripes: each rank's rows, from `cut_in_stripes`, in any unit that is the same for all: tokens, mostly.
-        max_bytes: what the temporary tensors of one chunk may take; a chunk has one row at least.
+        max_bytes: what the temporary tensors of one chunk may take; a chunk has one row at least. None: MAX_BYTES.
         counters: where the bytes sent and the time spent waiting are added.
 
     Returns:
@@ -56,8 +57,7 @@ def decode_stripes(
         ValueError: the rows don't fit the stripe, `max_bytes` is not positive, or the VAE has other blocks than FLUX's.
         PeerLost: a rank went away.
     """
-    _check(latents_BCRW, len(stripes[group.rank]), max_bytes)
-    ops = StripeOps(group, stripes, max_bytes=max_bytes, counters=counters or Counters())
+    ops = _ops(latents_BCRW, group, stripes, max_bytes, counters)
     if vae.post_quant_conv is not None:
         latents_BCRW = vae.post_quant_conv(latents_BCRW)
     return _run(list(decoder_layers(ops, vae.decoder)), latents_BCRW)
@@ -71,7 +71,7 @@ def encode_stripes(
     group: Group,
     stripes: tuple[Rows, ...],
     *,
-    max_bytes: int = MAX_BYTES,
+    max_bytes: int | None = None,
     counters: Counters | None = None,
 ) -> Tensor:
     """This rank's rows of `vae.encode(pixels).latent_dist.parameters`; all ranks call this.
@@ -91,10 +91,9 @@ def encode_stripes(
         PeerLost: a rank went away.
     """
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    _check(pixels_BCRW, len(stripes[group.rank]), max_bytes)
+    ops = _ops(pixels_BCRW, group, stripes, max_bytes, counters)
     if pixels_BCRW.shape[2] % scale:
         raise ValueError(f"a stripe to encode must have a multiple of {scale} rows, got {pixels_BCRW.shape[2]}")
-    ops = StripeOps(group, stripes, max_bytes=max_bytes, counters=counters or Counters())
     moments_BCRW = _run(list(encoder_layers(ops, vae.encoder)), pixels_BCRW)
     return moments_BCRW if vae.quant_conv is None else vae.quant_conv(moments_BCRW)
 
@@ -106,8 +105,14 @@ def _run(layers: Sequence[Layer], rows_BCRW: Tensor) -> Tensor:
     return unframe(stripe_BCEW).contiguous()
 
 
-def _check(rows_BCRW: Tensor, stripe: int, max_bytes: int) -> None:
+def _ops(
+    rows_BCRW: Tensor, group: Group, stripes: tuple[Rows, ...], max_bytes: int | None, counters: Counters | None
+) -> StripeOps:
+    """What the layers need; raises a ValueError where the arguments don't fit."""
+    stripe = len(stripes[group.rank])
     if rows_BCRW.ndim != 4 or rows_BCRW.shape[2] == 0 or rows_BCRW.shape[2] % stripe:
         raise ValueError(f"rows must be [B, C, R, W] with R a multiple of {stripe}, got {tuple(rows_BCRW.shape)}")
-    if max_bytes < 1:
-        raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
+    most = MAX_BYTES.get(group.device.type, MAX_BYTES["cuda"]) if max_bytes is None else max_bytes
+    if most < 1:
+        raise ValueError(f"max_bytes must be at least 1, got {most}")
+    return StripeOps(group, stripes, max_bytes=most, counters=counters or Counters())
