@@ -68,8 +68,9 @@ class Phases:
         try:
             yield
         finally:
+            seconds = time.perf_counter() - began
             for times in (self.times, *self.stages[-1:]):
-                times.seconds[name] += time.perf_counter() - began
+                times.seconds[name] += seconds
         if not steps:
             self._advance()
         if self._progress is not None and self._task is not None:
