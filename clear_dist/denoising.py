@@ -63,7 +63,8 @@ def refining_pipeline(pipe: Any) -> FluxImg2ImgPipeline:
     """Image-to-image with the parts of `pipe`, and its scheduler's static shift: the dynamic one grows with the size,
     until every step is taken in pure noise (paper, Sec. 4.3)."""
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, use_dynamic_shifting=False)
-    refining = FluxImg2ImgPipeline.from_pipe(pipe, scheduler=scheduler)
+    # Not `from_pipe`, which turns all parts, the given pipeline's too, to float32.
+    refining = FluxImg2ImgPipeline(**{**pipe.components, "scheduler": scheduler})
     refining.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return refining
 

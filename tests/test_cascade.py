@@ -128,6 +128,21 @@ def test_exact_windows_on_n_ranks_are_those_on_one(size: int) -> None:
         assert set(result["steps"].values()) == {6}
 
 
+def drawn_in_bfloat16(group: Group) -> set[torch.dtype]:
+    pipe = make_tiny_pipeline(sample_size=NATIVE).to(torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    clear_dist.parallelize(pipe, window=3, group=group)
+    pictures = clear_dist.generate(
+        pipe, "a hill", height=128, width=96, num_inference_steps=2, upscaling=UPSCALING, max_sequence_length=TEXT
+    )
+    assert len(pictures) == (group.rank == 0)
+    return {parameter.dtype for part in (pipe.transformer, pipe.vae) for parameter in part.parameters()}
+
+
+def test_a_pipeline_in_bfloat16_stays_one() -> None:
+    assert run_ranks(drawn_in_bfloat16, 2) == [{torch.bfloat16}] * 2
+
+
 def pictures(group: Group) -> list[np.ndarray]:
     pipe = make_tiny_pipeline(sample_size=NATIVE)
     pipe.set_progress_bar_config(disable=True)
