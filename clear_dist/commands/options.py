@@ -41,7 +41,7 @@ Cascade = Annotated[
 BaseRes = Annotated[int | None, _flag("side of a square as large as the first stage (the native size)", LARGE)]
 Strength = Annotated[float | None, _flag("share of noise that enlarged pictures get (0.7; demo 0.3)", LARGE)]
 UpscaleSteps = Annotated[int | None, _flag("steps of each upper stage (steps x strength)", LARGE)]
-NtkFactor = Annotated[float | None, _flag("of the rotary embedding's base (10; demo 1)", LARGE)]
+NtkFactor = Annotated[float | None, _flag("of the rotary embedding's base (10)", LARGE)]
 SaveStages = Annotated[bool, _flag("write the lower stages' pictures too", LARGE, "--save-stages")]
 
 Model = Annotated[str, _flag("auto, demo, a folder in diffusers' layout, or a hub id (auto)", MODEL)]

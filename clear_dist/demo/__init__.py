@@ -15,11 +15,9 @@ DEFAULT_STEPS = 20
 DEFAULT_MAX_SEQUENCE_LENGTH = 32
 DEFAULT_TRUE_CFG_SCALE = 3.0  # with negative prompt "": twice the work, and much more faithful to the prompt
 
-DEFAULT_STRENGTH = 0.3  # of the upper stages of a cascade: they add detail, and on a CPU each step counts
-DEFAULT_NTK_FACTOR = 1.0
-INTERPOLATE_POSITIONS = False
+DEFAULT_STRENGTH = 0.3  # of the upper stages of a cascade; from 0.5 on it invents a second moon
 
 __all__ = [
-    "CLEAR_WEIGHTS", "DEFAULT_MAX_SEQUENCE_LENGTH", "DEFAULT_NTK_FACTOR", "DEFAULT_PROMPT", "DEFAULT_STEPS",
-    "DEFAULT_STRENGTH", "DEFAULT_TRUE_CFG_SCALE", "INTERPOLATE_POSITIONS", "NATIVE_SIZE", "WEIGHTS", "WINDOW", "parse",
+    "CLEAR_WEIGHTS", "DEFAULT_MAX_SEQUENCE_LENGTH", "DEFAULT_PROMPT", "DEFAULT_STEPS", "DEFAULT_STRENGTH",
+    "DEFAULT_TRUE_CFG_SCALE", "NATIVE_SIZE", "WEIGHTS", "WINDOW", "parse",
 ]  # fmt: skip

@@ -21,7 +21,7 @@ from clear_dist.demo.train_transformer import LatentSet, train_transformer
 
 TRAINING_SCENES, HELD_OUT_SCENES = 8000, 96
 LATENT_SCENES = 6000  # of the training scenes, those that the transformer sees
-MINUTES = {"vae": 32.0, "transformer": 66.0, "clear": 2.5}
+MINUTES = {"vae": 32.0, "transformer": 160.0, "clear": 4.0}
 STAGES = (*MINUTES, "export")
 
 

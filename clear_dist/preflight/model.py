@@ -116,12 +116,7 @@ def _demo() -> ModelFacts:
         facts,
         is_demo=True,
         sampling=Sampling(steps=demo.DEFAULT_STEPS, guidance_scale=0.0, true_cfg_scale=demo.DEFAULT_TRUE_CFG_SCALE),
-        upscaling=Upscaling(
-            guidance_scale=0.0,
-            strength=demo.DEFAULT_STRENGTH,
-            ntk_factor=demo.DEFAULT_NTK_FACTOR,
-            interpolate_positions=demo.INTERPOLATE_POSITIONS,
-        ),
+        upscaling=Upscaling(guidance_scale=0.0, strength=demo.DEFAULT_STRENGTH),
         max_sequence_length=demo.DEFAULT_MAX_SEQUENCE_LENGTH,
         negative_prompt="",
     )
