@@ -1,8 +1,8 @@
 """The main job on one machine: time, memory of all ranks together, seams.  python benchmarks/large.py [--json FILE]
 
 Runs `torchrun --nproc_per_node N clear-dist generate --res R` with the embedded model, adds up the proportional set
-sizes of all its processes every few seconds, and then looks at the picture: are differences between rows larger where
-two ranks' stripes meet than beside?
+sizes of all its processes every few seconds, and then looks at the picture: do rows differ more where two ranks'
+stripes meet than where tokens meet beside?
 """
 
 import argparse
@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 TOKEN = 16
 """Pixels along the side of a token."""
 BESIDE = 8
-"""Differences on either side of a border that it is compared with."""
+"""Borders between tokens, on either side of a border between ranks, that it is compared with: rows differ more where
+tokens meet than within them, whoever drew them."""
 
 
 def main() -> None:
@@ -79,14 +80,19 @@ def proportional_set_size(pid: int) -> int:
 
 
 def seams(picture: Path, borders: list[int]) -> dict[int, float]:
-    """For each border, the mean difference of the rows on its two sides over the median of those beside."""
+    """For each border between ranks, how much rows differ across it, over the median across token borders beside."""
     with Image.open(picture) as image:
-        bands = {border: image.crop((0, border - BESIDE - 1, image.width, border + BESIDE + 1)) for border in borders}
-    found = {}
-    for border, band in bands.items():
-        differences = np.abs(np.diff(np.asarray(band, dtype=np.int16), axis=0)).mean(axis=(1, 2)).tolist()
-        found[border] = differences.pop(BESIDE) / max(median(differences), 1e-9)
-    return found
+        rows = np.asarray(image.convert("RGB"))
+
+    def difference(border: int) -> float:
+        return float(np.abs(rows[border].astype(np.int16) - rows[border - 1]).mean())
+
+    beside = [TOKEN * step for step in range(-BESIDE, BESIDE + 1) if step]
+    return {
+        border: difference(border)
+        / max(1e-9, median(difference(border + step) for step in beside if 0 < border + step < len(rows)))
+        for border in borders
+    }
 
 
 def show(figures: dict[str, Any], report: dict[str, Any]) -> None:
@@ -101,7 +107,7 @@ def show(figures: dict[str, Any], report: dict[str, Any]) -> None:
     console.print(f"the whole command: {figures['seconds_of_command']:.0f} s")
     console.print(f"all processes together: {figures['bytes_of_all_processes'] / 2**30:.1f} GiB")
     worst = max(figures["seams"].values(), default=0.0)
-    console.print(f"differences across rank borders: at most {worst:.2f} times those beside")
+    console.print(f"differences across rank borders: at most {worst:.2f} times those across token borders beside")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Every rank holds the rows of its stripe only, in pixels; latents are equal on al
 Shapes: B pictures, C channels, R my rows, E the rows that mine are interpolated from, W columns.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +19,7 @@ from clear_dist.comm.stripe_join import StripeJoin
 from clear_dist.comm.stripe_move import move_rows
 from clear_dist.denoising import OnStep, denoise, refining_pipeline
 from clear_dist.geometry import Rows, cut_in_stripes
+from clear_dist.memory import give_back
 from clear_dist.models.extrapolation import Extrapolation
 from clear_dist.parallelize import require_striped
 from clear_dist.progress import Phases
@@ -89,11 +91,17 @@ class Cascade:
         seed = (self._seed + self._stages_drawn * SEED_STRIDE) % 2**63
         self._stages_drawn += 1
         held = self._in_pixels(stripes)
-        enlarged = None if before is None else self._enlarge(before, stage, held)
         part = group if ranks == group.size else group.split(ranks)
-        latents = pixels = None
+        start = latents = pixels = None
+        if before is not None:
+            with self._phase("encode", stage, detail):
+                start = self._encode(self._enlarge(before, stage, held), part, stripes)
         if group.rank < ranks:
-            latents, pixels = self._draw_stripe(stage, part, stripes, enlarged, seed, detail)
+            with self._phase("denoise", stage, detail):
+                latents = self._denoise(stage, part, start, seed)
+            del start  # as large as the latents
+            with self._phase("decode", stage, detail):
+                pixels = self._decode(latents, stage, part, stripes)
         else:
             for _ in range(stage.sampling.steps):  # the report has an entry per step for every rank
                 self._striped.counters.begin_step()
@@ -101,21 +109,17 @@ class Cascade:
             part.close()
         return Drawing(size=stage.size, rows=held, pixels=pixels, latents=latents)
 
-    def _draw_stripe(
-        self, stage: Stage, part: Group, stripes: tuple[Rows, ...], enlarged: Tensor | None, seed: int, detail: str
-    ) -> tuple[Tensor, Tensor]:
-        """Latents of the whole picture and the pixels of my stripe, on a rank that takes part."""
-        start, pipe, work = None, self._pipe, work_of(stage)
-        if enlarged is not None:
-            with self._phases.phase("encode", detail=detail, work=work["encode"]):
-                start, pipe = self._encode(enlarged, part, stripes), self._refining
+    def _phase(self, name: str, stage: Stage, detail: str) -> AbstractContextManager[None]:
+        give_back(self._striped.group.device)
+        steps = stage.sampling.steps if name == "denoise" else None
+        return self._phases.phase(name, detail=detail, steps=steps, work=work_of(stage)[name])
+
+    def _denoise(self, stage: Stage, part: Group, start: Tensor | None, seed: int) -> Tensor:
+        """Latents of the whole picture."""
+        pipe = self._pipe if start is None else self._refining
         extrapolation = self._extrapolation(stage)
-        running = self._striped.running(group=part, scheduler=pipe.scheduler, extrapolation=extrapolation)
-        steps = stage.sampling.steps
-        with self._phases.phase("denoise", detail=detail, steps=steps, work=work["denoise"]), running:
-            latents = denoise(pipe, self._embeddings, stage, seed=seed, start=start, on_step=self._on_step)
-        with self._phases.phase("decode", detail=detail, work=work["decode"]):
-            return latents, self._decode(latents, stage, part, stripes)
+        with self._striped.running(group=part, scheduler=pipe.scheduler, extrapolation=extrapolation):
+            return denoise(pipe, self._embeddings, stage, seed=seed, start=start, on_step=self._on_step)
 
     @cached_property
     def _refining(self) -> FluxImg2ImgPipeline:
@@ -136,8 +140,8 @@ class Cascade:
         """My rows [B, C, R, W] of the former stage's pictures at this stage's size, in [-1, 1]; all ranks call this."""
         group, (height, width) = self._striped.group, before.size
         behind = tuple(rows_behind(rows, height, stage.height) for rows in held)
-        # Rank 0 has always taken part.
-        batch, dtype = group.broadcast_object(before.pixels if before.pixels is None else _kind(before.pixels))
+        mine = None if before.pixels is None else (len(before.pixels), before.pixels.dtype)
+        batch, dtype = group.broadcast_object(mine)  # rank 0 has always taken part
         pixels_BCEW = move_rows(
             before.pixels,
             group,
@@ -156,8 +160,10 @@ class Cascade:
         )
 
     @torch.no_grad()
-    def _encode(self, pixels_BCRW: Tensor, group: Group, stripes: tuple[Rows, ...]) -> Tensor:
+    def _encode(self, pixels_BCRW: Tensor | None, group: Group, stripes: tuple[Rows, ...]) -> Tensor | None:
         """Latents [B, 16, H, W] of the whole picture: the means, so that nothing is drawn that ranks must share."""
+        if pixels_BCRW is None:  # this rank idles
+            return None
         vae, counters = self._pipe.vae, self._striped.counters
         moments = encode_stripes(vae, pixels_BCRW.to(vae.dtype), group, stripes, counters=counters)
         mean_BCRW = moments.chunk(2, dim=1)[0]
@@ -169,9 +175,10 @@ class Cascade:
     @torch.no_grad()
     def _decode(self, latents: Tensor, stage: Stage, group: Group, stripes: tuple[Rows, ...]) -> Tensor:
         """The pixels [B, 3, R, W] of my stripe."""
-        vae, mine = self._pipe.vae, stripes[group.rank]
-        latents_BCHW = self._pipe._unpack_latents(latents, *stage.size, self._pipe.vae_scale_factor)
-        rows_BCRW = latents_BCHW[:, :, PACKING * mine.start : PACKING * mine.stop]
+        vae, mine, token = self._pipe.vae, stripes[group.rank], token_size(self._pipe)
+        tokens = mine.relative_to(0), stage.width // token
+        mine_BLC = latents.unflatten(1, (-1, tokens[1]))[:, tokens[0]].flatten(1, 2)
+        rows_BCRW = self._pipe._unpack_latents(mine_BLC, len(mine) * token, stage.width, self._pipe.vae_scale_factor)
         scaled = rows_BCRW / vae.config.scaling_factor + vae.config.shift_factor
         return decode_stripes(vae, scaled.to(vae.dtype), group, stripes, counters=self._striped.counters)
 
@@ -190,10 +197,6 @@ def work_of(stage: Stage) -> dict[str, float]:
         "denoise": tokens * stage.sampling.steps * passes,
         "decode": DECODING * tokens,
     }
-
-
-def _kind(pixels: Tensor) -> tuple[int, torch.dtype]:
-    return len(pixels), pixels.dtype
 
 
 def token_size(pipe: Any) -> int:

@@ -1,5 +1,6 @@
 """One stage of denoising by diffusers' own pipelines, on a transformer that is on stripes."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -60,8 +61,19 @@ def denoise(
 
 
 def refining_pipeline(pipe: Any) -> FluxImg2ImgPipeline:
-    """Image-to-image with the parts of `pipe`, and its scheduler's static shift: the dynamic one grows with the size,
-    until every step is taken in pure noise (paper, Sec. 4.3)."""
+    """Image-to-image with the parts of `pipe`, and its scheduler's static shift (paper, Sec. 4.3).
+
+    The dynamic shift grows with the size, until every step is taken in pure noise.
+
+    Raises:
+        ValueError: `pipe` has parts that image-to-image would leave out, such as a ControlNet.
+    """
+    parts = inspect.signature(FluxImg2ImgPipeline.__init__).parameters
+    if other := [name for name in pipe.components if name not in parts]:
+        raise ValueError(
+            f"a cascade refines with FluxImg2ImgPipeline, which has no {', '.join(other)}, got {type(pipe).__name__}; "
+            "nearest: a FluxPipeline of the same parts, or cascade=False"
+        )
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, use_dynamic_shifting=False)
     # Not `from_pipe`, which turns all parts, the given pipeline's too, to float32.
     refining = FluxImg2ImgPipeline(**{**pipe.components, "scheduler": scheduler})

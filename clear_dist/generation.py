@@ -12,7 +12,7 @@ from clear_dist.cascade import Cascade, Drawing, to_bytes, token_size
 from clear_dist.comm.group import Group
 from clear_dist.comm.stripe_collect import collect_stripes
 from clear_dist.geometry import Rows
-from clear_dist.parallelize import require_striped
+from clear_dist.parallelize import require_equal_settings, require_striped
 from clear_dist.stages import Sampling, Size, Stage, Upscaling, plan_cascade, plan_upscaling
 from clear_dist.text import encode_prompts
 
@@ -43,6 +43,7 @@ def generate(
         cascade: draw what is larger than the native size there first, then enlarge and refine it, about 2 times a
             stage (paper, Sec. 4.3).
         base_resolution: side in pixels of a square as large as the first stage; the native size by default.
+        guidance_scale, true_cfg_scale: of the first stage; `upscaling` has its own.
         upscaling: how upper stages are refined; by default as in CLEAR's notebook, `num_inference_steps` x 0.7 steps.
 
     Raises:
@@ -50,24 +51,24 @@ def generate(
     """
     require_striped(pipe)
     native = pipe.vae.config.sample_size
-    size = (height or native, width or native)
-    require_whole_tokens(pipe, height=size[0], width=size[1], base_resolution=base_resolution or native)
+    height, width, base = (native if size is None else size for size in (height, width, base_resolution))
+    require_whole_tokens(pipe, height=height, width=width, base_resolution=base)
     stages = plan_cascade(
-        size,
-        native=base_resolution or native,
+        (height, width),
+        native=base,
         token=token_size(pipe),
         sampling=Sampling(steps=num_inference_steps, guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale),
-        upscaling=upscaling or Upscaling(steps=max(1, round(0.7 * num_inference_steps))),
+        upscaling=upscaling or Upscaling(steps=max(1, round(Upscaling.strength * num_inference_steps))),
         cascade=cascade,
     )
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    embeddings = _encoded(pipe, prompts, negative_prompt, max_sequence_length, num_images)
+    embeddings = _encoded(pipe, stages, seed, prompts, negative_prompt, max_sequence_length, num_images)
     return _pictures(pipe, embeddings, stages, seed, None)
 
 
 def upscale(
     pipe: Any,
-    image: Image,
+    image: Image | None,
     prompt: str = "",
     *,
     height: int,
@@ -80,11 +81,11 @@ def upscale(
     """`image` made larger and refined, stage by stage; on rank 0, which alone reads it, in a list of one.
 
     Args:
-        image: any size and shape; it is stretched where `height` and `width` have another shape.
+        image: any size and shape, on rank 0; it is stretched where `height` and `width` have another shape.
         upscaling, and all others: as in `generate`.
 
     Raises:
-        ValueError: the pipeline is not parallelized, or a size is no multiple of the token size.
+        ValueError: the pipeline is not parallelized, a size is no multiple of the token size, or the picture is larger.
     """
     striped = require_striped(pipe)
     require_whole_tokens(pipe, height=height, width=width)
@@ -96,7 +97,9 @@ def upscale(
         token=token_size(pipe),
         upscaling=upscaling or Upscaling(),
     )
-    embeddings = _encoded(pipe, [prompt], negative_prompt, max_sequence_length)
+    embeddings = _encoded(pipe, stages, seed, [prompt], negative_prompt, max_sequence_length)
+    if height * width < before.size[0] * before.size[1]:
+        raise ValueError(f"upscale makes pictures larger, got {height} x {width} for one of {before.size} pixels")
     return _pictures(pipe, embeddings, stages, seed, before)
 
 
@@ -110,11 +113,12 @@ def require_whole_tokens(pipe: Any, **sizes: int) -> None:
 
 
 def from_image(image: Image | None, group: Group) -> Drawing:
-    """A picture that rank 0 holds, to be enlarged; the others' is ignored."""
-    size: Size = group.broadcast_object(None if image is None else (image.height, image.width))
+    """A picture that rank 0 holds, to be enlarged; the others' is ignored. Raises ValueError where rank 0 has none."""
+    size: Size | None = group.broadcast_object(None if image is None else (image.height, image.width))
+    if size is None:
+        raise ValueError("rank 0 must be given the picture, got None")
     pixels = None
-    if group.rank == 0:
-        assert image is not None
+    if group.rank == 0 and image is not None:
         values = torch.from_numpy(np.array(image.convert("RGB")))
         pixels = values.permute(2, 0, 1)[None].to(group.device)
     rows = (Rows(0, size[0]), *(Rows(0, 0),) * (group.size - 1))
@@ -132,11 +136,21 @@ def picture_rows(drawing: Drawing, index: int, group: Group) -> Iterator[np.ndar
 
 
 def _encoded(
-    pipe: Any, prompts: list[str], negative_prompt: str | None, max_sequence_length: int, num_images: int = 1
+    pipe: Any,
+    stages: tuple[Stage, ...],
+    seed: int,
+    prompts: list[str],
+    negative_prompt: str | None,
+    max_sequence_length: int,
+    num_images: int = 1,
 ) -> dict[str, Tensor]:
+    """The prompts' embeddings; raises ValueError where ranks were given different arguments, before any waits."""
     if not prompts:
         raise ValueError("prompt must be a text or a list of at least one, got an empty list")
+    if num_images < 1:
+        raise ValueError(f"num_images must be at least 1, got {num_images}; nearest: 1")
     striped = require_striped(pipe)
+    require_equal_settings(striped.group, stages=stages, seed=seed, prompts=len(prompts), num_images=num_images)
     return encode_prompts(
         pipe,
         striped.group,

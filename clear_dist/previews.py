@@ -9,16 +9,13 @@ from PIL.Image import fromarray
 from torch import Tensor
 
 from clear_dist.cascade import to_bytes
+from clear_dist.comm.ends import describe, say
 from clear_dist.pictures import replacing
 from clear_dist.stages import Stage
 
 LONGEST_SIDE = 64
 """Of what is decoded, in latents: 512 pixels for FLUX."""
-
-
-def preview_file(output: Path) -> Path:
-    """Where the previews of `output` go, each in the place of the former."""
-    return output.with_name(f"{output.stem}.preview.png")
+LEAST_SIDE = 2
 
 
 class Previews:
@@ -48,8 +45,12 @@ class Previews:
         vae = pipe.vae
         latents_BCHW = pipe._unpack_latents(clean, *stage.size, pipe.vae_scale_factor)
         shrink = min(1.0, LONGEST_SIDE / max(latents_BCHW.shape[2:]))
-        small = F.interpolate(latents_BCHW.float(), scale_factor=shrink, mode="area")
+        size = [max(LEAST_SIDE, round(side * shrink)) for side in latents_BCHW.shape[2:]]
+        small = F.interpolate(latents_BCHW.float(), size, mode="area")
         scaled = small / vae.config.scaling_factor + vae.config.shift_factor
         pixels_HBWC = to_bytes(vae.decode(scaled.to(vae.dtype)).sample)
-        with replacing(self._file) as partial:
-            fromarray(pixels_HBWC[:, 0].cpu().numpy()).save(partial)
+        try:
+            with replacing(self._file) as partial:
+                fromarray(pixels_HBWC[:, 0].cpu().numpy()).save(partial)
+        except OSError as error:  # no reason to lose the picture itself
+            say(f"warning: no preview: {describe(error)}")

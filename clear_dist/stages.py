@@ -17,7 +17,7 @@ LEAST_SHARE_OF_NATIVE = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a stage is denoised."""
+    """How a stage is denoised. Raises ValueError for less than a step."""
 
     steps: int = 28
     guidance_scale: float = 3.5
@@ -25,10 +25,18 @@ class Sampling:
     true_cfg_scale: float = 1.0
     """Classifier-free guidance with a negative prompt; 1: none."""
 
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}; nearest: 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Upscaling(Sampling):
-    """How an upper stage refines the picture that was enlarged for it. The defaults are the official notebook's."""
+    """How an upper stage refines the picture that was enlarged for it. The defaults are the official notebook's.
+
+    Raises:
+        ValueError: less than a step, or a strength outside (0, 1].
+    """
 
     steps: int = 20
     """Taken by every stage: `strength` decides where they begin, not how many there are."""
@@ -39,6 +47,12 @@ class Upscaling(Sampling):
     """Of the rotary embedding's base above the native size."""
     interpolate_positions: bool = False
     """Scale position ids to the native range above the native size."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.strength <= 1:
+            nearest = 1 if self.strength > 1 else 0.1
+            raise ValueError(f"strength must be above 0 and at most 1, got {self.strength}; nearest: {nearest}")
 
 
 @dataclass(frozen=True, kw_only=True)

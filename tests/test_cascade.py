@@ -143,6 +143,27 @@ def test_a_pipeline_in_bfloat16_stays_one() -> None:
     assert run_ranks(drawn_in_bfloat16, 2) == [{torch.bfloat16}] * 2
 
 
+def asked_differently(group: Group) -> str:
+    pipe = make_tiny_pipeline(sample_size=NATIVE)
+    clear_dist.parallelize(pipe, window=3, group=group)
+    size = 128 + 64 * group.rank
+    messages = []
+    for call in (
+        lambda: clear_dist.generate(pipe, "a hill", height=size, width=size, max_sequence_length=TEXT),
+        lambda: clear_dist.upscale(pipe, Image.fromarray(PICTURE), height=size, width=size, max_sequence_length=TEXT),
+    ):
+        with pytest.raises(ValueError, match="stages must be the same on all ranks") as caught:
+            call()
+        messages.append(str(caught.value))
+    with pytest.raises(ValueError, match="rank 0 must be given the picture"):
+        clear_dist.upscale(pipe, None, height=128, width=128)
+    return messages[0]
+
+
+def test_ranks_that_are_asked_differently_are_told() -> None:
+    assert len(set(run_ranks(asked_differently, 2))) == 1
+
+
 def pictures(group: Group) -> list[np.ndarray]:
     pipe = make_tiny_pipeline(sample_size=NATIVE)
     pipe.set_progress_bar_config(disable=True)

@@ -63,12 +63,34 @@ def test_a_preview_is_the_picture_that_the_last_step_expects(model: Path, here: 
     assert difference.max() <= 1
 
 
+@pytest.mark.parametrize("size", [("16", "2048"), ("2048", "16")])
+def test_long_thin_pictures_have_previews_too(model: Path, here: Path, size: tuple[str, str]) -> None:
+    flags = ("--height", size[0], "--width", size[1], "--steps", "2", "--preview-every", "2")
+    assert run(model, "generate", "a fox", *flags) == 0
+    assert Path("clear-dist.preview.png").exists()
+
+
+def test_a_preview_that_cannot_be_written_loses_nothing(
+    model: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr("clear_dist.previews.replacing", fail)
+    assert run(model, "generate", "a fox", "--res", "64", "--steps", "2", "--preview-every", "2") == 0
+    assert capsys.readouterr().err.count("no preview: OSError: no room") == 1
+    assert os.listdir(here) == ["clear-dist.png"]
+
+
 def test_upscale_keeps_the_prompt_of_the_file(model: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(model, "generate", "a fox", "--res", "64", "--steps", "2", "--output", "small.png") == 0
-    assert run(model, "upscale", "small.png", "--output", "large.png", *FEW) == 0
-    with Image.open("large.png") as picture:
+    assert run(model, "upscale", "small.png", *FEW) == 0
+    with Image.open("small-upscaled.png") as picture:
         assert picture.size == (128, 128)
         assert picture.text["prompt"] == "a fox"  # type: ignore[attr-defined]
+        settings = json.loads(picture.text["settings"])  # type: ignore[attr-defined]
+        assert settings["upscaled_from"] == [64, 64]
+        assert settings["model"] == model.name
         assert str(here) not in picture.text["settings"]  # type: ignore[attr-defined]
     assert (
         run(model, "upscale", "small.png", "two dogs", "--res", "192", "--output", "other.webp", "--no-metadata") == 0
@@ -77,7 +99,7 @@ def test_upscale_keeps_the_prompt_of_the_file(model: Path, here: Path, capsys: p
         assert picture.size == (192, 192)
         assert not picture.getexif()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["output=small.png", "output=large.png", "output=other.webp"]
+    assert [line.split()[0] for line in lines] == ["output=small.png", "output=small-upscaled.png", "output=other.webp"]
 
 
 @pytest.mark.parametrize(("strength", "steps"), [("0.001", "1"), ("1", "2")])

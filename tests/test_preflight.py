@@ -118,7 +118,7 @@ def test_a_full_disk_is_refused(original: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     given = GenerateConfig(model=str(original), res=4096, output=tmp_path / "x.png")
     preflight.check(given, ALONE)
-    with pytest.raises(Refusal, match=r"0.08 GB free for this request, and has 0.05 GB; nearest: --output"):
+    with pytest.raises(Refusal, match=r"75 MB free for this request, and has 50 MB; nearest: --output"):
         preflight.check(replace(given, save_stages=True), ALONE)
 
 

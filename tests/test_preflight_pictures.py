@@ -1,5 +1,6 @@
 """`clear-dist upscale` before anything is loaded: what is made of a user's picture, and what is refused."""
 
+import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from clear_dist import preflight
 from clear_dist.comm.env import Place
 from clear_dist.config import Refusal, Request, UpscaleConfig
+from clear_dist.pictures import save_picture
 from clear_dist.preflight.pictures import load
 from tests.tiny import make_tiny_flux
 
@@ -86,16 +88,39 @@ def test_pictures_are_turned_upright_and_cropped(model: Path) -> None:
 def test_the_prompt_in_the_file_is_used(model: Path) -> None:
     chunks = PngInfo()
     chunks.add_itxt("prompt", "a red fox")
+    assert checked(model, picture(128, 128, pnginfo=chunks)).prompts == ("",)  # another program's
+    chunks.add_itxt("Software", "clear-dist 0.1.0")
     file = picture(128, 128, pnginfo=chunks)
     assert checked(model, file).prompts == ("a red fox",)
     assert checked(model, file, prompt="two dogs").prompts == ("two dogs",)
     assert checked(model, file, prompt="").prompts == ("",)
 
 
+@pytest.mark.parametrize("orientation", [9, 65535])
+def test_orientations_that_are_none_turn_nothing(model: Path, orientation: Any) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    request = checked(model, picture(120, 200, "in.jpg", exif=exif))
+    assert request.picture is not None
+    assert request.picture.size == (120, 200)
+    assert load(request.picture).size == (200, 120)
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tif"])
+def test_prompts_are_found_in_every_format(model: Path, ending: str) -> None:
+    rows = np.zeros((128, 128, 3), dtype=np.uint8)
+    file = Path(f"in.{ending}")
+    save_picture([rows], file, height=128, width=128, metadata={"prompt": "a red fox", "Software": "clear-dist 9"})
+    request, lines = preflight.check(UpscaleConfig(model=str(model), image=file), ALONE)
+    assert request.prompts == ("a red fox",)
+    assert "prompt: 'a red fox' (from the picture's metadata)" in lines
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"res": 64}, r"upscale makes pictures larger, got 64 x 64 for one of 200 x 200 px; nearest: --res 208"),
+        ({"res": 256, "save_stages": True, "output": Path("in.png")}, r"nearest: --output in-new.png"),
         ({"res": 300}, r"--res must be a multiple of 16 pixels"),
         ({"height": 416, "width": 417}, r"--width must be a multiple of 16 pixels"),
         ({"output": Path("in.png")}, r"must be different files"),
@@ -108,8 +133,23 @@ def test_sizes_that_do_not_fit_are_refused(model: Path, given: dict[str, Any], m
 
 
 def test_a_target_below_the_native_size_is_refused(model: Path) -> None:
-    with pytest.raises(Refusal, match="--res must be at least the model's native 128 px, got 96; nearest: 128"):
+    with pytest.raises(Refusal, match="--res must be at least the model's native 128 px, got 96; nearest: --res 128"):
         checked(model, picture(32, 32), res=96)
+    with pytest.raises(Refusal, match="larger, got 48 x 48 for one of 64 x 64 px; nearest: --res 128"):
+        checked(model, picture(64, 64), res=48)
+
+
+@pytest.mark.parametrize("name", ["out.preview.png", "out.256x256.png"])
+def test_what_is_written_beside_the_output_never_replaces_the_picture(model: Path, name: str) -> None:
+    flags = {"output": Path("out.png"), "save_stages": True, "preview_every": 1}
+    with pytest.raises(Refusal, match=f"must be different files, got {name} twice"):
+        checked(model, picture(128, 128, name), res=512, **flags)
+
+
+@pytest.mark.parametrize("flags", [{"save_stages": True}, {"preview_every": 1}])
+def test_names_too_long_for_what_is_written_beside_are_refused(model: Path, flags: dict[str, Any]) -> None:
+    with pytest.raises(Refusal, match="must be a file that can be written"):
+        checked(model, picture(128, 128), res=512, output=Path(f"{'a' * 250}.png"), **flags)
 
 
 def bomb(file: Path) -> None:
@@ -130,6 +170,8 @@ def bomb(file: Path) -> None:
         (lambda file: file.mkdir(), "a file that can be read, got in.png .Is a directory"),
         (lambda file: file.write_bytes(picture(64, 64, "whole.png").read_bytes()[:2000]), "a file that can be read"),
         (bomb, "at most 178956970 pixels"),
+        (os.mkfifo, "must be a file, got in.png"),
+        (lambda file: Image.new("I;16", (64, 64)).save(file), "8 bits a channel, and in.png has more .I;16.; save"),
     ],
 )
 def test_pictures_that_cannot_be_read_are_refused(model: Path, make: Any, message: str) -> None:

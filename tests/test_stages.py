@@ -64,6 +64,17 @@ def test_squares(size: Size, native: int, expected: list[int]) -> None:
     assert [stage.size for stage in planned(size, native)] == [(side, side) for side in expected]
 
 
+@pytest.mark.parametrize("strength", [0.0, -1.0, 1.5, float("nan")])
+def test_strengths_that_mean_nothing_are_refused(strength: float) -> None:
+    with pytest.raises(ValueError, match="strength must be above 0 and at most 1, got"):
+        Upscaling(strength=strength)
+
+
+def test_a_stage_has_a_step() -> None:
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        Upscaling(steps=0)
+
+
 def test_without_a_cascade_there_is_one_stage() -> None:
     assert [stage.size for stage in planned((4096, 2048), 256, cascade=False)] == [(4096, 2048)]
 

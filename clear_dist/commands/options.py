@@ -21,9 +21,11 @@ Prompts = Annotated[Path | None, _flag("one prompt a line; the model is loaded o
 Res = Annotated[int | None, _flag("height and width in pixels (the model's native size)", DRAWN)]
 Pixels = Annotated[int | None, _flag("pixels", DRAWN)]
 Steps = Annotated[int | None, _flag("denoising steps (dev 28, schnell 4)", DRAWN, "--steps", "--num-inference-steps")]
-GuidanceScale = Annotated[float | None, _flag("distilled guidance (3.5)", DRAWN)]
+GuidanceScale = Annotated[float | None, _flag("distilled guidance (3.5; above the native size 7.5)", DRAWN)]
 NegativePrompt = Annotated[str | None, _flag("what to keep out; with --true-cfg-scale", DRAWN)]
-TrueCfgScale = Annotated[float | None, _flag("classifier-free guidance; above 1: on (1)", DRAWN)]
+TrueCfgScale = Annotated[
+    float | None, _flag("classifier-free guidance; above 1: on (1; demo 3, at its native size)", DRAWN)
+]
 MaxSequenceLength = Annotated[int | None, _flag("text tokens (dev 512, schnell 256)", DRAWN)]
 Seed = Annotated[int | None, _flag("of the noise, on any number of ranks (drawn and reported)", DRAWN)]
 NumImages = Annotated[int, _flag("pictures of each prompt (1)", DRAWN)]
@@ -31,7 +33,7 @@ NumImages = Annotated[int, _flag("pictures of each prompt (1)", DRAWN)]
 Image = Annotated[Path, typer.Argument(help="the picture to make larger", show_default=False)]
 UpscaleRes = Annotated[int | None, _flag("the longer side in pixels (twice the picture's)", DRAWN)]
 UpscalePrompt = Annotated[
-    str | None, typer.Argument(help="what it shows (the prompt in the file's metadata)", show_default=False)
+    str | None, typer.Argument(help="what it shows (the prompt that clear-dist wrote into it)", show_default=False)
 ]
 UpscalePixels = Annotated[int | None, _flag("pixels; with both, the picture is cropped to their shape", DRAWN)]
 
@@ -40,7 +42,7 @@ Cascade = Annotated[
 ]
 BaseRes = Annotated[int | None, _flag("side of a square as large as the first stage (the native size)", LARGE)]
 Strength = Annotated[float | None, _flag("share of noise that enlarged pictures get (0.7; demo 0.3)", LARGE)]
-UpscaleSteps = Annotated[int | None, _flag("steps of each upper stage (steps x strength)", LARGE)]
+UpscaleSteps = Annotated[int | None, _flag("steps of each upper stage (the model's steps x strength)", LARGE)]
 NtkFactor = Annotated[float | None, _flag("of the rotary embedding's base (10)", LARGE)]
 SaveStages = Annotated[bool, _flag("write the lower stages' pictures too", LARGE, "--save-stages")]
 
@@ -63,6 +65,9 @@ AttentionBackend = Annotated[str, _flag("auto: the fastest that can run", CUT, t
 
 Output = Annotated[
     Path, _flag("picture: png, jpg, webp or tiff; several are numbered (clear-dist.png)", WRITTEN, takes="FILE")
+]
+UpscaleOutput = Annotated[
+    Path | None, _flag("picture: png, jpg, webp or tiff (IMAGE-upscaled.png, in this folder)", WRITTEN, takes="FILE")
 ]
 PreviewEvery = Annotated[
     int | None, _flag("write a small preview beside the output every so many steps", WRITTEN, takes="STEPS")

@@ -22,14 +22,16 @@ from clear_dist.config import Refusal, Request
 from clear_dist.config.request import Picture
 from clear_dist.generation import from_image
 from clear_dist.parallelize import Parallelized, parallelize
-from clear_dist.pictures import replacing
+from clear_dist.pictures import preview_of, replacing
 from clear_dist.preflight.pictures import load
-from clear_dist.previews import Previews, preview_file
+from clear_dist.previews import Previews
 from clear_dist.progress import Phases, watched
 from clear_dist.stages import Stage
 from clear_dist.text import encode_prompts
 
 SEED_BITS = 32
+SAVING = 0.5
+"""Of a denoising step, in time, on a CPU; for the time left only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,10 @@ class Rendering:
     def run(self) -> None:
         """All pictures of the request, and its report."""
         request = self.request
-        self.phases.expect(len(request.prompts) * sum(sum(work_of(stage).values()) for stage in request.stages))
+        stages = request.stages
+        saved = stages if request.save_stages else stages[-1:]
+        work = sum(sum(work_of(stage).values()) for stage in stages) + sum(map(saving_work, saved))
+        self.phases.expect(len(request.prompts) * work)
         latents = []
         for index in range(len(request.prompts)):
             drawing = self._render_prompt(index)
@@ -86,7 +91,7 @@ class Rendering:
             self.phases.begin_stage()
             drawing = cascade.draw(stage, drawing, detail=f"{detail}{of_several}")
             if number == len(stages) - 1 or request.save_stages:
-                with self.phases.phase("save", detail=detail):
+                with self.phases.phase("save", detail=f"{detail}{of_several}", work=saving_work(stage)):
                     saving.save(drawing, last=number == len(stages) - 1)
             self._note(stage, drawing)
         assert drawing is not None, "there is at least one stage"
@@ -155,6 +160,11 @@ class Rendering:
         report.write(contents, file)
 
 
+def saving_work(stage: Stage) -> float:
+    """As `work_of`."""
+    return SAVING * stage.height * stage.width
+
+
 def render(request: Request, began: float) -> None:
     """Make the pictures of `request` together with the other ranks, if there are any.
 
@@ -201,7 +211,7 @@ def _prepare(request: Request, began: float, phases: Phases) -> Rendering:
         began=began,
         launch=launch,
         peak_since_loading=report.reset_peak_memory(device),
-        previews=None if every is None or group.rank != 0 else Previews(preview_file(request.output), every),
+        previews=None if every is None or group.rank != 0 else Previews(preview_of(request.output), every),
     )
 
 

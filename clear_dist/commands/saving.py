@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clear_dist import __version__, demo
+from clear_dist import __version__
 from clear_dist.cascade import Drawing
 from clear_dist.comm.group import Group
 from clear_dist.config import Request
 from clear_dist.generation import picture_rows
-from clear_dist.pictures import numbered, save_picture
+from clear_dist.pictures import numbered, save_picture, stage_file
 from clear_dist.stages import Size
 
 NOT_TO_BE_SHARED = ("prompts", "negative_prompt", "output", "latents_out", "report", "picture")
@@ -45,7 +45,7 @@ class Saving:
             count = len(request.prompts) * request.num_images
             file = numbered(request.output, self.prompt * request.num_images + index, count)
             if not last:
-                file = file.with_name(f"{file.stem}.{width}x{height}{file.suffix}")
+                file = stage_file(file, height, width)
             rows = picture_rows(drawing, index, self.group)
             if self.group.rank == 0:
                 metadata = self._metadata(index) if request.metadata else None
@@ -70,9 +70,12 @@ class Saving:
     def _metadata(self, index: int) -> dict[str, str]:
         """What made one picture, and may be shared with it: no other prompts, no folders of this machine."""
         settings = {name: value for name, value in self.settings.items() if name not in NOT_TO_BE_SHARED}
-        for name in ("model", "clear_weights"):
-            if settings[name] is not None and Path(settings[name]).exists():
-                settings[name] = "demo" if settings[name] == str(demo.WEIGHTS) else Path(settings[name]).name
+        settings["model"] = settings.pop("model_name")
+        if settings["clear_weights"] is not None and Path(settings["clear_weights"]).exists():
+            settings["clear_weights"] = Path(settings["clear_weights"]).name
+        if self.request.picture is not None:
+            settings["upscaled_from"] = list(self.request.picture.size)
+            del settings["sampling"]
         own = {
             "prompt": self.request.prompts[self.prompt],
             "seed": str(self.seed),

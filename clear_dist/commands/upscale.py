@@ -32,7 +32,7 @@ def upscale(
     text_attention: options.TextAttention = None,
     schedule: options.Schedule = "sync",
     attention_backend: options.AttentionBackend = "auto",
-    output: options.Output = Path("clear-dist.png"),
+    output: options.UpscaleOutput = None,
     preview_every: options.PreviewEvery = None,
     no_metadata: options.NoMetadata = False,
     latents_out: options.LatentsOut = None,
@@ -41,4 +41,5 @@ def upscale(
 ) -> int:
     """Make a picture larger: enlarge it, add noise, and denoise it again, stage by stage (SDEdit)."""
     given = locals()
+    given["output"] = output or Path(f"{image.stem}-upscaled.png")
     return drawing.run(UpscaleConfig(metadata=not given.pop("no_metadata"), **given))

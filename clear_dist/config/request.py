@@ -38,6 +38,8 @@ class Request:
     """What to start from; None: noise."""
     model: str
     """A folder, or a hub id."""
+    model_name: str
+    """As the picture's metadata tell it: no folders of this machine."""
     revision: str | None
     clear_weights: str | None
     """A file, or a hub file as `owner/name:file`."""

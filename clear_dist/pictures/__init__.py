@@ -8,12 +8,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from clear_dist.pictures.files import numbered, replacing, thumbnail_of
+from clear_dist.pictures.files import numbered, preview_of, replacing, stage_file, thumbnail_of
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["files_of", "numbered", "replacing", "save_picture"]
+__all__ = ["files_of", "numbered", "preview_of", "replacing", "save_picture", "stage_file"]
 
 MOST_WITHOUT_THUMBNAIL = 4096
 """Pixels of the longer side that viewers open at ease."""

@@ -14,6 +14,16 @@ def numbered(file: Path, index: int, count: int) -> Path:
     return file if count == 1 else file.with_name(f"{file.stem}-{index:0{digits}d}{file.suffix}")
 
 
+def stage_file(file: Path, height: int, width: int) -> Path:
+    """The name of a lower stage's picture: `file`'s, with its size."""
+    return file.with_name(f"{file.stem}.{width}x{height}{file.suffix}")
+
+
+def preview_of(file: Path) -> Path:
+    """Where the previews of `file` go, each in the place of the former."""
+    return file.with_name(f"{file.stem}.preview.png")
+
+
 def thumbnail_of(file: Path) -> Path:
     """Beside `file`."""
     return file.with_name(f"{file.stem}.thumbnail.jpg")

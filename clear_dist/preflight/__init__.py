@@ -41,6 +41,7 @@ def check(config: PictureConfig, place: Place) -> tuple[Request, tuple[str, ...]
         num_images=begin.num_images,
         picture=begin.picture,
         model=facts.location,
+        model_name="demo" if facts.is_demo else facts.location if facts.folder is None else facts.folder.name,
         clear_weights=checkpoint,
         height=begin.height,
         width=begin.width,

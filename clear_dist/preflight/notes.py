@@ -26,6 +26,7 @@ def of(
         *_model(config, facts, gpus),
         *_window(config, request, facts),
         *_stages(stages),
+        *_prompt(config, request),
         *_ranks(request, gpus, ranks),
     )
     texts = (*prompts, config.negative_prompt or "") if facts.is_demo else ()
@@ -60,6 +61,12 @@ def _stages(stages: tuple[Stage, ...]) -> Iterator[str]:
         upper = stages[-1].sampling
         assert isinstance(upper, Upscaling), upper
         yield f"cascade: {sizes} ({upper.steps} steps at strength {upper.strength:g} in each upper stage)"
+
+
+def _prompt(config: PictureConfig, request: Request) -> Iterator[str]:
+    if request.picture is not None and config.prompt is None:
+        prompt = request.prompts[0]
+        yield f"prompt: {shortened(prompt)!r} (from the picture's metadata)" if prompt else "prompt: none"
 
 
 def _ranks(request: Request, gpus: int, ranks: int) -> Iterator[str]:
@@ -104,6 +111,7 @@ def _without_cascade(config: PictureConfig, stages: tuple[Stage, ...]) -> Iterat
     if any(isinstance(stage.sampling, Upscaling) for stage in stages):
         return
     given = {
+        "--base-res": config.base_res,
         "--strength": config.strength,
         "--upscale-steps": config.upscale_steps,
         "--ntk-factor": config.ntk_factor,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clear_dist.config import Refusal, Request, nearest_word, shortened
 from clear_dist.config.rules import PICTURE_ENDINGS
-from clear_dist.pictures import files_of, numbered
+from clear_dist.pictures import files_of, numbered, preview_of, stage_file
 
 BYTES_PER_PIXEL = 3
 SHARE_OF_LOWER_STAGES = 0.5
@@ -30,23 +30,38 @@ def check(request: Request) -> None:
         needed[folder] = needed.get(folder, 0) + pixels * LATENT_BYTES_PER_PIXEL * pictures
     if report is not None:
         check_file("--report", report, (".json",))
-    files = [file.resolve() for file in (output, latents_out, report) if file is not None]
-    if request.picture is not None:
-        files.append(request.picture.file.resolve())
+    by_products = _by_products(request, pictures)
+    for file in by_products:
+        refuse_folder("--output", file, PICTURE_ENDINGS)
+    given = [output, latents_out, report, None if request.picture is None else request.picture.file, *by_products]
+    files = [file.resolve() for file in given if file is not None]
     if len(set(files)) < len(files):
+        again = next(file for index, file in enumerate(files) if file in files[:index])
         raise Refusal(
-            "the picture to start from, --output, --latents-out and --report must be different files, got one twice"
+            f"the picture to start from and all that is written must be different files, got {again.name} twice; "
+            f"nearest: --output {output.with_name(f'{output.stem}-new{output.suffix}')}"
         )
-    for index in range(pictures):
-        for file in files_of(numbered(output, index, pictures), height=request.size[0], width=request.size[1]):
-            refuse_folder("--output", file, PICTURE_ENDINGS)
     for folder, size in needed.items():
         free = shutil.disk_usage(folder).free
         if free < size:
             raise Refusal(
-                f"{folder} must have {size / 1e9:.2f} GB free for this request, and has {free / 1e9:.2f} GB; "
+                f"{folder} must have {size / 1e6:.0f} MB free for this request, and has {free / 1e6:.0f} MB; "
                 f"nearest: --output {Path(tempfile.gettempdir()) / output.name}"
             )
+
+
+def _by_products(request: Request, pictures: int) -> list[Path]:
+    """What is written beside `--output`: numbered pictures, thumbnails, lower stages, the preview."""
+    stages = request.stages if request.save_stages else request.stages[-1:]
+    files: dict[Path, None] = {}
+    for index in range(pictures):
+        for stage in stages:
+            file = numbered(request.output, index, pictures)
+            file = file if stage is stages[-1] else stage_file(file, *stage.size)
+            files |= dict.fromkeys(files_of(file, height=stage.height, width=stage.width))
+    if request.preview_every is not None:
+        files[preview_of(request.output)] = None
+    return [file for file in files if file != request.output]
 
 
 def check_file(name: str, file: Path, endings: tuple[str, ...]) -> None:

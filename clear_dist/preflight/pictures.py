@@ -1,18 +1,25 @@
 """A user's picture, before it is made larger: whether it can be read, and what it is to become."""
 
+import json
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from clear_dist.config import Refusal, UpscaleConfig, shortened
 from clear_dist.config.request import Picture
+from clear_dist.config.rules import WHOLE_NUMBERS
 from clear_dist.preflight.model import ModelFacts
 from clear_dist.stages import Size
 
-MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-"""More is a decompression bomb: Pillow's own bound."""
+LARGEST_SAFE = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+"""Pixels; more is a decompression bomb: Pillow's own bound."""
 DEFAULT_GROWTH = 2
+ORIENTATION, SWAPPED, DESCRIPTION = 0x0112, (5, 6, 7, 8), 0x010E
+"""EXIF tags, and the orientations that swap the sides."""
+DEEP = ("I", "F")
+"""Pillow's modes of more than 8 bits a channel begin so; it would cut them off."""
 
 
 def find(config: UpscaleConfig, facts: ModelFacts, *, reads: bool) -> tuple[Picture, Size, str | None]:
@@ -28,13 +35,16 @@ def find(config: UpscaleConfig, facts: ModelFacts, *, reads: bool) -> tuple[Pict
     native = config.base_res or facts.native_size or 0
     target = _target(config, picture, native, facts.token_size)
     box, asked = _box(picture, target), target[0] * target[1]
+    least = max(native, _up_to_token(max(picture), facts.token_size))
+    nearest = f"--res {least}" if least <= WHOLE_NUMBERS["res"][1] else "none"
     if asked < (box[2] - box[0]) * (box[3] - box[1]):
         raise Refusal(
             f"upscale makes pictures larger, got {target[1]} x {target[0]} for one of {picture[1]} x {picture[0]} px; "
-            f"nearest: --res {_up_to_token(max(picture), facts.token_size)}"
+            f"nearest: {nearest}"
         )
     if asked < native * native and max(target) < native:
-        raise Refusal(f"--res must be at least the model's native {native} px, got {max(target)}; nearest: {native}")
+        whose = "the model's native" if config.base_res is None else "--base-res,"
+        raise Refusal(f"--res must be at least {whose} {native} px, got {max(target)}; nearest: {nearest}")
     return Picture(file=config.image.absolute(), box=box), target, prompt
 
 
@@ -49,30 +59,44 @@ def load(picture: Picture) -> Image.Image:
 def _open(file: Path, *, reads: bool) -> tuple[Size, str | None]:
     """Height and width as it is to be looked at, and the prompt that clear-dist wrote into it."""
     shown = shortened(str(file))
+    if file.exists() and not file.is_file() and not file.is_dir():  # a pipe can be read once only
+        raise Refusal(f"the picture must be a file, got {shown}, which is none")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")
             with Image.open(file) as image:
                 if reads:
                     image.load()
-                turned = image.getexif().get(0x0112, 1) >= 5  # orientations that swap the sides
-                prompt = image.info.get("prompt")
+                exif, mode, prompt = image.getexif(), image.mode, _prompt(image)
+                turned = exif.get(ORIENTATION) in SWAPPED
                 height, width = (image.width, image.height) if turned else (image.height, image.width)
     except Image.DecompressionBombError as error:
-        raise Refusal(f"the picture must have at most {MOST_PIXELS} pixels, and {shown} has more ({error})") from error
+        raise Refusal(f"the picture must have at most {LARGEST_SAFE} pixels, and {shown} has more ({error})") from error
     except UnidentifiedImageError as error:
         raise Refusal(f"the picture must be one that Pillow reads (png, jpg, webp, tiff ...), got {shown}") from error
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's for damaged files
         why = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise Refusal(f"the picture must be a file that can be read, got {shown} ({why})") from error
-    return (height, width), prompt if isinstance(prompt, str) else None
+    if mode.startswith(DEEP):
+        raise Refusal(f"the picture must have 8 bits a channel, and {shown} has more ({mode}); save it as an 8-bit png")
+    return (height, width), prompt
+
+
+def _prompt(image: Image.Image) -> str | None:
+    """What clear-dist wrote into the file: text chunks of a PNG, JSON in the description elsewhere."""
+    found = dict(image.info)
+    with suppress(TypeError, ValueError):  # others describe as they like
+        found |= json.loads(image.getexif().get(DESCRIPTION, "{}"))
+    ours = str(found.get("Software", "")).startswith("clear-dist")
+    return found["prompt"] if ours and isinstance(found.get("prompt"), str) else None
 
 
 def _target(config: UpscaleConfig, picture: Size, native: int, token: int) -> Size:
     """Height and width asked for; what was left open follows from the picture's shape."""
     height, width = config.height, config.width
     if height is None and width is None:
-        longer = config.res or _up_to_token(max(DEFAULT_GROWTH * max(picture), native), token)
+        most = WHOLE_NUMBERS["res"][1]
+        longer = config.res or min(most, _up_to_token(max(DEFAULT_GROWTH * max(picture), native), token))
         height, width = (longer, None) if picture[0] >= picture[1] else (None, longer)
     if height is None:
         assert width is not None
