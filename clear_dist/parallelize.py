@@ -8,6 +8,8 @@ from clear_dist.attention import choose_backend
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.comm.text_reduce import TextAttention
+from clear_dist.config import Schedule
+from clear_dist.config.rules import SCHEDULES, WARMUP_STEPS
 from clear_dist.models import adaptor_for
 from clear_dist.models.agreement import checksum
 from clear_dist.models.striped import StripedModel
@@ -39,6 +41,11 @@ class Parallelized:
         return self._striped.text_attention
 
     @property
+    def stale_buffer_bytes(self) -> int:
+        """Of what this rank kept from one step to the next in the stale schedule, at most; see the README."""
+        return self._striped.stale_bytes
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Height and width in tokens of the last image."""
         assert self._striped.cut is not None, "known once a forward has run"
@@ -65,6 +72,8 @@ def parallelize(
     clear_weights: str | Path | None = None,
     text_attention: TextAttention | None = None,
     attention_backend: str = "auto",
+    schedule: Schedule = "sync",
+    warmup_steps: int = WARMUP_STEPS,
     group: Group | None = None,
 ) -> Parallelized:
     """Cuts the transformer of `pipe` in stripes, one per rank; all else stays diffusers'.
@@ -78,6 +87,9 @@ def parallelize(
             trained with it.
         text_attention: `average` (Eq. 7 of the paper, the default) or `exact`: N ranks compute what one computes.
         attention_backend: `auto`, or a row of `clear_dist.attention.BACKENDS`.
+        schedule: `sync`: this step's halos; `stale`: those of the step before, so that nobody waits for them. For
+            slow links: it needs memory, and gives up that N ranks compute what one computes.
+        warmup_steps: at the start of each generation, that are synchronous although the schedule is stale.
         group: the ranks that share an image; by default all of torch.distributed's, and this process alone where
             nothing is launched.
 
@@ -92,6 +104,7 @@ def parallelize(
         raise ValueError("fused projections cannot be cut; call pipe.transformer.unfuse_qkv_projections() first")
     radius = checked_radius(window, clear_weights)
     mode = checked_text_attention(text_attention, radius)
+    warmup_steps = checked_warmup_steps(schedule, warmup_steps)
     # Where the pipeline runs, also if its parts are offloaded to the CPU meanwhile.
     device = pipe._execution_device
     backend = choose_backend(attention_backend, device=device, dtype=transformer.dtype, head_dim=adaptor.head_dim)
@@ -102,10 +115,21 @@ def parallelize(
         window=radius or "full",
         text_attention=mode,
         attention_backend=backend.name,
+        schedule=schedule,
+        warmup_steps=warmup_steps,
         dtype=str(transformer.dtype),
         clear_weights=[checksum(transformer.get_parameter(name)) for name in replaced],
     )
-    striped = StripedModel(adaptor, pipe.scheduler, group_or_own, radius=radius, text_attention=mode, backend=backend)
+    striped = StripedModel(
+        adaptor,
+        pipe.scheduler,
+        group_or_own,
+        radius=radius,
+        text_attention=mode,
+        backend=backend,
+        schedule=schedule,
+        warmup_steps=warmup_steps,
+    )
     return Parallelized(striped, owns_group=group is None)
 
 
@@ -154,6 +178,14 @@ def checked_radius(window: int | str | None, clear_weights: str | Path | None) -
     if isinstance(window, bool | str) or not hasattr(window, "__index__") or window < 1:
         raise ValueError(f"window must be a radius of at least 1 token or 'full', got {window!r}; nearest: 1")
     return index(window)
+
+
+def checked_warmup_steps(schedule: Schedule, warmup_steps: int) -> int:
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be 'sync' or 'stale', got {schedule!r}")
+    if isinstance(warmup_steps, bool) or not hasattr(warmup_steps, "__index__") or warmup_steps < 0:
+        raise ValueError(f"warmup_steps must be a whole number of at least 0, got {warmup_steps!r}; nearest: 0")
+    return index(warmup_steps)
 
 
 def checked_text_attention(text_attention: TextAttention | None, radius: int | None) -> TextAttention:

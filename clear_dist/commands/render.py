@@ -213,6 +213,8 @@ def _parallelize(pipe: Any, request: Request, group: Group) -> Parallelized:
             clear_weights=request.clear_weights,
             text_attention=request.text_attention,
             attention_backend=request.attention_backend,
+            schedule=request.schedule,
+            warmup_steps=request.warmup_steps,
             group=group,
         )
     except ValueError as error:

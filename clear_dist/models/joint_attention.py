@@ -4,7 +4,6 @@ Shared by all models: an adaptor projects and rotates q, k and v, and gets the j
 Shape suffixes: B batch, N heads, T text, R my rows, E my rows with halos, W columns, D head dim, L = T + R x W tokens.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +14,6 @@ from clear_dist.comm.halo_exchange import HaloExchange
 from clear_dist.comm.text_reduce import TextReduce
 from clear_dist.geometry import HaloPlan, Rows, reach
 from clear_dist.models.extrapolation import Extrapolation, attention_scale
-
-JointAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(q, k, v), each [B, L, N, D] with the text tokens first -> output [B, L, N, D]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +69,7 @@ class WindowJointAttention:
         for rows in self.plan.edges:
             keys = reach(rows, self.grid, self.radius)
             attend_rows(rows, extend(keys, self.plan.own, above, (key, value), below), keys.start)
+        halos.release()
         output_text.copy_(text.wait())
         return output_BLND
 
@@ -88,6 +85,9 @@ class FullJointAttention:
     plan: HaloPlan
     width: int
     halos: HaloExchange
+    text_reduce: TextReduce
+    """Exact; for halos that lag only."""
+    counts_text_keys: bool
     extrapolation: Extrapolation | None
 
     def __call__(self, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor) -> Tensor:
@@ -95,7 +95,8 @@ class FullJointAttention:
         text = (key_BLND[:, :text_tokens], value_BLND[:, :text_tokens])
         own = (key_BLND[:, text_tokens:], value_BLND[:, text_tokens:])
         shape = (len(self.plan.own), self.width)
-        above, below = self.halos.start(own[0].unflatten(1, shape), own[1].unflatten(1, shape)).wait()
+        halos = self.halos.start(own[0].unflatten(1, shape), own[1].unflatten(1, shape))
+        above, below = halos.wait()
         key, value = (
             torch.cat([text[i], above[i].flatten(1, 2), own[i], below[i].flatten(1, 2)], dim=1) for i in range(2)
         )
@@ -108,7 +109,17 @@ class FullJointAttention:
         output = torch.nn.functional.scaled_dot_product_attention(
             query_BLND.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=scale
         )
-        return output.transpose(1, 2)
+        output_BLND = output.transpose(1, 2)
+        if halos.lag:  # on each rank others' rows do, and text tokens that each computed from its own would part
+            first_key = 0 if self.counts_text_keys else text_tokens
+            mine = attend(query_BLND[:, :text_tokens], key_BLND[:, first_key:], value_BLND[:, first_key:], scale)
+            output_BLND[:, :text_tokens] = self.text_reduce.start(*mine).wait()
+        halos.release()
+        return output_BLND
+
+
+JointAttention = WindowJointAttention | FullJointAttention
+"""Called with (q, k, v), each [B, L, N, D] with the text tokens first -> output [B, L, N, D]."""
 
 
 def extend(rows: Rows, own: Rows, above: Tensor, mine: tuple[Tensor, Tensor], below: Tensor) -> tuple[Tensor, Tensor]:
