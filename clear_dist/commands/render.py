@@ -53,6 +53,7 @@ class Rendering:
     def run(self) -> None:
         """All pictures of the request, and its report."""
         request = self.request
+        self._require_room(request.stages[-1])
         self.phases.expect(len(request.prompts) * sum(sum(work_of(stage).values()) for stage in request.stages))
         latents = []
         for index in range(len(request.prompts)):
@@ -65,6 +66,12 @@ class Rendering:
                 partial.write_bytes(save({"latents": torch.cat(latents)}))
         if request.report is not None:
             self._report(request.report)
+
+    def _require_room(self, stage: Stage) -> None:
+        """Before the lower stages are drawn, rather than after."""
+        token, passes = self.request.token_size, 2 if stage.sampling.true_cfg_scale > 1 else 1
+        grid = stage.height // token, stage.width // token
+        self.handle.require_room(*grid, batch=self.request.num_images, passes=passes)
 
     def _render_prompt(self, index: int) -> Drawing:
         """All stages of one prompt, their pictures saved; returns the last one."""
@@ -138,6 +145,7 @@ class Rendering:
         figures = report.RankFigures(
             peak_memory_bytes=report.peak_memory(self.device),
             peak_since_loading=self.peak_since_loading,
+            stale_buffer_bytes=self.handle.stale_buffer_bytes,
             comm=self.handle.counters.as_dict(),
         )
         ranks = self.group.gather_objects(figures)

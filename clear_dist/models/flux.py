@@ -41,7 +41,7 @@ class FluxStripeAttnProcessor:
             raise ValueError("an attention mask cannot be combined with clear_dist.parallelize; pass none")
         query, key, value = project(attn, hidden_states, encoder_hidden_states)
         query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
-        output = self.striped.joint_attention(self.layer)(query, key, value).flatten(2)
+        output = self.striped.joint_attention(self.layer, query, key, value).flatten(2)
         if encoder_hidden_states is None:
             return output
         text_tokens = encoder_hidden_states.shape[1]
@@ -81,6 +81,11 @@ class FluxAdaptor:
     @property
     def head_dim(self) -> int:
         return self.transformer.config.attention_head_dim
+
+    @property
+    def channels(self) -> int:
+        """Of a token's key."""
+        return self.head_dim * self.transformer.config.num_attention_heads
 
     def processors(self, striped: StripedModel) -> dict[str, FluxStripeAttnProcessor]:
         names = self.transformer.attn_processors

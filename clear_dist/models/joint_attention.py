@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from clear_dist.attention import Backend, attend, window_attention
-from clear_dist.comm.halo_exchange import HaloExchange
-from clear_dist.comm.text_reduce import TextReduce
 from clear_dist.geometry import HaloPlan, Rows, reach
+from clear_dist.models.exchanges import Exchange
 from clear_dist.models.extrapolation import Extrapolation, attention_scale
 
 
@@ -24,14 +23,12 @@ class WindowJointAttention:
     grid: Rows
     width: int
     radius: int
-    halos: HaloExchange
-    text_reduce: TextReduce
     backend: Backend
     counts_text_keys: bool
     """Whether this rank's part of the text queries' attention holds the text keys: in `exact`, on one rank only."""
     extrapolation: Extrapolation | None
 
-    def __call__(self, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor) -> Tensor:
+    def __call__(self, exchange: Exchange, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor) -> Tensor:
         text_tokens = query_BLND.shape[1] - len(self.plan.own) * self.width
         query_text, query = self._split(query_BLND, text_tokens)
         key_text, key = self._split(key_BLND, text_tokens)
@@ -43,9 +40,9 @@ class WindowJointAttention:
             image_tokens=len(self.grid) * self.width,
         )
 
-        halos = self.halos.start(key, value)
+        halos = exchange.halos.start(key, value)
         first_key = 0 if self.counts_text_keys else text_tokens
-        text = self.text_reduce.start(*attend(query_text, key_BLND[:, first_key:], value_BLND[:, first_key:], scale))
+        text = exchange.text.start(*attend(query_text, key_BLND[:, first_key:], value_BLND[:, first_key:], scale))
 
         output_BLND = torch.empty_like(query_BLND)
         output_text, output = self._split(output_BLND, text_tokens)
@@ -84,18 +81,16 @@ class FullJointAttention:
 
     plan: HaloPlan
     width: int
-    halos: HaloExchange
-    text_reduce: TextReduce
-    """Exact; for halos that lag only."""
     counts_text_keys: bool
+    """As above; for halos that lag only."""
     extrapolation: Extrapolation | None
 
-    def __call__(self, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor) -> Tensor:
+    def __call__(self, exchange: Exchange, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor) -> Tensor:
         text_tokens = query_BLND.shape[1] - len(self.plan.own) * self.width
         text = (key_BLND[:, :text_tokens], value_BLND[:, :text_tokens])
         own = (key_BLND[:, text_tokens:], value_BLND[:, text_tokens:])
         shape = (len(self.plan.own), self.width)
-        halos = self.halos.start(own[0].unflatten(1, shape), own[1].unflatten(1, shape))
+        halos = exchange.halos.start(own[0].unflatten(1, shape), own[1].unflatten(1, shape))
         above, below = halos.wait()
         key, value = (
             torch.cat([text[i], above[i].flatten(1, 2), own[i], below[i].flatten(1, 2)], dim=1) for i in range(2)
@@ -113,13 +108,13 @@ class FullJointAttention:
         if halos.lag:  # on each rank others' rows do, and text tokens that each computed from its own would part
             first_key = 0 if self.counts_text_keys else text_tokens
             mine = attend(query_BLND[:, :text_tokens], key_BLND[:, first_key:], value_BLND[:, first_key:], scale)
-            output_BLND[:, :text_tokens] = self.text_reduce.start(*mine).wait()
+            output_BLND[:, :text_tokens] = exchange.text.start(*mine).wait()
         halos.release()
         return output_BLND
 
 
 JointAttention = WindowJointAttention | FullJointAttention
-"""Called with (q, k, v), each [B, L, N, D] with the text tokens first -> output [B, L, N, D]."""
+"""(exchange, q, k, v) -> output; all but the exchange [B, L, N, D], with the text tokens first."""
 
 
 def extend(rows: Rows, own: Rows, above: Tensor, mine: tuple[Tensor, Tensor], below: Tensor) -> tuple[Tensor, Tensor]:

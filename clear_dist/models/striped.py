@@ -13,9 +13,9 @@ from clear_dist.comm.group import Group
 from clear_dist.comm.text_reduce import TextAttention
 from clear_dist.config import Schedule
 from clear_dist.models.agreement import require_equal_on_all_ranks
-from clear_dist.models.cut import Cut, cut_image
+from clear_dist.models.cut import Cut, cut_image, plan_image
 from clear_dist.models.extrapolation import Extrapolation
-from clear_dist.models.joint_attention import JointAttention
+from clear_dist.models.room import received_bytes, require_room, sending_bytes
 
 MOST_SHAPES = 10
 """Two numbers for each input that is compared; models have five at most."""
@@ -28,6 +28,8 @@ class Adaptor(Protocol):
     def transformer(self) -> Any: ...
     @property
     def head_dim(self) -> int: ...
+    @property
+    def channels(self) -> int: ...
     def processors(self, striped: "StripedModel") -> dict[str, Any]: ...
     def named_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]: ...
     def grid_of(self, inputs: dict[str, Any]) -> tuple[int, int]: ...
@@ -75,15 +77,20 @@ class StripedModel:
             transformer.register_forward_hook(self._after),
         ]
 
-    def joint_attention(self, layer: int) -> JointAttention:
-        """That of a layer (its number among the transformer's attention processors) in the pass under way."""
+    def joint_attention(self, layer: int, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor) -> Tensor:
+        """Output [B, L, N, D], text tokens first as in all arguments.
+
+        Args:
+            layer: its number among the transformer's attention processors.
+        """
         assert self.cut is not None, "the cut comes before the first layer"
-        return self.cut.joint_attention(self._clock.turn, layer)
+        exchange = self.cut.exchanges.of(self._clock.turn, layer)
+        return self.cut.joint_attention(exchange, query_BLND, key_BLND, value_BLND)
 
     @property
     def stale_bytes(self) -> int:
         """Of the buffers that the stale schedule keeps from step to step: the most there have been."""
-        return max(self._most_stale_bytes, self.cut.stale_bytes if self.cut is not None else 0)
+        return max(self._most_stale_bytes, self.cut.exchanges.stale_bytes if self.cut is not None else 0)
 
     @contextmanager
     def running(
@@ -143,6 +150,8 @@ class StripedModel:
         if self._clock.begins:
             self._begin_generation(inputs)
         assert self.cut is not None
+        if not self.cut.exchanges.has_begun(self._clock.turn):
+            self.require_room((self.cut.height, self.cut.width), batch=len(inputs["hidden_states"]), passes=1)
         return (), self.adaptor.cut(inputs, self.cut)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -152,10 +161,29 @@ class StripedModel:
         self._forward_is_under_way = False
         return self.adaptor.with_sample(output, whole)
 
+    def require_room(self, size: tuple[int, int], *, batch: int, passes: int) -> None:
+        """All ranks call this before buffers are made for an image of `size` tokens.
+
+        Raises:
+            Refusal: on all ranks, where the stale schedule's do not fit in what memory is free on any.
+        """
+        if not self._stale:
+            return
+        transformer = self.adaptor.transformer
+        _, plan = plan_image(size, self.group, self.radius)
+        row_bytes = 2 * batch * size[1] * self.adaptor.channels * transformer.dtype.itemsize
+        layers = passes * len(transformer.attn_processors)
+        received = received_bytes(plan, row_bytes=row_bytes, layers=layers)
+        require_room(received + sending_bytes(plan, row_bytes=row_bytes), self.group)
+
+    @property
+    def _stale(self) -> bool:
+        return self.schedule == "stale" and self.group.size > 1  # one rank waits for nobody
+
     def _drain(self) -> None:
         if self.cut is not None:
             self._most_stale_bytes = self.stale_bytes
-            self.cut.drain()
+            self.cut.exchanges.drain()
 
     def _require_same_call(self, inputs: dict[str, Any]) -> None:
         """Raises ValueError on all ranks where they have come to different passes: they would wait for each other."""
@@ -190,8 +218,7 @@ class StripedModel:
                 radius=self.radius,
                 text_attention=self.text_attention,
                 backend=self.backend,
-                schedule=self.schedule,
-                clock=self._clock,
+                clock=self._clock if self._stale else None,
                 counters=self.counters,
             )
 
