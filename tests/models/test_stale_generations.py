@@ -11,6 +11,7 @@ from torch import Tensor
 import clear_dist
 from clear_dist.comm.group import Group
 from clear_dist.parallelize import interrupt, parallelize, require_striped
+from clear_dist.stages import Upscaling
 from tests.models.test_stale import ATTENTION, GUIDED, STEPS, edited
 from tests.ranks import run_ranks
 from tests.test_parallelize import relative_error, run
@@ -198,17 +199,11 @@ def cascade(group: Group, warmup_steps: int | None) -> tuple[list[Any], dict[str
         height=192,
         width=160,
         num_inference_steps=2,
-        upscaling=clear_dist_upscaling(),
+        upscaling=Upscaling(steps=3, strength=0.5, ntk_factor=10.0),
         max_sequence_length=8,
         seed=5,
     )
     return [picture.tobytes() for picture in pictures], parallelized.counters.as_dict()
-
-
-def clear_dist_upscaling() -> Any:
-    from clear_dist.stages import Upscaling
-
-    return Upscaling(steps=3, strength=0.5, ntk_factor=10.0)
 
 
 def test_each_stage_of_a_cascade_has_a_warm_up_of_its_own() -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from clear_dist.comm.group import Group
 from clear_dist.config import Refusal
@@ -91,6 +92,4 @@ def test_what_fits_is_not_refused() -> None:
 
 
 def test_free_memory_is_told() -> None:
-    import torch
-
     assert 10**7 < room._free_bytes(torch.device("cpu")) < 10**13
