@@ -95,6 +95,7 @@ class FullJointAttention:
         key, value = (
             torch.cat([text[i], above[i].flatten(1, 2), own[i], below[i].flatten(1, 2)], dim=1) for i in range(2)
         )
+        halos.release()
         scale = attention_scale(
             self.extrapolation,
             head_dim=query_BLND.shape[-1],
@@ -105,11 +106,10 @@ class FullJointAttention:
             query_BLND.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=scale
         )
         output_BLND = output.transpose(1, 2)
-        if halos.lag:  # on each rank others' rows do, and text tokens that each computed from its own would part
+        if halos.lag:  # keys differ from rank to rank, text tokens must not
             first_key = 0 if self.counts_text_keys else text_tokens
             mine = attend(query_BLND[:, :text_tokens], key_BLND[:, first_key:], value_BLND[:, first_key:], scale)
             output_BLND[:, :text_tokens] = exchange.text.start(*mine).wait()
-        halos.release()
         return output_BLND
 
 
