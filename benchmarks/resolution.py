@@ -38,7 +38,7 @@ def measure(size: int, ranks: int, steps: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="pixels")
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--steps", type=int, default=2, help="measured in each run")
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--json", type=Path)

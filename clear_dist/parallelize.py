@@ -8,6 +8,8 @@ from clear_dist.attention import choose_backend
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.comm.text_reduce import TextAttention
+from clear_dist.config import Schedule
+from clear_dist.config.rules import SCHEDULES, WARMUP_STEPS
 from clear_dist.models import adaptor_for
 from clear_dist.models.agreement import checksum
 from clear_dist.models.striped import StripedModel
@@ -39,6 +41,11 @@ class Parallelized:
         return self._striped.text_attention
 
     @property
+    def stale_buffer_bytes(self) -> int:
+        """Of what this rank kept from one step to the next in the stale schedule, at most; see the README."""
+        return self._striped.stale_bytes
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Height and width in tokens of the last image."""
         assert self._striped.cut is not None, "known once a forward has run"
@@ -49,6 +56,17 @@ class Parallelized:
         """Rows [start, stop) of each rank for the last image."""
         assert self._striped.cut is not None, "known once a forward has run"
         return [(rows.start, rows.stop) for rows in self._striped.cut.stripes]
+
+    def require_room(self, height: int, width: int, *, batch: int = 1, passes: int = 1) -> None:
+        """Whether the stale schedule's buffers fit for images of so many tokens; every rank calls this, or none.
+
+        Args:
+            passes: through the transformer in each step; classifier-free guidance takes two.
+
+        Raises:
+            ValueError: on all ranks, where they do not. Generations raise it too, when they begin.
+        """
+        self._striped.require_room((height, width), batch=batch, passes=passes)
 
     def undo(self) -> None:
         """Restores attention processors and hooks. Weights that a CLEAR checkpoint replaced stay replaced."""
@@ -65,6 +83,8 @@ def parallelize(
     clear_weights: str | Path | None = None,
     text_attention: TextAttention | None = None,
     attention_backend: str = "auto",
+    schedule: Schedule = "sync",
+    warmup_steps: int = WARMUP_STEPS,
     group: Group | None = None,
 ) -> Parallelized:
     """Cuts the transformer of `pipe` in stripes, one per rank; all else stays diffusers'.
@@ -74,10 +94,11 @@ def parallelize(
     Args:
         pipe: a diffusers pipeline with a FLUX transformer, on the device where it is to run.
         window: radius in tokens of what an image token sees, or `full`; by default the checkpoint's, else `full`.
-        clear_weights: a CLEAR checkpoint (safetensors); without one a window draws noise, unless `pipe` was
-            trained with it.
+        clear_weights: a CLEAR checkpoint; without one a window draws noise, unless `pipe` was trained with it.
         text_attention: `average` (Eq. 7 of the paper, the default) or `exact`: N ranks compute what one computes.
         attention_backend: `auto`, or a row of `clear_dist.attention.BACKENDS`.
+        schedule: `sync`: this step's halos; `stale`: those of the step before, for slow links (README).
+        warmup_steps: of `stale`: the steps at the start of each generation that are synchronous all the same.
         group: the ranks that share an image; by default all of torch.distributed's, and this process alone where
             nothing is launched.
 
@@ -86,12 +107,10 @@ def parallelize(
     """
     transformer: Any = getattr(pipe, "transformer", None)
     adaptor = adaptor_for(transformer)
-    if striped_of(pipe) is not None:
-        raise ValueError("this pipeline is parallelized already; undo() the former first")
-    if any(getattr(module, "fused_projections", False) for module in transformer.modules()):
-        raise ValueError("fused projections cannot be cut; call pipe.transformer.unfuse_qkv_projections() first")
+    require_stock(pipe)
     radius = checked_radius(window, clear_weights)
-    mode = checked_text_attention(text_attention, radius)
+    settings: dict[str, Any] = checked_schedule(schedule, warmup_steps)
+    settings["text_attention"] = checked_text_attention(text_attention, radius)
     # Where the pipeline runs, also if its parts are offloaded to the CPU meanwhile.
     device = pipe._execution_device
     backend = choose_backend(attention_backend, device=device, dtype=transformer.dtype, head_dim=adaptor.head_dim)
@@ -100,13 +119,21 @@ def parallelize(
     require_equal_settings(
         group_or_own,
         window=radius or "full",
-        text_attention=mode,
         attention_backend=backend.name,
         dtype=str(transformer.dtype),
         clear_weights=[checksum(transformer.get_parameter(name)) for name in replaced],
+        **settings,
     )
-    striped = StripedModel(adaptor, pipe.scheduler, group_or_own, radius=radius, text_attention=mode, backend=backend)
+    striped = StripedModel(adaptor, pipe.scheduler, group_or_own, radius=radius, backend=backend, **settings)
     return Parallelized(striped, owns_group=group is None)
+
+
+def require_stock(pipe: Any) -> None:
+    """Raises ValueError where the transformer is on stripes already, or its projections are fused."""
+    if striped_of(pipe) is not None:
+        raise ValueError("this pipeline is parallelized already; undo() the former first")
+    if any(getattr(module, "fused_projections", False) for module in pipe.transformer.modules()):
+        raise ValueError("fused projections cannot be cut; call pipe.transformer.unfuse_qkv_projections() first")
 
 
 def require_equal_settings(group: Group, **settings: Any) -> None:
@@ -154,6 +181,14 @@ def checked_radius(window: int | str | None, clear_weights: str | Path | None) -
     if isinstance(window, bool | str) or not hasattr(window, "__index__") or window < 1:
         raise ValueError(f"window must be a radius of at least 1 token or 'full', got {window!r}; nearest: 1")
     return index(window)
+
+
+def checked_schedule(schedule: Schedule, warmup_steps: int) -> dict[str, Any]:
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be 'sync' or 'stale', got {schedule!r}")
+    if isinstance(warmup_steps, bool) or not hasattr(warmup_steps, "__index__") or warmup_steps < 0:
+        raise ValueError(f"warmup_steps must be a whole number of at least 0, got {warmup_steps!r}; nearest: 0")
+    return {"schedule": schedule, "warmup_steps": index(warmup_steps)}
 
 
 def checked_text_attention(text_attention: TextAttention | None, radius: int | None) -> TextAttention:

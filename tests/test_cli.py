@@ -52,8 +52,8 @@ def run(*arguments: str, cwd: Path, **environment: str) -> tuple[int, list[str],
         (["generate", "--steps"], "'--steps' requires an argument"),
         (["generate", "--rez", "64"], "No such option: --rez"),
         (["generate", "two", "prompts"], "unexpected extra argument"),
-        (["generate", "--schedule", "stale"], "--schedule must be one of sync, got 'stale'"),
-        (["generate", "--warmup_steps", "2"], "--warmup-steps is for the stale schedule"),
+        (["generate", "--schedule", "late"], "--schedule must be one of sync, stale, got 'late'; nearest: stale"),
+        (["generate", "--warmup_steps", "-2"], "--warmup-steps must be from 0 to 1000, got -2; nearest: 0"),
         (["generate", "--model", "/nowhere"], "there is no /nowhere"),
         (["generate", "--output", "picture.gif"], "--output must end in"),
         (["generate", "--device", "cuda"], "--device cuda needs a CUDA GPU"),
@@ -86,7 +86,7 @@ def test_every_flag_is_in_the_help(tmp_path: Path) -> None:
     text = "\n".join(run("generate", "--help", cwd=tmp_path, COLUMNS="200")[1])
     flags = """--model --revision --res --height --width --steps --num-inference-steps --guidance-scale
         --max-sequence-length --negative-prompt --true-cfg-scale --num-images --prompts --seed --window --clear-weights
-        --text-attention --schedule --attention-backend --dtype --device --nproc --output --latents-out --report
+        --text-attention --schedule --warmup-steps --attention-backend --dtype --device --nproc --output --latents-out --report
         --cascade --base-res --strength --upscale-steps --ntk-factor --save-stages --preview-every --no-metadata"""
     assert [flag for flag in flags.split() if flag not in text] == []
 

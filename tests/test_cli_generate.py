@@ -176,6 +176,20 @@ def ranks_at_work(process: subprocess.Popen[str], size: int) -> list[int]:
     return ranks
 
 
+def test_a_stale_run_reports_its_buffers(model: Path, here: Path) -> None:
+    stale = ("--schedule", "stale", "--warmup-steps", "1", "--report", "r.json")
+    process = launch(model, "a fox", "--nproc", "2", "--text-attention", "exact", *stale)
+    _, errors = process.communicate(timeout=100)
+    assert (process.returncode, errors) == (0, "")
+    report = json.loads(Path("r.json").read_text())
+    # Two layers: a halo of one row of 4 tokens, and the text's maximum, output and weight, in float32.
+    assert report["stale_buffer_bytes"] == [2 * 4 * (2 * 4 * 32 + 16 * 2 * 18)] * 2
+    assert (report["settings"]["schedule"], report["settings"]["warmup_steps"]) == ("stale", 1)
+    text = [rank["text_bytes_reduced"] for rank in report["comm"]]
+    assert text == [[2 * 4 * 16 * 2 * 18, 2 * 4 * 16 * 2 * 17]] * 2
+
+
+@pytest.mark.parametrize("schedule", ["sync", "stale"])
 @pytest.mark.parametrize(
     ("fault", "status", "line"),
     [
@@ -183,8 +197,12 @@ def ranks_at_work(process: subprocess.Popen[str], size: int) -> list[int]:
         ("interrupt", 130, "clear-dist: interrupted"),
     ],
 )
-def test_faults_in_the_middle_end_everything(model: Path, here: Path, fault: str, status: int, line: str) -> None:
-    process = launch(model, "--nproc", "3", "--steps", "1000", "--res", "512")
+def test_faults_in_the_middle_end_everything(
+    model: Path, here: Path, fault: str, status: int, line: str, schedule: str
+) -> None:
+    process = launch(
+        model, "--nproc", "3", "--steps", "1000", "--res", "512", "--cascade", "off", "--schedule", schedule
+    )
     ranks = ranks_at_work(process, 3)
     if fault == "interrupt":
         os.killpg(process.pid, signal.SIGINT)

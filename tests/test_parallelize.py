@@ -196,13 +196,17 @@ def test_ranks_with_different_arguments_are_told_and_do_not_hang(what: str) -> N
     run_ranks(unequal_arguments, 2, what, timeout=30)
 
 
-def unequal_windows(group: Group) -> None:
+def unequal_settings(group: Group) -> None:
     with pytest.raises(ValueError, match="window must be the same on all ranks, got 4, 5"):
         parallelize(make_tiny_pipeline(), window=4 + group.rank, group=group)
+    with pytest.raises(ValueError, match="schedule must be the same on all ranks, got sync, stale"):
+        parallelize(make_tiny_pipeline(), window=4, schedule=("sync", "stale")[group.rank], group=group)
+    with pytest.raises(ValueError, match="warmup_steps must be the same on all ranks, got 2, 3"):
+        parallelize(make_tiny_pipeline(), window=4, schedule="stale", warmup_steps=2 + group.rank, group=group)
 
 
-def test_ranks_with_different_windows_are_told() -> None:
-    run_ranks(unequal_windows, 2)
+def test_ranks_with_different_settings_are_told() -> None:
+    run_ranks(unequal_settings, 2)
 
 
 def test_undo_restores_the_stock_pipeline() -> None:
@@ -282,6 +286,9 @@ def test_a_process_alone_needs_no_launcher() -> None:
         ({"window": 4, "text_attention": "mean"}, "'average' or 'exact'"),
         ({"window": "full", "text_attention": "average"}, "must be 'exact'"),
         ({"window": 4, "attention_backend": "tild"}, "tiled"),
+        ({"window": 4, "schedule": "late"}, "'sync' or 'stale', got 'late'"),
+        ({"window": 4, "warmup_steps": -1}, "at least 0, got -1; nearest: 0"),
+        ({"window": 4, "schedule": "stale", "warmup_steps": 1.5}, "whole number of at least 0, got 1.5"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_changed(arguments: dict[str, Any], message: str) -> None:

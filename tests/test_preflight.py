@@ -202,6 +202,10 @@ def test_a_checkpoint_without_a_radius_needs_a_window(folder: Path) -> None:
         ({"res": 512, "strength": 0.5, "steps": 8}, "cascade: 128x128 -> 256x256 -> 512x512 (4 steps at strength 0.5"),
         ({"strength": 0.5}, "--strength has no effect: this size is drawn in one stage"),
         ({"res": 256, "cascade": "off", "save_stages": True}, "--save-stages has no effect"),
+        ({"warmup_steps": 2}, "--warmup-steps has no effect with --schedule sync"),
+        ({"schedule": "stale"}, "--schedule stale has no effect on one rank"),
+        ({"schedule": "stale", "nproc": 2, "steps": 4}, "--schedule stale has no effect: 4 steps are all warm-up"),
+        ({"schedule": "stale", "nproc": 2, "steps": 2, "warmup_steps": 3, "res": 512}, "no effect: 2 steps are all"),
         ({"attention_backend": "tiled"}, "--attention-backend has no effect where the window is full"),
     ],
 )

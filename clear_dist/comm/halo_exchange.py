@@ -3,43 +3,39 @@
     pending = exchange.start(key, value)     one message per neighbour, K and V together
     ...                                      rows that need no halo are computed meanwhile
     above, below = pending.wait()
+    ...                                      the others are
+    pending.release()
 
 Which rows those are says the `HaloPlan` (geometry.py). Full attention is the plan in which all rows are halos.
+The stale schedule uses the halos of the step before (stale_exchange.py).
 
 Shapes: B batch, R my rows, W columns, N heads, D head dim. A halo of h rows is [2, B, h, W, N, D]: keys, then values.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group, telling_lost_peers
-from clear_dist.geometry import HaloPlan, Rows
+from clear_dist.comm.send_buffers import Named, SendBuffers, wait_for
+from clear_dist.geometry import HaloPlan
 
 Halos = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class _Incoming:
-    """A message on its way in: where it lands, and its place in the halo above or below."""
-
-    peer: int
-    landing: torch.Tensor
-    place: torch.Tensor
 
 
 class HaloExchange:
     """The exchange of one plan, used for one layer after the other: buffers are kept as long as the shape stays."""
 
-    def __init__(self, group: Group, plan: HaloPlan, counters: Counters) -> None:
+    def __init__(self, group: Group, plan: HaloPlan, counters: Counters, *, sends: SendBuffers | None = None) -> None:
         self._group = group
         self._plan = plan
         self._counters = counters
-        self._outgoing: list[torch.Tensor] = []
-        self._incoming: list[_Incoming] = []
-        self._halos: Halos | None = None
+        self._sends = sends or SendBuffers(group, counters, layers=0)
+        self._received: list[torch.Tensor] = []
+        """One for each transfer of `plan.receives`, on the wire's side."""
+        self._arriving: list[Named] = []
         self._pending: PendingHalos | None = None
 
     @torch.no_grad()
@@ -56,87 +52,93 @@ class HaloExchange:
         assert self._pending is None, "start: the previous exchange was not waited for"
         assert key_BRWND.shape == value_BRWND.shape and key_BRWND.dtype == value_BRWND.dtype
         assert key_BRWND.shape[1] == len(self._plan.own), f"{key_BRWND.shape[1]} rows for {self._plan.own}"
-        self._fit_buffers(key_BRWND)
-        self._pack(key_BRWND, value_BRWND)
-        self._pending = PendingHalos(self, self._post())
+        self._pending = self._begin(key_BRWND, value_BRWND)
         return self._pending
 
-    def _pack(self, key_BRWND: torch.Tensor, value_BRWND: torch.Tensor) -> None:
-        for transfer, message in zip(self._plan.sends, self._outgoing, strict=True):
-            mine = transfer.rows.relative_to(self._plan.own.start)
-            message[0].copy_(key_BRWND[:, mine], non_blocking=True)
-            message[1].copy_(value_BRWND[:, mine], non_blocking=True)
+    def drain(self) -> None:
+        """Wait for all that is on its way: before buffers are dropped, or after a forward that was broken off."""
+        self._wait_for_arrivals()
+        self._sends.drain()
+
+    @property
+    def received_bytes(self) -> int:
+        """Of the buffers that halos arrive in."""
+        return sum(buffer.nbytes for buffer in self._received)
+
+    def _begin(self, key_BRWND: torch.Tensor, value_BRWND: torch.Tensor) -> "PendingHalos":
+        self._post(key_BRWND, value_BRWND)
+        return PendingHalos(self)
+
+    def _post(self, key_BRWND: torch.Tensor, value_BRWND: torch.Tensor) -> None:
+        """Post all messages of a layer at once: mine, and receives for the others'."""
+        self._fit_buffers(key_BRWND)
+        sends = self._packed(key_BRWND, value_BRWND)
+        transfers = (*self._plan.receives, *self._plan.sends)
+        calls = (*(dist.irecv,) * len(self._received), *(dist.isend,) * len(sends))
+        messages = [
+            dist.P2POp(call, buffer, group=self._group.main, group_peer=transfer.peer)
+            for call, buffer, transfer in zip(calls, (*self._received, *sends), transfers, strict=True)
+        ]
+        with telling_lost_peers("a neighbour"):
+            works = dist.batch_isend_irecv(messages) if messages else []
+        if len(works) == len(messages):
+            named = [(f"rank {self._group.ranks[t.peer]}", work) for t, work in zip(transfers, works, strict=True)]
+            self._arriving, leaving = named[: len(self._received)], named[len(self._received) :]
+        else:  # NCCL: one for all of them
+            self._arriving = leaving = [("a neighbour", work) for work in works]
+        self._sends.posted(sends, leaving)
+
+    def _packed(self, key_BRWND: torch.Tensor, value_BRWND: torch.Tensor) -> list[torch.Tensor]:
+        """Keys and values of my rows, one message for each transfer of `plan.sends`."""
+        mine = [transfer.rows.relative_to(self._plan.own.start) for transfer in self._plan.sends]
+        shapes = [(2, *key_BRWND[:, rows].shape) for rows in mine]
+        messages = self._sends.take(shapes, key_BRWND.dtype)
+        for rows, message in zip(mine, messages, strict=True):
+            message[0].copy_(key_BRWND[:, rows], non_blocking=True)
+            message[1].copy_(value_BRWND[:, rows], non_blocking=True)
             self._counters.add("halo_bytes_sent", message.nbytes)
             self._counters.add("halo_messages_sent", 1)
         self._group.settle()
-
-    def _post(self) -> list[dist.Work]:
-        """Post all messages at once; returns what must be waited for, receives before sends."""
-        process_group = self._group.main
-        receives = [
-            dist.P2POp(dist.irecv, message.landing, group=process_group, group_peer=message.peer)
-            for message in self._incoming
-        ]
-        sends = [
-            dist.P2POp(dist.isend, message, group=process_group, group_peer=transfer.peer)
-            for transfer, message in zip(self._plan.sends, self._outgoing, strict=True)
-        ]
-        with telling_lost_peers("a neighbour"):
-            return dist.batch_isend_irecv(receives + sends) if receives + sends else []
-
-    def _finish(self, works: list[dist.Work]) -> Halos:
-        """Wait for the sends too: they must be over before buffers are packed anew, and gloo drops a forgotten one.
-
-        It costs no time: a neighbour whose message is here has posted its receives together with it.
-        """
-        self._pending = None
-        with self._counters.waiting(self._group.wire):
-            for work, peer in zip(works, self._named_peers(len(works)), strict=True):
-                with telling_lost_peers(peer):
-                    work.wait()
-        for message in self._incoming:
-            if message.landing is not message.place:
-                message.place.copy_(message.landing, non_blocking=True)
-        assert self._halos is not None
-        return self._halos
-
-    def _named_peers(self, works: int) -> list[str]:
-        """Whom each work concerns: gloo returns one per message, NCCL a single one for all."""
-        peers = [message.peer for message in self._incoming] + [transfer.peer for transfer in self._plan.sends]
-        return [f"rank {self._group.ranks[peer]}" for peer in peers] if works == len(peers) else ["a neighbour"] * works
+        return messages
 
     def _fit_buffers(self, key_BRWND: torch.Tensor) -> None:
         """Make the buffers for this shape and dtype, unless they are there."""
         batch, _, *row_shape = key_BRWND.shape
-        dtype, own, extended = key_BRWND.dtype, self._plan.own, self._plan.extended
-        sides = Rows(extended.start, own.start), Rows(own.stop, extended.stop)
-        above, below = ((2, batch, len(rows), *row_shape) for rows in sides)
-        if self._halos is not None and (self._halos[0].shape, self._halos[0].dtype) == (above, dtype):
-            return
-        with torch.inference_mode(False):  # see Group.wire_buffer
-            self._halos = (key_BRWND.new_empty(above), key_BRWND.new_empty(below))
-        self._outgoing = [
-            self._group.wire_buffer((2, batch, len(transfer.rows), *row_shape), dtype) for transfer in self._plan.sends
+        self._no_rows = key_BRWND.new_empty((2, batch, 0, *row_shape))
+        before: Sequence[torch.Tensor | None] = self._received or [None] * len(self._plan.receives)
+        self._received = [
+            self._group.wire_buffer((2, batch, len(transfer.rows), *row_shape), key_BRWND.dtype, reuse=old)
+            for transfer, old in zip(self._plan.receives, before, strict=True)
         ]
-        self._incoming = []
-        for transfer in self._plan.receives:
-            side = int(transfer.rows.start >= own.stop)
-            place = self._halos[side][:, :, transfer.rows.relative_to(sides[side].start)]
-            self._incoming.append(_Incoming(transfer.peer, self._landing(place), place))
 
-    def _landing(self, place: torch.Tensor) -> torch.Tensor:
-        """The place itself if a message can arrive there: with one owner on that side and no copies to host memory."""
-        if place.is_contiguous() and not self._group.copies_to_wire:
-            return place
-        return self._group.wire_buffer(place.shape, place.dtype)
+    def _wait_for_arrivals(self) -> None:
+        works, self._arriving = self._arriving, []
+        wait_for(works, self._group, self._counters)
+
+    def _finish(self) -> Halos:
+        """What has arrived, on my device; where a side has one owner and no copy is needed, the buffer itself."""
+        self._pending = None
+        self._wait_for_arrivals()
+        # It costs no time: a neighbour whose message is here has posted its receives together with it.
+        self._sends.limit()
+        sides: Sequence[list[torch.Tensor]] = ([], [])
+        for transfer, buffer in zip(self._plan.receives, self._received, strict=True):
+            side = sides[transfer.rows.start >= self._plan.own.stop]
+            side.append(buffer.to(self._group.device, non_blocking=True))
+        above, below = (side[0] if len(side) == 1 else torch.cat([self._no_rows, *side], dim=2) for side in sides)
+        return above, below
 
 
 class PendingHalos:
     """Halos on their way."""
 
-    def __init__(self, exchange: HaloExchange, works: list[dist.Work]) -> None:
+    def __init__(
+        self, exchange: HaloExchange, *, lag: bool = False, on_release: Callable[[], None] | None = None
+    ) -> None:
         self._exchange = exchange
-        self._works = works
+        self.lag = lag
+        """Whether they are those of the step before."""
+        self._on_release = on_release
 
     @torch.no_grad()
     def wait(self) -> Halos:
@@ -146,10 +148,16 @@ class PendingHalos:
 
         Returns:
             Two tensors [2, B, rows, W, N, D], keys and values, rows in ascending order and of 0 rows at the border of
-            the grid; they are overwritten from the next `start` on.
+            the grid; to be read until `release`.
 
         Raises:
             PeerLost: a neighbour went away.
         """
         assert self._exchange._pending is self, "wait: these halos were waited for already"
-        return self._exchange._finish(self._works)
+        return self._exchange._finish()
+
+    @torch.no_grad()
+    def release(self) -> None:
+        """What `wait` gave is not read any more: the next halos may arrive in its place."""
+        if self._on_release is not None:
+            self._on_release()

@@ -28,6 +28,8 @@ class TextReduce:
         self._counters = counters
         self._maximum: torch.Tensor | None = None
         self._sum: torch.Tensor | None = None
+        self._posted: dist.Work | None = None
+        """The last one, until it was waited for."""
         self._pending: PendingText | None = None
         self._aside = torch.cuda.Stream(group.device) if group.wire.type == "cuda" else None
 
@@ -45,16 +47,29 @@ class TextReduce:
         """
         assert self._pending is None, "start: the previous reduction was not waited for"
         assert lse_BTN.shape == out_BTND.shape[:-1] and lse_BTN.dtype == torch.float32
-        start = self._start_average if self._mode == "average" else self._start_exact
-        self._pending = PendingText(self, start(out_BTND, lse_BTN))
+        self._pending = PendingText(self, self._begin(out_BTND, lse_BTN))
         return self._pending
 
+    def drain(self) -> None:
+        """Wait for what was posted; a forward that was broken off leaves it on its way."""
+        if self._posted is not None:
+            self._wait()
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the buffers that are kept from one reduction to the next."""
+        return sum(buffer.nbytes for buffer in (self._maximum, self._sum) if buffer is not None)
+
+    def _begin(self, out_BTND: torch.Tensor, lse_BTN: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Post what can be posted by now; returns what gives the result."""
+        start = self._start_average if self._mode == "average" else self._start_exact
+        return start(out_BTND, lse_BTN)
+
     def _start_average(self, out_BTND: torch.Tensor, _: torch.Tensor) -> Callable[[], torch.Tensor]:
-        self._sum = self._load(out_BTND, self._sum)
-        total = self._post(self._sum, "sum")
+        self._post_sum(out_BTND)
 
         def finish() -> torch.Tensor:
-            self._wait(total)
+            self._wait()
             return self._unload(self._sum).div_(self._group.size)
 
         return finish
@@ -62,12 +77,13 @@ class TextReduce:
     def _start_exact(self, out_BTND: torch.Tensor, lse_BTN: torch.Tensor) -> Callable[[], torch.Tensor]:
         if self._aside is not None:
             return self._start_exact_aside(self._aside, out_BTND, lse_BTN)
-        maximum = self._post_maximum(lse_BTN)
+        self._post_maximum(lse_BTN)
 
         def finish() -> torch.Tensor:
             # Not in start: gloo's wait would keep the host from the inner rows until the slowest rank is here.
-            self._wait(maximum)
-            self._wait(self._post_weighed_sum(out_BTND, lse_BTN))
+            self._wait()
+            self._post_sum(weigh(out_BTND, lse_BTN, self._unload(self._maximum)))
+            self._wait()
             return unweigh(self._unload(self._sum), out_BTND.dtype)
 
         return finish
@@ -79,12 +95,13 @@ class TextReduce:
         aside.wait_stream(torch.cuda.current_stream(aside.device))
         for part in (out_BTND, lse_BTN):
             part.record_stream(aside)  # or the caller's memory could be given away while `aside` reads it
-        with torch.cuda.stream(aside), telling_lost_peers():
-            self._post_maximum(lse_BTN).wait()
-            total = self._post_weighed_sum(out_BTND, lse_BTN)
+        with torch.cuda.stream(aside):
+            with telling_lost_peers():
+                self._post_maximum(lse_BTN).wait()
+            self._post_sum(weigh(out_BTND, lse_BTN, self._unload(self._maximum)))
 
         def finish() -> torch.Tensor:
-            self._wait(total)
+            self._wait()
             return unweigh(self._unload(self._sum), out_BTND.dtype)
 
         return finish
@@ -93,9 +110,9 @@ class TextReduce:
         self._maximum = self._load(lse_BTN, self._maximum)
         return self._post(self._maximum, "max")
 
-    def _post_weighed_sum(self, out_BTND: torch.Tensor, lse_BTN: torch.Tensor) -> dist.Work:
-        self._sum = self._load(weigh(out_BTND, lse_BTN, self._unload(self._maximum)), self._sum)
-        return self._post(self._sum, "sum")
+    def _post_sum(self, part: torch.Tensor) -> None:
+        self._sum = self._load(part, self._sum)
+        self._post(self._sum, "sum")
 
     def _load(self, part: torch.Tensor, reuse: torch.Tensor | None) -> torch.Tensor:
         carried = self._group.wire_buffer(part.shape, part.dtype, reuse=reuse)
@@ -110,9 +127,12 @@ class TextReduce:
     def _post(self, carried: torch.Tensor, op: Literal["sum", "max"]) -> dist.Work:
         self._counters.add("text_bytes_reduced", carried.nbytes)
         with telling_lost_peers():
-            return dist.all_reduce(carried, reduce_op(op), group=self._group.text, async_op=True)
+            self._posted = dist.all_reduce(carried, reduce_op(op), group=self._group.text, async_op=True)
+        return self._posted
 
-    def _wait(self, work: dist.Work) -> None:
+    def _wait(self) -> None:
+        work, self._posted = self._posted, None
+        assert work is not None
         with self._counters.waiting(self._group.wire), telling_lost_peers():
             work.wait()
 

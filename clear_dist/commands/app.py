@@ -12,9 +12,6 @@ from clear_dist.commands.upscale import upscale
 from clear_dist.config import Refusal, rules
 
 COMMANDS: dict[str, Callable[..., int]] = {"generate": generate, "upscale": upscale}
-NOT_YET = {
-    "--warmup-steps": "--warmup-steps is for the stale schedule, and there is none yet; nearest: --schedule sync",
-}
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -82,9 +79,6 @@ def _message(error: Exception, arguments: Sequence[str]) -> str | None:
     parameter = getattr(error, "param", None)
     if parameter is not None and parameter.name in rules.WHOLE_NUMBERS | rules.REAL_NUMBERS:
         return str(rules.no_number(parameter.name, _value_of(parameter.opts, arguments)))
-    for word in arguments:
-        if word.partition("=")[0] in NOT_YET:
-            return NOT_YET[word.partition("=")[0]]
     return " ".join(words().split()).rstrip(".") + f"; see clear-dist {_command(arguments)}--help"
 
 

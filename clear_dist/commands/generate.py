@@ -34,6 +34,7 @@ def generate(
     nproc: options.Nproc = None,
     text_attention: options.TextAttention = None,
     schedule: options.Schedule = "sync",
+    warmup_steps: options.WarmupSteps = None,
     attention_backend: options.AttentionBackend = "auto",
     output: options.Output = Path("clear-dist.png"),
     preview_every: options.PreviewEvery = None,

@@ -60,7 +60,10 @@ TextAttention = Annotated[
     str | None,
     _flag("average: the paper's; exact: independent of the ranks (average)", CUT, takes=rules.TEXT_ATTENTION),
 ]
-Schedule = Annotated[str, _flag("when halos are used (sync)", CUT, takes=rules.SCHEDULES)]
+Schedule = Annotated[
+    str, _flag("sync: this step's halos; stale: the step before's, for slow links (sync)", CUT, takes=rules.SCHEDULES)
+]
+WarmupSteps = Annotated[int | None, _flag("synchronous steps before --schedule stale sets in (4)", CUT)]
 AttentionBackend = Annotated[str, _flag("auto: the fastest that can run", CUT, takes=rules.ATTENTION_BACKENDS)]
 
 Output = Annotated[

@@ -56,6 +56,7 @@ class Rendering:
         """All pictures of the request, and its report."""
         request = self.request
         stages = request.stages
+        self._require_room(stages[-1])
         saved = stages if request.save_stages else stages[-1:]
         work = sum(sum(work_of(stage).values()) for stage in stages) + sum(map(saving_work, saved))
         self.phases.expect(len(request.prompts) * work)
@@ -70,6 +71,12 @@ class Rendering:
                 partial.write_bytes(save({"latents": torch.cat(latents)}))
         if request.report is not None:
             self._report(request.report)
+
+    def _require_room(self, stage: Stage) -> None:
+        """Before the lower stages are drawn, rather than after."""
+        token, passes = self.request.token_size, 2 if stage.sampling.true_cfg_scale > 1 else 1
+        grid = stage.height // token, stage.width // token
+        self.handle.require_room(*grid, batch=self.request.num_images, passes=passes)
 
     def _render_prompt(self, index: int) -> Drawing:
         """All stages of one prompt, their pictures saved; returns the last one."""
@@ -143,6 +150,7 @@ class Rendering:
         figures = report.RankFigures(
             peak_memory_bytes=report.peak_memory(self.device),
             peak_since_loading=self.peak_since_loading,
+            stale_buffer_bytes=self.handle.stale_buffer_bytes,
             comm=self.handle.counters.as_dict(),
         )
         ranks = self.group.gather_objects(figures)
@@ -223,6 +231,8 @@ def _parallelize(pipe: Any, request: Request, group: Group) -> Parallelized:
             clear_weights=request.clear_weights,
             text_attention=request.text_attention,
             attention_backend=request.attention_backend,
+            schedule=request.schedule,
+            warmup_steps=request.warmup_steps,
             group=group,
         )
     except ValueError as error:

@@ -31,6 +31,7 @@ def upscale(
     nproc: options.Nproc = None,
     text_attention: options.TextAttention = None,
     schedule: options.Schedule = "sync",
+    warmup_steps: options.WarmupSteps = None,
     attention_backend: options.AttentionBackend = "auto",
     output: options.UpscaleOutput = None,
     preview_every: options.PreviewEvery = None,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from clear_dist.config import rules
 from clear_dist.config.request import Request
-from clear_dist.config.rules import Refusal, TextAttention, Window, nearest_word, shortened
+from clear_dist.config.rules import Refusal, Schedule, TextAttention, Window, nearest_word, shortened
 
 __all__ = [
     "CLEAR_REPOSITORY",
@@ -15,6 +15,7 @@ __all__ = [
     "PictureConfig",
     "Refusal",
     "Request",
+    "Schedule",
     "TextAttention",
     "UpscaleConfig",
     "Window",
@@ -57,7 +58,8 @@ class PictureConfig:
     window: str | None = None
     """Radius in tokens, or `full`."""
     text_attention: TextAttention | None = None
-    schedule: str = "sync"
+    schedule: Schedule = "sync"
+    warmup_steps: int | None = None
     attention_backend: str = "auto"
     dtype: str = "auto"
     device: str = "auto"

@@ -8,9 +8,11 @@ from typing import Literal, get_args
 
 Window = int | Literal["full"]
 TextAttention = Literal["average", "exact"]
+Schedule = Literal["sync", "stale"]
 
 TEXT_ATTENTION: tuple[TextAttention, ...] = get_args(TextAttention)
-SCHEDULES = ("sync",)
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+WARMUP_STEPS = 4
 CASCADE = ("auto", "off")
 ATTENTION_BACKENDS = ("auto", "reference", "tiled", "flex")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -37,6 +39,7 @@ WHOLE_NUMBERS = {
     "nproc": (1, 1_024),
     "seed": (0, 2**63 - 1),
     "preview_every": (1, 1_000),
+    "warmup_steps": (0, 1_000),
 }
 """From and to, both allowed."""
 REAL_NUMBERS = {

@@ -1,21 +1,23 @@
 """How one image is cut over a group: its stripes, and what they exchange in every layer and once per step."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from clear_dist.attention import Backend
+from clear_dist.clock import Clock
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
-from clear_dist.comm.halo_exchange import HaloExchange
 from clear_dist.comm.stripe_join import StripeJoin
-from clear_dist.comm.text_reduce import TextAttention, TextReduce
+from clear_dist.comm.text_reduce import TextAttention
 from clear_dist.geometry import HaloPlan, Rows, covering_radius, cut_in_stripes, plan_halos
+from clear_dist.models.exchanges import Exchanges
 from clear_dist.models.extrapolation import Extrapolation
 from clear_dist.models.joint_attention import FullJointAttention, JointAttention, WindowJointAttention
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """An image of `height` x `width` tokens on a group's stripes; its buffers serve one such image after another."""
+    """An image of `height` x `width` tokens on a group's stripes; it serves one such image after another."""
 
     height: int
     width: int
@@ -24,6 +26,7 @@ class Cut:
     stripes: tuple[Rows, ...]
     plan: HaloPlan
     joint_attention: JointAttention
+    exchanges: Exchanges
     join: StripeJoin
 
     @property
@@ -36,6 +39,12 @@ class Cut:
         return (self.height, self.width) == size and self.group is group and self.extrapolation == extrapolation
 
 
+def plan_image(size: tuple[int, int], group: Group, radius: int | None) -> tuple[tuple[Rows, ...], HaloPlan]:
+    """All stripes of an image of `size` tokens, and the halos of this rank's; raises ValueError as `cut_image`."""
+    stripes = cut_in_stripes(size[0], group.size)
+    return stripes, plan_halos(stripes, group.rank, radius)
+
+
 def cut_image(
     size: tuple[int, int],
     group: Group,
@@ -44,6 +53,7 @@ def cut_image(
     radius: int | None,
     text_attention: TextAttention,
     backend: Backend,
+    clock: Clock | None,
     counters: Counters,
 ) -> Cut:
     """Cuts an image for this rank; nothing is sent.
@@ -51,31 +61,24 @@ def cut_image(
     Args:
         size: height and width in tokens.
         radius: in tokens; None: full attention.
+        clock: what the stale schedule goes by; None: the sync schedule.
 
     Raises:
         ValueError: there are more ranks than rows.
     """
     height, width = size
-    stripes = cut_in_stripes(height, group.size)
     # A wider circle than the image holds the same keys.
     radius = radius and min(radius, covering_radius(height, width))
-    plan = plan_halos(stripes, group.rank, radius)
-    halos = HaloExchange(group, plan, counters)
-    joint_attention: JointAttention
-    if radius is None:
-        joint_attention = FullJointAttention(plan=plan, width=width, halos=halos, extrapolation=extrapolation)
-    else:
-        joint_attention = WindowJointAttention(
-            plan=plan,
-            grid=Rows(0, height),
-            width=width,
-            radius=radius,
-            halos=halos,
-            text_reduce=TextReduce(group, text_attention, counters),
-            backend=backend,
-            counts_text_keys=text_attention == "average" or group.rank == 0,
-            extrapolation=extrapolation,
-        )
+    stripes, plan = plan_image(size, group, radius)
+    shared: dict[str, Any] = {
+        "plan": plan,
+        "width": width,
+        "counts_text_keys": text_attention == "average" or group.rank == 0,
+        "extrapolation": extrapolation,
+    }
+    joint_attention: JointAttention = FullJointAttention(**shared)
+    if radius is not None:
+        joint_attention = WindowJointAttention(grid=Rows(0, height), radius=radius, backend=backend, **shared)
     return Cut(
         height=height,
         width=width,
@@ -84,5 +87,6 @@ def cut_image(
         stripes=stripes,
         plan=plan,
         joint_attention=joint_attention,
+        exchanges=Exchanges(group, plan, text_attention, counters, clock=clock),
         join=StripeJoin(group, stripes, counters),
     )

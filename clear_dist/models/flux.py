@@ -20,8 +20,9 @@ from clear_dist.models.striped import StripedModel
 class FluxStripeAttnProcessor:
     """Projects, normalises and rotates as diffusers' FluxAttnProcessor, then attends over stripes."""
 
-    def __init__(self, striped: StripedModel) -> None:
+    def __init__(self, striped: StripedModel, layer: int) -> None:
         self.striped = striped
+        self.layer = layer
 
     def __call__(
         self,
@@ -40,7 +41,7 @@ class FluxStripeAttnProcessor:
             raise ValueError("an attention mask cannot be combined with clear_dist.parallelize; pass none")
         query, key, value = project(attn, hidden_states, encoder_hidden_states)
         query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
-        output = self.striped.joint_attention(query, key, value).flatten(2)
+        output = self.striped.joint_attention(self.layer, query, key, value).flatten(2)
         if encoder_hidden_states is None:
             return output
         text_tokens = encoder_hidden_states.shape[1]
@@ -81,8 +82,14 @@ class FluxAdaptor:
     def head_dim(self) -> int:
         return self.transformer.config.attention_head_dim
 
+    @property
+    def channels(self) -> int:
+        """Of a token's key."""
+        return self.head_dim * self.transformer.config.num_attention_heads
+
     def processors(self, striped: StripedModel) -> dict[str, FluxStripeAttnProcessor]:
-        return {name: FluxStripeAttnProcessor(striped) for name in self.transformer.attn_processors}
+        names = self.transformer.attn_processors
+        return {name: FluxStripeAttnProcessor(striped, layer) for layer, name in enumerate(names)}
 
     def grid_of(self, inputs: dict[str, Any]) -> tuple[int, int]:
         """Height and width in tokens, read from `img_ids` (this waits for the GPU: once per generation).

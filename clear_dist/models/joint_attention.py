@@ -4,20 +4,15 @@ Shared by all models: an adaptor projects and rotates q, k and v, and gets the j
 Shape suffixes: B batch, N heads, T text, R my rows, E my rows with halos, W columns, D head dim, L = T + R x W tokens.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from clear_dist.attention import Backend, attend, window_attention
-from clear_dist.comm.halo_exchange import HaloExchange
-from clear_dist.comm.text_reduce import TextReduce
 from clear_dist.geometry import HaloPlan, Rows, reach
+from clear_dist.models.exchanges import Exchange
 from clear_dist.models.extrapolation import Extrapolation, attention_scale
-
-JointAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(q, k, v), each [B, L, N, D] with the text tokens first -> output [B, L, N, D]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +23,12 @@ class WindowJointAttention:
     grid: Rows
     width: int
     radius: int
-    halos: HaloExchange
-    text_reduce: TextReduce
     backend: Backend
     counts_text_keys: bool
     """Whether this rank's part of the text queries' attention holds the text keys: in `exact`, on one rank only."""
     extrapolation: Extrapolation | None
 
-    def __call__(self, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor) -> Tensor:
+    def __call__(self, exchange: Exchange, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor) -> Tensor:
         text_tokens = query_BLND.shape[1] - len(self.plan.own) * self.width
         query_text, query = self._split(query_BLND, text_tokens)
         key_text, key = self._split(key_BLND, text_tokens)
@@ -47,9 +40,9 @@ class WindowJointAttention:
             image_tokens=len(self.grid) * self.width,
         )
 
-        halos = self.halos.start(key, value)
+        halos = exchange.halos.start(key, value)
         first_key = 0 if self.counts_text_keys else text_tokens
-        text = self.text_reduce.start(*attend(query_text, key_BLND[:, first_key:], value_BLND[:, first_key:], scale))
+        text = exchange.text.start(*attend(query_text, key_BLND[:, first_key:], value_BLND[:, first_key:], scale))
 
         output_BLND = torch.empty_like(query_BLND)
         output_text, output = self._split(output_BLND, text_tokens)
@@ -73,6 +66,7 @@ class WindowJointAttention:
         for rows in self.plan.edges:
             keys = reach(rows, self.grid, self.radius)
             attend_rows(rows, extend(keys, self.plan.own, above, (key, value), below), keys.start)
+        halos.release()
         output_text.copy_(text.wait())
         return output_BLND
 
@@ -87,18 +81,21 @@ class FullJointAttention:
 
     plan: HaloPlan
     width: int
-    halos: HaloExchange
+    counts_text_keys: bool
+    """As above; for halos that lag only."""
     extrapolation: Extrapolation | None
 
-    def __call__(self, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor) -> Tensor:
+    def __call__(self, exchange: Exchange, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor) -> Tensor:
         text_tokens = query_BLND.shape[1] - len(self.plan.own) * self.width
         text = (key_BLND[:, :text_tokens], value_BLND[:, :text_tokens])
         own = (key_BLND[:, text_tokens:], value_BLND[:, text_tokens:])
         shape = (len(self.plan.own), self.width)
-        above, below = self.halos.start(own[0].unflatten(1, shape), own[1].unflatten(1, shape)).wait()
+        halos = exchange.halos.start(own[0].unflatten(1, shape), own[1].unflatten(1, shape))
+        above, below = halos.wait()
         key, value = (
             torch.cat([text[i], above[i].flatten(1, 2), own[i], below[i].flatten(1, 2)], dim=1) for i in range(2)
         )
+        halos.release()
         scale = attention_scale(
             self.extrapolation,
             head_dim=query_BLND.shape[-1],
@@ -108,7 +105,16 @@ class FullJointAttention:
         output = torch.nn.functional.scaled_dot_product_attention(
             query_BLND.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=scale
         )
-        return output.transpose(1, 2)
+        output_BLND = output.transpose(1, 2)
+        if halos.lag:  # keys differ from rank to rank, text tokens must not
+            first_key = 0 if self.counts_text_keys else text_tokens
+            mine = attend(query_BLND[:, :text_tokens], key_BLND[:, first_key:], value_BLND[:, first_key:], scale)
+            output_BLND[:, :text_tokens] = exchange.text.start(*mine).wait()
+        return output_BLND
+
+
+JointAttention = WindowJointAttention | FullJointAttention
+"""(exchange, q, k, v) -> output; all but the exchange [B, L, N, D], with the text tokens first."""
 
 
 def extend(rows: Rows, own: Rows, above: Tensor, mine: tuple[Tensor, Tensor], below: Tensor) -> tuple[Tensor, Tensor]:

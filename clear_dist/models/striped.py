@@ -7,13 +7,15 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from clear_dist.attention import Backend
+from clear_dist.clock import Clock
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.comm.text_reduce import TextAttention
+from clear_dist.config import Schedule
 from clear_dist.models.agreement import require_equal_on_all_ranks
-from clear_dist.models.cut import Cut, cut_image
+from clear_dist.models.cut import Cut, cut_image, plan_image
 from clear_dist.models.extrapolation import Extrapolation
-from clear_dist.models.joint_attention import JointAttention
+from clear_dist.models.room import received_bytes, require_room, sending_bytes
 
 MOST_SHAPES = 10
 """Two numbers for each input that is compared; models have five at most."""
@@ -26,6 +28,8 @@ class Adaptor(Protocol):
     def transformer(self) -> Any: ...
     @property
     def head_dim(self) -> int: ...
+    @property
+    def channels(self) -> int: ...
     def processors(self, striped: "StripedModel") -> dict[str, Any]: ...
     def named_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]: ...
     def grid_of(self, inputs: dict[str, Any]) -> tuple[int, int]: ...
@@ -47,6 +51,8 @@ class StripedModel:
         radius: int | None,
         text_attention: TextAttention,
         backend: Backend,
+        schedule: Schedule,
+        warmup_steps: int,
     ) -> None:
         self.adaptor = adaptor
         self.scheduler = scheduler
@@ -55,12 +61,12 @@ class StripedModel:
         self.radius = radius
         self.text_attention = text_attention
         self.backend = backend
+        self.schedule = schedule
         self.counters = Counters()
         self.cut: Cut | None = None
-        self._generation: object = None
-        self._step: object = None
-        self._passes = 0
+        self._clock = Clock(warmup_steps=warmup_steps)
         self._forward_is_under_way = False
+        self._most_stale_bytes = 0
         self._given = group, scheduler
         self._extrapolated = ExitStack()
         transformer = adaptor.transformer
@@ -71,10 +77,20 @@ class StripedModel:
             transformer.register_forward_hook(self._after),
         ]
 
-    @property
-    def joint_attention(self) -> JointAttention:
+    def joint_attention(self, layer: int, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor) -> Tensor:
+        """Output [B, L, N, D], text tokens first as in all arguments.
+
+        Args:
+            layer: its number among the transformer's attention processors.
+        """
         assert self.cut is not None, "the cut comes before the first layer"
-        return self.cut.joint_attention
+        exchange = self.cut.exchanges.of(self._clock.turn, layer)
+        return self.cut.joint_attention(exchange, query_BLND, key_BLND, value_BLND)
+
+    @property
+    def stale_bytes(self) -> int:
+        """Of the buffers that the stale schedule keeps from step to step: the most there have been."""
+        return max(self._most_stale_bytes, self.cut.exchanges.stale_bytes if self.cut is not None else 0)
 
     @contextmanager
     def running(
@@ -105,9 +121,10 @@ class StripedModel:
             self._run_on(*before)
 
     def _run_on(self, group: Group, scheduler: Any, extrapolation: Extrapolation | None) -> None:
+        if not self._forward_is_under_way:  # else what is on its way may never arrive
+            self._drain()
         self.group, self.scheduler, self.extrapolation = group, scheduler, extrapolation
-        # The next forward begins a generation, whatever it is given.
-        self._generation = self._step = None
+        self._clock.forget()
         self._extrapolated.close()
         if extrapolation is not None and self._hooks:  # none: taken off inside `running`
             self._extrapolated.enter_context(self.adaptor.extrapolated(extrapolation))
@@ -123,33 +140,57 @@ class StripedModel:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         inputs = self.adaptor.named_inputs(args, kwargs)
-        # A pipeline makes its ids once per generation: another object, another generation (never by length alone).
-        # A forward that was broken off has left halos on their way: its buffers must not be used again.
-        begins = self._forward_is_under_way or self._generation is not inputs["img_ids"]
-        # Both passes of classifier-free guidance are given the same latents: another object, another step.
-        self._passes = 1 + (self._passes if self._step is inputs["hidden_states"] else 0)
-        if self._passes == 1:
-            self.counters.begin_step()
-        self._require_same_call(inputs, begins)
-        if begins:
-            self._begin_generation(inputs)
-        self._step = inputs["hidden_states"]
-        assert self.cut is not None
+        if self._forward_is_under_way:  # the last one was broken off
+            self._clock.forget()
+        self._clock.tick(inputs["img_ids"], inputs["hidden_states"])
         self._forward_is_under_way = True
+        if self._clock.turn == 0:
+            self.counters.begin_step()
+        self._require_same_call(inputs)
+        if self._clock.begins:
+            self._begin_generation(inputs)
+        assert self.cut is not None
+        if not self.cut.exchanges.has_begun(self._clock.turn):
+            self.require_room((self.cut.height, self.cut.width), batch=len(inputs["hidden_states"]), passes=1)
         return (), self.adaptor.cut(inputs, self.cut)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         assert self.cut is not None
         sample = output[0] if isinstance(output, tuple) else output.sample
+        whole = self.cut.join.join(sample)
         self._forward_is_under_way = False
-        return self.adaptor.with_sample(output, self.cut.join.join(sample))
+        return self.adaptor.with_sample(output, whole)
 
-    def _require_same_call(self, inputs: dict[str, Any], begins: bool) -> None:
+    def require_room(self, size: tuple[int, int], *, batch: int, passes: int) -> None:
+        """All ranks call this before buffers are made for an image of `size` tokens.
+
+        Raises:
+            Refusal: on all ranks, where the stale schedule's do not fit in what memory is free on any.
+        """
+        if not self._stale:
+            return
+        transformer = self.adaptor.transformer
+        _, plan = plan_image(size, self.group, self.radius)
+        row_bytes = 2 * batch * size[1] * self.adaptor.channels * transformer.dtype.itemsize
+        layers = passes * len(transformer.attn_processors)
+        received = received_bytes(plan, row_bytes=row_bytes, layers=layers)
+        require_room(received + sending_bytes(plan, row_bytes=row_bytes), self.group)
+
+    @property
+    def _stale(self) -> bool:
+        return self.schedule == "stale" and self.group.size > 1  # one rank waits for nobody
+
+    def _drain(self) -> None:
+        if self.cut is not None:
+            self._most_stale_bytes = self.stale_bytes
+            self.cut.exchanges.drain()
+
+    def _require_same_call(self, inputs: dict[str, Any]) -> None:
         """Raises ValueError on all ranks where they have come to different passes: they would wait for each other."""
         drawn, encoded = self.adaptor.replicated(inputs)
         shapes = [size for x in drawn + encoded for size in (x.ndim, x.numel())]
         padded = (shapes + [0] * MOST_SHAPES)[:MOST_SHAPES]
-        if not self.group.equal([int(begins), self._passes, *padded]):
+        if not self.group.equal([self._clock.step, self._clock.turn, *padded]):
             raise ValueError(
                 "every rank must call the pipeline alike, but passes, batch, prompt length or size differ; "
                 "give all ranks the same arguments"
@@ -167,7 +208,9 @@ class StripedModel:
         settings = {"number of steps": len(self.scheduler.timesteps), "extrapolation": self.extrapolation}
         require_equal_on_all_ranks(drawn, encoded, settings, self.group)
         size = self.adaptor.grid_of(inputs)
-        if self.cut is None or self._forward_is_under_way or not self.cut.serves(size, self.group, self.extrapolation):
+        if self.cut is not None and self.cut.group is self.group:
+            self._drain()
+        if self.cut is None or not self.cut.serves(size, self.group, self.extrapolation):
             self.cut = cut_image(
                 size,
                 self.group,
@@ -175,9 +218,9 @@ class StripedModel:
                 radius=self.radius,
                 text_attention=self.text_attention,
                 backend=self.backend,
+                clock=self._clock if self._stale else None,
                 counters=self.counters,
             )
-        self._generation = inputs["img_ids"]
 
 
 def is_striped_by(transformer: Any, striped: StripedModel) -> bool:

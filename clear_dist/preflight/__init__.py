@@ -7,7 +7,7 @@ from clear_dist import demo
 from clear_dist.clear_checkpoint import radius_of
 from clear_dist.comm.env import Place
 from clear_dist.config import PictureConfig, Refusal, Request, Window
-from clear_dist.config.rules import MOST_PIXELS
+from clear_dist.config.rules import MOST_PIXELS, WARMUP_STEPS
 from clear_dist.geometry import cut_in_stripes
 from clear_dist.preflight import clear_weights, devices, model, notes, outputs, start
 from clear_dist.preflight.model import ModelFacts
@@ -54,6 +54,7 @@ def check(config: PictureConfig, place: Place) -> tuple[Request, tuple[str, ...]
         window=_window(config, checkpoint),
         dtype=("bfloat16" if device == "cuda" else "float32") if config.dtype == "auto" else config.dtype,
         device=device,
+        warmup_steps=WARMUP_STEPS if config.warmup_steps is None else config.warmup_steps,
         world_size=_world_size(config, place, gpus),
         **{name: getattr(config, name) for name in AS_GIVEN},
     )

@@ -31,7 +31,7 @@ def of(
     )
     texts = (*prompts, config.negative_prompt or "") if facts.is_demo else ()
     warnings = (*_unknown_words(texts), *_size(stages, facts), *_without_effect(config, request, facts))
-    return (*choices, *warnings, *_without_cascade(config, stages))
+    return (*choices, *warnings, *_schedule(config, request, stages), *_without_cascade(config, stages))
 
 
 def _model(config: PictureConfig, facts: ModelFacts, gpus: int) -> Iterator[str]:
@@ -104,6 +104,18 @@ def _without_effect(config: PictureConfig, request: Request, facts: ModelFacts) 
         yield f"{WARNING}--text-attention has no effect on one rank"
     if config.attention_backend != "auto" and request.window == "full":
         yield f"{WARNING}--attention-backend has no effect where the window is full"
+
+
+def _schedule(config: PictureConfig, request: Request, stages: tuple[Stage, ...]) -> Iterator[str]:
+    if request.schedule == "sync":
+        if config.warmup_steps is not None:
+            yield f"{WARNING}--warmup-steps has no effect with --schedule sync"
+        return
+    most = max((stage.sampling.steps for stage in stages), default=request.sampling.steps)
+    if request.world_size == 1:
+        yield f"{WARNING}--schedule stale has no effect on one rank"
+    elif request.warmup_steps >= most:
+        yield f"{WARNING}--schedule stale has no effect: {most} steps are all warm-up; see --warmup-steps"
 
 
 def _without_cascade(config: PictureConfig, stages: tuple[Stage, ...]) -> Iterator[str]:

@@ -121,25 +121,32 @@ def test_everything_is_restored_after_an_exception() -> None:
         assert max(errors) < 1e-4
 
 
-def test_a_cut_is_made_anew_after_a_forward_that_broke_off() -> None:
-    """In the middle of a layer: its halos were sent and are not waited for."""
+def stopped_in_a_layer(group: Group) -> float:
+    """Its halos were sent and are not waited for."""
+    calls = 0
 
-    def stop(_: Any) -> None:
-        raise Stop
+    def stop_once(call: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise Stop
+        return backend.run(call)
 
     pipe = make_tiny_pipeline()
-    parallelized = parallelize(pipe, **EXACT)
+    parallelized = parallelize(pipe, group=group, **EXACT)
     striped = require_striped(pipe)
     backend = striped.backend
-    try:
-        striped.backend = replace(backend, run=stop)
-        with pytest.raises(Stop), striped.running(extrapolation=PAPER):
-            run(pipe)
-        striped.backend = backend
-        with striped.running(extrapolation=PAPER):
-            assert relative_error(run(pipe, seed=SEED), oracle_latents(4, PAPER)) < 1e-4
-    finally:
-        parallelized.undo()
+    striped.backend = replace(backend, run=stop_once)
+    with pytest.raises(Stop):
+        run(pipe)
+    latents = run(pipe, seed=SEED)
+    parallelized.undo()
+    return relative_error(latents, oracle_latents(4, None))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_forward_that_broke_off_leaves_nothing_behind(size: int) -> None:
+    assert max(run_ranks(stopped_in_a_layer, size)) < 1e-4
 
 
 def test_running_can_be_nested() -> None:

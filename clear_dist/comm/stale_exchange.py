@@ -1,0 +1,82 @@
+"""The stale schedule: a layer uses what was sent during the step before, and sends its own for the next.
+
+So each layer, and each pass of a step, has an exchange and a reduction of its own, which keep what they received. In
+the warm-up, and wherever a layer holds nothing of the step before, they do what their parents do: exchange and wait.
+
+Shapes: as in halo_exchange.py and text_reduce.py.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from clear_dist.clock import Clock
+from clear_dist.comm.counters import Counters
+from clear_dist.comm.group import Group
+from clear_dist.comm.halo_exchange import HaloExchange, PendingHalos
+from clear_dist.comm.send_buffers import SendBuffers
+from clear_dist.comm.text_reduce import TextReduce
+from clear_dist.config import TextAttention
+from clear_dist.geometry import HaloPlan
+from clear_dist.merge import unweigh, weigh
+
+LARGEST_CHANGE = 60.0
+"""Of a log-sum-exp from step to step that is told apart: e^60 and e^-60 are far from the ends of float32."""
+
+
+class StaleHaloExchange(HaloExchange):
+    """The halos of one layer in one pass."""
+
+    def __init__(self, group: Group, plan: HaloPlan, counters: Counters, *, sends: SendBuffers, clock: Clock) -> None:
+        """
+        Args:
+            sends: shared by all layers.
+        """
+        super().__init__(group, plan, counters, sends=sends)
+        self._clock = clock
+        self._step_held: int | None = None
+
+    def _begin(self, key_BRWND: torch.Tensor, value_BRWND: torch.Tensor) -> PendingHalos:
+        lag = self._clock.may_lag(self._step_held)
+        self._step_held = self._clock.step
+        if lag:
+            # Mine leave, and theirs arrive, once the old ones were read: so one buffer is enough.
+            return PendingHalos(self, lag=True, on_release=lambda: self._post(key_BRWND, value_BRWND))
+        self._wait_for_arrivals()
+        return super()._begin(key_BRWND, value_BRWND)
+
+
+class StaleTextReduce(TextReduce):
+    """The text queries' reduction of one layer in one pass. It lags on all ranks alike, so text tokens stay equal."""
+
+    def __init__(self, group: Group, mode: TextAttention, counters: Counters, *, clock: Clock) -> None:
+        super().__init__(group, mode, counters)
+        self._clock = clock
+        self._step_held: int | None = None
+
+    def _begin(self, out_BTND: torch.Tensor, lse_BTN: torch.Tensor) -> Callable[[], torch.Tensor]:
+        lag = self._clock.may_lag(self._step_held)
+        self._step_held = self._clock.step
+        self.drain()
+        if not lag:
+            return super()._begin(out_BTND, lse_BTN)
+        before = self._unload(self._sum)
+        if self._mode == "average":
+            self._post_sum(out_BTND)
+            result = before.div_(self._group.size)
+        else:
+            self._post_sum(self._weighed_by_step_before(out_BTND, lse_BTN, before))
+            result = unweigh(before, out_BTND.dtype)
+        return lambda: result
+
+    def _weighed_by_step_before(
+        self, out_BTND: torch.Tensor, lse_BTN: torch.Tensor, before_BTND1: torch.Tensor
+    ) -> torch.Tensor:
+        """My term of the sum, its weights relative to all ranks' log-sum-exp of the step before.
+
+        Any number would do that all ranks know and that is near the largest: so the maximum needs no reduction.
+        """
+        reference_BTN = self._unload(self._maximum) + before_BTND1[..., -1].log()
+        self._maximum = self._load(reference_BTN, self._maximum)
+        near_BTN = lse_BTN.clamp(reference_BTN - LARGEST_CHANGE, reference_BTN + LARGEST_CHANGE)
+        return weigh(out_BTND, near_BTN, reference_BTN)
