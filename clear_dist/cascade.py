@@ -191,10 +191,9 @@ class Cascade:
 def work_of(stage: Stage) -> dict[str, float]:
     """What the phases of a stage cost, in tokens that go through the transformer; for the time left only."""
     tokens, upper = stage.height * stage.width, isinstance(stage.sampling, Upscaling)
-    passes = 2 if stage.sampling.true_cfg_scale > 1 else 1
     return {
         "encode": ENCODING * tokens * upper,
-        "denoise": tokens * stage.sampling.steps * passes,
+        "denoise": tokens * stage.sampling.steps * stage.sampling.passes,
         "decode": DECODING * tokens,
     }
 

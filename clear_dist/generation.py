@@ -13,7 +13,7 @@ from clear_dist.comm.group import Group
 from clear_dist.comm.stripe_collect import collect_stripes
 from clear_dist.geometry import Rows
 from clear_dist.parallelize import require_equal_settings, require_striped
-from clear_dist.stages import Sampling, Size, Stage, Upscaling, plan_cascade, plan_upscaling
+from clear_dist.stages import Sampling, Size, Stage, Upscaling, plan_cascade, plan_upscaling, refining_steps
 from clear_dist.text import encode_prompts
 
 
@@ -58,7 +58,7 @@ def generate(
         native=base,
         token=token_size(pipe),
         sampling=Sampling(steps=num_inference_steps, guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale),
-        upscaling=upscaling or Upscaling(steps=max(1, round(Upscaling.strength * num_inference_steps))),
+        upscaling=upscaling or Upscaling(steps=refining_steps(num_inference_steps, Upscaling.strength)),
         cascade=cascade,
     )
     prompts = [prompt] if isinstance(prompt, str) else prompt

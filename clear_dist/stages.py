@@ -25,6 +25,11 @@ class Sampling:
     true_cfg_scale: float = 1.0
     """Classifier-free guidance with a negative prompt; 1: none."""
 
+    @property
+    def passes(self) -> int:
+        """Through the transformer, in each step."""
+        return 2 if self.true_cfg_scale > 1 else 1
+
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}; nearest: 1")
@@ -66,6 +71,11 @@ class Stage:
     @property
     def size(self) -> Size:
         return self.height, self.width
+
+
+def refining_steps(steps: int, strength: float) -> int:
+    """As many as diffusers' image-to-image takes of `steps`, at least one."""
+    return max(1, round(steps * strength))
 
 
 def plan_cascade(

@@ -15,10 +15,10 @@ Shapes: B batch, R my rows, W columns, N heads, D head dim. A halo of h rows is 
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group, telling_lost_peers
+from clear_dist.comm.messages import post
 from clear_dist.comm.send_buffers import Named, SendBuffers, wait_for
 from clear_dist.geometry import HaloPlan
 
@@ -73,16 +73,13 @@ class HaloExchange:
         """Post all messages of a layer at once: mine, and receives for the others'."""
         self._fit_buffers(key_BRWND)
         sends = self._packed(key_BRWND, value_BRWND)
-        transfers = (*self._plan.receives, *self._plan.sends)
-        calls = (*(dist.irecv,) * len(self._received), *(dist.isend,) * len(sends))
-        messages = [
-            dist.P2POp(call, buffer, group=self._group.main, group_peer=transfer.peer)
-            for call, buffer, transfer in zip(calls, (*self._received, *sends), transfers, strict=True)
-        ]
+        incoming = [(move.peer, buffer) for move, buffer in zip(self._plan.receives, self._received, strict=True)]
+        outgoing = [(move.peer, buffer) for move, buffer in zip(self._plan.sends, sends, strict=True)]
         with telling_lost_peers("a neighbour"):
-            works = dist.batch_isend_irecv(messages) if messages else []
-        if len(works) == len(messages):
-            named = [(f"rank {self._group.ranks[t.peer]}", work) for t, work in zip(transfers, works, strict=True)]
+            works = post(self._group, incoming, outgoing)
+        peers = [peer for peer, _ in (*incoming, *outgoing)]
+        if len(works) == len(peers):
+            named = [(f"rank {self._group.ranks[peer]}", work) for peer, work in zip(peers, works, strict=True)]
             self._arriving, leaving = named[: len(self._received)], named[len(self._received) :]
         else:  # NCCL: one for all of them
             self._arriving = leaving = [("a neighbour", work) for work in works]

@@ -4,10 +4,10 @@ Shapes: B batch, C channels, E my rows with one row of halo on either side, W co
 """
 
 import torch
-import torch.distributed as dist
 
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group, telling_lost_peers
+from clear_dist.comm.messages import Message, post
 
 ABOVE, BELOW = (1, 0), (-2, -1)
 """For the neighbour on that side: the row that it is sent, and the row that its own goes to."""
@@ -42,17 +42,10 @@ class RowHalos:
             self._counters.add("other_bytes", message.nbytes)
         group.settle()
         with self._counters.waiting(group.wire), telling_lost_peers("a neighbour"):
-            for work in self._post(incoming, outgoing):
+            for work in post(group, self._addressed(incoming), self._addressed(outgoing)):
                 work.wait()
         for message, (_, _, place) in zip(incoming, self._neighbours, strict=True):
             stripe_BCEW[:, :, place].copy_(message)
 
-    def _post(self, incoming: list[torch.Tensor], outgoing: list[torch.Tensor]) -> list[dist.Work]:
-        """Post all messages at once."""
-        peers, main = [peer for peer, _, _ in self._neighbours], self._group.main
-        messages = [
-            dist.P2POp(operation, message, group=main, group_peer=peer)
-            for operation, buffers in ((dist.irecv, incoming), (dist.isend, outgoing))
-            for message, peer in zip(buffers, peers, strict=True)
-        ]
-        return dist.batch_isend_irecv(messages) if messages else []
+    def _addressed(self, buffers: list[torch.Tensor]) -> list[Message]:
+        return [(peer, buffer) for (peer, _, _), buffer in zip(self._neighbours, buffers, strict=True)]

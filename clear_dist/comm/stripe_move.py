@@ -4,11 +4,11 @@ Shapes: B batch, C channels, R my rows, W columns.
 """
 
 import torch
-import torch.distributed as dist
 
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group, telling_lost_peers
-from clear_dist.geometry import Rows, Transfer, plan_moves
+from clear_dist.comm.messages import post
+from clear_dist.geometry import Rows, plan_moves
 
 
 @torch.no_grad()
@@ -50,27 +50,14 @@ def move_rows(
         counters.add("other_bytes", message.nbytes)
     group.settle()
     with counters.waiting(group.wire), telling_lost_peers():
-        # For the sends too: gloo drops one that is forgotten.
-        for work in _post(group, plan.receives, incoming, plan.sends, outgoing):
+        for work in post(
+            group,
+            [(move.peer, message) for move, message in zip(plan.receives, incoming, strict=True)],
+            [(move.peer, message) for move, message in zip(plan.sends, outgoing, strict=True)],
+        ):
             work.wait()
     moved_BCRW = torch.empty((batch, channels, len(wanted), width), dtype=dtype, device=group.device)
     moved_BCRW[:, :, plan.kept.relative_to(wanted.start)] = local_BCRW[:, :, plan.kept.relative_to(mine.start)]
     for message, move in zip(incoming, plan.receives, strict=True):
         moved_BCRW[:, :, move.rows.relative_to(wanted.start)].copy_(message)
     return moved_BCRW
-
-
-def _post(
-    group: Group,
-    receives: tuple[Transfer, ...],
-    incoming: list[torch.Tensor],
-    sends: tuple[Transfer, ...],
-    outgoing: list[torch.Tensor],
-) -> list[dist.Work]:
-    """Post all messages at once."""
-    messages = [
-        dist.P2POp(operation, message, group=group.main, group_peer=move.peer)
-        for operation, moves, buffers in ((dist.irecv, receives, incoming), (dist.isend, sends, outgoing))
-        for move, message in zip(moves, buffers, strict=True)
-    ]
-    return dist.batch_isend_irecv(messages) if messages else []

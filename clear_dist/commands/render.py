@@ -74,9 +74,13 @@ class Rendering:
 
     def _require_room(self, stage: Stage) -> None:
         """Before the lower stages are drawn, rather than after."""
-        token, passes = self.request.token_size, 2 if stage.sampling.true_cfg_scale > 1 else 1
-        grid = stage.height // token, stage.width // token
-        self.handle.require_room(*grid, batch=self.request.num_images, passes=passes)
+        height, width = self._grid(stage)
+        self.handle.require_room(height, width, batch=self.request.num_images, passes=stage.sampling.passes)
+
+    def _grid(self, stage: Stage) -> tuple[int, int]:
+        """Height and width in tokens."""
+        token = self.request.token_size
+        return stage.height // token, stage.width // token
 
     def _render_prompt(self, index: int) -> Drawing:
         """All stages of one prompt, their pictures saved; returns the last one."""
@@ -109,7 +113,7 @@ class Rendering:
         if self.group.rank == 0:
             for line in loading.cut_off(self.pipe, prompt, request.max_sequence_length):
                 say(f"warning: {line}")
-        guided = max(stage.sampling.true_cfg_scale for stage in request.stages) > 1
+        guided = max(stage.sampling.passes for stage in request.stages) > 1
         negative = request.negative_prompt if guided else None
         return encode_prompts(
             self.pipe,
@@ -135,7 +139,7 @@ class Rendering:
         """Keep what the report tells of a stage."""
         token = self.request.token_size
         figures = report.StageFigures(
-            grid=(stage.height // token, stage.width // token),
+            grid=self._grid(stage),
             stripes=[(rows.start // token, rows.stop // token) for rows in drawing.rows if len(rows)],
             times=self.phases.stages[-1],
         )

@@ -11,7 +11,7 @@ from clear_dist.config.request import Picture
 from clear_dist.config.rules import flag
 from clear_dist.preflight import pictures
 from clear_dist.preflight.model import ModelFacts
-from clear_dist.stages import Sampling, Upscaling
+from clear_dist.stages import Sampling, Upscaling, refining_steps
 
 DEFAULT_PROMPT = "a lighthouse on a cliff at dusk, its light over a calm sea"
 GUIDANCE = ("guidance_scale", "true_cfg_scale")
@@ -57,7 +57,7 @@ def find(config: PictureConfig, facts: ModelFacts, place: Place) -> Start:
 def upscaling(config: PictureConfig, sampling: Sampling, facts: ModelFacts) -> Upscaling:
     """How upper stages are refined: as many steps as diffusers' img2img would take, where none were asked for."""
     chosen = replace(facts.upscaling, **_given(config, "strength", "ntk_factor", *GUIDANCE))
-    return replace(chosen, steps=config.upscale_steps or max(1, round(sampling.steps * chosen.strength)))
+    return replace(chosen, steps=config.upscale_steps or refining_steps(sampling.steps, chosen.strength))
 
 
 def _given(config: PictureConfig, *names: str) -> dict[str, Any]:

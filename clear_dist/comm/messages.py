@@ -1,0 +1,25 @@
+"""Messages between two ranks, posted together: apart they could wait for each other."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from clear_dist.comm.group import Group
+
+Message = tuple[int, torch.Tensor]
+"""A peer (a rank within the group), and a buffer on the wire's side."""
+
+
+def post(group: Group, incoming: Sequence[Message], outgoing: Sequence[Message]) -> list[dist.Work]:
+    """Post all messages at once; what is returned must be waited for, sends too: gloo drops a forgotten one.
+
+    Returns:
+        gloo: one for each message, those that come in first; NCCL: one for all of them; none for no message.
+    """
+    messages = [
+        dist.P2POp(operation, buffer, group=group.main, group_peer=peer)
+        for operation, listed in ((dist.irecv, incoming), (dist.isend, outgoing))
+        for peer, buffer in listed
+    ]
+    return dist.batch_isend_irecv(messages) if messages else []
