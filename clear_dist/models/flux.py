@@ -11,10 +11,17 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from clear_dist.comm.halo_exchange import PendingHalos
 from clear_dist.models.cut import Cut
 from clear_dist.models.extrapolation import Extrapolation
 from clear_dist.models.striped import StripedModel
+
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines of all positions, text first, [L, D] each."""
+Started = tuple[Tensor, Tensor, PendingHalos]
+"""Keys and values [B, L, N, D], and the others' on their way."""
 
 
 class FluxStripeAttnProcessor:
@@ -23,6 +30,15 @@ class FluxStripeAttnProcessor:
     def __init__(self, striped: StripedModel, layer: int) -> None:
         self.striped = striped
         self.layer = layer
+        self._started: Started | None = None
+
+    def start(self, attn: Any, hidden_states: Tensor, rotary: Rotary) -> None:
+        """Compute keys and values and send what others need of them; the call that follows goes on from there."""
+        positions = slice(-hidden_states.shape[1], None)
+        key = attn.norm_k(heads(attn, attn.to_k, hidden_states))
+        key = apply_rotary_emb(key, (rotary[0][positions], rotary[1][positions]), sequence_dim=1)
+        value = heads(attn, attn.to_v, hidden_states)
+        self._started = key, value, self.striped.start_halos(self.layer, key, value)
 
     def __call__(
         self,
@@ -30,7 +46,7 @@ class FluxStripeAttnProcessor:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        image_rotary_emb: Rotary | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Double blocks pass the text apart and get two outputs; single blocks pass both joined, text first.
 
@@ -39,36 +55,51 @@ class FluxStripeAttnProcessor:
         """
         if attention_mask is not None:
             raise ValueError("an attention mask cannot be combined with clear_dist.parallelize; pass none")
-        query, key, value = project(attn, hidden_states, encoder_hidden_states)
-        query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
-        output = self.striped.joint_attention(self.layer, query, key, value).flatten(2)
+        assert image_rotary_emb is not None, "FLUX rotates in every layer"
+        if self._started is None:
+            self.start(attn, hidden_states, image_rotary_emb)
+        assert self._started is not None
+        (key, value, halos), self._started = self._started, None
+        query = attn.norm_q(heads(attn, attn.to_q, hidden_states))
         if encoder_hidden_states is None:
-            return output
+            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+            return self.striped.joint_attention(self.layer, halos, query, key, value).flatten(2)
         text_tokens = encoder_hidden_states.shape[1]
+        query_text = attn.norm_added_q(heads(attn, attn.add_q_proj, encoder_hidden_states))
+        key_text = attn.norm_added_k(heads(attn, attn.add_k_proj, encoder_hidden_states))
+        value_text = heads(attn, attn.add_v_proj, encoder_hidden_states)
+        text_positions = image_rotary_emb[0][:text_tokens], image_rotary_emb[1][:text_tokens]
+        output = self.striped.joint_attention(
+            self.layer,
+            halos,
+            apply_rotary_emb(torch.cat([query_text, query], dim=1), image_rotary_emb, sequence_dim=1),
+            torch.cat([apply_rotary_emb(key_text, text_positions, sequence_dim=1), key], dim=1),
+            torch.cat([value_text, value], dim=1),
+        ).flatten(2)
         image = attn.to_out[1](attn.to_out[0](output[:, text_tokens:]))
         return image, attn.to_add_out(output[:, :text_tokens])
 
 
-def project(attn: Any, image: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value [B, L, N, D], the text's first where it comes apart; query and key normalised."""
+def heads(attn: Any, linear: nn.Module, x: Tensor) -> Tensor:
+    """`x` [B, L, C] projected, [B, L, N, D]."""
+    return linear(x).unflatten(-1, (-1, attn.head_dim))
 
-    def heads(linear: nn.Module, x: Tensor) -> Tensor:
-        return linear(x).unflatten(-1, (-1, attn.head_dim))
 
-    query, key, value = heads(attn.to_q, image), heads(attn.to_k, image), heads(attn.to_v, image)
-    query, key = attn.norm_q(query), attn.norm_k(key)
-    if text is None:
-        return query, key, value
-    query_text, key_text = (
-        attn.norm_added_q(heads(attn.add_q_proj, text)),
-        attn.norm_added_k(heads(attn.add_k_proj, text)),
-    )
-    value_text = heads(attn.add_v_proj, text)
-    return (
-        torch.cat([query_text, query], dim=1),
-        torch.cat([key_text, key], dim=1),
-        torch.cat([value_text, value], dim=1),
-    )
+class EarlyStart:
+    """Between a single block's norm and its MLP."""
+
+    def __init__(self, block: Any, processor: FluxStripeAttnProcessor) -> None:
+        self._block = block
+        self._processor = processor
+        self._rotary: Rotary | None = None
+
+    def before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._rotary = kwargs["image_rotary_emb"]
+
+    def after_norm(self, norm: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        rotary, self._rotary = self._rotary, None
+        assert rotary is not None, "the block comes before its norm"
+        self._processor.start(self._block.attn, output[0], rotary)
 
 
 @dataclass(frozen=True)
@@ -90,6 +121,17 @@ class FluxAdaptor:
     def processors(self, striped: StripedModel) -> dict[str, FluxStripeAttnProcessor]:
         names = self.transformer.attn_processors
         return {name: FluxStripeAttnProcessor(striped, layer) for layer, name in enumerate(names)}
+
+    def early_starts(self, processors: dict[str, FluxStripeAttnProcessor]) -> list[RemovableHandle]:
+        """Hooks that start a single block's halos before its MLP, which diffusers computes ahead of the attention."""
+        handles = []
+        for number, block in enumerate(self.transformer.single_transformer_blocks):
+            start = EarlyStart(block, processors[f"single_transformer_blocks.{number}.attn.processor"])
+            handles += [
+                block.register_forward_pre_hook(start.before_block, with_kwargs=True),
+                block.norm.register_forward_hook(start.after_norm),
+            ]
+        return handles
 
     def grid_of(self, inputs: dict[str, Any]) -> tuple[int, int]:
         """Height and width in tokens, read from `img_ids` (this waits for the GPU: once per generation).

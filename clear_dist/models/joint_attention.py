@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clear_dist.attention import Backend, attend, window_attention
+from clear_dist.comm.halo_exchange import PendingHalos
 from clear_dist.geometry import HaloPlan, Rows, reach
 from clear_dist.models.exchanges import Exchange
 from clear_dist.models.extrapolation import Extrapolation, attention_scale
@@ -28,7 +29,9 @@ class WindowJointAttention:
     """Whether this rank's part of the text queries' attention holds the text keys: in `exact`, on one rank only."""
     extrapolation: Extrapolation | None
 
-    def __call__(self, exchange: Exchange, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor) -> Tensor:
+    def __call__(
+        self, exchange: Exchange, halos: PendingHalos, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor
+    ) -> Tensor:
         text_tokens = query_BLND.shape[1] - len(self.plan.own) * self.width
         query_text, query = self._split(query_BLND, text_tokens)
         key_text, key = self._split(key_BLND, text_tokens)
@@ -40,7 +43,6 @@ class WindowJointAttention:
             image_tokens=len(self.grid) * self.width,
         )
 
-        halos = exchange.halos.start(key, value)
         first_key = 0 if self.counts_text_keys else text_tokens
         text = exchange.text.start(*attend(query_text, key_BLND[:, first_key:], value_BLND[:, first_key:], scale))
 
@@ -85,12 +87,12 @@ class FullJointAttention:
     """As above; for halos that lag only."""
     extrapolation: Extrapolation | None
 
-    def __call__(self, exchange: Exchange, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor) -> Tensor:
+    def __call__(
+        self, exchange: Exchange, halos: PendingHalos, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor
+    ) -> Tensor:
         text_tokens = query_BLND.shape[1] - len(self.plan.own) * self.width
         text = (key_BLND[:, :text_tokens], value_BLND[:, :text_tokens])
         own = (key_BLND[:, text_tokens:], value_BLND[:, text_tokens:])
-        shape = (len(self.plan.own), self.width)
-        halos = exchange.halos.start(own[0].unflatten(1, shape), own[1].unflatten(1, shape))
         above, below = halos.wait()
         key, value = (
             torch.cat([text[i], above[i].flatten(1, 2), own[i], below[i].flatten(1, 2)], dim=1) for i in range(2)
@@ -114,7 +116,7 @@ class FullJointAttention:
 
 
 JointAttention = WindowJointAttention | FullJointAttention
-"""(exchange, q, k, v) -> output; all but the exchange [B, L, N, D], with the text tokens first."""
+"""(exchange, halos, q, k, v) -> output; tensors are [B, L, N, D], with the text tokens first."""
 
 
 def extend(rows: Rows, own: Rows, above: Tensor, mine: tuple[Tensor, Tensor], below: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,11 +5,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from clear_dist.attention import Backend
 from clear_dist.clock import Clock
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
+from clear_dist.comm.halo_exchange import PendingHalos
 from clear_dist.comm.text_reduce import TextAttention
 from clear_dist.config import Schedule
 from clear_dist.models.agreement import require_equal_on_all_ranks
@@ -31,6 +33,7 @@ class Adaptor(Protocol):
     @property
     def channels(self) -> int: ...
     def processors(self, striped: "StripedModel") -> dict[str, Any]: ...
+    def early_starts(self, processors: dict[str, Any]) -> list[RemovableHandle]: ...
     def named_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]: ...
     def grid_of(self, inputs: dict[str, Any]) -> tuple[int, int]: ...
     def replicated(self, inputs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]: ...
@@ -71,21 +74,42 @@ class StripedModel:
         self._extrapolated = ExitStack()
         transformer = adaptor.transformer
         self._stock_processors = dict(transformer.attn_processors)
-        transformer.set_attn_processor(adaptor.processors(self))
+        processors = adaptor.processors(self)
+        transformer.set_attn_processor(dict(processors))  # emptied by diffusers
         self._hooks = [
+            *adaptor.early_starts(processors),
             transformer.register_forward_pre_hook(self._before, with_kwargs=True),
             transformer.register_forward_hook(self._after),
         ]
 
-    def joint_attention(self, layer: int, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor) -> Tensor:
-        """Output [B, L, N, D], text tokens first as in all arguments.
+    def start_halos(self, layer: int, key_BLND: Tensor, value_BLND: Tensor) -> PendingHalos:
+        """Send my border rows, as soon as there are keys and values: the later others need them the better.
 
         Args:
             layer: its number among the transformer's attention processors.
+            key_BLND: whose last tokens are those of my rows, as those of `value_BLND`; text before them is left out.
         """
+        cut = self._running_cut
+        image = slice(-len(cut.plan.own) * cut.width, None)
+        rows = (x[:, image].unflatten(1, (-1, cut.width)) for x in (key_BLND, value_BLND))
+        return cut.exchanges.of(self._clock.turn, layer).halos.start(*rows)
+
+    def joint_attention(
+        self, layer: int, halos: PendingHalos, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor
+    ) -> Tensor:
+        """Output [B, L, N, D], text tokens first as in all arguments.
+
+        Args:
+            halos: what `start_halos` gave for this layer.
+        """
+        cut = self._running_cut
+        exchange = cut.exchanges.of(self._clock.turn, layer)
+        return cut.joint_attention(exchange, halos, query_BLND, key_BLND, value_BLND)
+
+    @property
+    def _running_cut(self) -> Cut:
         assert self.cut is not None, "the cut comes before the first layer"
-        exchange = self.cut.exchanges.of(self._clock.turn, layer)
-        return self.cut.joint_attention(exchange, query_BLND, key_BLND, value_BLND)
+        return self.cut
 
     @property
     def stale_bytes(self) -> int:
