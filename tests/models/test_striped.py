@@ -1,4 +1,4 @@
-"""What a step hands over does not grow with the height of the image, but for its join."""
+"""What a step hands over, and when: it does not grow with the height of the image, but for its join."""
 
 from typing import Any
 
@@ -25,3 +25,23 @@ def test_only_the_join_grows_with_the_image() -> None:
                 assert low == high > 0
             low, high = counted["join_bytes"]
             assert high == 2 * low
+
+
+def sent_before_each_mlp(group: Group) -> tuple[list[int], int]:
+    """Messages handed over when each single block begins its MLP, and the number of double blocks."""
+    pipe = make_tiny_pipeline()
+    parallelized = parallelize(pipe, window=3, group=group)
+    sent: list[int] = []
+
+    def look(*_: Any) -> None:
+        sent.append(sum(parallelized.counters.as_dict()["halo_messages_sent"]))
+
+    for block in pipe.transformer.single_transformer_blocks:
+        block.proj_mlp.register_forward_pre_hook(look)
+    run(pipe, height=12, width=6, steps=1)
+    return sent, len(pipe.transformer.transformer_blocks)
+
+
+def test_a_single_block_sends_its_halos_before_its_mlp() -> None:
+    for sent, double_blocks in run_ranks(sent_before_each_mlp, 2):  # one neighbour, so one message a layer
+        assert sent == [double_blocks + number + 1 for number in range(len(sent))]
