@@ -47,7 +47,8 @@ def generate(
         upscaling: how upper stages are refined; by default as in CLEAR's notebook, `num_inference_steps` x 0.7 steps.
 
     Raises:
-        ValueError: the pipeline is not parallelized, or a size is no multiple of the token size.
+        ValueError: the pipeline is not parallelized, a size is no multiple of the token size, or the stale schedule's
+            buffers would not fit.
     """
     require_striped(pipe)
     native = pipe.vae.config.sample_size
@@ -165,10 +166,13 @@ def _encoded(
 def _pictures(
     pipe: Any, embeddings: dict[str, Tensor], stages: tuple[Stage, ...], seed: int, drawing: Drawing | None
 ) -> list[Image]:
+    striped, last, batch = require_striped(pipe), stages[-1], len(embeddings["prompt_embeds"])
+    grid = last.height // token_size(pipe), last.width // token_size(pipe)
+    # Before the lower stages are drawn, rather than after.
+    striped.require_room(grid, batch=batch, passes=last.sampling.passes)
     cascade = Cascade(pipe, embeddings, seed=seed, native_size=pipe.vae.config.sample_size)
     for stage in stages:
         drawing = cascade.draw(stage, drawing)
     assert drawing is not None
-    group = require_striped(pipe).group
-    pictures = (list(picture_rows(drawing, index, group)) for index in range(len(embeddings["prompt_embeds"])))
+    pictures = (list(picture_rows(drawing, index, striped.group)) for index in range(batch))
     return [fromarray(np.concatenate(rows)) for rows in pictures if rows]

@@ -7,6 +7,7 @@ import torch
 
 from clear_dist.comm.group import Group
 from clear_dist.config import Refusal
+from clear_dist.generation import generate
 from clear_dist.geometry import cut_in_stripes, plan_halos
 from clear_dist.models import room
 from clear_dist.parallelize import parallelize
@@ -59,6 +60,9 @@ def too_little(group: Group, free: list[int]) -> list[str]:
     room._free_bytes = lambda _: free[group.rank]
     pipe = make_tiny_pipeline()
     parallelized = parallelize(pipe, group=group, window=4, schedule="stale")
+    with pytest.raises(ValueError, match="must fit"):  # though the lower stage would
+        generate(pipe, "a hill", height=208, width=176, base_resolution=32, max_sequence_length=9)
+    assert parallelized.counters.as_dict()["join_bytes"] == []  # nothing was drawn
     messages = []
     with pytest.raises(Refusal) as refused:
         run(pipe)
