@@ -173,7 +173,8 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         "step_seconds": step,
         "waiting_seconds": waiting,
         "waiting_share": without / step["no overlap"],
-        "most_removable": min(1.0, step["alone"] / without),
+        # A step can hide no more than what it does else.
+        "removable": min(1.0, step["no overlap"] / without - 1),
         "removed": {name: 1 - waiting[name] / without for name in ("overlap", "stale")},
         "hidden": {name: (step["no overlap"] - step[name]) / overhead for name in ("overlap", "stale")},
     }
@@ -182,9 +183,9 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 def show(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     table = Table(
         title=f"{arguments.ranks} ranks, {arguments.res} px, {arguments.latency:g} ms, window {arguments.window}",
-        caption="seconds per step; of no overlap's waiting, what is removed; a step can hide what it computes, no more",
+        caption="seconds per step; how much of no overlap's waiting is removed, and at most could be",
     )
-    for title in ("Mbit/s", "alone", "no overlap", "waits", "overlap", "removes", "stale", "removes", "can remove"):
+    for title in ("Mbit/s", "alone", "no overlap", "waits", "overlap", "removes", "stale", "removes", "of at most"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         step, removed = row["step_seconds"], row["removed"]
@@ -197,9 +198,9 @@ def show(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
             f"{removed['overlap']:.0%}",
             f"{step['stale']:.2f}",
             f"{removed['stale']:.0%}",
-            f"{row['most_removable']:.0%}",
+            f"{row['removable']:.0%}",
         )
-    Console().print(table)
+    Console(width=100).print(table)
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
