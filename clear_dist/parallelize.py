@@ -68,6 +68,10 @@ class Parallelized:
         """
         self._striped.require_room((height, width), batch=batch, passes=passes)
 
+    def drain(self) -> None:
+        """Waits for what the stale schedule has on its way, as the next generation would; every rank calls this."""
+        self._striped.drain()
+
     def undo(self) -> None:
         """Restores attention processors and hooks. Weights that a CLEAR checkpoint replaced stay replaced."""
         self._striped.remove()

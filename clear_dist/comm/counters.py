@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from clear_dist.labels import labelled
+
 AMOUNTS = ("halo_bytes_sent", "halo_messages_sent", "text_bytes_reduced", "join_bytes", "other_bytes")
 
 
@@ -37,23 +39,25 @@ class Counters:
         self._steps[-1].amounts[name] += amount
 
     @contextmanager
-    def waiting(self, wire: torch.device) -> Iterator[None]:
+    def waiting(self, label: str, wire: torch.device) -> Iterator[None]:
         """Time the waits inside: wall time, or on CUDA the time that the current stream stands still.
 
         Args:
+            label: what a profile calls them, "comm: ...".
             wire: where the tensors lie while they travel (`Group.wire`).
         """
-        if wire.type == "cuda":
-            # Events are read after the step: reading them here would make the host wait for the GPU in each layer.
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            before.record()
-            yield
-            after.record()
-            self._steps[-1].events.append((before, after))
-        else:
-            began = time.perf_counter()
-            yield
-            self._steps[-1].seconds += time.perf_counter() - began
+        with labelled(label):
+            if wire.type == "cuda":
+                # Events are read after the step: reading them here would make the host wait for the GPU in each layer.
+                before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                before.record()
+                yield
+                after.record()
+                self._steps[-1].events.append((before, after))
+            else:
+                began = time.perf_counter()
+                yield
+                self._steps[-1].seconds += time.perf_counter() - began
 
     def begin_step(self) -> None:
         """What follows belongs to another step."""

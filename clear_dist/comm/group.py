@@ -19,6 +19,7 @@ from clear_dist.comm.process_groups import (
     new_process_group,
     with_index,
 )
+from clear_dist.labels import labelled
 
 _SIGNS_OF_DEATH = ("closed by peer", "reset by peer", "broken pipe")
 _SIGNS_OF_LOSS = (*_SIGNS_OF_DEATH, "refused", "timed out", "timeout", "socket")
@@ -208,6 +209,7 @@ class Group:
             dist.all_gather_object(values, value, group=self.main)
         return values
 
+    @labelled("comm: agree")
     def agree(self, flag: bool) -> bool:
         """Whether `flag` is set on any rank: what one rank decides on its own would leave the others waiting."""
         # A CPU tensor, also with NCCL: it goes through gloo and leaves the GPU's queue alone.
@@ -216,6 +218,7 @@ class Group:
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.main)
         return bool(flags.item())
 
+    @labelled("comm: agree")
     def equal(self, values: Sequence[int]) -> bool:
         """Whether all ranks hold the same whole numbers, as many on each; told alike to all of them."""
         # Through gloo, as in `agree`. 62 bits of each: their negatives exist.

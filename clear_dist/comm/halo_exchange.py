@@ -21,6 +21,7 @@ from clear_dist.comm.group import Group, telling_lost_peers
 from clear_dist.comm.messages import post
 from clear_dist.comm.send_buffers import Named, SendBuffers, wait_for
 from clear_dist.geometry import HaloPlan
+from clear_dist.labels import labelled
 
 Halos = tuple[torch.Tensor, torch.Tensor]
 
@@ -69,6 +70,7 @@ class HaloExchange:
         self._post(key_BRWND, value_BRWND)
         return PendingHalos(self)
 
+    @labelled("comm: halos start")
     def _post(self, key_BRWND: torch.Tensor, value_BRWND: torch.Tensor) -> None:
         """Post all messages of a layer at once: mine, and receives for the others'."""
         self._fit_buffers(key_BRWND)
@@ -110,7 +112,7 @@ class HaloExchange:
 
     def _wait_for_arrivals(self) -> None:
         works, self._arriving = self._arriving, []
-        wait_for(works, self._group, self._counters)
+        wait_for("comm: halos wait", works, self._group, self._counters)
 
     def _finish(self) -> Halos:
         """What has arrived, on my device; where a side has one owner and no copy is needed, the buffer itself."""

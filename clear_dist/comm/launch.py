@@ -24,6 +24,7 @@ HEAVY = ("torch", "diffusers.pipelines.flux.pipeline_flux", "clear_dist.generati
 QUIET = {
     "DIFFUSERS_VERBOSITY": "error",
     "HF_HUB_VERBOSITY": "error",
+    "KINETO_LOG_LEVEL": "6",
     "TRANSFORMERS_VERBOSITY": "error",
     "TORCH_CPP_LOG_LEVEL": "FATAL",
 }

@@ -41,7 +41,7 @@ class RowHalos:
             message.copy_(stripe_BCEW[:, :, mine], non_blocking=True)
             self._counters.add("other_bytes", message.nbytes)
         group.settle()
-        with self._counters.waiting(group.wire), telling_lost_peers("a neighbour"):
+        with self._counters.waiting("comm: border rows", group.wire), telling_lost_peers("a neighbour"):
             for work in post(group, self._addressed(incoming), self._addressed(outgoing)):
                 work.wait()
         for message, (_, _, place) in zip(incoming, self._neighbours, strict=True):

@@ -48,13 +48,15 @@ class SendBuffers:
 
     def _wait_for_oldest(self) -> None:
         buffers, works = self._leaving.popleft()
-        wait_for(works, self._group, self._counters)
+        wait_for("comm: sends wait", works, self._group, self._counters)
         self._free.append(buffers)
 
 
-def wait_for(works: Sequence[Named], group: Group, counters: Counters) -> None:
+def wait_for(label: str, works: Sequence[Named], group: Group, counters: Counters) -> None:
     """Wait for messages; on NCCL the current stream waits, the host does not."""
-    with counters.waiting(group.wire):
+    if not works:
+        return
+    with counters.waiting(label, group.wire):
         for who, work in works:
             with telling_lost_peers(who):
                 work.wait()

@@ -46,7 +46,7 @@ class StripeJoin:
         self._mine[:, :tokens].copy_(local, non_blocking=True)
         group.settle()
         self._counters.add("join_bytes", self._mine.nbytes)
-        with self._counters.waiting(group.wire), telling_lost_peers():
+        with self._counters.waiting("comm: join", group.wire), telling_lost_peers():
             dist.all_gather(list(self._all.unbind()), self._mine, group=group.main)
         whole = torch.cat([self._all[rank, :, : rows * columns] for rank, rows in enumerate(heights)], dim=1)
         return whole.to(group.device)

@@ -49,7 +49,7 @@ def move_rows(
         message.copy_(local_BCRW[:, :, move.rows.relative_to(mine.start)], non_blocking=True)
         counters.add("other_bytes", message.nbytes)
     group.settle()
-    with counters.waiting(group.wire), telling_lost_peers():
+    with counters.waiting("comm: rows move", group.wire), telling_lost_peers():
         for work in post(
             group,
             [(move.peer, message) for move, message in zip(plan.receives, incoming, strict=True)],

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group, reduce_op, telling_lost_peers
 from clear_dist.config import TextAttention
+from clear_dist.labels import labelled
 from clear_dist.merge import unweigh, weigh
 
 
@@ -106,10 +107,12 @@ class TextReduce:
 
         return finish
 
+    @labelled("comm: text start")
     def _post_maximum(self, lse_BTN: torch.Tensor) -> dist.Work:
         self._maximum = self._load(lse_BTN, self._maximum)
         return self._post(self._maximum, "max")
 
+    @labelled("comm: text start")
     def _post_sum(self, part: torch.Tensor) -> None:
         self._sum = self._load(part, self._sum)
         self._post(self._sum, "sum")
@@ -133,7 +136,7 @@ class TextReduce:
     def _wait(self) -> None:
         work, self._posted = self._posted, None
         assert work is not None
-        with self._counters.waiting(self._group.wire), telling_lost_peers():
+        with self._counters.waiting("comm: text wait", self._group.wire), telling_lost_peers():
             work.wait()
 
 

@@ -41,6 +41,7 @@ def generate(
     no_metadata: options.NoMetadata = False,
     latents_out: options.LatentsOut = None,
     report: options.Report = None,
+    profile: options.Profile = None,
     traceback: options.Traceback = False,
 ) -> int:
     """Draw pictures from a prompt, on one rank or many. No argument is required."""

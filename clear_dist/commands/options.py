@@ -78,4 +78,8 @@ PreviewEvery = Annotated[
 NoMetadata = Annotated[bool, _flag("no prompt, seed and settings in the picture", WRITTEN, "--no-metadata")]
 LatentsOut = Annotated[Path | None, _flag("packed latents, safetensors", WRITTEN, takes="FILE")]
 Report = Annotated[Path | None, _flag("times, memory and communication, JSON", WRITTEN, takes="FILE")]
+Profile = Annotated[
+    Path | None,
+    _flag("what is in flight when, in the last 3 steps: json or json.gz, one for each rank", WRITTEN, takes="FILE"),
+]
 Traceback = Annotated[bool, _flag("if a rank fails, show where", None, "--traceback")]

@@ -2,7 +2,9 @@
 
 import json
 import secrets
+import shlex
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from clear_dist.parallelize import Parallelized, parallelize
 from clear_dist.pictures import preview_of, replacing
 from clear_dist.preflight.pictures import load
 from clear_dist.previews import Previews
+from clear_dist.profiling import Profile
 from clear_dist.progress import Phases, watched
 from clear_dist.stages import Stage
 from clear_dist.text import encode_prompts
@@ -50,6 +53,8 @@ class Rendering:
     """Seconds until the ranks were at work."""
     peak_since_loading: bool
     previews: Previews | None
+    profile: Profile | None
+    """Of the last stage of the first prompt."""
     stages: list[report.StageFigures] = field(default_factory=list)
 
     def run(self) -> None:
@@ -99,14 +104,28 @@ class Rendering:
         drawing = None if request.picture is None else self._user_picture(request.picture)
         for number, stage in enumerate(stages):
             of_several = f", stage {number + 1} of {len(stages)}" if len(stages) > 1 else ""
+            last = number == len(stages) - 1
+            profile = self.profile if last and index == 0 else None
             self.phases.begin_stage()
-            drawing = cascade.draw(stage, drawing, detail=f"{detail}{of_several}")
-            if number == len(stages) - 1 or request.save_stages:
+            with nullcontext() if profile is None else profile.recording():
+                drawing = cascade.draw(stage, drawing, detail=f"{detail}{of_several}")
+            if last or request.save_stages:
                 with self.phases.phase("save", detail=f"{detail}{of_several}", work=saving_work(stage)):
-                    saving.save(drawing, last=number == len(stages) - 1)
+                    saving.save(drawing, last=last)
+            if profile is not None:
+                with self.phases.phase("save", detail=", the profile"):
+                    self._write_profile(profile)
             self._note(stage, drawing)
         assert drawing is not None, "there is at least one stage"
         return drawing
+
+    def _write_profile(self, profile: Profile) -> None:
+        """Each rank its own; told in one line, once all are there."""
+        profile.write()
+        self.group.barrier()
+        if self.group.rank == 0:
+            first = shlex.quote(str(self.request.traces[0]))
+            print(f"profile={first} ranks={self.group.size} steps={profile.steps}", flush=True)
 
     def _encode(self, prompt: str) -> dict[str, Tensor]:
         request = self.request
@@ -132,6 +151,8 @@ class Rendering:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # else the launch of the step's kernels is timed, not the step
         self.phases.end_step(done)
+        if self.profile is not None:
+            self.profile.after_step()
         if self.previews is not None:
             self.previews.after_step(pipe, stage, done, latents)
 
@@ -224,7 +245,15 @@ def _prepare(request: Request, began: float, phases: Phases) -> Rendering:
         launch=launch,
         peak_since_loading=report.reset_peak_memory(device),
         previews=None if every is None or group.rank != 0 else Previews(preview_of(request.output), every),
+        profile=_profile(request, group, handle),
     )
+
+
+def _profile(request: Request, group: Group, handle: Parallelized) -> Profile | None:
+    if request.profile is None:
+        return None
+    steps = request.stages[-1].sampling.steps
+    return Profile(request.traces[group.rank], group.rank, steps=steps, drain=handle.drain)
 
 
 def _parallelize(pipe: Any, request: Request, group: Group) -> Parallelized:

@@ -16,7 +16,7 @@ from clear_dist.generation import picture_rows
 from clear_dist.pictures import numbered, save_picture, stage_file
 from clear_dist.stages import Size
 
-NOT_TO_BE_SHARED = ("prompts", "negative_prompt", "output", "latents_out", "report", "picture")
+NOT_TO_BE_SHARED = ("prompts", "negative_prompt", "output", "latents_out", "report", "profile", "picture")
 """Other prompts, and files of this machine."""
 
 

@@ -38,6 +38,7 @@ def upscale(
     no_metadata: options.NoMetadata = False,
     latents_out: options.LatentsOut = None,
     report: options.Report = None,
+    profile: options.Profile = None,
     traceback: options.Traceback = False,
 ) -> int:
     """Make a picture larger: enlarge it, add noise, and denoise it again, stage by stage (SDEdit)."""

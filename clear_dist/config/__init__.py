@@ -70,6 +70,7 @@ class PictureConfig:
     metadata: bool = True
     latents_out: Path | None = None
     report: Path | None = None
+    profile: Path | None = None
     traceback: bool = False
 
     def __post_init__(self) -> None:

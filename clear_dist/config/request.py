@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from clear_dist.config.rules import Schedule, TextAttention, Window
+from clear_dist.config.rules import PROFILE_ENDINGS, Schedule, TextAttention, Window
 from clear_dist.stages import Sampling, Size, Stage, Upscaling, plan_cascade, plan_upscaling
 
 
@@ -71,6 +71,8 @@ class Request:
     metadata: bool
     latents_out: Path | None
     report: Path | None
+    profile: Path | None
+    """Each rank's has its number in its name, see `traces`."""
 
     @property
     def from_folder(self) -> bool:
@@ -81,6 +83,16 @@ class Request:
         """Height and width in pixels."""
         assert self.height is not None and self.width is not None, "known once the model is located"
         return self.height, self.width
+
+    @property
+    def traces(self) -> tuple[Path, ...]:
+        """What is written for `profile`, in the order of ranks."""
+        if self.profile is None:
+            return ()
+        name = self.profile.name
+        ending = next(name[-len(ending) :] for ending in PROFILE_ENDINGS if name.lower().endswith(ending))
+        name = name.removesuffix(ending)
+        return tuple(self.profile.with_name(f"{name}.rank{rank}{ending}") for rank in range(self.world_size))
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -26,6 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "device": DEVICES,
 }
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
+PROFILE_ENDINGS = (".json", ".json.gz")
 
 WHOLE_NUMBERS = {
     "res": (16, 16_384),

@@ -12,6 +12,7 @@ from torch import Tensor
 from clear_dist.attention import Backend, attend, window_attention
 from clear_dist.comm.halo_exchange import PendingHalos
 from clear_dist.geometry import HaloPlan, Rows, reach
+from clear_dist.labels import labelled
 from clear_dist.models.exchanges import Exchange
 from clear_dist.models.extrapolation import Extrapolation, attention_scale
 
@@ -44,7 +45,9 @@ class WindowJointAttention:
         )
 
         first_key = 0 if self.counts_text_keys else text_tokens
-        text = exchange.text.start(*attend(query_text, key_BLND[:, first_key:], value_BLND[:, first_key:], scale))
+        with labelled("compute: text queries"):
+            part = attend(query_text, key_BLND[:, first_key:], value_BLND[:, first_key:], scale)
+        text = exchange.text.start(*part)
 
         output_BLND = torch.empty_like(query_BLND)
         output_text, output = self._split(output_BLND, text_tokens)
@@ -63,11 +66,13 @@ class WindowJointAttention:
             )
 
         if len(self.plan.inner):
-            attend_rows(self.plan.inner, (key, value), self.plan.own.start)
+            with labelled("compute: inner rows"):
+                attend_rows(self.plan.inner, (key, value), self.plan.own.start)
         above, below = halos.wait()
         for rows in self.plan.edges:
             keys = reach(rows, self.grid, self.radius)
-            attend_rows(rows, extend(keys, self.plan.own, above, (key, value), below), keys.start)
+            with labelled("compute: edge rows"):
+                attend_rows(rows, extend(keys, self.plan.own, above, (key, value), below), keys.start)
         halos.release()
         output_text.copy_(text.wait())
         return output_BLND
@@ -104,13 +109,15 @@ class FullJointAttention:
             text_tokens=text_tokens,
             image_tokens=key.shape[1] - text_tokens,
         )
-        output = torch.nn.functional.scaled_dot_product_attention(
-            query_BLND.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=scale
-        )
+        with labelled("compute: full attention"):
+            output = torch.nn.functional.scaled_dot_product_attention(
+                query_BLND.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=scale
+            )
         output_BLND = output.transpose(1, 2)
         if halos.lag:  # keys differ from rank to rank, text tokens must not
             first_key = 0 if self.counts_text_keys else text_tokens
-            mine = attend(query_BLND[:, :text_tokens], key_BLND[:, first_key:], value_BLND[:, first_key:], scale)
+            with labelled("compute: text queries"):
+                mine = attend(query_BLND[:, :text_tokens], key_BLND[:, first_key:], value_BLND[:, first_key:], scale)
             output_BLND[:, :text_tokens] = exchange.text.start(*mine).wait()
         return output_BLND
 

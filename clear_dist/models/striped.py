@@ -14,6 +14,7 @@ from clear_dist.comm.group import Group
 from clear_dist.comm.halo_exchange import PendingHalos
 from clear_dist.comm.text_reduce import TextAttention
 from clear_dist.config import Schedule
+from clear_dist.labels import labelled
 from clear_dist.models.agreement import require_equal_on_all_ranks
 from clear_dist.models.cut import Cut, cut_image, plan_image
 from clear_dist.models.extrapolation import Extrapolation
@@ -104,7 +105,8 @@ class StripedModel:
         """
         cut = self._running_cut
         exchange = cut.exchanges.of(self._clock.turn, layer)
-        return cut.joint_attention(exchange, halos, query_BLND, key_BLND, value_BLND)
+        with labelled(f"layer {layer}"):
+            return cut.joint_attention(exchange, halos, query_BLND, key_BLND, value_BLND)
 
     @property
     def _running_cut(self) -> Cut:
@@ -146,7 +148,7 @@ class StripedModel:
 
     def _run_on(self, group: Group, scheduler: Any, extrapolation: Extrapolation | None) -> None:
         if not self._forward_is_under_way:  # else what is on its way may never arrive
-            self._drain()
+            self.drain()
         self.group, self.scheduler, self.extrapolation = group, scheduler, extrapolation
         self._clock.forget()
         self._extrapolated.close()
@@ -204,7 +206,8 @@ class StripedModel:
     def _stale(self) -> bool:
         return self.schedule == "stale" and self.group.size > 1  # one rank waits for nobody
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
+        """Waits for what is on its way; all ranks call this, after a step. What follows it is in sync."""
         if self.cut is not None:
             self._most_stale_bytes = self.stale_bytes
             self.cut.exchanges.drain()
@@ -233,7 +236,7 @@ class StripedModel:
         require_equal_on_all_ranks(drawn, encoded, settings, self.group)
         size = self.adaptor.grid_of(inputs)
         if self.cut is not None and self.cut.group is self.group:
-            self._drain()
+            self.drain()
         if self.cut is None or not self.cut.serves(size, self.group, self.extrapolation):
             self.cut = cut_image(
                 size,

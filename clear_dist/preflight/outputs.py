@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from clear_dist.config import Refusal, Request, nearest_word, shortened
-from clear_dist.config.rules import PICTURE_ENDINGS
+from clear_dist.config.rules import PICTURE_ENDINGS, PROFILE_ENDINGS
 from clear_dist.pictures import files_of, numbered, preview_of, stage_file
 
 BYTES_PER_PIXEL = 3
@@ -30,10 +30,15 @@ def check(request: Request) -> None:
         needed[folder] = needed.get(folder, 0) + pixels * LATENT_BYTES_PER_PIXEL * pictures
     if report is not None:
         check_file("--report", report, (".json",))
+    if request.profile is not None:
+        check_file("--profile", request.profile, PROFILE_ENDINGS)
+    for file in request.traces:
+        refuse_folder("--profile", file, PROFILE_ENDINGS)
     by_products = _by_products(request, pictures)
     for file in by_products:
         refuse_folder("--output", file, PICTURE_ENDINGS)
-    given = [output, latents_out, report, None if request.picture is None else request.picture.file, *by_products]
+    picture = None if request.picture is None else request.picture.file
+    given = (output, latents_out, report, *request.traces, picture, *by_products)
     files = [file.resolve() for file in given if file is not None]
     if len(set(files)) < len(files):
         again = next(file for index, file in enumerate(files) if file in files[:index])
@@ -67,7 +72,7 @@ def _by_products(request: Request, pictures: int) -> list[Path]:
 def check_file(name: str, file: Path, endings: tuple[str, ...]) -> None:
     """Raises a Refusal unless `file` has one of `endings` and can be created or replaced."""
     refuse_folder(name, file, endings)
-    if file.suffix.lower() not in endings:
+    if not file.suffix or not file.name.lower().endswith(endings):
         nearest = (
             file.with_suffix(nearest_word(file.suffix.lower(), endings)) if file.name else f"clear-dist{endings[0]}"
         )

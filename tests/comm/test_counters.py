@@ -14,7 +14,7 @@ def test_each_step_has_its_own_sums() -> None:
     counters.add("halo_bytes_sent", 1)
     counters.add("halo_bytes_sent", 2)
     for _ in range(2):
-        with counters.waiting(torch.device("cpu")):
+        with counters.waiting("comm: test", torch.device("cpu")):
             time.sleep(0.01)
     assert counters.as_dict()["other_bytes"] == []  # no step has begun yet
     for _ in range(4):
