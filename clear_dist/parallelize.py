@@ -73,7 +73,7 @@ class Parallelized:
         self._striped.drain()
 
     def undo(self) -> None:
-        """Restores attention processors and hooks. Weights that a CLEAR checkpoint replaced stay replaced."""
+        """Restores processors, hooks and where weights are. Weights that a CLEAR checkpoint replaced stay replaced."""
         self._striped.remove()
         if self._owns_group:
             self.group.close()
@@ -89,6 +89,7 @@ def parallelize(
     attention_backend: str = "auto",
     schedule: Schedule = "sync",
     warmup_steps: int = WARMUP_STEPS,
+    hoist_modulation: bool = False,
     group: Group | None = None,
 ) -> Parallelized:
     """Cuts the transformer of `pipe` in stripes, one per rank; all else stays diffusers'.
@@ -103,6 +104,7 @@ def parallelize(
         attention_backend: `auto`, or a row of `clear_dist.attention.BACKENDS`.
         schedule: `sync`: this step's halos; `stale`: those of the step before, for slow links (README).
         warmup_steps: of `stale`: the steps at the start of each generation that are synchronous all the same.
+        hoist_modulation: keep AdaLN's weights in host memory: the same bits from less on the device (README).
         group: the ranks that share an image; by default all of torch.distributed's, and this process alone where
             nothing is launched.
 
@@ -114,20 +116,16 @@ def parallelize(
     require_stock(pipe)
     radius = checked_radius(window, clear_weights)
     settings: dict[str, Any] = checked_schedule(schedule, warmup_steps)
-    settings["text_attention"] = checked_text_attention(text_attention, radius)
+    settings |= {"text_attention": checked_text_attention(text_attention, radius), "hoist_modulation": hoist_modulation}
     # Where the pipeline runs, also if its parts are offloaded to the CPU meanwhile.
     device = pipe._execution_device
     backend = choose_backend(attention_backend, device=device, dtype=transformer.dtype, head_dim=adaptor.head_dim)
     group_or_own = group or Group.create(device)
     replaced = load_clear_weights(transformer, clear_weights) if clear_weights is not None else []
-    require_equal_settings(
-        group_or_own,
-        window=radius or "full",
-        attention_backend=backend.name,
-        dtype=str(transformer.dtype),
-        clear_weights=[checksum(transformer.get_parameter(name)) for name in replaced],
-        **settings,
-    )
+    chosen: dict[str, Any] = {"window": radius or "full", "attention_backend": backend.name}
+    chosen["dtype"] = str(transformer.dtype)
+    chosen["clear_weights"] = [checksum(transformer.get_parameter(name)) for name in replaced]
+    require_equal_settings(group_or_own, **chosen, **settings)
     striped = StripedModel(adaptor, pipe.scheduler, group_or_own, radius=radius, backend=backend, **settings)
     return Parallelized(striped, owns_group=group is None)
 

@@ -189,6 +189,15 @@ def test_a_stale_run_reports_its_buffers(model: Path, here: Path) -> None:
     assert text == [[2 * 4 * 16 * 2 * 18, 2 * 4 * 16 * 2 * 17]] * 2
 
 
+def test_hoisted_modulation_draws_the_same_picture(model: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(model, "--latents-out", "stock.safetensors") == 0
+    assert generate(model, "--latents-out", "hoisted.safetensors", "--hoist_modulation", "--report", "r.json") == 0
+    assert "--hoist-modulation has no effect on a CPU" in capsys.readouterr().err
+    assert json.loads(Path("r.json").read_text())["settings"]["hoist_modulation"] is True
+    stock, hoisted = (load_file(f"{name}.safetensors")["latents"] for name in ("stock", "hoisted"))
+    assert torch.equal(stock, hoisted)
+
+
 @pytest.mark.parametrize("schedule", ["sync", "stale"])
 @pytest.mark.parametrize(
     ("fault", "status", "line"),

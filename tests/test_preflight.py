@@ -212,6 +212,7 @@ def test_a_checkpoint_without_a_radius_needs_a_window(folder: Path) -> None:
         ({"schedule": "stale", "nproc": 2, "steps": 4}, "--schedule stale has no effect: 4 steps are all warm-up"),
         ({"schedule": "stale", "nproc": 2, "steps": 2, "warmup_steps": 3, "res": 512}, "no effect: 2 steps are all"),
         ({"attention_backend": "tiled"}, "--attention-backend has no effect where the window is full"),
+        ({"hoist_modulation": True, "device": "cpu"}, "--hoist-modulation has no effect on a CPU"),
     ],
 )
 def test_choices_and_flags_without_effect_are_said(original: Path, given: dict[str, Any], part: str) -> None:

@@ -29,6 +29,7 @@ def generate(
     revision: options.Revision = None,
     clear_weights: options.ClearWeights = "auto",
     window: options.Window = None,
+    hoist_modulation: options.HoistModulation = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     nproc: options.Nproc = None,

@@ -266,6 +266,7 @@ def _parallelize(pipe: Any, request: Request, group: Group) -> Parallelized:
             attention_backend=request.attention_backend,
             schedule=request.schedule,
             warmup_steps=request.warmup_steps,
+            hoist_modulation=request.hoist_modulation,
             group=group,
         )
     except ValueError as error:

@@ -26,6 +26,7 @@ def upscale(
     revision: options.Revision = None,
     clear_weights: options.ClearWeights = "auto",
     window: options.Window = None,
+    hoist_modulation: options.HoistModulation = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     nproc: options.Nproc = None,

@@ -61,6 +61,8 @@ class PictureConfig:
     schedule: Schedule = "sync"
     warmup_steps: int | None = None
     attention_backend: str = "auto"
+    hoist_modulation: bool = False
+    """Keep AdaLN's weights in host memory."""
     dtype: str = "auto"
     device: str = "auto"
     nproc: int | None = None

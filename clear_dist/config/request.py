@@ -61,6 +61,7 @@ class Request:
     schedule: Schedule
     warmup_steps: int
     attention_backend: str
+    hoist_modulation: bool
     dtype: str
     device: str
     world_size: int

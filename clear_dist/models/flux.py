@@ -133,6 +133,25 @@ class FluxAdaptor:
             ]
         return handles
 
+    @property
+    def embedder(self) -> nn.Module:
+        """Of timestep, guidance and pooled prompt; every norm of `modulated` is given what it puts out, and no more."""
+        return self.transformer.time_text_embed
+
+    @property
+    def modulated(self) -> dict[str, Any]:
+        """The norms whose `linear` takes silu of the embedding, by name."""
+        blocks, singles = self.transformer.transformer_blocks, self.transformer.single_transformer_blocks
+        names = [f"transformer_blocks.{i}.{norm}" for i in range(len(blocks)) for norm in ("norm1", "norm1_context")]
+        names += [f"single_transformer_blocks.{i}.norm" for i in range(len(singles))]
+        return {name: self.transformer.get_submodule(name) for name in (*names, "norm_out")}
+
+    def embedder_inputs(self, inputs: tuple[Tensor, ...], timestep: Tensor) -> tuple[Tensor, ...]:
+        """The embedder's inputs at another timestep of the schedule, rounded as pipelines and the forward round it."""
+        like = inputs[0]
+        scaled = timestep.expand(like.shape).to(like.dtype) / 1000
+        return (scaled.to(like.device) * 1000, *inputs[1:])
+
     def grid_of(self, inputs: dict[str, Any]) -> tuple[int, int]:
         """Height and width in tokens, read from `img_ids` (this waits for the GPU: once per generation).
 

@@ -18,13 +18,14 @@ from clear_dist.labels import labelled
 from clear_dist.models.agreement import require_equal_on_all_ranks
 from clear_dist.models.cut import Cut, cut_image, plan_image
 from clear_dist.models.extrapolation import Extrapolation
+from clear_dist.models.modulation import HoistedModulation, Modulated
 from clear_dist.models.room import received_bytes, require_room, sending_bytes
 
 MOST_SHAPES = 10
 """Two numbers for each input that is compared; models have five at most."""
 
 
-class Adaptor(Protocol):
+class Adaptor(Modulated, Protocol):
     """What the engine has to know about one model; see `clear_dist.models.flux`."""
 
     @property
@@ -57,6 +58,7 @@ class StripedModel:
         backend: Backend,
         schedule: Schedule,
         warmup_steps: int,
+        hoist_modulation: bool,
     ) -> None:
         self.adaptor = adaptor
         self.scheduler = scheduler
@@ -69,6 +71,7 @@ class StripedModel:
         self.counters = Counters()
         self.cut: Cut | None = None
         self._clock = Clock(warmup_steps=warmup_steps)
+        self._modulation = HoistedModulation(adaptor) if hoist_modulation else None
         self._forward_is_under_way = False
         self._most_stale_bytes = 0
         self._given = group, scheduler
@@ -151,6 +154,8 @@ class StripedModel:
             self.drain()
         self.group, self.scheduler, self.extrapolation = group, scheduler, extrapolation
         self._clock.forget()
+        if self._modulation is not None:
+            self._modulation.forget()
         self._extrapolated.close()
         if extrapolation is not None and self._hooks:  # none: taken off inside `running`
             self._extrapolated.enter_context(self.adaptor.extrapolated(extrapolation))
@@ -163,6 +168,8 @@ class StripedModel:
         self._hooks.clear()
         if is_striped_by(self.adaptor.transformer, self):
             self.adaptor.transformer.set_attn_processor(dict(self._stock_processors))  # emptied by diffusers
+        if self._modulation is not None:
+            self._modulation.undo()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         inputs = self.adaptor.named_inputs(args, kwargs)
@@ -178,6 +185,8 @@ class StripedModel:
         assert self.cut is not None
         if not self.cut.exchanges.has_begun(self._clock.turn):
             self.require_room((self.cut.height, self.cut.width), batch=len(inputs["hidden_states"]), passes=1)
+        if self._modulation is not None:
+            self._modulation.begin(self._clock.turn, self.scheduler, generation=self._clock.begins)
         return (), self.adaptor.cut(inputs, self.cut)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

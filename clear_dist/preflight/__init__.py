@@ -16,7 +16,7 @@ LONGEST_SIDE = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500}
 """Pixels; the other formats take more than anyone asks for."""
 AS_GIVEN = (
     "revision", "base_res", "seed", "text_attention", "schedule", "attention_backend", "output", "save_stages",
-    "preview_every", "metadata", "latents_out", "report", "profile",
+    "preview_every", "metadata", "latents_out", "report", "profile", "hoist_modulation",
 )  # fmt: skip
 """Flags that need no choice."""
 

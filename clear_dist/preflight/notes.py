@@ -104,6 +104,8 @@ def _without_effect(config: PictureConfig, request: Request, facts: ModelFacts) 
         yield f"{WARNING}--text-attention has no effect on one rank"
     if config.attention_backend != "auto" and request.window == "full":
         yield f"{WARNING}--attention-backend has no effect where the window is full"
+    if config.hoist_modulation and request.device == "cpu":
+        yield f"{WARNING}--hoist-modulation has no effect on a CPU: its memory is the host's"
 
 
 def _schedule(config: PictureConfig, request: Request, stages: tuple[Stage, ...]) -> Iterator[str]:
