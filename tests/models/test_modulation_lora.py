@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import peft
 import pytest
 import torch
 from diffusers import FluxPipeline
@@ -11,8 +12,6 @@ from torch import Tensor
 from clear_dist.parallelize import parallelize
 from tests.test_parallelize import relative_error, run
 from tests.tiny import make_tiny_pipeline
-
-peft = pytest.importorskip("peft")
 
 TARGETS = ["norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear", "to_q"]
 EMBEDDER = "timestep_embedder.linear_1"
