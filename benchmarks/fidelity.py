@@ -11,6 +11,7 @@ of the paper's Table 6. Drawn cells are kept, so that it can be broken off and g
 import argparse
 import csv
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -83,7 +84,7 @@ def border_difference(pictures: np.ndarray, ranks: int) -> float:
 def write(figures: Sequence[dict[str, Any]], folder: Path) -> None:
     """`fidelity.json` with all figures, and `fidelity.csv` with a line a cell."""
     contents = {
-        "command": "python benchmarks/fidelity.py",
+        "command": " ".join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions(),
         "seed": SEED,
@@ -114,7 +115,7 @@ def show(figures: Sequence[dict[str, Any]]) -> None:
             }
             schedule = "sync" if warmup is None else f"stale, {warmup} warm-up steps"
             table.add_row(text_attention, schedule, *(row.get(ranks, "") for ranks in (2, 4, 8)))
-        Console(width=110).print(table)
+        Console(width=125).print(table)
 
 
 if __name__ == "__main__":

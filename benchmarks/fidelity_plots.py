@@ -20,24 +20,31 @@ SHOWN = (
 """Columns of the contact sheet; in brackets: warm-up steps."""
 
 
+STYLES = {"average": "--", "exact": "-", "full": ":"}
+COLOURS = {None: "black", 0: "tab:red", 1: "tab:orange", 2: "tab:olive", 4: "tab:green", 8: "tab:blue"}
+"""By warm-up steps."""
+
+
 def plot(figures: Sequence[dict[str, Any]], file: Path) -> None:
     """Median PSNR over the number of ranks, a panel for each number of steps."""
     numbers = sorted({cell["steps"] for cell in figures})
-    figure, panels = pyplot.subplots(1, len(numbers), figsize=(4.5 * len(numbers), 4.5), sharey=True, squeeze=False)
+    figure, panels = pyplot.subplots(1, len(numbers), figsize=(4 * len(numbers), 4.5), sharey=True, squeeze=False)
+    lines: dict[str, Any] = {}
     for steps, axes in zip(numbers, panels[0], strict=True):
-        lines: dict[tuple[str, int | None], list[tuple[int, float]]] = {}
-        for cell in figures:
-            if cell["steps"] == steps and cell["ranks"] > 1:
-                which = cell["text_attention"], cell["warmup_steps"]
-                lines.setdefault(which, []).append((cell["ranks"], cell["psnr"]))
-        for (text_attention, warmup), points in lines.items():
+        cells = [cell for cell in figures if cell["steps"] == steps and cell["ranks"] > 1]
+        for text_attention, warmup in dict.fromkeys((cell["text_attention"], cell["warmup_steps"]) for cell in cells):
+            points = [
+                (cell["ranks"], cell["psnr"])
+                for cell in cells
+                if (cell["text_attention"], cell["warmup_steps"]) == (text_attention, warmup)
+            ]
             label = text_attention if warmup is None else f"{text_attention}, stale after {warmup}"
-            style = {"average": "--", "exact": "-", "full": ":"}[text_attention]
-            axes.plot(*zip(*sorted(points), strict=True), style, marker="o", label=label)
+            style = {"linestyle": STYLES[text_attention], "color": COLOURS[warmup], "marker": "o"}
+            (lines[label],) = axes.plot(*zip(*sorted(points), strict=True), **style)
         axes.set(title=f"{steps} steps", xlabel="ranks", xscale="log", xticks=(2, 4, 8), xticklabels=(2, 4, 8))
         axes.minorticks_off()
-        axes.legend(fontsize=7)
     panels[0][0].set_ylabel("median PSNR against one rank, dB")
+    figure.legend(lines.values(), lines.keys(), loc="center left", bbox_to_anchor=(0.92, 0.5), fontsize=8)
     figure.savefig(file, dpi=100, bbox_inches="tight")
 
 

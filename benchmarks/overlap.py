@@ -69,9 +69,7 @@ def main() -> None:
     if int(os.environ["RANK"]) == 0:
         show(rows, arguments)
         if arguments.json is not None:
-            machine = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
-            settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "plot")}
-            arguments.json.write_text(json.dumps({**machine, "settings": settings, "links": rows}, indent=1) + "\n")
+            write(rows, arguments)
         if arguments.plot is not None:
             plot(rows, arguments.plot)
 
@@ -203,15 +201,29 @@ def show(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     Console(width=100).print(table)
 
 
+def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    from clear_dist.report import versions
+
+    contents = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": versions(),
+        "settings": {name: value for name, value in vars(arguments).items() if name not in ("json", "plot")},
+        "links": rows,
+    }
+    arguments.json.write_text(json.dumps(contents, indent=1) + "\n")
+
+
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    megabits = [row["megabits"] for row in rows]
     for name in rows[0]["step_seconds"]:
-        axes.plot(
-            [row["megabits"] for row in rows], [row["step_seconds"][name] for row in rows], marker="o", label=name
-        )
+        axes.plot(megabits, [row["step_seconds"][name] for row in rows], marker="o", label=name)
     axes.set(xlabel="bandwidth of each rank's link, Mbit/s", ylabel="seconds per step", ylim=(0, None), xscale="log")
+    axes.set_xticks(megabits, [f"{number:g}" for number in megabits])
+    axes.minorticks_off()
     axes.legend()
     figure.savefig(file, dpi=120, bbox_inches="tight")
 

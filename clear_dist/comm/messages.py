@@ -14,6 +14,8 @@ Message = tuple[int, torch.Tensor]
 def post(group: Group, incoming: Sequence[Message], outgoing: Sequence[Message]) -> list[dist.Work]:
     """Post all messages at once; what is returned must be waited for, sends too: gloo drops a forgotten one.
 
+    Receives come first: gloo sends and receives at the same time only if the receive was posted before.
+
     Returns:
         gloo: one for each message, those that come in first; NCCL: one for all of them; none for no message.
     """
