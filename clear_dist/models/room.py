@@ -10,7 +10,7 @@ from clear_dist.config import Refusal
 from clear_dist.geometry import HaloPlan
 
 SENDING_LAYERS = 8
-"""How many layers' messages may be on their way out: a link's latency, in layers. 1, 8 and all measured alike on gloo."""
+"""How many layers' messages may be on their way out: a link's latency, in layers. 1, 8, all: alike on gloo."""
 
 
 def received_bytes(plan: HaloPlan, *, row_bytes: int, layers: int) -> int:
