@@ -30,6 +30,7 @@ class Blocking:
     """What is started is waited for at once."""
 
     inner: HaloExchange | TextReduce
+    lags: bool = False
 
     def start(self, *tensors: Tensor) -> Done:
         return Done(self.inner.start(*tensors).wait())
@@ -41,6 +42,7 @@ class NoHalos:
 
     rows: tuple[int, int]
     """Above and below."""
+    lags: bool = False
 
     def start(self, key_BRWND: Tensor, value_BRWND: Tensor) -> Done:
         batch, _, *row = key_BRWND.shape

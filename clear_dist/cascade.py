@@ -105,6 +105,7 @@ class Cascade:
         else:
             for _ in range(stage.sampling.steps):  # the report has an entry per step for every rank
                 self._striped.counters.begin_step()
+            self._striped.counters.pause()
         if part is not group:
             part.close()
         return Drawing(size=stage.size, rows=held, pixels=pixels, latents=latents)

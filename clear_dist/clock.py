@@ -36,6 +36,10 @@ class Clock:
         # Held, so that no later object can be taken for one of them.
         self._generation, self._latents = generation, latents
 
+    def lags_within(self, steps: int) -> bool:
+        """Whether anything may lag in a generation of so many steps; the first is never the one after another."""
+        return steps > max(1, self._warmup_steps)
+
     def may_lag(self, step_held: int | None) -> bool:
         """Whether the warm-up is over, and `step_held`, that of which a layer holds something, is the one before."""
         return self.step >= self._warmup_steps and step_held == self.step - 1

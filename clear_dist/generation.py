@@ -169,7 +169,7 @@ def _pictures(
     striped, last, batch = require_striped(pipe), stages[-1], len(embeddings["prompt_embeds"])
     grid = last.height // token_size(pipe), last.width // token_size(pipe)
     # Before the lower stages are drawn, rather than after.
-    striped.require_room(grid, batch=batch, passes=last.sampling.passes)
+    striped.require_room(grid, batch=batch, passes=last.sampling.passes, steps=last.sampling.steps)
     cascade = Cascade(pipe, embeddings, seed=seed, native_size=pipe.vae.config.sample_size)
     for stage in stages:
         drawing = cascade.draw(stage, drawing)

@@ -57,16 +57,17 @@ class Parallelized:
         assert self._striped.cut is not None, "known once a forward has run"
         return [(rows.start, rows.stop) for rows in self._striped.cut.stripes]
 
-    def require_room(self, height: int, width: int, *, batch: int = 1, passes: int = 1) -> None:
+    def require_room(self, height: int, width: int, *, steps: int, batch: int = 1, passes: int = 1) -> None:
         """Whether the stale schedule's buffers fit for images of so many tokens; every rank calls this, or none.
 
         Args:
+            steps: of the generation; one that is all warm-up needs no buffers.
             passes: through the transformer in each step; classifier-free guidance takes two.
 
         Raises:
             ValueError: on all ranks, where they do not. Generations raise it too, when they begin.
         """
-        self._striped.require_room((height, width), batch=batch, passes=passes)
+        self._striped.require_room((height, width), batch=batch, passes=passes, steps=steps)
 
     def drain(self) -> None:
         """Waits for what the stale schedule has on its way, as the next generation would; every rank calls this."""

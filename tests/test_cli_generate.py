@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -196,6 +197,23 @@ def test_hoisted_modulation_draws_the_same_picture(model: Path, here: Path, caps
     assert json.loads(Path("r.json").read_text())["settings"]["hoist_modulation"] is True
     stock, hoisted = (load_file(f"{name}.safetensors")["latents"] for name in ("stock", "hoisted"))
     assert torch.equal(stock, hoisted)
+
+
+def test_under_torchrun_a_killed_rank_is_told_of_in_one_line(model: Path, here: Path) -> None:
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3")
+    long = ("--steps", "1000", "--warmup-steps", "1", "--schedule", "stale", "--preview-every", "2")
+    process = launch(model, *long, launcher=torchrun)
+    deadline = time.monotonic() + 100
+    while not os.listdir(here):  # a preview: the second step is over
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    ranks = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    os.kill(ranks[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    (line,) = (found for found in errors.splitlines() if found.startswith("clear-dist: ") and "warning" not in found)
+    assert re.fullmatch(r"clear-dist: rank [02] lost contact with another rank: .*", line)
+    assert len(ranks) == 3 and ended(ranks)
 
 
 @pytest.mark.parametrize("schedule", ["sync", "stale"])

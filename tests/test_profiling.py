@@ -101,8 +101,9 @@ def test_sync_steps_show_messages_under_way_while_inner_rows_are_computed(
         assert counts(trace) == {
             "ProfilerStep#": STEPS,
             "comm: agree": STEPS,
+            "comm: agree wait": STEPS,
             "comm: join": STEPS,
-            "layer ": STEPS * LAYERS,
+            "layer ": 2 * STEPS * LAYERS,  # from projection to start, and attention
             "comm: halos start": STEPS * LAYERS,
             "comm: halos wait": STEPS * LAYERS,
             "comm: sends wait": STEPS * LAYERS,
@@ -114,12 +115,13 @@ def test_sync_steps_show_messages_under_way_while_inner_rows_are_computed(
         }
         assert crossing(trace) == []
         starts, messages = slices(trace, "comm: halos start"), slices(trace, "gloo:recv")
-        for layer, start, message in zip(slices(trace, "layer "), starts, messages, strict=True):
+        starting, attending = (slices(trace, "layer ")[part::2] for part in range(2))
+        for first, layer, start, message in zip(starting, attending, starts, messages, strict=True):
             inner, wait, edges = (
                 inside(layer, slices(trace, name))[0]
                 for name in ("compute: inner rows", "comm: halos wait", "compute: edge rows")
             )
-            assert start[1] <= layer[0] <= inner[0] < inner[1] <= wait[0] < wait[1] <= edges[0]
+            assert inside(first, [start]) == [start] and start[1] <= layer[0] <= inner[0] < inner[1] <= wait[0] < wait[1] <= edges[0]
             assert inside(message, [inner]) == [inner]
     # One clock: nobody has the halos of a layer before the neighbour has begun to send them.
     for one, other in (traces, traces[::-1]):
@@ -131,12 +133,17 @@ def test_stale_steps_show_messages_that_travel_for_a_step(model: Path, here: Pat
     traces = profiled(model, "--schedule", "stale", "--warmup-steps", "1")
     for rank, trace in enumerate(traces):
         found = counts(trace)
-        for name in ("layer ", "comm: halos start", "comm: text start", "compute: inner rows", "compute: edge rows"):
+        for name in ("comm: halos start", "comm: text start", "compute: inner rows", "compute: edge rows"):
             assert found[name] == STEPS * LAYERS
+        assert found["layer "] == 2 * STEPS * LAYERS
         # After the last step what is on its way is waited for.
         assert found["comm: halos wait"] == found["comm: text wait"] == (STEPS + 1) * LAYERS
         assert crossing(trace) == []
-        for layer in slices(trace, "layer "):
+        attending = slices(trace, "layer ")[1::2]
+        # Nobody waits before the first layer's keys and values are there.
+        answers = slices(trace, "comm: agree wait")
+        assert [inside(layer, answers) for layer in attending[::LAYERS]] == [[answer] for answer in answers]
+        for layer in attending:
             wait, edges, start = (
                 inside(layer, slices(trace, name))[0]
                 for name in ("comm: halos wait", "compute: edge rows", "comm: halos start")
@@ -159,7 +166,7 @@ def test_one_rank_records_the_last_stage_of_the_first_prompt(model: Path, here: 
     assert generate(model, *large, "--profile", "t.json.gz") == 0
     assert sorted(file.name for file in here.glob("t*")) == ["t.rank0.json.gz"]
     trace = json.loads(gzip.decompress(Path("t.rank0.json.gz").read_bytes()))
-    assert [counts(trace)[name] for name in ("ProfilerStep#", "layer ", "compute: inner rows")] == [2, 4, 4]
+    assert [counts(trace)[name] for name in ("ProfilerStep#", "layer ", "compute: inner rows")] == [2, 8, 4]
     assert counts(trace)["compute: edge rows"] == 0
     assert crossing(trace) == []
 

@@ -27,11 +27,16 @@ class _Step:
 
 
 class Counters:
-    """Bytes are those of the tensors handed over, not those on the wire; what precedes the first step counts in it."""
+    """Bytes are those of the tensors handed over, not those on the wire.
+
+    Bytes before the first step count in it, those after a step in that one. Waits count inside of steps only: what
+    precedes them and follows them (encoding, decoding) would tell nothing of a step.
+    """
 
     def __init__(self) -> None:
         self._steps = [_Step()]
         self._steps_begun = 0
+        self._paused = True
 
     def add(self, name: str, amount: int) -> None:
         """Add `amount` (bytes, or messages) to one of AMOUNTS in the step under way."""
@@ -47,7 +52,9 @@ class Counters:
             wire: where the tensors lie while they travel (`Group.wire`).
         """
         with labelled(label):
-            if wire.type == "cuda":
+            if self._paused:
+                yield
+            elif wire.type == "cuda":
                 # Events are read after the step: reading them here would make the host wait for the GPU in each layer.
                 before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 before.record()
@@ -64,9 +71,18 @@ class Counters:
         if self._steps_begun:
             self._steps.append(_Step())
         self._steps_begun += 1
+        self._paused = False
         if self._steps_begun > 2:
             # Long done on the GPU, so that reading its events holds nothing up; kept, they would pile up.
             self._steps[-3].seconds_waiting()
+
+    def pause(self) -> None:
+        """What follows belongs to no step, unless `resume` or `begin_step` says so."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Another pass of the step that was begun last."""
+        self._paused = False
 
     def as_dict(self) -> dict[str, list[int] | list[float]]:
         """One list per name with an entry per step; `seconds_waiting` in seconds. Waits for the GPU's events."""

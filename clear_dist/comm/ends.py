@@ -45,8 +45,8 @@ def run_rank(work: Callable[[], None], *, traceback: bool) -> int:
         return _tell(place, _cause(place, REFUSED, str(error), error), traceback=traceback)
     except Exception as error:
         lost = _lost_peer(error) if place.launcher is not None else None
-        if lost is not None and place.failures is not None:
-            return FAILED  # the rank that has the cause tells it
+        if lost is not None and place.launcher == "clear-dist":
+            return FAILED  # the rank that has the cause tells it, or the launcher; torchrun would not
         what = f"failed: {describe(error)}" if lost is None else f"lost contact with another rank: {lost}"
         line = f"rank {place.rank} {what} {HOW_TO_SEE_MORE}"
         return _tell(place, _cause(place, FAILED, line, error), traceback=traceback)

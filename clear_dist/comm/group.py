@@ -1,6 +1,6 @@
 """The ranks that make one image together: who they are, where they compute, and what their tensors travel through."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -45,13 +45,11 @@ def telling_lost_peers(who: str = "another rank") -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Ranks are numbered 0 ... size - 1 *within* the group; `ranks` are their global numbers.
-
-    Every method that communicates must be called by all ranks of the group, in the same order.
-    """
+    """Ranks are numbered 0 ... size - 1 *within* the group. All call what communicates, and in the same order."""
 
     rank: int
     ranks: tuple[int, ...]
+    """Their global numbers."""
     device: torch.device
     """Where this rank computes."""
     transport: Transport
@@ -218,16 +216,26 @@ class Group:
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.main)
         return bool(flags.item())
 
-    @labelled("comm: agree")
     def equal(self, values: Sequence[int]) -> bool:
         """Whether all ranks hold the same whole numbers, as many on each; told alike to all of them."""
+        return self.start_equal(values)()
+
+    @labelled("comm: agree")
+    def start_equal(self, values: Sequence[int]) -> Callable[[], bool]:
+        """Begins to compare, as `equal`; what it returns waits for the answer."""
         # Through gloo, as in `agree`. 62 bits of each: their negatives exist.
         mine = torch.tensor([value & (2**62 - 1) for value in values])
         extremes = torch.cat([mine, -mine])
         with telling_lost_peers():
-            dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self.main)
-        highest, lowest = extremes.chunk(2)
-        return torch.equal(highest, -lowest)
+            work = dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self.main, async_op=True)
+
+        def finish() -> bool:
+            with telling_lost_peers():
+                work.wait()
+            highest, lowest = extremes.chunk(2)
+            return torch.equal(highest, -lowest)
+
+        return finish
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""

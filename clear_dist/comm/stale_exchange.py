@@ -36,8 +36,12 @@ class StaleHaloExchange(HaloExchange):
         self._clock = clock
         self._step_held: int | None = None
 
+    @property
+    def lags(self) -> bool:
+        return self._clock.may_lag(self._step_held)
+
     def _begin(self, key_BRWND: torch.Tensor, value_BRWND: torch.Tensor) -> PendingHalos:
-        lag = self._clock.may_lag(self._step_held)
+        lag = self.lags
         self._step_held = self._clock.step
         if lag:
             # Mine leave, and theirs arrive, once the old ones were read: so one buffer is enough.

@@ -79,8 +79,8 @@ class Rendering:
 
     def _require_room(self, stage: Stage) -> None:
         """Before the lower stages are drawn, rather than after."""
-        height, width = self._grid(stage)
-        self.handle.require_room(height, width, batch=self.request.num_images, passes=stage.sampling.passes)
+        sampling, batch = stage.sampling, self.request.num_images
+        self.handle.require_room(*self._grid(stage), batch=batch, passes=sampling.passes, steps=sampling.steps)
 
     def _grid(self, stage: Stage) -> tuple[int, int]:
         """Height and width in tokens."""

@@ -1,16 +1,52 @@
 """What every rank holds for itself must be the same on all: else they compute different pictures, or wait for ever."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from clear_dist.clock import Clock
+from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 
 LARGEST_WEIGHT = 8191
 
+MOST_SHAPES = 10
+"""Two numbers for each input that is compared; models have five at most."""
+
 LARGEST_DEVIATION = 0.05
 """Of embeddings between ranks, where 1 is their length: bfloat16 rounds by 0.004, another prompt changes more."""
+
+
+class SameCall:
+    """Whether all ranks have come to the same forward, or would wait for each other.
+
+    Asked when it begins and answered before its first message, so that in the stale schedule nobody waits for it.
+    """
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
+        self._finish: Callable[[], bool] | None = None
+
+    def begin(self, group: Group, clock: Clock, inputs: Sequence[Tensor]) -> None:
+        """All ranks call this at the start of each forward."""
+        shapes = [size for x in inputs for size in (x.ndim, x.numel())]
+        padded = (shapes + [0] * MOST_SHAPES)[:MOST_SHAPES]
+        self._finish = group.start_equal([clock.step, clock.turn, *padded])
+
+    def require(self) -> None:
+        """To be called before anything is sent; raises ValueError on all ranks where they are at different passes."""
+        if self._finish is None:
+            return
+        finish, self._finish = self._finish, None
+        with self._counters.waiting("comm: agree wait", torch.device("cpu")):
+            same = finish()
+        if not same:
+            raise ValueError(
+                "every rank must call the pipeline alike, but passes, batch, prompt length or size differ; "
+                "give all ranks the same arguments"
+            )
 
 
 def require_equal_on_all_ranks(

@@ -23,6 +23,8 @@ class Cut:
     width: int
     group: Group
     extrapolation: Extrapolation | None
+    stale: bool
+    """Whether its exchanges are those of the stale schedule."""
     stripes: tuple[Rows, ...]
     plan: HaloPlan
     joint_attention: JointAttention
@@ -34,9 +36,10 @@ class Cut:
         """This rank's tokens in raster order."""
         return slice(self.plan.own.start * self.width, self.plan.own.stop * self.width)
 
-    def serves(self, size: tuple[int, int], group: Group, extrapolation: Extrapolation | None) -> bool:
+    def serves(self, size: tuple[int, int], group: Group, extrapolation: Extrapolation | None, *, stale: bool) -> bool:
         """Whether it is what `cut_image` would make for these."""
-        return (self.height, self.width) == size and self.group is group and self.extrapolation == extrapolation
+        image, mine = (*size, extrapolation, stale), (self.height, self.width, self.extrapolation, self.stale)
+        return self.group is group and image == mine
 
 
 def plan_image(size: tuple[int, int], group: Group, radius: int | None) -> tuple[tuple[Rows, ...], HaloPlan]:
@@ -84,6 +87,7 @@ def cut_image(
         width=width,
         group=group,
         extrapolation=extrapolation,
+        stale=clock is not None,
         stripes=stripes,
         plan=plan,
         joint_attention=joint_attention,

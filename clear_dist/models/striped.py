@@ -15,14 +15,11 @@ from clear_dist.comm.halo_exchange import PendingHalos
 from clear_dist.comm.text_reduce import TextAttention
 from clear_dist.config import Schedule
 from clear_dist.labels import labelled
-from clear_dist.models.agreement import require_equal_on_all_ranks
+from clear_dist.models.agreement import SameCall, require_equal_on_all_ranks
 from clear_dist.models.cut import Cut, cut_image, plan_image
 from clear_dist.models.extrapolation import Extrapolation
 from clear_dist.models.modulation import HoistedModulation, Modulated
 from clear_dist.models.room import received_bytes, require_room, sending_bytes
-
-MOST_SHAPES = 10
-"""Two numbers for each input that is compared; models have five at most."""
 
 
 class Adaptor(Modulated, Protocol):
@@ -73,6 +70,7 @@ class StripedModel:
         self._clock = Clock(warmup_steps=warmup_steps)
         self._modulation = HoistedModulation(adaptor) if hoist_modulation else None
         self._forward_is_under_way = False
+        self._same_call = SameCall(self.counters)
         self._most_stale_bytes = 0
         self._given = group, scheduler
         self._extrapolated = ExitStack()
@@ -96,7 +94,11 @@ class StripedModel:
         cut = self._running_cut
         image = slice(-len(cut.plan.own) * cut.width, None)
         rows = (x[:, image].unflatten(1, (-1, cut.width)) for x in (key_BLND, value_BLND))
-        return cut.exchanges.of(self._clock.turn, layer).halos.start(*rows)
+        halos = cut.exchanges.of(self._clock.turn, layer).halos
+        with labelled(f"layer {layer}"):
+            if not halos.lags:
+                self._same_call.require()
+            return halos.start(*rows)
 
     def joint_attention(
         self, layer: int, halos: PendingHalos, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor
@@ -109,6 +111,7 @@ class StripedModel:
         cut = self._running_cut
         exchange = cut.exchanges.of(self._clock.turn, layer)
         with labelled(f"layer {layer}"):
+            self._same_call.require()
             return cut.joint_attention(exchange, halos, query_BLND, key_BLND, value_BLND)
 
     @property
@@ -179,12 +182,18 @@ class StripedModel:
         self._forward_is_under_way = True
         if self._clock.turn == 0:
             self.counters.begin_step()
-        self._require_same_call(inputs)
+        else:
+            self.counters.resume()
+        drawn, encoded = self.adaptor.replicated(inputs)
+        self._same_call.begin(self.group, self._clock, drawn + encoded)
         if self._clock.begins:
+            self._same_call.require()
             self._begin_generation(inputs)
         assert self.cut is not None
-        if not self.cut.exchanges.has_begun(self._clock.turn):
-            self.require_room((self.cut.height, self.cut.width), batch=len(inputs["hidden_states"]), passes=1)
+        if self.cut.stale and not self.cut.exchanges.has_begun(self._clock.turn):
+            self._same_call.require()
+            size, batch = (self.cut.height, self.cut.width), len(inputs["hidden_states"])
+            self.require_room(size, batch=batch, passes=1, steps=self._steps)
         if self._modulation is not None:
             self._modulation.begin(self._clock.turn, self.scheduler, generation=self._clock.begins)
         return (), self.adaptor.cut(inputs, self.cut)
@@ -193,17 +202,20 @@ class StripedModel:
         assert self.cut is not None
         sample = output[0] if isinstance(output, tuple) else output.sample
         whole = self.cut.join.join(sample)
+        self.counters.pause()
         self._forward_is_under_way = False
         return self.adaptor.with_sample(output, whole)
 
-    def require_room(self, size: tuple[int, int], *, batch: int, passes: int) -> None:
+    def require_room(self, size: tuple[int, int], *, batch: int, passes: int, steps: int) -> None:
         """All ranks call this before buffers are made for an image of `size` tokens.
 
         Raises:
             Refusal: on all ranks, where the stale schedule's do not fit in what memory is free on any.
         """
-        if not self._stale:
+        if not self._is_stale(steps):
             return
+        if not self._forward_is_under_way:  # what the last image has kept makes room
+            self.drain()
         transformer = self.adaptor.transformer
         _, plan = plan_image(size, self.group, self.radius)
         row_bytes = 2 * batch * size[1] * self.adaptor.channels * transformer.dtype.itemsize
@@ -211,26 +223,20 @@ class StripedModel:
         received = received_bytes(plan, row_bytes=row_bytes, layers=layers)
         require_room(received + sending_bytes(plan, row_bytes=row_bytes), self.group)
 
+    def _is_stale(self, steps: int) -> bool:
+        """Whether anything lags in a generation of so many steps. One rank waits for nobody."""
+        return self.schedule == "stale" and self.group.size > 1 and self._clock.lags_within(steps)
+
     @property
-    def _stale(self) -> bool:
-        return self.schedule == "stale" and self.group.size > 1  # one rank waits for nobody
+    def _steps(self) -> int:
+        """Of the generation that begins; image-to-image leaves the first ones out."""
+        return len(self.scheduler.timesteps) - (getattr(self.scheduler, "begin_index", None) or 0)
 
     def drain(self) -> None:
         """Waits for what is on its way; all ranks call this, after a step. What follows it is in sync."""
         if self.cut is not None:
             self._most_stale_bytes = self.stale_bytes
             self.cut.exchanges.drain()
-
-    def _require_same_call(self, inputs: dict[str, Any]) -> None:
-        """Raises ValueError on all ranks where they have come to different passes: they would wait for each other."""
-        drawn, encoded = self.adaptor.replicated(inputs)
-        shapes = [size for x in drawn + encoded for size in (x.ndim, x.numel())]
-        padded = (shapes + [0] * MOST_SHAPES)[:MOST_SHAPES]
-        if not self.group.equal([self._clock.step, self._clock.turn, *padded]):
-            raise ValueError(
-                "every rank must call the pipeline alike, but passes, batch, prompt length or size differ; "
-                "give all ranks the same arguments"
-            )
 
     def _begin_generation(self, inputs: dict[str, Any]) -> None:
         """Checks what a generation brings, and cuts anew where the last cut is not for it."""
@@ -241,12 +247,13 @@ class StripedModel:
                 f"got {inputs['hidden_states'].device}; call parallelize after pipe.to(...)"
             )
         drawn, encoded = self.adaptor.replicated(inputs)
-        settings = {"number of steps": len(self.scheduler.timesteps), "extrapolation": self.extrapolation}
+        settings = {"number of steps": self._steps, "extrapolation": self.extrapolation}
         require_equal_on_all_ranks(drawn, encoded, settings, self.group)
         size = self.adaptor.grid_of(inputs)
         if self.cut is not None and self.cut.group is self.group:
             self.drain()
-        if self.cut is None or not self.cut.serves(size, self.group, self.extrapolation):
+        stale = self._is_stale(self._steps)
+        if self.cut is None or not self.cut.serves(size, self.group, self.extrapolation, stale=stale):
             self.cut = cut_image(
                 size,
                 self.group,
@@ -254,7 +261,7 @@ class StripedModel:
                 radius=self.radius,
                 text_attention=self.text_attention,
                 backend=self.backend,
-                clock=self._clock if self._stale else None,
+                clock=self._clock if stale else None,
                 counters=self.counters,
             )
 

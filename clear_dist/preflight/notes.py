@@ -116,7 +116,7 @@ def _schedule(config: PictureConfig, request: Request, stages: tuple[Stage, ...]
     most = max((stage.sampling.steps for stage in stages), default=request.sampling.steps)
     if request.world_size == 1:
         yield f"{WARNING}--schedule stale has no effect on one rank"
-    elif request.warmup_steps >= most:
+    elif max(1, request.warmup_steps) >= most:
         yield f"{WARNING}--schedule stale has no effect: {most} steps are all warm-up; see --warmup-steps"
 
 

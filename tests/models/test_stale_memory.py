@@ -59,7 +59,7 @@ def too_little(group: Group, free: list[int]) -> list[str]:
     """Only what one rank finds is too little; all are told."""
     room._free_bytes = lambda _: free[group.rank]
     pipe = make_tiny_pipeline()
-    parallelized = parallelize(pipe, group=group, window=4, schedule="stale")
+    parallelized = parallelize(pipe, group=group, window=4, schedule="stale", warmup_steps=0)
     with pytest.raises(ValueError, match="must fit"):  # though the lower stage would
         generate(pipe, "a hill", height=208, width=176, base_resolution=32, max_sequence_length=9)
     assert parallelized.counters.as_dict()["join_bytes"] == []  # nothing was drawn
@@ -68,7 +68,7 @@ def too_little(group: Group, free: list[int]) -> list[str]:
         run(pipe)
     messages.append(str(refused.value))
     with pytest.raises(ValueError, match="must fit") as refused:
-        parallelized.require_room(13, 11, passes=2)
+        parallelized.require_room(13, 11, passes=2, steps=2)
     messages.append(str(refused.value))
     run(pipe, height=6, width=2)
     return messages
@@ -87,12 +87,28 @@ def test_buffers_that_do_not_fit_are_refused_on_all_ranks_before_they_are_made()
 def just_enough(group: Group, free: int) -> None:
     room._free_bytes = lambda _: free
     pipe = make_tiny_pipeline()
-    parallelize(pipe, group=group, window=4, schedule="stale")
+    parallelize(pipe, group=group, window=4, schedule="stale", warmup_steps=0)
     run(pipe)
 
 
 def test_what_fits_is_not_refused() -> None:
     run_ranks(just_enough, 2, 2 * (2 + 9) * 3 * 2816)
+
+
+@pytest.mark.parametrize(("warmup_steps", "steps"), [(STEPS, STEPS), (9, STEPS), (0, 1)])
+def test_what_is_all_warm_up_keeps_nothing_and_is_never_refused(warmup_steps: int, steps: int) -> None:
+    assert run_ranks(all_warm_up, 2, warmup_steps, steps) == [(0, 1.0)] * 2
+
+
+def all_warm_up(group: Group, warmup_steps: int, steps: int) -> tuple[int, float]:
+    """Bytes held; the share of numbers that are those of the sync schedule."""
+    room._free_bytes = lambda _: 0
+    drawn = []
+    for schedule in ("sync", "stale"):
+        pipe = make_tiny_pipeline()
+        parallelized = parallelize(pipe, group=group, window=4, schedule=schedule, warmup_steps=warmup_steps)
+        drawn.append(run(pipe, steps=steps))
+    return parallelized.stale_buffer_bytes, float((drawn[0] == drawn[1]).float().mean())
 
 
 def test_free_memory_is_told() -> None:
