@@ -2,7 +2,8 @@
 
 Draws 32 held-out prompts with the embedded model on 1, 2, 4 and 8 ranks, with both text reductions and in both
 schedules (`fidelity_cells.py`), and compares each picture with the same request on one rank, in sync: our counterpart
-of the paper's Table 6. Drawn cells are kept, so that it can be broken off and goes on; results are written after each.
+of the paper's Table 6. Drawn cells are kept, so that it can be broken off and goes on (after a change of the engine:
+throw them away); results are those of the cells compared by this run, and written after each.
 
 - PSNR in dB and SSIM of the 8-bit pictures: medians over prompts, and the worst.
 - seam: how much rows differ across the borders between ranks, over how much they differ there on one rank. 1: no seam.
@@ -29,6 +30,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from clear_dist.pictures import replacing
 from clear_dist.report import versions
 
+STEPS = (12, 28, 50)
 IDENTICAL = 110.0
 """dB of two equal pictures; two that differ by one in a single value are at 101."""
 
@@ -37,15 +39,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("fidelity"), help="tables, plot and contact sheet")
     parser.add_argument("--drawn", type=Path, default=Path("fidelity/drawn"), help="the cells' pictures, 6 MB each")
-    parser.add_argument("--steps", type=int, nargs="+", default=[12, 28, 50], help="only cells of so many steps")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", choices=STEPS, default=STEPS, help="only cells of so many steps"
+    )
     parser.add_argument("--only-drawn", action="store_true", help="draw nothing, compare what there is")
     arguments = parser.parse_args()
     arguments.results.mkdir(parents=True, exist_ok=True)
     cells = [cell for cell in planned() if cell.steps in arguments.steps]
+    if arguments.only_drawn:
+        cells = [cell for cell in cells if all(x.file_in(arguments.drawn).exists() for x in (cell, cell.reference))]
+    if not cells:
+        parser.error(f"{arguments.drawn} must hold drawn cells with --only-drawn, and holds none of those steps")
     figures: list[dict[str, Any]] = []
     for cell in cells:
-        if arguments.only_drawn and not cell.file_in(arguments.drawn).exists():
-            continue
         began = time.perf_counter()
         pictures, reference = (pictures_of(which, arguments.drawn) for which in (cell, cell.reference))
         figures.append({**asdict(cell), "schedule": cell.schedule, **compare(pictures, reference, cell.ranks)})

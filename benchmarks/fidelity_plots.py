@@ -50,21 +50,25 @@ def plot(figures: Sequence[dict[str, Any]], file: Path) -> None:
 
 def contact_sheet(drawn: Path, figures: Sequence[dict[str, Any]], file: Path) -> None:
     """Some prompts, a row each; as drawn in some cells, a column each, with PSNR where they differ."""
-    columns = [(title, cell) for title, cell in SHOWN if cell.file_in(drawn).exists()]
     psnr = {
-        (cell["ranks"], cell["text_attention"], cell["warmup_steps"]): cell for cell in figures if cell["steps"] == 28
+        (cell["ranks"], cell["text_attention"], cell["warmup_steps"]): cell["psnr_of_each"]
+        for cell in figures
+        if cell["steps"] == 28
     }
+    columns = [(title, cell, psnr.get((cell.ranks, cell.text_attention, cell.warmup_steps))) for title, cell in SHOWN]
+    columns = [column for column in columns if column[2] is not None]
+    if not columns:
+        return
     size = (1.8 * len(columns), 1.95 * len(SHOWN_PROMPTS))
     figure, panels = pyplot.subplots(len(SHOWN_PROMPTS), len(columns), figsize=size, squeeze=False)
-    for (title, cell), column in zip(columns, panels.T, strict=True):
+    for (title, cell, found), column in zip(columns, panels.T, strict=True):
         pictures = pictures_of(cell, drawn)
         for prompt, axes in zip(SHOWN_PROMPTS, column, strict=True):
             axes.imshow(pictures[prompt])
             axes.set_axis_off()
-            found = psnr[cell.ranks, cell.text_attention, cell.warmup_steps]["psnr_of_each"][prompt]
             axes.set_title(title if axes is column[0] else "", fontsize=9)
             if cell.ranks > 1:
-                axes.text(4, 16, f"{found:.1f} dB", fontsize=7, color="white", backgroundcolor="#00000080")
+                axes.text(4, 16, f"{found[prompt]:.1f} dB", fontsize=7, color="white", backgroundcolor="#00000080")
     for prompt, axes in zip(SHOWN_PROMPTS, panels[:, 0], strict=True):
         axes.text(0, 272, held_out_prompts()[prompt], fontsize=7)
     figure.subplots_adjust(wspace=0.03, hspace=0.12)

@@ -79,6 +79,11 @@ def test_the_demo_passes_its_own_checks() -> None:
         ({"latents_out": Path("x.pt")}, r"--latents-out must end in .safetensors"),
         ({"report": Path("x.txt")}, r"--report must end in .json, got 'x.txt'; nearest: x.json"),
         ({"profile": Path("x.txt")}, r"--profile must end in .json, .json.gz, got 'x.txt'; nearest: x.json"),
+        ({"profile": Path(".json.gz")}, r"got '.json.gz'; nearest: clear-dist.json.gz"),
+        (
+            {"profile": Path("x.json"), "report": Path("x.rank0.json")},
+            r"different files, got x.rank0.json twice; nearest: --report x.rank0-new.json",
+        ),
         ({"profile": Path("x.gz")}, r"--profile must end in .json, .json.gz, got 'x.gz'; nearest: x.json.gz"),
         ({"profile": Path("/nowhere/x.json")}, r"--profile must lie in a folder that exists.* nearest: /x.json"),
         ({"profile": Path(f"{'x' * 248}.json")}, r"--profile must be a file that can be written, .* of 259 bytes"),

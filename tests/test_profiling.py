@@ -121,7 +121,10 @@ def test_sync_steps_show_messages_under_way_while_inner_rows_are_computed(
                 inside(layer, slices(trace, name))[0]
                 for name in ("compute: inner rows", "comm: halos wait", "compute: edge rows")
             )
-            assert inside(first, [start]) == [start] and start[1] <= layer[0] <= inner[0] < inner[1] <= wait[0] < wait[1] <= edges[0]
+            assert (
+                inside(first, [start]) == [start]
+                and start[1] <= layer[0] <= inner[0] < inner[1] <= wait[0] < wait[1] <= edges[0]
+            )
             assert inside(message, [inner]) == [inner]
     # One clock: nobody has the halos of a layer before the neighbour has begun to send them.
     for one, other in (traces, traces[::-1]):

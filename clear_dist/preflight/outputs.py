@@ -42,9 +42,12 @@ def check(request: Request) -> None:
     files = [file.resolve() for file in given if file is not None]
     if len(set(files)) < len(files):
         again = next(file for index, file in enumerate(files) if file in files[:index])
+        flags = {"--report": report, "--latents-out": latents_out}
+        clashing = ((flag, file) for flag, file in flags.items() if file is not None and file.resolve() == again)
+        flag, mine = next(clashing, ("--output", output))
         raise Refusal(
             f"the picture to start from and all that is written must be different files, got {again.name} twice; "
-            f"nearest: --output {output.with_name(f'{output.stem}-new{output.suffix}')}"
+            f"nearest: {flag} {mine.with_name(f'{mine.stem}-new{mine.suffix}')}"
         )
     for folder, size in needed.items():
         free = shutil.disk_usage(folder).free
@@ -72,10 +75,10 @@ def _by_products(request: Request, pictures: int) -> list[Path]:
 def check_file(name: str, file: Path, endings: tuple[str, ...]) -> None:
     """Raises a Refusal unless `file` has one of `endings` and can be created or replaced."""
     refuse_folder(name, file, endings)
-    if not file.suffix or not file.name.lower().endswith(endings):
-        nearest = (
-            file.with_suffix(nearest_word(file.suffix.lower(), endings)) if file.name else f"clear-dist{endings[0]}"
-        )
+    nameless = file.name.lower() in ("", *endings)
+    if nameless or not file.name.lower().endswith(endings):
+        ending = nearest_word(file.suffix.lower(), endings)
+        nearest = f"clear-dist{ending}" if nameless else file.with_suffix(ending)
         raise Refusal(f"{name} must end in {', '.join(endings)}, got {str(file)!r}; nearest: {nearest}")
     folder = file.parent
     if not folder.is_dir():

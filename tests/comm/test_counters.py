@@ -36,7 +36,7 @@ def test_each_step_has_its_own_sums() -> None:
     assert found["other_bytes"] == [5, 0, 0, 0]
     assert found["join_bytes"] == [0, 0, 0, 7]
     assert found["text_bytes_reduced"] == found["halo_messages_sent"] == [0, 0, 0, 0]
-    assert 0.02 <= found["seconds_waiting"][0]
+    assert found["seconds_waiting"][0] >= 0.02
     assert found["seconds_waiting"][1:] == [0, 0, 0]
     assert counters.as_dict() == found
 
