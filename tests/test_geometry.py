@@ -126,20 +126,22 @@ def test_what_one_rank_sends_another_receives(case: tuple[tuple[Rows, ...], int 
 
 
 @given(plans())
-def test_inner_rows_need_no_halo_and_with_the_edges_they_are_all(
+def test_halos_are_the_rows_around_a_stripe_that_it_sees(
     case: tuple[tuple[Rows, ...], int | None, list[HaloPlan]],
 ) -> None:
-    cut, radius, all_plans = case
-    grid = Rows(0, cut[-1].stop)
-    for plan in all_plans:
-        parts = [plan.inner, *plan.edges]
-        assert sorted(row for part in parts for row in members(part)) == sorted(members(plan.own))
-        if len(plan.inner):
-            assert members(reach(plan.inner, grid, radius)) <= members(plan.own)
-        alone = {
-            row for row in members(plan.own) if members(reach(Rows(row, row + 1), grid, radius)) <= members(plan.own)
-        }
-        assert members(plan.inner) == alone
+    for plan in case[2]:
+        above, below = map(members, plan.halos)
+        assert above | below == members(plan.extended) - members(plan.own)
+        assert all(row < plan.own.start for row in above)
+        assert all(row >= plan.own.stop for row in below)
+
+
+@given(ROWS, ROWS, st.none() | st.integers(1, 40))
+def test_rows_reach_what_their_windows_see_wherever_they_lie(rows: Rows, grid: Rows, radius: int | None) -> None:
+    seen = {key for key in members(grid) for row in members(rows) if radius is None or abs(key - row) < radius}
+    reached = reach(rows, grid, radius)
+    assert members(reached) == seen
+    assert grid.start <= reached.start <= reached.stop <= grid.stop
 
 
 @given(moves())
@@ -177,14 +179,15 @@ def test_rows_that_none_has_or_two_have_are_not_moved(have: tuple[Rows, ...]) ->
 
 def test_one_rank_has_an_empty_plan() -> None:
     plan = plan_halos(cut_in_stripes(9, 1), 0, 4)
-    assert (plan.receives, plan.sends, plan.edges) == ((), (), ())
-    assert plan.own == plan.inner == plan.extended == Rows(0, 9)
+    assert (plan.receives, plan.sends) == ((), ())
+    assert plan.own == plan.extended == Rows(0, 9)
+    assert plan.halos == (Rows(0, 0), Rows(9, 9))
 
 
 def test_thin_stripes_have_halos_of_several_owners() -> None:
     plan = plan_halos(cut_in_stripes(8, 8), 3, 4)
     assert plan.receives == tuple(Transfer(peer, Rows(peer, peer + 1)) for peer in (0, 1, 2, 4, 5, 6))
-    assert plan.inner.start == plan.inner.stop
+    assert plan.halos == (Rows(0, 3), Rows(4, 7))
 
 
 @given(st.integers(1, 60))

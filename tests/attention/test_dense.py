@@ -56,7 +56,10 @@ def test_split_keys_merge_to_the_whole() -> None:
 
 
 @pytest.mark.parametrize("scale", [None, 0.9])
-def test_devices_without_a_kernel_do_the_same(scale: float | None) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_devices_without_a_kernel_do_the_same(scale: float | None, masked: bool) -> None:
     heads_first = [tensor.transpose(1, 2) for tensor in inputs(6, 11)]
-    for mine, kernel in zip(dense._math(*heads_first, scale), dense._kernel(*heads_first, scale), strict=True):
-        torch.testing.assert_close(mine, kernel)
+    hidden = torch.zeros(6, 11).masked_fill(torch.rand(6, 11) < 0.4, -torch.inf)
+    hidden[:, 3] = 0
+    bias = hidden if masked else None
+    torch.testing.assert_close(dense._math(*heads_first, scale, bias), dense.fused(*heads_first, scale, bias))
