@@ -132,3 +132,41 @@ def half_widths(radius: int) -> tuple[int, ...]:
 def covering_radius(height: int, width: int) -> int:
     """The smallest radius whose circle holds the whole grid wherever its centre is."""
     return isqrt((height - 1) ** 2 + (width - 1) ** 2) + 1
+
+
+def reached_tiles(radius: int, query_tile: tuple[int, int], key_tile: tuple[int, int]) -> dict[int, range]:
+    """The tiles of keys that the circles of one tile of queries touch: by row of tiles, the columns of tiles.
+
+    Tile (y, x) of the keys begins y * key_tile[0] rows below and x * key_tile[1] columns right of the first query, so
+    that this, like the mask, is the same for all tiles of queries.
+
+    Args:
+        query_tile, key_tile: rows and columns in tokens.
+    """
+    widths = half_widths(radius)
+    (query_rows, query_columns), (key_rows, key_columns) = query_tile, key_tile
+    tiles = {}
+    for y in range((1 - radius) // key_rows, (query_rows + radius - 2) // key_rows + 1):
+        distance = max(0, y * key_rows - query_rows + 1, -(y + 1) * key_rows + 1)
+        width = widths[distance]
+        tiles[y] = range(-width // key_columns, (query_columns - 1 + width) // key_columns + 1)
+    return tiles
+
+
+def visited_tiles(
+    first_key: tuple[int, int], keys: tuple[int, int], tiles: dict[int, range], key_tile: tuple[int, int]
+) -> int:
+    """How many tiles of keys a tile of queries visits: of `tiles` those that hold a key.
+
+    Args:
+        first_key: row and column of the keys where the tile's first query lies; the row may be out of them.
+        keys: rows and columns of keys.
+        tiles: as `reached_tiles` returns them.
+    """
+    (row, column), (rows, columns), (tile_rows, tile_columns) = first_key, keys, key_tile
+    present = range(-column // tile_columns, -((column - columns) // tile_columns))
+    return sum(
+        max(0, min(across.stop, present.stop) - max(across.start, present.start))
+        for y, across in tiles.items()
+        if rows and row + (y + 1) * tile_rows > 0 and row + y * tile_rows < rows
+    )

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor
 
-from clear_dist.attention import flex, reference, tiled
+from clear_dist.attention import flex, reference, tiled, triton_window
 from clear_dist.attention.backend import Backend, Request, WindowCall
 from clear_dist.attention.dense import attend
 from clear_dist.geometry import Rows, reach
@@ -24,7 +24,9 @@ __all__ = ["BACKENDS", "Backend", "attend", "choose_backend", "window_attention"
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = {backend.name: backend for backend in (flex.BACKEND, tiled.BACKEND, reference.BACKEND)}
+BACKENDS = {
+    backend.name: backend for backend in (flex.BACKEND, triton_window.BACKEND, tiled.BACKEND, reference.BACKEND)
+}
 """By name, the best first. A new kernel is one file and one row here, and its name in `config.ATTENTION_BACKENDS`."""
 
 
@@ -49,7 +51,7 @@ def window_attention(
         radius: in tokens, at least 1.
         row_offset: row i of the queries is row i + row_offset of the keys. Any whole number: the keys may end above the
             queries, or begin below them. Rows of keys out of reach are not read.
-        scale: factor of the scores; None: 1 / sqrt(D).
+        scale: factor of the scores, positive; None: 1 / sqrt(D).
         backend: as `choose_backend` returns it.
 
     Returns:
@@ -57,7 +59,7 @@ def window_attention(
         that sees no key.
 
     Raises:
-        ValueError: the shapes don't fit together, the radius is less than 1, or the backend cannot do it.
+        ValueError: the shapes don't fit together, radius or scale is out of range, or the backend cannot do it.
     """
     call = WindowCall(
         query=query_BRWND,
@@ -173,3 +175,5 @@ def _check(call: WindowCall) -> None:
         raise ValueError(f"values must have their keys' shape, got {call.value.shape} for {key}")
     if call.radius < 1:
         raise ValueError(f"radius must be at least 1 token, got {call.radius}; nearest: 1")
+    if not call.scale > 0:
+        raise ValueError(f"scale must be positive, got {call.scale}; nearest: {query[-1] ** -0.5:g}")
