@@ -142,7 +142,7 @@ def see_image(
     return out_QD, weight_Q, maximum_Q
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("heads", "text", "row_offset", "radius"))
 def window_kernel(
     query, key, value, key_text, value_text, out, lse, tiles,
     query_strides, key_strides, value_strides, key_text_strides, value_text_strides, out_strides, lse_strides,

@@ -6,14 +6,18 @@ The interpreter must be switched on before Triton is imported, so the tests that
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from clear_dist.attention.triton_window import TILINGS, choose_tiling
-from clear_dist.geometry import reached_tiles
+from clear_dist.attention import triton_window
+from clear_dist.attention.backend import WindowCall
+from tests.attention.calls import Case
 
 FOLDER = Path(__file__).parent
 SHARED_MEMORY = 227 * 1024
@@ -31,47 +35,78 @@ def test_results_in_the_interpreter(tests: str) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def signature() -> dict[str, Any]:
-    """Types of the kernel's arguments, as for contiguous bfloat16 tensors."""
-    pointers = dict.fromkeys(("query", "key", "value", "key_text", "value_text", "out"), "*bf16")
-    image, text, numbers = ("i32",) * 4 + ("constexpr",), ("i32",) * 3 + ("constexpr",), ("i32", "i32")
-    strides = {f"{name}_strides": image for name in ("query", "key", "value", "out")}
-    strides |= {f"{name}_strides": text for name in ("key_text", "value_text", "lse")}
-    scalars = dict.fromkeys(("heads", "text", "row_offset", "radius"), "i32")
-    constants = dict.fromkeys(("QUERIES", "KEYS", "FIRST", "ROWS", "HEAD_DIM"), "constexpr")
-    pointers |= {"lse": "*fp32", "tiles": "*i32"}
-    return {**pointers, **strides, **scalars, "queries": numbers, "keys": numbers, "log2_scale": "fp32", **constants}
+class AbsentGpu:
+    """What Triton asks a driver before it launches a kernel."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # Triton keeps what it compiled by this number
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_it_compiles_and_loads_run_ahead(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Heads of 128 in bfloat16, for a GPU that need not be there."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+class CompiledOnly:
+    """Stands in for a kernel: compiles it for the arguments it is called with, and keeps what came out."""
 
-    from clear_dist.attention.triton_kernel import window_kernel
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
+        def launch(*arguments: Any, **options: Any) -> None:
+            self.compiled = self.kernel.warmup(*arguments, grid=grid, **options)
+
+        return launch
+
+
+@pytest.fixture
+def compiled_only(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CompiledOnly:
+    """The kernel, on a GPU of the capability `request.param` that is not there."""
+    from triton.runtime import driver
+
+    from clear_dist.attention import triton_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    tiling = choose_tiling(256)
-    assert tiling in TILINGS.values()
-    reached = reached_tiles(16, tiling.queries, tiling.keys)
-    types = signature()
-    names = window_kernel.arg_names
-    known = {"QUERIES": tiling.queries, "KEYS": tiling.keys, "FIRST": min(reached), "ROWS": len(reached)}
-    constants = {(names.index(name),): value for name, value in (known | {"HEAD_DIM": 128}).items()}
-    strides = [name for name in names if name.endswith("_strides")]
-    constants |= {(names.index(name), len(types[name]) - 1): 1 for name in strides}
-    aligned = [(index,) for index, name in enumerate(names) if str(types[name]).startswith("*")]
-    aligned += [(names.index(name), i) for name in strides[:-1] for i in range(len(types[name]) - 1)]
-    source = ASTSource(
-        window_kernel,
-        {name: types[name] for name in names},
-        constants,
-        {argument: [["tt.divisibility", 16]] for argument in aligned},
-    )
-    options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assert compiled.metadata.shared <= SHARED_MEMORY
-    assert "cp.async" in compiled.asm["ptx"]
-    assert ("wgmma.mma_async" if capability == 90 else "mma.sync") in compiled.asm["ptx"]
+    kernel = CompiledOnly(triton_kernel.window_kernel)
+    monkeypatch.setattr(triton_kernel, "window_kernel", kernel)
+    monkeypatch.setattr(driver, "_active", AbsentGpu(request.param))
+    return kernel
+
+
+def call_for(case: Case) -> WindowCall:
+    tensors = dict(zip(("query", "key", "value", "key_text", "value_text"), case.tensors(), strict=True))
+    return WindowCall(**tensors, radius=case.radius, row_offset=case.row_offset, scale=0.1)
+
+
+LAYER = Case(rows=16, key_rows=16, columns=32, text=80, radius=16, head_dim=128, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("compiled_only", [80, 90], indirect=True, ids=["sm_80", "sm_90"])
+def test_it_compiles_and_loads_run_ahead(compiled_only: CompiledOnly, request: pytest.FixtureRequest) -> None:
+    triton_window.run(call_for(LAYER))
+    assert compiled_only.compiled.metadata.shared <= SHARED_MEMORY
+    code = compiled_only.compiled.asm["ptx"]
+    assert "cp.async.cg" in code
+    assert ("wgmma.mma_async" if "sm_90" in request.node.name else "mma.sync") in code
+
+
+@pytest.mark.parametrize("compiled_only", [90], indirect=True, ids=["sm_90"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        replace(LAYER, text=0, key_rows=15, row_offset=-1, dtype=torch.float16, head_dim=64),
+        replace(LAYER, text=1, rows=1, key_rows=1, columns=1, radius=1, heads=1, head_dim=16),
+        replace(LAYER, dtype=torch.float32, head_dim=64),
+    ],
+    ids=["halo", "one token", "float32"],
+)
+def test_it_compiles_for_any_call(compiled_only: CompiledOnly, case: Case) -> None:
+    triton_window.run(call_for(case))
+    assert compiled_only.compiled.metadata.shared <= SHARED_MEMORY
