@@ -100,7 +100,7 @@ def full(image: Image) -> Tensor:
 
 def window(image: Image, radius: int, backend: Backend) -> Tensor:
     """CLEAR's attention of the same queries."""
-    return window_attention(*image, radius=radius, row_offset=0, backend=backend)
+    return window_attention(*image, radius=radius, row_offset=0, backend=backend)[0]
 
 
 def interleaved(candidates: list[Callable[[], Tensor]], repetitions: int) -> list[float]:

@@ -103,7 +103,7 @@ def without_overlap(striped: StripedModel) -> None:
 def without_communication(striped: StripedModel) -> None:
     """From the image at hand on, nothing is sent: each rank computes as ever, on wrong numbers."""
     cut, plan = striped.cut, striped.cut.plan
-    above = plan.own.start - plan.extended.start
-    silent = Exchange(NoHalos((above, plan.extended.stop - plan.own.stop)), NoReduction())
+    above, below = map(len, plan.halos)
+    silent = Exchange(NoHalos((above, below)), NoReduction())
     join = NoJoin(tuple(map(len, cut.stripes)), striped.group.rank)
     striped.cut = replace(cut, exchanges=Wrapped(cut.exchanges, lambda _: silent), join=join)

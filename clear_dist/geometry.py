@@ -48,22 +48,19 @@ class MovePlan:
 
 @dataclass(frozen=True)
 class HaloPlan:
-    """What one rank sends and receives in each layer, and which of its rows must wait for it."""
+    """What one rank sends and receives in each layer."""
 
     own: Rows
     extended: Rows
     """Own rows and every row that their windows reach."""
-    inner: Rows
-    """Own rows whose windows lie within `own`: computed while the halos travel."""
     receives: tuple[Transfer, ...]
     """In ascending order of rows. Several owners on one side where stripes are thinner than the halo."""
     sends: tuple[Transfer, ...]
 
     @property
-    def edges(self) -> tuple[Rows, ...]:
-        """Own rows that see a neighbour's: above the inner rows and below them, empty ones left out."""
-        above, below = Rows(self.own.start, self.inner.start), Rows(self.inner.stop, self.own.stop)
-        return tuple(rows for rows in (above, below) if len(rows))
+    def halos(self) -> tuple[Rows, Rows]:
+        """The rows above `own` and those below that its windows reach; empty at the border of the grid."""
+        return Rows(self.extended.start, self.own.start), Rows(self.own.stop, self.extended.stop)
 
 
 def cut_in_stripes(rows: int, ranks: int, *, unit: int = 1) -> tuple[Rows, ...]:
@@ -96,13 +93,7 @@ def plan_halos(stripes: tuple[Rows, ...], rank: int, radius: int | None) -> Halo
     grid = Rows(0, stripes[-1].stop)
     extended = tuple(reach(stripe, grid, radius) for stripe in stripes)
     moves = plan_moves(stripes, extended, rank)
-    return HaloPlan(
-        own=stripes[rank],
-        extended=extended[rank],
-        inner=_inner(stripes[rank], extended[rank], grid, radius),
-        receives=moves.receives,
-        sends=moves.sends,
-    )
+    return HaloPlan(own=stripes[rank], extended=extended[rank], receives=moves.receives, sends=moves.sends)
 
 
 def plan_moves(have: tuple[Rows, ...], want: tuple[Rows, ...], rank: int) -> MovePlan:
@@ -127,10 +118,10 @@ def plan_moves(have: tuple[Rows, ...], want: tuple[Rows, ...], rank: int) -> Mov
 
 
 def reach(rows: Rows, grid: Rows, radius: int | None) -> Rows:
-    """The rows of keys that the windows of `rows` touch, cut off at the border of the grid."""
-    if radius is None:
-        return grid
-    return Rows(max(grid.start, rows.start - radius + 1), min(grid.stop, rows.stop + radius - 1))
+    """The rows of `grid` that the windows of `rows` touch, and so those whose windows touch `rows`."""
+    if not len(rows):
+        return Rows(grid.start, grid.start)
+    return grid if radius is None else grid.intersect(Rows(rows.start - radius + 1, rows.stop + radius - 1))
 
 
 def half_widths(radius: int) -> tuple[int, ...]:
@@ -143,13 +134,39 @@ def covering_radius(height: int, width: int) -> int:
     return isqrt((height - 1) ** 2 + (width - 1) ** 2) + 1
 
 
-def _inner(own: Rows, extended: Rows, grid: Rows, radius: int | None) -> Rows:
-    """Rows of `own` that no halo concerns; where there are none, an empty range inside `own`."""
-    if own == extended:
-        return own
-    if radius is None:
-        return Rows(own.start, own.start)
-    start = own.start if own.start == grid.start else own.start + radius - 1
-    stop = own.stop if own.stop == grid.stop else own.stop - radius + 1
-    # A thin stripe has no inner rows: all of it is one edge, so that no row is computed twice.
-    return Rows(start, stop) if start < stop else Rows(own.stop, own.stop)
+def reached_tiles(radius: int, query_tile: tuple[int, int], key_tile: tuple[int, int]) -> dict[int, range]:
+    """The tiles of keys that the circles of one tile of queries touch: by row of tiles, the columns of tiles.
+
+    Tile (y, x) of the keys begins y * key_tile[0] rows below and x * key_tile[1] columns right of the first query, so
+    that this, like the mask, is the same for all tiles of queries.
+
+    Args:
+        query_tile, key_tile: rows and columns in tokens.
+    """
+    widths = half_widths(radius)
+    (query_rows, query_columns), (key_rows, key_columns) = query_tile, key_tile
+    tiles = {}
+    for y in range((1 - radius) // key_rows, (query_rows + radius - 2) // key_rows + 1):
+        distance = max(0, y * key_rows - query_rows + 1, -(y + 1) * key_rows + 1)
+        width = widths[distance]
+        tiles[y] = range(-width // key_columns, (query_columns - 1 + width) // key_columns + 1)
+    return tiles
+
+
+def visited_tiles(
+    first_key: tuple[int, int], keys: tuple[int, int], tiles: dict[int, range], key_tile: tuple[int, int]
+) -> int:
+    """How many tiles of keys a tile of queries visits: of `tiles` those that hold a key.
+
+    Args:
+        first_key: row and column of the keys where the tile's first query lies; the row may be out of them.
+        keys: rows and columns of keys.
+        tiles: as `reached_tiles` returns them.
+    """
+    (row, column), (rows, columns), (tile_rows, tile_columns) = first_key, keys, key_tile
+    present = range(-column // tile_columns, -((column - columns) // tile_columns))
+    return sum(
+        max(0, min(across.stop, present.stop) - max(across.start, present.start))
+        for y, across in tiles.items()
+        if rows and row + (y + 1) * tile_rows > 0 and row + y * tile_rows < rows
+    )

@@ -16,6 +16,8 @@ from clear_dist.geometry import (
     plan_halos,
     plan_moves,
     reach,
+    reached_tiles,
+    visited_tiles,
 )
 
 ROWS = st.tuples(st.integers(0, 30), st.integers(0, 30)).map(lambda ends: Rows(*sorted(ends)))
@@ -126,20 +128,22 @@ def test_what_one_rank_sends_another_receives(case: tuple[tuple[Rows, ...], int 
 
 
 @given(plans())
-def test_inner_rows_need_no_halo_and_with_the_edges_they_are_all(
+def test_halos_are_the_rows_around_a_stripe_that_it_sees(
     case: tuple[tuple[Rows, ...], int | None, list[HaloPlan]],
 ) -> None:
-    cut, radius, all_plans = case
-    grid = Rows(0, cut[-1].stop)
-    for plan in all_plans:
-        parts = [plan.inner, *plan.edges]
-        assert sorted(row for part in parts for row in members(part)) == sorted(members(plan.own))
-        if len(plan.inner):
-            assert members(reach(plan.inner, grid, radius)) <= members(plan.own)
-        alone = {
-            row for row in members(plan.own) if members(reach(Rows(row, row + 1), grid, radius)) <= members(plan.own)
-        }
-        assert members(plan.inner) == alone
+    for plan in case[2]:
+        above, below = map(members, plan.halos)
+        assert above | below == members(plan.extended) - members(plan.own)
+        assert all(row < plan.own.start for row in above)
+        assert all(row >= plan.own.stop for row in below)
+
+
+@given(ROWS, ROWS, st.none() | st.integers(1, 40))
+def test_rows_reach_what_their_windows_see_wherever_they_lie(rows: Rows, grid: Rows, radius: int | None) -> None:
+    seen = {key for key in members(grid) for row in members(rows) if radius is None or abs(key - row) < radius}
+    reached = reach(rows, grid, radius)
+    assert members(reached) == seen
+    assert grid.start <= reached.start <= reached.stop <= grid.stop
 
 
 @given(moves())
@@ -177,14 +181,15 @@ def test_rows_that_none_has_or_two_have_are_not_moved(have: tuple[Rows, ...]) ->
 
 def test_one_rank_has_an_empty_plan() -> None:
     plan = plan_halos(cut_in_stripes(9, 1), 0, 4)
-    assert (plan.receives, plan.sends, plan.edges) == ((), (), ())
-    assert plan.own == plan.inner == plan.extended == Rows(0, 9)
+    assert (plan.receives, plan.sends) == ((), ())
+    assert plan.own == plan.extended == Rows(0, 9)
+    assert plan.halos == (Rows(0, 0), Rows(9, 9))
 
 
 def test_thin_stripes_have_halos_of_several_owners() -> None:
     plan = plan_halos(cut_in_stripes(8, 8), 3, 4)
     assert plan.receives == tuple(Transfer(peer, Rows(peer, peer + 1)) for peer in (0, 1, 2, 4, 5, 6))
-    assert plan.inner.start == plan.inner.stop
+    assert plan.halos == (Rows(0, 3), Rows(4, 7))
 
 
 @given(st.integers(1, 60))
@@ -193,3 +198,58 @@ def test_half_widths_are_the_circle(radius: int) -> None:
     assert len(widths) == radius
     for row_distance, width in enumerate(widths):
         assert row_distance**2 + width**2 < radius**2 <= row_distance**2 + (width + 1) ** 2
+
+
+TILE = st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 3, 8, 16]))
+
+
+@given(st.integers(1, 40), TILE, TILE)
+def test_reached_tiles_are_those_that_some_circle_touches(
+    radius: int, query_tile: tuple[int, int], key_tile: tuple[int, int]
+) -> None:
+    found = {(y, x) for y, columns in reached_tiles(radius, query_tile, key_tile).items() for x in columns}
+
+    def distance(tile: int, side: int, queries: int) -> int:
+        return min(abs(key - query) for key in range(tile * side, (tile + 1) * side) for query in range(queries))
+
+    sides = list(zip(key_tile, query_tile, strict=True))
+    spans = [range(-(radius // side) - 2, (queries + radius) // side + 2) for side, queries in sides]
+    down, across = ({tile: distance(tile, *side) for tile in span} for side, span in zip(sides, spans, strict=True))
+    assert found == {(y, x) for y in down for x in across if down[y] ** 2 + across[x] ** 2 < radius**2}
+
+
+@given(st.data())
+def test_visited_tiles_are_the_reached_ones_that_hold_a_key(data: st.DataObject) -> None:
+    key_tile = data.draw(TILE)
+    tiles = reached_tiles(data.draw(st.integers(1, 20)), data.draw(TILE), key_tile)
+    rows, columns = data.draw(st.integers(0, 30)), data.draw(st.integers(1, 30))
+    row, column = data.draw(st.integers(-40, 40)), data.draw(st.integers(0, columns - 1))
+    visited = [
+        (y, x)
+        for y, across in tiles.items()
+        for x in across
+        if any(0 <= row + y * key_tile[0] + i < rows for i in range(key_tile[0]))
+        and any(0 <= column + x * key_tile[1] + i < columns for i in range(key_tile[1]))
+    ]
+    assert visited_tiles((row, column), (rows, columns), tiles, key_tile) == len(visited)
+
+
+@pytest.mark.parametrize(
+    ("radius", "key_tile", "share"),
+    [(8, (8, 16), 0.171), (16, (8, 16), 0.419), (32, (8, 16), 0.568), (8, (8, 8), 0.255), (16, (8, 8), 0.419), (32, (8, 8), 0.592)],
+)  # fmt: skip
+def test_share_of_visited_pairs_that_are_wanted(radius: int, key_tile: tuple[int, int], share: float) -> None:
+    """512 x 512 tokens, tiles of 8 x 16 queries, as counted apart from this code."""
+    tiles = reached_tiles(radius, (8, 16), key_tile)
+    visited = sum(
+        visited_tiles((row, column), (512, 512), tiles, key_tile)
+        for row in range(0, 512, 8)
+        for column in range(0, 512, 16)
+    )
+    wanted = sum(
+        (512 - abs(dy)) * (512 - abs(dx))
+        for dy in range(1 - radius, radius)
+        for dx in range(1 - radius, radius)
+        if dy * dy + dx * dx < radius * radius
+    )
+    assert wanted / (visited * 128 * key_tile[0] * key_tile[1]) == pytest.approx(share, abs=0.0006)

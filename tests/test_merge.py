@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clear_dist.merge import merge, unweigh, weigh
+from clear_dist.geometry import Rows
+from clear_dist.merge import RowsPart, merge, merge_rows, unweigh, weigh
 
 SHAPE = (2, 5, 3, 4)
 
@@ -72,3 +73,23 @@ def test_ranks_may_sum_output_and_weight_in_one_buffer() -> None:
 def test_nothing_to_merge_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one part"):
         merge([])
+
+
+@pytest.mark.parametrize("others", [[], [Rows(7, 9)], [Rows(7, 10), Rows(9, 12)], [Rows(7, 12), Rows(7, 12)]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_row_is_merged_from_the_parts_that_concern_it(others: list[Rows], dtype: torch.dtype) -> None:
+    rows = [Rows(7, 12), *others]
+    parts = [RowsPart(r, torch.randn(2, len(r), 4, 3, 5).to(dtype), torch.randn(2, len(r), 4, 3)) for r in rows]
+    merged = torch.full((2, 5, 4, 3, 5), torch.nan, dtype=dtype)
+    merge_rows(parts, merged, 7)
+    for row in range(7, 12):
+        here = [part for part in parts if part.rows.start <= row < part.rows.stop]
+        weights = torch.stack([part.lse[:, row - part.rows.start] for part in here]).double().softmax(0)
+        outs = torch.stack([part.out[:, row - part.rows.start] for part in here]).double()
+        # Rounded once: what float64 gives, in the parts' dtype.
+        torch.testing.assert_close(
+            merged[:, row - 7],
+            (weights[..., None] * outs).sum(0).to(dtype),
+            atol=1e-6,
+            rtol=8e-3 if dtype == torch.bfloat16 else 1e-5,
+        )

@@ -92,7 +92,7 @@ def profiled(model: Path, *arguments: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("text_attention", ["average", "exact"])
-def test_sync_steps_show_messages_under_way_while_inner_rows_are_computed(
+def test_sync_steps_show_messages_under_way_while_rows_attend_to_own_keys(
     model: Path, here: Path, text_attention: str
 ) -> None:
     traces = profiled(model, "--text-attention", text_attention)
@@ -110,22 +110,23 @@ def test_sync_steps_show_messages_under_way_while_inner_rows_are_computed(
             "comm: text start": STEPS * LAYERS * reductions,
             "comm: text wait": STEPS * LAYERS * reductions,
             "compute: text queries": STEPS * LAYERS,
-            "compute: inner rows": STEPS * LAYERS,
-            "compute: edge rows": STEPS * LAYERS,
+            "compute: own keys": STEPS * LAYERS,
+            "compute: halo keys": STEPS * LAYERS,
+            "compute: merge": STEPS * LAYERS,
         }
         assert crossing(trace) == []
         starts, messages = slices(trace, "comm: halos start"), slices(trace, "gloo:recv")
         starting, attending = (slices(trace, "layer ")[part::2] for part in range(2))
         for first, layer, start, message in zip(starting, attending, starts, messages, strict=True):
-            inner, wait, edges = (
+            own, wait, halo = (
                 inside(layer, slices(trace, name))[0]
-                for name in ("compute: inner rows", "comm: halos wait", "compute: edge rows")
+                for name in ("compute: own keys", "comm: halos wait", "compute: halo keys")
             )
             assert (
                 inside(first, [start]) == [start]
-                and start[1] <= layer[0] <= inner[0] < inner[1] <= wait[0] < wait[1] <= edges[0]
+                and start[1] <= layer[0] <= own[0] < own[1] <= wait[0] < wait[1] <= halo[0]
             )
-            assert inside(message, [inner]) == [inner]
+            assert inside(message, [own]) == [own]
     # One clock: nobody has the halos of a layer before the neighbour has begun to send them.
     for one, other in (traces, traces[::-1]):
         pairs = zip(slices(one, "comm: halos start"), slices(other, "comm: halos wait"), strict=True)
@@ -136,7 +137,7 @@ def test_stale_steps_show_messages_that_travel_for_a_step(model: Path, here: Pat
     traces = profiled(model, "--schedule", "stale", "--warmup-steps", "1")
     for rank, trace in enumerate(traces):
         found = counts(trace)
-        for name in ("comm: halos start", "comm: text start", "compute: inner rows", "compute: edge rows"):
+        for name in ("comm: halos start", "comm: text start", "compute: own keys", "compute: halo keys"):
             assert found[name] == STEPS * LAYERS
         assert found["layer "] == 2 * STEPS * LAYERS
         # After the last step what is on its way is waited for.
@@ -147,11 +148,11 @@ def test_stale_steps_show_messages_that_travel_for_a_step(model: Path, here: Pat
         answers = slices(trace, "comm: agree wait")
         assert [inside(layer, answers) for layer in attending[::LAYERS]] == [[answer] for answer in answers]
         for layer in attending:
-            wait, edges, start = (
+            wait, halo, start = (
                 inside(layer, slices(trace, name))[0]
-                for name in ("comm: halos wait", "compute: edge rows", "comm: halos start")
+                for name in ("comm: halos wait", "compute: halo keys", "comm: halos start")
             )
-            assert wait[1] <= edges[0] < edges[1] <= start[0]
+            assert wait[1] <= halo[0] < halo[1] <= start[0]
         messages = slices(trace, "gloo:recv")
         assert len(messages) == len(slices(trace, "gloo:send")) == STEPS * LAYERS
         assert all(len(inside(message, slices(trace, "comm: join"))) == 1 for message in messages)
@@ -169,8 +170,8 @@ def test_one_rank_records_the_last_stage_of_the_first_prompt(model: Path, here: 
     assert generate(model, *large, "--profile", "t.json.gz") == 0
     assert sorted(file.name for file in here.glob("t*")) == ["t.rank0.json.gz"]
     trace = json.loads(gzip.decompress(Path("t.rank0.json.gz").read_bytes()))
-    assert [counts(trace)[name] for name in ("ProfilerStep#", "layer ", "compute: inner rows")] == [2, 8, 4]
-    assert counts(trace)["compute: edge rows"] == 0
+    assert [counts(trace)[name] for name in ("ProfilerStep#", "layer ", "compute: own keys")] == [2, 8, 4]
+    assert counts(trace)["compute: halo keys"] == 0
     assert crossing(trace) == []
 
 

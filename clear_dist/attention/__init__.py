@@ -1,26 +1,32 @@
 """Attention on local tensors: check -> choose -> run.
 
 Image queries see all text keys and the image keys of a circle around them (`window_attention`); text queries see
-everything (`attend`). Layout: sequence before heads, [B, L, N, D]; the image as rows and columns, [B, R, W, N, D].
+everything (`attend`). Both return their log-sum-exp: the keys may lie in several tensors, one call for each, and
+`clear_dist.merge` makes one of the results. Layout: sequence before heads, [B, L, N, D]; the image as rows and columns,
+[B, R, W, N, D].
 
-Shape suffixes: B batch, R my rows, E my rows with halos, W columns, N heads, T text tokens, D head dim.
+Shape suffixes: B batch, R rows of queries, E rows of keys, W columns, N heads, T text tokens, D head dim.
 """
 
 import logging
+from dataclasses import replace
 from difflib import get_close_matches
 
 import torch
 from torch import Tensor
 
-from clear_dist.attention import flex, reference, tiled
+from clear_dist.attention import flex, reference, tiled, triton_window
 from clear_dist.attention.backend import Backend, Request, WindowCall
 from clear_dist.attention.dense import attend
+from clear_dist.geometry import Rows, reach
 
 __all__ = ["BACKENDS", "Backend", "attend", "choose_backend", "window_attention"]
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = {backend.name: backend for backend in (flex.BACKEND, tiled.BACKEND, reference.BACKEND)}
+BACKENDS = {
+    backend.name: backend for backend in (flex.BACKEND, triton_window.BACKEND, tiled.BACKEND, reference.BACKEND)
+}
 """By name, the best first. A new kernel is one file and one row here, and its name in `config.ATTENTION_BACKENDS`."""
 
 
@@ -35,22 +41,25 @@ def window_attention(
     row_offset: int,
     scale: float | None = None,
     backend: Backend,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Attention of image queries to all text keys and to the image keys of a circle (CLEAR, section 3.2).
 
     A key is seen if dx^2 + dy^2 < radius^2, strictly. A circle cut off by the border has fewer keys.
 
     Args:
+        key_text_BTND: T may be 0.
         radius: in tokens, at least 1.
-        row_offset: row i of the queries is row i + row_offset of the keys.
-        scale: factor of the scores; None: 1 / sqrt(D).
+        row_offset: row i of the queries is row i + row_offset of the keys. Any whole number: the keys may end above the
+            queries, or begin below them. Rows of keys out of reach are not read.
+        scale: factor of the scores, positive; None: 1 / sqrt(D).
         backend: as `choose_backend` returns it.
 
     Returns:
-        [B, R, W, N, D] in the dtype of the queries.
+        (out [B, R, W, N, D] in the dtype of the queries, lse [B, R, W, N] in float32); out 0 and lse -inf for a query
+        that sees no key.
 
     Raises:
-        ValueError: the shapes, radius or offset don't fit together, or the backend cannot do it.
+        ValueError: the shapes don't fit together, radius or scale is out of range, or the backend cannot do it.
     """
     call = WindowCall(
         query=query_BRWND,
@@ -63,8 +72,7 @@ def window_attention(
         scale=query_BRWND.shape[-1] ** -0.5 if scale is None else scale,
     )
     _check(call)
-    _require(backend, _request_of(call))
-    return backend.run(call) if query_BRWND.numel() else torch.empty_like(query_BRWND)
+    return _run(backend, call)
 
 
 def choose_backend(
@@ -115,6 +123,37 @@ def _require(backend: Backend, request: Request) -> None:
         raise ValueError(f"attention backend {backend.name} cannot run: {reason}; nearest: {_best(request).name}")
 
 
+def _run(backend: Backend, call: WindowCall) -> tuple[Tensor, Tensor]:
+    """Run the backend for the queries that see a key, if it can; see `window_attention`."""
+    mine, visible = _cut_down(call)
+    if visible.query.numel():
+        _require(backend, _request_of(visible))
+        results = backend.run(visible)
+        if visible.query.shape == call.query.shape:
+            return results
+    out_BRWND = torch.zeros_like(call.query)
+    lse_BRWN = call.query.new_full(call.query.shape[:-1], -torch.inf, dtype=torch.float32)
+    if visible.query.numel():
+        out_BRWND[:, mine], lse_BRWN[:, mine] = results
+    return out_BRWND, lse_BRWN
+
+
+def _cut_down(call: WindowCall) -> tuple[slice, WindowCall]:
+    """The rows of queries that see a key, and the call for these and for the rows of keys that they see."""
+    queries = Rows(call.row_offset, call.row_offset + call.query.shape[1])
+    seen = reach(queries, Rows(0, call.key.shape[1]), call.radius)
+    seeing = queries if call.key_text.shape[1] else reach(seen, queries, call.radius)
+    mine, keys = seeing.relative_to(call.row_offset), seen.relative_to(0)
+    cut = replace(
+        call,
+        query=call.query[:, mine],
+        key=call.key[:, keys],
+        value=call.value[:, keys],
+        row_offset=seeing.start - seen.start,
+    )
+    return mine, cut
+
+
 def _request_of(call: WindowCall) -> Request:
     """What the backends' checks want to know of a call."""
     batch, rows, columns, heads, head_dim = call.query.shape
@@ -136,7 +175,5 @@ def _check(call: WindowCall) -> None:
         raise ValueError(f"values must have their keys' shape, got {call.value.shape} for {key}")
     if call.radius < 1:
         raise ValueError(f"radius must be at least 1 token, got {call.radius}; nearest: 1")
-    last = key[1] - query[1]
-    if not 0 <= call.row_offset <= last:
-        nearest = max(0, min(call.row_offset, last))
-        raise ValueError(f"row_offset must be between 0 and {last}, got {call.row_offset}; nearest: {nearest}")
+    if not call.scale > 0:
+        raise ValueError(f"scale must be positive, got {call.scale}; nearest: {query[-1] ** -0.5:g}")

@@ -26,9 +26,11 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class WindowCall:
-    """One call of windowed attention, checked.
+    """One call of windowed attention, checked and cut down to rows that matter: every query sees a key.
 
-    Shape suffixes: B batch, R my rows, E my rows with halos, W columns, N heads, T text tokens, D head dim.
+    There may be no text keys, or no image keys; not all queries need to see an image key where there is text.
+
+    Shape suffixes: B batch, R rows of queries, E rows of keys, W columns, N heads, T text tokens, D head dim.
     """
 
     query: Tensor
@@ -42,7 +44,7 @@ class WindowCall:
     radius: int
     """In tokens: a key is seen if dx^2 + dy^2 < radius^2, strictly."""
     row_offset: int
-    """Row i of the queries is row i + row_offset of the keys."""
+    """Row i of the queries is row i + row_offset of the keys. May be negative."""
     scale: float
 
 
@@ -53,8 +55,8 @@ class Backend:
     name: str
     why_not: Callable[[Request], str | None]
     """The reason why it cannot answer a request, without its name; None if it can."""
-    run: Callable[[WindowCall], Tensor]
-    """Returns [B, R, W, N, D] in the dtype of the queries."""
+    run: Callable[[WindowCall], tuple[Tensor, Tensor]]
+    """Returns (out [B, R, W, N, D] in the dtype of the queries, lse [B, R, W, N] in float32)."""
     automatic_on: tuple[str, ...] = ()
     """The device types where `auto` may choose it; elsewhere it runs only when asked for by name."""
 

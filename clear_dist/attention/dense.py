@@ -2,20 +2,33 @@
 
 `torch.nn.functional.scaled_dot_product_attention` does not return it; the kernels that it chooses from do.
 
+Text queries are few and their keys many: a GPU would have less blocks of queries than processors, each of which walks
+all keys. There the keys are cut in pieces that are attended to side by side, and merged as parts of several ranks are.
+
 Shape suffixes: B batch, L queries, S keys, N heads, D head dim.
 """
 
 import torch
 from torch import Tensor
 
+from clear_dist.merge import merge
+
+QUERY_BLOCK = 128
+"""Queries that one block of the GPU's kernels takes."""
+BLOCKS_PER_PROCESSOR = 8
+"""Enough that what the last ones leave idle is little."""
+SHORTEST_PIECE = 8192
+"""Keys that are worth a part of their own."""
+
 
 def attend(
-    query_BLND: Tensor, key_BSND: Tensor, value_BSND: Tensor, scale: float | None = None
+    query_BLND: Tensor, key_BSND: Tensor, value_BSND: Tensor, scale: float | None = None, *, pieces: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query to every key.
 
     Args:
         scale: factor of the scores; None: 1 / sqrt(D).
+        pieces: that the keys are cut in; None: as many as suit the device, one on a CPU.
 
     Returns:
         (out [B, L, N, D] in the dtype of the queries, lse [B, L, N] in float32). Without keys (S = 0) out is 0 and
@@ -24,28 +37,82 @@ def attend(
     if query_BLND.numel() == 0 or key_BSND.shape[1] == 0:
         # The kernels divide by these sizes.
         return torch.zeros_like(query_BLND), query_BLND.new_full(query_BLND.shape[:3], -torch.inf, dtype=torch.float32)
-    out_BNLD, lse_BNL = _kernel(query_BLND.transpose(1, 2), key_BSND.transpose(1, 2), value_BSND.transpose(1, 2), scale)
+    pieces = min(_pieces(query_BLND, key_BSND) if pieces is None else pieces, key_BSND.shape[1])
+    if pieces > 1:
+        return _attend_in_pieces(query_BLND, key_BSND, value_BSND, scale, pieces)
+    return heads_last(*fused(query_BLND.transpose(1, 2), key_BSND.transpose(1, 2), value_BSND.transpose(1, 2), scale))
+
+
+def _pieces(query_BLND: Tensor, key_BSND: Tensor) -> int:
+    """How many pieces of keys fill the device's processors."""
+    if query_BLND.device.type != "cuda":
+        return 1
+    batch, queries, heads, _ = query_BLND.shape
+    processors = torch.cuda.get_device_properties(query_BLND.device).multi_processor_count
+    return count_pieces(batch * heads * -(-queries // QUERY_BLOCK), key_BSND.shape[1], processors)
+
+
+def count_pieces(blocks: int, keys: int, processors: int) -> int:
+    """The pieces of keys that give each processor of a GPU enough blocks; 1 where there are enough without."""
+    return max(1, min(-(-BLOCKS_PER_PROCESSOR * processors // blocks), keys // SHORTEST_PIECE))
+
+
+def _attend_in_pieces(
+    query_BLND: Tensor, key_BSND: Tensor, value_BSND: Tensor, scale: float | None, pieces: int
+) -> tuple[Tensor, Tensor]:
+    """Attention to pieces of equal length, which stand side by side in the batch, and to the few keys that are left."""
+    batch, keys = key_BSND.shape[:2]
+    length = keys // pieces
+
+    def cut(x_BSND: Tensor) -> Tensor:
+        # No copy for a batch of one.
+        return x_BSND[:, : pieces * length].unflatten(1, (pieces, length)).flatten(0, 1)
+
+    queries = query_BLND.unsqueeze(1).expand(-1, pieces, -1, -1, -1).flatten(0, 1)
+    out, lse = attend(queries, cut(key_BSND), cut(value_BSND), scale, pieces=1)
+    parts = list(zip(*(result.unflatten(0, (batch, pieces)).unbind(1) for result in (out, lse)), strict=True))
+    rest = slice(pieces * length, keys)
+    return merge([*parts, attend(query_BLND, key_BSND[:, rest], value_BSND[:, rest], scale, pieces=1)])
+
+
+def heads_last(out_BNLD: Tensor, lse_BNL: Tensor) -> tuple[Tensor, Tensor]:
+    """(out [B, L, N, D], lse [B, L, N] in float32) from what `fused` returns."""
     # The memory-efficient kernel pads the log-sum-exp to a multiple of 32 queries.
-    return out_BNLD.transpose(1, 2), lse_BNL[..., : query_BLND.shape[1]].transpose(1, 2).float()
+    return out_BNLD.transpose(1, 2), lse_BNL[..., : out_BNLD.shape[2]].transpose(1, 2).float()
 
 
-def _kernel(query_BNLD: Tensor, key_BNSD: Tensor, value_BNSD: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    """(out, lse) from the kernel that serves this device and dtype."""
+def fused(
+    query_BNLD: Tensor, key_BNSD: Tensor, value_BNSD: Tensor, scale: float | None, bias_LS: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) from the kernel that serves this device and dtype.
+
+    Args:
+        bias_LS: is added to the scores, in the dtype of the queries; some key of each query must not be at -inf. On
+            CUDA its rows must begin at multiples of 8 elements.
+    """
     aten = torch.ops.aten
-    if query_BNLD.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu(query_BNLD, key_BNSD, value_BNSD, scale=scale)
-    if query_BNLD.device.type == "cuda" and query_BNLD.dtype in (torch.bfloat16, torch.float16):
+    device_type, dtype = query_BNLD.device.type, query_BNLD.dtype
+    if device_type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(
+            query_BNLD, key_BNSD, value_BNSD, attn_mask=bias_LS, scale=scale
+        )
+    if device_type != "cuda" or query_BNLD.shape[-1] % 8 or dtype == torch.float64:
+        return _math(query_BNLD, key_BNSD, value_BNSD, scale, bias_LS)
+    if bias_LS is None and dtype != torch.float32:
         return aten._scaled_dot_product_flash_attention(query_BNLD, key_BNSD, value_BNSD, scale=scale)[:2]
-    if query_BNLD.device.type == "cuda":
-        return aten._scaled_dot_product_efficient_attention(
-            query_BNLD, key_BNSD, value_BNSD, attn_bias=None, compute_log_sumexp=True, scale=scale
-        )[:2]
-    return _math(query_BNLD, key_BNSD, value_BNSD, scale)
+    bias_BNLS = None if bias_LS is None else bias_LS.expand(*query_BNLD.shape[:2], -1, -1)
+    return aten._scaled_dot_product_efficient_attention(
+        query_BNLD, key_BNSD, value_BNSD, attn_bias=bias_BNLS, compute_log_sumexp=True, scale=scale
+    )[:2]
 
 
-def _math(query_BNLD: Tensor, key_BNSD: Tensor, value_BNSD: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    """For devices without a fused kernel: all scores at once, in float32."""
+def _math(
+    query_BNLD: Tensor, key_BNSD: Tensor, value_BNSD: Tensor, scale: float | None, bias_LS: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """For what no fused kernel takes: all scores at once, in float32."""
     factor = query_BNLD.shape[-1] ** -0.5 if scale is None else scale
     score_BNLS = (query_BNLD.float() @ key_BNSD.float().transpose(-1, -2)) * factor
+    if bias_LS is not None:
+        score_BNLS += bias_LS
     out_BNLD = score_BNLS.softmax(-1) @ value_BNSD.float()
     return out_BNLD.to(query_BNLD.dtype), score_BNLS.logsumexp(-1)

@@ -4,7 +4,7 @@ Tokens are ordered by tiles of 8x16, so that a block of 128 is compact in the im
 keys come first, padded to whole blocks. Which blocks a tile visits is worked out from distances between tiles: as many
 entries as blocks are visited, never blocks x blocks.
 
-Shape suffixes: B batch, R my rows, E my rows with halos, W columns, N heads, T text tokens, D head dim,
+Shape suffixes: B batch, R rows of queries, E rows of keys, W columns, N heads, T text tokens, D head dim,
 L queries and S keys in tile order, P tiles of queries, K blocks of keys that one tile of queries may visit.
 """
 
@@ -13,10 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 from torch.nn.functional import pad
 
 from clear_dist.attention.backend import Backend, Request, WindowCall, why_too_many_scores
@@ -26,7 +27,7 @@ BLOCK = TILE_ROWS * TILE_COLUMNS
 """Tokens of a tile: FlexAttention's own block size."""
 
 GEOMETRIES_KEPT = 16
-"""Inner rows and two edges for each stage of a cascade, and room for more."""
+"""Own rows and two halos for each stage of a cascade, and room for more."""
 
 SHAPES_COMPILED = 64
 """Dynamo's own limit of 8 is less than a cascade needs, and beyond it the scores would be held all at once."""
@@ -54,8 +55,8 @@ class Geometry:
         return -(-self.columns // TILE_COLUMNS)
 
 
-def run(call: WindowCall) -> Tensor:
-    """Windowed attention [B, R, W, N, D]."""
+def run(call: WindowCall) -> tuple[Tensor, Tensor]:
+    """Windowed attention (out, lse)."""
     geometry = Geometry(
         rows=call.query.shape[1],
         key_rows=call.key.shape[1],
@@ -67,27 +68,31 @@ def run(call: WindowCall) -> Tensor:
     device = call.query.device
     attention = _compiled() if device.type == "cuda" else _unfused
     with torch._dynamo.config.patch(recompile_limit=SHAPES_COMPILED):
-        out_BNLD = attention(
+        out_BNLD, aux = attention(
             _in_tile_order(call.query).transpose(1, 2),
             _keys(call.key_text, call.key).transpose(1, 2),
             _keys(call.value_text, call.value).transpose(1, 2),
             block_mask=block_mask(geometry, device),
             scale=call.scale,
+            return_aux=AuxRequest(lse=True),
         )
-    return _in_raster_order(out_BNLD.transpose(1, 2), geometry.rows, geometry.columns)
+    assert aux.lse is not None
+    results = out_BNLD.transpose(1, 2), aux.lse.transpose(1, 2).unsqueeze(-1)
+    out_BRWND, lse_BRWN1 = (_in_raster_order(result, geometry.rows, geometry.columns) for result in results)
+    return out_BRWND, lse_BRWN1.squeeze(-1).float()
 
 
 @lru_cache(maxsize=1)
-def _compiled() -> Callable[..., Tensor]:
+def _compiled() -> Callable[..., tuple[Tensor, AuxOutput]]:
     """FlexAttention compiled: once per shape, shared by all layers. It fails rather than fall back to all scores."""
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
-def _unfused(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale: float) -> Tensor:
+def _unfused(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, AuxOutput]:
     """FlexAttention uncompiled, without its warning that it holds all scores: `why_not` limits their size."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        return flex_attention(query, key, value, block_mask=block_mask, scale=scale)
+        return flex_attention(query, key, value, **options)
 
 
 def _in_tile_order(image: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The oracle: one dense mask, all scores at once, float32. Slow and plain; the other backends are tested against it.
 
-Shape suffixes: B batch, R my rows, E my rows with halos, W columns, N heads, T text tokens, D head dim.
+Shape suffixes: B batch, R rows of queries, E rows of keys, W columns, N heads, T text tokens, D head dim.
 """
 
 import torch
@@ -9,15 +9,15 @@ from torch import Tensor
 from clear_dist.attention.backend import Backend, WindowCall, why_too_many_scores
 
 
-def run(call: WindowCall) -> Tensor:
-    """Windowed attention [B, R, W, N, D] by its definition: a masked softmax over text and image keys."""
+def run(call: WindowCall) -> tuple[Tensor, Tensor]:
+    """Windowed attention (out, lse) by its definition: a masked softmax over text and image keys."""
     query = call.query.flatten(1, 2).float()
     key = torch.cat([call.key_text, call.key.flatten(1, 2)], dim=1).float()
     value = torch.cat([call.value_text, call.value.flatten(1, 2)], dim=1).float()
-    score = torch.einsum("blnd,bsnd->bnls", query, key) * call.scale
-    probability = score.masked_fill(~visible_keys(call), -torch.inf).softmax(-1)
-    out = torch.einsum("bnls,bsnd->blnd", probability, value)
-    return out.reshape(call.query.shape).to(call.query.dtype)
+    score = torch.einsum("blnd,bsnd->blns", query, key) * call.scale
+    score.masked_fill_(~visible_keys(call)[:, None], -torch.inf)
+    out = torch.einsum("blns,bsnd->blnd", score.softmax(-1), value)
+    return out.reshape(call.query.shape).to(call.query.dtype), score.logsumexp(-1).reshape(call.query.shape[:-1])
 
 
 def visible_keys(call: WindowCall) -> Tensor:

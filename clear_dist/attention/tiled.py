@@ -1,21 +1,27 @@
 """Windowed attention on 2D tiles of queries with PyTorch's own attention: runs anywhere, without a compiler.
 
-The keys that a tile of queries may see are the rectangle that reaches radius - 1 tokens beyond it, cut off at the
-border. They are gathered behind the text keys and attended to under a mask; tiles that are cut off alike share the mask
-and go through one call. Work and memory traffic per token are therefore constant, and so is the working memory.
+The keys that a tile of queries may see are the rectangle that circles reach around it, cut off at the border. They are
+gathered behind the text keys and attended to under a mask; tiles that are cut off alike share the mask and go through
+one call. Work and memory traffic per token are therefore constant, and so is the working memory.
 
-Shape suffixes: B batch, R my rows, E my rows with halos, W columns, N heads, T text tokens, D head dim;
+Shape suffixes: B batch, R rows of queries, E rows of keys, W columns, N heads, T text tokens, D head dim;
 Y rows of tiles, X columns of tiles, H rows and V columns of one tile or of its rectangle of keys, S keys of a tile.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
 from clear_dist.attention.backend import Backend, Request, WindowCall
+from clear_dist.attention.dense import fused, heads_last
+from clear_dist.geometry import half_widths
+
+BIAS_ALIGNMENT = 8
+"""Rows of a mask begin at multiples of so many elements: PyTorch's memory-efficient kernel reads them so."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,8 @@ class Span:
         return self.query_start + tile * side, self.key_start + tile * side
 
 
-def run(call: WindowCall, tiling: Tiling | None = None) -> Tensor:
-    """Windowed attention [B, R, W, N, D]; keys beyond the queries' rectangles are not read.
+def run(call: WindowCall, tiling: Tiling | None = None) -> tuple[Tensor, Tensor]:
+    """Windowed attention (out, lse); keys beyond the queries' rectangles are not read.
 
     For inference: buffers are reused, which autograd refuses to differentiate.
 
@@ -62,27 +68,31 @@ def run(call: WindowCall, tiling: Tiling | None = None) -> Tensor:
     if tiling is None:
         tiling = CPU_TILING if call.query.device.type == "cpu" else GPU_TILING
     out_BRWND = call.query.new_empty(call.query.shape)
+    lse_BRWN1 = call.query.new_empty((*call.query.shape[:-1], 1), dtype=torch.float32)
     rows, columns = call.query.shape[1:3]
     row_spans = cut_in_spans(rows, call.row_offset, call.key.shape[1], tiling.side, call.radius)
-    column_spans = cut_in_spans(columns, 0, columns, tiling.side, call.radius)
-    bias = circle_bias(call, tiling.side)
-    for row_span, column_span in product(row_spans, column_spans):
-        _attend_alike(call, out_BRWND, bias, row_span, column_span, tiling)
-    return out_BRWND
+    bias = circle_bias(call.radius, tiling.side, call.query.dtype, call.query.device)
+    for row_span in row_spans:
+        for column_span in cut_in_spans(columns, 0, columns, tiling.side, radius_across(row_span, call.radius)):
+            _attend_alike(call, (out_BRWND, lse_BRWN1), bias, row_span, column_span, tiling)
+    return out_BRWND, lse_BRWN1.squeeze(-1)
 
 
 def cut_in_spans(queries: int, offset: int, keys: int, side: int, radius: int) -> list[Span]:
     """Cut one dimension in tiles of `side` (the last one may be shorter) and join neighbours that are cut off alike.
 
     Args:
-        offset: query i is key i + offset.
+        offset: query i is key i + offset. Tiles that reach no key have a rectangle of length 0.
     """
     spans: list[Span] = []
     for start in range(0, queries, side):
         length = min(side, queries - start)
         first = max(0, start + offset - radius + 1)
         stop = min(keys, start + offset + length + radius - 1)
-        span = Span(start, length, first, stop - first, lead=start + offset - first)
+        if first < stop:
+            span = Span(start, length, first, stop - first, lead=start + offset - first)
+        else:
+            span = Span(start, length, key_start=0, key_length=0, lead=0)
         if spans and (span.query_length, span.key_length, span.lead) == (
             spans[-1].query_length,
             spans[-1].key_length,
@@ -94,25 +104,41 @@ def cut_in_spans(queries: int, offset: int, keys: int, side: int, radius: int) -
     return spans
 
 
-def circle_bias(call: WindowCall, side: int) -> Tensor:
+def radius_across(row_span: Span, radius: int) -> int:
+    """The radius that circles have left in the rows of keys of a span; less where all these lie above or below it."""
+    distance = max(row_span.lead - row_span.key_length + 1, -row_span.lead - row_span.query_length + 1, 0)
+    return half_widths(radius)[distance] + 1 if row_span.key_length else 1
+
+
+@lru_cache(maxsize=4)
+def circle_bias(radius: int, side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What is added to the scores of a tile that is not cut off: 0 in the circle, -inf outside.
 
     Returns:
         [side, side, side + 2 * radius - 2, side + 2 * radius - 2] in the dtype of the queries: row and column of the
         query, row and column of the key. Tiles that are cut off use a part of it.
     """
-    reach = call.radius - 1
-    query = torch.arange(side, device=call.query.device) + reach
-    key = torch.arange(side + 2 * reach, device=call.query.device)
+    reach = radius - 1
+    query = torch.arange(side, device=device) + reach
+    key = torch.arange(side + 2 * reach, device=device)
     squared = (query[:, None] - key).square()
-    hidden = squared[:, None, :, None] + squared[None, :, None, :] >= call.radius**2
-    return torch.zeros(hidden.shape, dtype=call.query.dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+    hidden = squared[:, None, :, None] + squared[None, :, None, :] >= radius**2
+    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
 
 
 def _attend_alike(
-    call: WindowCall, out_BRWND: Tensor, bias: Tensor, row_span: Span, column_span: Span, tiling: Tiling
+    call: WindowCall,
+    results: tuple[Tensor, Tensor],
+    bias: Tensor,
+    row_span: Span,
+    column_span: Span,
+    tiling: Tiling,
 ) -> None:
-    """Compute the tiles of one kind, as many at a time as the buffers for their keys and values hold."""
+    """Compute the tiles of one kind, as many at a time as the buffers for their keys and values hold.
+
+    Args:
+        results: to be filled, [B, R, W, N, D] and [B, R, W, N, 1].
+    """
     mask = _mask(call, bias, row_span, column_span)
     query_size = row_span.query_length, column_span.query_length
     key_size = row_span.key_length, column_span.key_length
@@ -124,15 +150,18 @@ def _attend_alike(
         key_tiles = _tiles(call.key, (key_row, key_column), tiles, key_size, tiling.side)
         value_tiles = _tiles(call.value, (key_row, key_column), tiles, key_size, tiling.side)
         query_tiles = _tiles(call.query, (row, column), tiles, query_size, tiling.side)
-        out_tiles = _tiles(out_BRWND, (row, column), tiles, query_size, tiling.side)
-        out = scaled_dot_product_attention(
-            query_tiles.flatten(3, 4).flatten(0, 2).transpose(1, 2),
-            _behind_text(keys_BYXSND, key_tiles),
-            _behind_text(values_BYXSND, value_tiles),
-            attn_mask=mask,
-            scale=call.scale,
+        out, lse = heads_last(
+            *fused(
+                query_tiles.flatten(3, 4).flatten(0, 2).transpose(1, 2),
+                _behind_text(keys_BYXSND, key_tiles),
+                _behind_text(values_BYXSND, value_tiles),
+                call.scale,
+                mask,
+            )
         )
-        out_tiles.copy_(out.transpose(1, 2).reshape(out_tiles.shape))
+        for result, computed in zip(results, (out, lse), strict=True):
+            result_tiles = _tiles(result, (row, column), tiles, query_size, tiling.side)
+            result_tiles.copy_(computed.reshape(result_tiles.shape))
 
 
 def _buffers(call: WindowCall, row_span: Span, column_span: Span, tiling: Tiling) -> tuple[Tensor, Tensor]:
@@ -166,7 +195,9 @@ def _mask(call: WindowCall, bias: Tensor, row_span: Span, column_span: Span) -> 
         above : above + row_span.key_length,
         left : left + column_span.key_length,
     ]
-    return pad(part.flatten(0, 1).flatten(1, 2), (call.key_text.shape[1], 0))
+    keys = call.key_text.shape[1] + row_span.key_length * column_span.key_length
+    mask = pad(part.flatten(0, 1).flatten(1, 2), (call.key_text.shape[1], -keys % BIAS_ALIGNMENT))
+    return mask[:, :keys]
 
 
 def _tiles(image: Tensor, start: tuple[int, int], tiles: tuple[int, int], size: tuple[int, int], side: int) -> Tensor:

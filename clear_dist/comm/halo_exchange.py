@@ -1,9 +1,9 @@
 """HALOS ARE EXCHANGED HERE. `start(key, value)` sends my border rows to whoever needs them; `wait()` has theirs.
 
     pending = exchange.start(key, value)     one message per neighbour, K and V together
-    ...                                      rows that need no halo are computed meanwhile
+    ...                                      meanwhile my rows attend to my keys
     above, below = pending.wait()
-    ...                                      the others are
+    ...                                      and then to these
     pending.release()
 
 Which rows those are says the `HaloPlan` (geometry.py). Full attention is the plan in which all rows are halos.

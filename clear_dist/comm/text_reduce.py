@@ -81,7 +81,7 @@ class TextReduce:
         self._post_maximum(lse_BTN)
 
         def finish() -> torch.Tensor:
-            # Not in start: gloo's wait would keep the host from the inner rows until the slowest rank is here.
+            # Not in start: gloo's wait would keep the host from the image queries until the slowest rank is here.
             self._wait()
             self._post_sum(weigh(out_BTND, lse_BTN, self._unload(self._maximum)))
             self._wait()
@@ -92,7 +92,7 @@ class TextReduce:
     def _start_exact_aside(
         self, aside: torch.cuda.Stream, out_BTND: torch.Tensor, lse_BTN: torch.Tensor
     ) -> Callable[[], torch.Tensor]:
-        """NCCL: on a stream of its own, which waits for the maximum while the inner rows are computed."""
+        """NCCL: on a stream of its own, which waits for the maximum while image queries are computed."""
         aside.wait_stream(torch.cuda.current_stream(aside.device))
         for part in (out_BTND, lse_BTN):
             part.record_stream(aside)  # or the caller's memory could be given away while `aside` reads it

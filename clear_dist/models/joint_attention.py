@@ -1,7 +1,7 @@
-"""One attention layer on one rank: what is sent, what is computed meanwhile, what is waited for (design, section 3).
+"""One attention layer on one rank: what is sent, what is computed meanwhile, what is waited for.
 
 Shared by all models: an adaptor projects and rotates q, k and v, and gets the joint output back, text tokens first.
-Shape suffixes: B batch, N heads, T text, R my rows, E my rows with halos, W columns, D head dim, L = T + R x W tokens.
+Shape suffixes: B batch, N heads, T text, R my rows, W columns, D head dim, L = T + R x W tokens.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from clear_dist.attention import Backend, attend, window_attention
 from clear_dist.comm.halo_exchange import PendingHalos
 from clear_dist.geometry import HaloPlan, Rows, reach
 from clear_dist.labels import labelled
+from clear_dist.merge import RowsPart, merge_rows
 from clear_dist.models.exchanges import Exchange
 from clear_dist.models.extrapolation import Extrapolation, attention_scale
 
@@ -49,31 +50,30 @@ class WindowJointAttention:
             part = attend(query_text, key_BLND[:, first_key:], value_BLND[:, first_key:], scale)
         text = exchange.text.start(*part)
 
-        output_BLND = torch.empty_like(query_BLND)
-        output_text, output = self._split(output_BLND, text_tokens)
-
-        def attend_rows(rows: Rows, extended: tuple[Tensor, Tensor], first_row: int) -> None:
-            mine = rows.relative_to(self.plan.own.start)
-            output[:, mine] = window_attention(
-                query[:, mine],
-                *extended,
-                key_text,
-                value_text,
+        def window(rows: Rows, keys: tuple[Tensor, ...], first_key_row: int) -> RowsPart:
+            result = window_attention(
+                query[:, rows.relative_to(self.plan.own.start)],
+                *keys,
                 radius=self.radius,
-                row_offset=rows.start - first_row,
+                row_offset=rows.start - first_key_row,
                 scale=scale,
                 backend=self.backend,
             )
+            return RowsPart(rows, *result)
 
-        if len(self.plan.inner):
-            with labelled("compute: inner rows"):
-                attend_rows(self.plan.inner, (key, value), self.plan.own.start)
-        above, below = halos.wait()
-        for rows in self.plan.edges:
-            keys = reach(rows, self.grid, self.radius)
-            with labelled("compute: edge rows"):
-                attend_rows(rows, extend(keys, self.plan.own, above, (key, value), below), keys.start)
+        with labelled("compute: own keys"):
+            parts = [window(self.plan.own, (key, value, key_text, value_text), self.plan.own.start)]
+        no_text = key_text[:, :0]
+        for held, halo in zip(self.plan.halos, halos.wait(), strict=True):
+            if len(held):
+                with labelled("compute: halo keys"):
+                    reaching = reach(held, self.plan.own, self.radius)
+                    parts.append(window(reaching, (halo[0], halo[1], no_text, no_text), held.start))
         halos.release()
+        output_BLND = torch.empty_like(query_BLND)
+        output_text, output = self._split(output_BLND, text_tokens)
+        with labelled("compute: merge"):
+            merge_rows(parts, output, self.plan.own.start)
         output_text.copy_(text.wait())
         return output_BLND
 
@@ -124,17 +124,3 @@ class FullJointAttention:
 
 JointAttention = WindowJointAttention | FullJointAttention
 """(exchange, halos, q, k, v) -> output; tensors are [B, L, N, D], with the text tokens first."""
-
-
-def extend(rows: Rows, own: Rows, above: Tensor, mine: tuple[Tensor, Tensor], below: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of `rows` [B, E, W, N, D] from the stripe `own` and the halos [2, B, rows, W, N, D] beside it."""
-    sources = ((own.start - above.shape[2], above), (own.start, mine), (own.stop, below))
-
-    def joined(index: int) -> Tensor:
-        parts = []
-        for first_row, held in sources:
-            wanted = Rows(first_row, first_row + held[index].shape[1]).intersect(rows)
-            parts.append(held[index][:, wanted.relative_to(first_row)])
-        return torch.cat(parts, dim=1)
-
-    return joined(0), joined(1)

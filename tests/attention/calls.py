@@ -1,4 +1,4 @@
-"""Random inputs for windowed attention. Suffixes: B batch, R my rows, E my rows with halos, W columns, N heads."""
+"""Random inputs for windowed attention. Suffixes: B batch, R rows, W columns, N heads, D head dim."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +39,7 @@ class Case:
 
         return image(self.rows), image(self.key_rows), image(self.key_rows), text(), text()
 
-    def run(self, name: str, tensors: tuple[Tensor, ...], **changed: Any) -> Tensor:
-        """The output of the backend called `name`."""
+    def run(self, name: str, tensors: tuple[Tensor, ...], **changed: Any) -> tuple[Tensor, Tensor]:
+        """The output of the backend called `name` and its log-sum-exp."""
         options = {"radius": self.radius, "row_offset": self.row_offset, "scale": self.scale} | changed
         return window_attention(*tensors, **options, backend=BACKENDS[name])

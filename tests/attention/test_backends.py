@@ -1,4 +1,6 @@
-"""Every row of BACKENDS against the oracle; a new row is covered by itself."""
+"""Every row of BACKENDS against the oracle; a new row is covered by itself.
+
+`triton` runs here only if Triton's interpreter is on: `test_triton.py` starts these tests once more with it."""
 
 from itertools import pairwise
 
@@ -8,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clear_dist.attention import BACKENDS, choose_backend
+from clear_dist.attention.backend import Request
+from clear_dist.merge import merge
 from tests.attention.calls import Case
 
+NAMES = [name for name, backend in BACKENDS.items() if backend.why_not(Request("cpu", torch.float32)) is None]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 CASES = [
     Case(rows=16, key_rows=16, columns=16, text=4, radius=4),
@@ -26,64 +31,103 @@ CASES = [
     Case(rows=20, key_rows=20, columns=20, text=0, radius=1),
     Case(rows=24, key_rows=60, columns=24, text=8, radius=5, row_offset=31),
     Case(rows=8, key_rows=8, columns=9, text=3, radius=3, scale=0.7),
+    # The halo above, the one below, and keys that only the first or last rows of the queries see, or none.
+    Case(rows=20, key_rows=7, columns=21, text=0, radius=8, row_offset=7),
+    Case(rows=20, key_rows=7, columns=21, text=0, radius=8, row_offset=-20),
+    Case(rows=3, key_rows=15, columns=10, text=0, radius=16, row_offset=-3, batch=2),
+    Case(rows=30, key_rows=9, columns=12, text=0, radius=4, row_offset=-11),
+    Case(rows=30, key_rows=9, columns=12, text=3, radius=4, row_offset=-11),
+    Case(rows=9, key_rows=5, columns=12, text=0, radius=4, row_offset=8),
+    Case(rows=9, key_rows=5, columns=12, text=2, radius=4, row_offset=400),
+    Case(rows=9, key_rows=5, columns=12, text=0, radius=4, row_offset=-400),
+    Case(rows=9, key_rows=0, columns=12, text=2, radius=4),
+    Case(rows=9, key_rows=0, columns=12, text=0, radius=4),
 ]
 
 
 def same_as_reference(name: str, case: Case) -> None:
     tensors = case.tensors()
-    out = case.run(name, tensors)
-    assert out.dtype == case.dtype
-    assert out.shape == tensors[0].shape
-    expected = case.run("reference", tuple(tensor.float() for tensor in tensors))
-    torch.testing.assert_close(out.float(), expected, atol=TOLERANCE[case.dtype], rtol=TOLERANCE[case.dtype])
+    out, lse = case.run(name, tensors)
+    assert (out.dtype, lse.dtype) == (case.dtype, torch.float32)
+    assert (out.shape, lse.shape) == (tensors[0].shape, tensors[0].shape[:-1])
+    expected_out, expected_lse = case.run("reference", tuple(tensor.float() for tensor in tensors))
+    tolerance = {"atol": TOLERANCE[case.dtype], "rtol": TOLERANCE[case.dtype]}
+    torch.testing.assert_close(out.float(), expected_out, **tolerance)
+    torch.testing.assert_close(lse, expected_lse, **tolerance)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_backend_is_the_reference(name: str, case: Case) -> None:
     same_as_reference(name, case)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_backend_in_half_precision(name: str, dtype: torch.dtype) -> None:
     same_as_reference(name, Case(rows=17, key_rows=30, columns=21, text=9, radius=6, row_offset=6, dtype=dtype))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
 @settings(deadline=None, max_examples=15)
 def test_backend_on_any_geometry(name: str, data: st.DataObject) -> None:
-    rows = data.draw(st.integers(1, 28), "rows")
-    above, below = data.draw(st.integers(0, 20), "rows above"), data.draw(st.integers(0, 20), "rows below")
     case = Case(
-        rows=rows,
-        key_rows=above + rows + below,
+        rows=data.draw(st.integers(1, 28), "rows"),
+        key_rows=data.draw(st.integers(0, 48), "rows of keys"),
         columns=data.draw(st.integers(1, 36), "columns"),
         text=data.draw(st.sampled_from([0, 1, 31, 129]), "text"),
         radius=data.draw(st.integers(1, 24), "radius"),
-        row_offset=above,
+        row_offset=data.draw(st.integers(-60, 60), "row offset"),
         batch=data.draw(st.integers(1, 2), "batch"),
         heads=1,
-        head_dim=8,
     )
     same_as_reference(name, case)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_stripes_with_halos_are_the_whole(name: str) -> None:
     whole = Case(rows=23, key_rows=23, columns=14, text=6, radius=5)
     query, key, value, *text = whole.tensors()
-    out = whole.run(name, (query, key, value, *text))
+    out, lse = whole.run(name, (query, key, value, *text))
     for start, stop in pairwise([0, 1, 4, 15, 23]):
         first, last = max(0, start - 4), min(23, stop + 4)
         stripe = whole.run(
             name, (query[:, start:stop], key[:, first:last], value[:, first:last], *text), row_offset=start - first
         )
-        torch.testing.assert_close(stripe, out[:, start:stop], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(stripe, (out[:, start:stop], lse[:, start:stop]), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("ends", [[0, 11, 23], [0, 1, 2, 9, 23]], ids=str)
+def test_keys_in_several_tensors_merge_to_the_whole(name: str, ends: list[int]) -> None:
+    case = Case(rows=23, key_rows=23, columns=14, text=6, radius=5)
+    query, key, value, *text = case.tensors()
+    nothing = [tensor[:, :0] for tensor in text]
+    parts = [case.run(name, (query, key[:, :0], value[:, :0], *text))]
+    for start, stop in pairwise(ends):
+        tensors = (query, key[:, start:stop], value[:, start:stop], *nothing)
+        parts.append(case.run(name, tensors, row_offset=-start))
+    assert any(lse.isneginf().any() for _, lse in parts)
+    torch.testing.assert_close(merge(parts), case.run("reference", (query, key, value, *text)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("row_offset", [-8, 0, 9, 20, 29])
+@pytest.mark.parametrize("text", [0, 4])
+def test_rows_out_of_reach_are_not_read(name: str, row_offset: int, text: int) -> None:
+    case = Case(rows=11, key_rows=40, columns=13, text=text, radius=6, row_offset=row_offset)
+    query, key, value, *texts = case.tensors()
+    expected = case.run("reference", (query, key, value, *texts))
+    unread = torch.ones(40, dtype=torch.bool)
+    unread[max(0, row_offset - 5) : row_offset + 11 + 5] = False
+    assert unread.any()
+    for tensor in (key, value):
+        tensor[:, unread] = torch.nan
+    torch.testing.assert_close(case.run(name, (query, key, value, *texts)), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("layout", [(0, 3, 1, 2, 4), (0, 1, 2, 4, 3), (4, 3, 2, 1, 0)], ids=str)
 def test_any_strides_will_do(name: str, layout: tuple[int, ...]) -> None:
     case = Case(rows=10, key_rows=18, columns=12, text=3, radius=4, row_offset=5)
@@ -93,26 +137,27 @@ def test_any_strides_will_do(name: str, layout: tuple[int, ...]) -> None:
     torch.testing.assert_close(case.run(name, (*strided, *tensors[3:])), case.run(name, tensors), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_no_queries_no_output(name: str) -> None:
     case = Case(rows=0, key_rows=3, columns=4, text=2, radius=2)
-    assert case.run(name, case.tensors()).shape == (1, 0, 4, 2, 16)
+    out, lse = case.run(name, case.tensors())
+    assert (out.shape, lse.shape) == ((1, 0, 4, 2, 16), (1, 0, 4, 2))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_what_does_not_fit_together_is_refused(name: str) -> None:
     case = Case(rows=4, key_rows=6, columns=4, text=2, radius=2)
     query, key, value, *text = tensors = case.tensors()
-    with pytest.raises(ValueError, match="row_offset must be between 0 and 2, got 3; nearest: 2"):
-        case.run(name, tensors, row_offset=3)
     with pytest.raises(ValueError, match="radius must be at least 1 token, got 0"):
         case.run(name, tensors, radius=0)
+    with pytest.raises(ValueError, match=r"scale must be positive, got -0\.1; nearest: 0\.25"):
+        case.run(name, tensors, scale=-0.1)
     with pytest.raises(ValueError, match="must be equal"):
         case.run(name, (query[:, :, :3], key, value, *text))
     with pytest.raises(ValueError, match="their keys' shape"):
         case.run(name, (query, key, value[:, 1:], *text))
 
 
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("name", NAMES)
 def test_cpu_can_run_every_backend_when_asked(name: str) -> None:
     assert choose_backend(name, device="cpu", dtype=torch.float32).name == name

@@ -32,6 +32,21 @@ def test_auto_on_cuda_is_flex_if_it_can(monkeypatch: pytest.MonkeyPatch) -> None
         choose_backend("flex", device="cuda", dtype=torch.bfloat16)
 
 
+def test_triton_is_used_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clear_dist.attention.triton_window.find_spec", lambda _: object())
+    asked = {"device": "cuda", "dtype": torch.bfloat16}
+    assert choose_backend("triton", **asked, head_dim=128).name == "triton"
+    with pytest.raises(ValueError, match="triton cannot run: it takes heads of 16, 32, 64, 128, 256, got 80"):
+        choose_backend("triton", **asked, head_dim=80)
+    with pytest.raises(ValueError, match=r"it takes float32, bfloat16 and float16, got torch\.float64"):
+        choose_backend("triton", device="cuda", dtype=torch.float64)
+    monkeypatch.setattr("clear_dist.attention.triton_window.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="triton cannot run: its compiler, the package triton, is not installed"):
+        choose_backend("triton", **asked)
+    with pytest.raises(ValueError, match="triton cannot run: it runs on cuda, and for tests on cpu, got mps"):
+        choose_backend("triton", device="mps", dtype=torch.float32)
+
+
 def test_auto_on_another_device_is_tiled() -> None:
     assert choose_backend("auto", device="mps", dtype=torch.float32).name == "tiled"
 
@@ -51,7 +66,9 @@ def test_a_run_is_checked_again_now_that_sizes_are_known() -> None:
 
 @pytest.mark.parametrize(("name", "nearest"), [("flexx", "flex"), ("tilde", "tiled"), ("Auto", "auto")])
 def test_an_unknown_name_is_refused_with_the_nearest(name: str, nearest: str) -> None:
-    with pytest.raises(ValueError, match=f"one of auto, flex, tiled, reference; got '{name}'; nearest: {nearest}"):
+    with pytest.raises(
+        ValueError, match=f"one of auto, flex, triton, tiled, reference; got '{name}'; nearest: {nearest}"
+    ):
         choose_backend(name, device="cpu", dtype=torch.float32)
 
 

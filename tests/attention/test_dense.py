@@ -56,7 +56,30 @@ def test_split_keys_merge_to_the_whole() -> None:
 
 
 @pytest.mark.parametrize("scale", [None, 0.9])
-def test_devices_without_a_kernel_do_the_same(scale: float | None) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_devices_without_a_kernel_do_the_same(scale: float | None, masked: bool) -> None:
     heads_first = [tensor.transpose(1, 2) for tensor in inputs(6, 11)]
-    for mine, kernel in zip(dense._math(*heads_first, scale), dense._kernel(*heads_first, scale), strict=True):
-        torch.testing.assert_close(mine, kernel)
+    hidden = torch.zeros(6, 11).masked_fill(torch.rand(6, 11) < 0.4, -torch.inf)
+    hidden[:, 3] = 0
+    bias = hidden if masked else None
+    torch.testing.assert_close(dense._math(*heads_first, scale, bias), dense.fused(*heads_first, scale, bias))
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 7, 50, 90])
+@pytest.mark.parametrize(("batch", "dtype", "tolerance"), [(1, torch.float32, 1e-5), (2, torch.bfloat16, 2e-2)])
+def test_keys_in_pieces_give_the_same(pieces: int, batch: int, dtype: torch.dtype, tolerance: float) -> None:
+    tensors = inputs(6, 50, dtype, batch)
+    out, lse = attend(*tensors, scale=0.4, pieces=pieces)
+    expected_out, expected_lse = by_definition(*tensors, scale=0.4)
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    torch.testing.assert_close(out.double(), expected_out, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "keys", "pieces"),
+    [(96, 262656, 11), (96, 66048, 8), (96, 4608, 1), (96, 100, 1), (2000, 262656, 1), (1, 262656, 32)],
+)
+def test_pieces_fill_the_processors_and_are_not_too_short(blocks: int, keys: int, pieces: int) -> None:
+    """132 processors; 96 blocks are 512 text tokens and 24 heads."""
+    assert dense.count_pieces(blocks, keys, processors=132) == pieces

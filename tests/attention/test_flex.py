@@ -53,14 +53,13 @@ def test_blocks_suffice_wherever_the_queries_start(row_offset: int, radius: int)
 @given(data=st.data())
 @settings(deadline=None, max_examples=25)
 def test_blocks_suffice_for_any_geometry(data: st.DataObject) -> None:
-    rows, above, below = (data.draw(st.integers(low, 30)) for low in (1, 0, 0))
     geometry = Geometry(
-        rows=rows,
-        key_rows=above + rows + below,
+        rows=data.draw(st.integers(1, 30)),
+        key_rows=data.draw(st.integers(1, 60)),
         columns=data.draw(st.integers(1, 60)),
         text=data.draw(st.sampled_from([0, 1, 127, 128, 200, 256])),
         radius=data.draw(st.integers(1, 40)),
-        row_offset=above,
+        row_offset=data.draw(st.integers(-60, 60)),
     )
     blocks_suffice(geometry)
 

@@ -1,0 +1,189 @@
+"""The Triton kernel of `triton_window.py`: one program computes one tile of queries of one head.
+
+Queries, keys and values are read from raster order, the result is written in it. Text keys come first, then the tiles
+of keys that the circle touches (`geometry.reached_tiles`), row of tiles by row of tiles. What a tile of keys shows
+depends only on its offset from the tile of queries: no mask is read.
+
+Shape suffixes: Q queries of a tile, K keys of a tile, D head dim. Strides are those of [B, R, W, N, D], of [B, T, N, D]
+for text and of [B, R, W, N] for the log-sum-exp, in elements.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+FAR = tl.constexpr(1.0e9)
+"""A squared distance beyond every radius."""
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def product(left, right, total=None):
+    """left @ right + total in float32; of float32 matrices by three products on tensor cores, which is nearly exact."""
+    if INTERPRETED:  # it would multiply the bits of bfloat16 as whole numbers
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, total, input_precision="tf32x3")
+
+
+@triton.jit
+def absorb(score_QK, value_KD, out_QD, weight_Q, maximum_Q, log2_scale):
+    """One step of the online softmax: `out` and `weight` are sums of e^(score - maximum) times values, and times 1."""
+    new_Q = tl.maximum(maximum_Q, tl.max(score_QK, 1))
+    # A query that has seen no key yet has no maximum to subtract.
+    anchor_Q = tl.where(new_Q == -float("inf"), 0.0, new_Q)
+    share_QK = tl.exp2(score_QK * log2_scale - (anchor_Q * log2_scale)[:, None])
+    shrunk_Q = tl.exp2((maximum_Q - anchor_Q) * log2_scale)
+    out_QD = product(share_QK.to(value_KD.dtype), value_KD, out_QD * shrunk_Q[:, None])
+    return out_QD, weight_Q * shrunk_Q + tl.sum(share_QK, 1), new_Q
+
+
+@triton.jit
+def see_text(
+    query_QD, key, value, key_strides, value_strides, text, out_QD, weight_Q, maximum_Q, log2_scale,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Absorb the text keys of one head, all of which every query sees."""
+    token_K, dim_D = tl.arange(0, BLOCK), tl.arange(0, HEAD_DIM)
+    key_KD = key + token_K[:, None] * key_strides[1] + dim_D * key_strides[3]
+    value_KD = value + token_K[:, None] * value_strides[1] + dim_D * value_strides[3]
+    whole = text // BLOCK * BLOCK
+    for first in range(0, whole, BLOCK):
+        score_QK = product(query_QD, tl.trans(tl.load(key_KD + first * key_strides[1])))
+        values = tl.load(value_KD + first * value_strides[1])
+        out_QD, weight_Q, maximum_Q = absorb(score_QK, values, out_QD, weight_Q, maximum_Q, log2_scale)
+    if whole < text:
+        present_K = whole + token_K < text
+        keys = tl.load(key_KD + whole * key_strides[1], mask=present_K[:, None], other=0.0)
+        values = tl.load(value_KD + whole * value_strides[1], mask=present_K[:, None], other=0.0)
+        score_QK = product(query_QD, tl.trans(keys))
+        score_QK = tl.where(present_K[None, :], score_QK, -float("inf"))
+        out_QD, weight_Q, maximum_Q = absorb(score_QK, values, out_QD, weight_Q, maximum_Q, log2_scale)
+    return out_QD, weight_Q, maximum_Q
+
+
+@triton.jit
+def hide(score_QK, y, x, inside_K, radius, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """Scores of the keys outside the circle become -inf.
+
+    The squared distance is |k|^2 - 2 q k + |q|^2, in floats that hold it exactly: two multiplications for each score.
+
+    Args:
+        y, x: where the tile of keys begins, seen from the tile of queries.
+        QUERIES, KEYS: rows and columns of these tiles.
+    """
+    query_Q = tl.arange(0, QUERIES[0] * QUERIES[1])
+    key_K = tl.arange(0, KEYS[0] * KEYS[1])
+    query_y_Q, query_x_Q = (query_Q // QUERIES[1]).to(tl.float32), (query_Q % QUERIES[1]).to(tl.float32)
+    key_y_K, key_x_K = (y + key_K // KEYS[1]).to(tl.float32), (x + key_K % KEYS[1]).to(tl.float32)
+    squared_K = tl.where(inside_K, key_y_K * key_y_K + key_x_K * key_x_K, FAR)
+    limit_Q = radius * radius - query_y_Q * query_y_Q - query_x_Q * query_x_Q
+    distance_QK = squared_K[None, :] - (2 * query_y_Q)[:, None] * key_y_K[None, :]
+    distance_QK -= (2 * query_x_Q)[:, None] * key_x_K[None, :]
+    return tl.where(distance_QK < limit_Q[:, None], score_QK, -float("inf"))
+
+
+@triton.jit
+def visits(tiles, row, column, keys, FIRST: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    """Which tiles of keys are visited: those that `tiles` lists and that hold a key.
+
+    Args:
+        tiles: for each of ROWS rows of tiles, the first of them at FIRST, its first column and the one after its last.
+        row, column: of the first query, in the keys.
+        keys: their rows and columns; SIZE: those of a tile of keys.
+
+    Returns:
+        (first row of tiles, the first column of tiles that holds keys and the one after the last, number of tiles).
+    """
+    above = -(row + FIRST * SIZE[0])
+    below = keys[0] + above
+    begin = tl.minimum(tl.maximum(above, 0) // SIZE[0], ROWS)
+    end = tl.minimum(tl.cdiv(tl.maximum(below, 0), SIZE[0]), ROWS)
+    left, right = -tl.cdiv(column, SIZE[1]), tl.cdiv(keys[1] - column, SIZE[1])
+    listed = tl.arange(0, triton.next_power_of_2(ROWS))
+    visited = (listed >= begin) & (listed < end)
+    first = tl.maximum(tl.load(tiles + 2 * listed, mask=visited, other=0), left)
+    stop = tl.minimum(tl.load(tiles + 2 * listed + 1, mask=visited, other=0), right)
+    return begin, left, right, tl.sum(tl.where(visited, stop - first, 0))
+
+
+@triton.jit
+def see_image(
+    query_QD, key, value, key_strides, value_strides, tiles, row, column, keys, radius,
+    out_QD, weight_Q, maximum_Q, log2_scale,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Absorb the image keys of one head that the circles touch, tile by tile."""
+    token_K, dim_D = tl.arange(0, KEYS[0] * KEYS[1]), tl.arange(0, HEAD_DIM)
+    down_K, across_K = token_K // KEYS[1], token_K % KEYS[1]
+    key_KD = (down_K * key_strides[1] + across_K * key_strides[2])[:, None] + dim_D * key_strides[4]
+    value_KD = (down_K * value_strides[1] + across_K * value_strides[2])[:, None] + dim_D * value_strides[4]
+    tile_y, left, right, count = visits(tiles, row, column, keys, FIRST, ROWS, KEYS)
+    # One loop over all rows of tiles, so that loads run ahead from one row into the next. `tiles` has a row to spare.
+    tile_x = tl.maximum(tl.load(tiles + 2 * tile_y), left)
+    for _ in range(count):
+        y, x = (FIRST + tile_y) * KEYS[0], tile_x * KEYS[1]
+        key_row, key_column = row + y, column + x
+        in_rows_K = (key_row + down_K >= 0) & (key_row + down_K < keys[0])
+        inside_K = in_rows_K & (key_column + across_K >= 0) & (key_column + across_K < keys[1])
+        first_key = key_row.to(tl.int64) * key_strides[1] + key_column.to(tl.int64) * key_strides[2]
+        first_value = key_row.to(tl.int64) * value_strides[1] + key_column.to(tl.int64) * value_strides[2]
+        tile_keys = tl.load(key + first_key + key_KD, mask=inside_K[:, None], other=0.0)
+        values = tl.load(value + first_value + value_KD, mask=inside_K[:, None], other=0.0)
+        score_QK = product(query_QD, tl.trans(tile_keys))
+        far_y = tl.maximum(QUERIES[0] - 1 - y, y + KEYS[0] - 1)
+        far_x = tl.maximum(QUERIES[1] - 1 - x, x + KEYS[1] - 1)
+        cut = (key_row < 0) | (key_row + KEYS[0] > keys[0]) | (key_column < 0) | (key_column + KEYS[1] > keys[1])
+        if cut | (far_y * far_y + far_x * far_x >= radius * radius):
+            score_QK = hide(score_QK, y, x, inside_K, radius, QUERIES, KEYS)
+        out_QD, weight_Q, maximum_Q = absorb(score_QK, values, out_QD, weight_Q, maximum_Q, log2_scale)
+        ends = tile_x + 1 >= tl.minimum(tl.load(tiles + 2 * tile_y + 1), right)
+        tile_y += ends.to(tl.int32)
+        tile_x = tl.where(ends, tl.maximum(tl.load(tiles + 2 * tile_y), left), tile_x + 1)
+    return out_QD, weight_Q, maximum_Q
+
+
+@triton.jit(do_not_specialize=("heads", "text", "row_offset", "radius"))
+def window_kernel(
+    query, key, value, key_text, value_text, out, lse, tiles,
+    query_strides, key_strides, value_strides, key_text_strides, value_text_strides, out_strides, lse_strides,
+    heads, queries, keys, text, row_offset, radius, log2_scale,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Programs: (tile of queries, batch and head). `queries`, `keys`: rows and columns of the images."""
+    tile, batch, head = tl.program_id(0), (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    tiles_across = tl.cdiv(queries[1], QUERIES[1])
+    row, column = tile // tiles_across * QUERIES[0], tile % tiles_across * QUERIES[1]
+    token_Q, dim_D = tl.arange(0, QUERIES[0] * QUERIES[1]), tl.arange(0, HEAD_DIM)
+    row_Q, column_Q = row + token_Q // QUERIES[1], column + token_Q % QUERIES[1]
+    inside_Q = (row_Q < queries[0]) & (column_Q < queries[1])
+    row_Q, column_Q = row_Q.to(tl.int64), column_Q.to(tl.int64)
+
+    query += batch * query_strides[0] + head * query_strides[3]
+    query_Q = query + row_Q * query_strides[1] + column_Q * query_strides[2]
+    query_QD = tl.load(query_Q[:, None] + dim_D * query_strides[4], mask=inside_Q[:, None], other=0.0)
+    out_QD = tl.zeros([QUERIES[0] * QUERIES[1], HEAD_DIM], tl.float32)
+    weight_Q = tl.zeros([QUERIES[0] * QUERIES[1]], tl.float32)
+    maximum_Q = tl.full([QUERIES[0] * QUERIES[1]], -float("inf"), tl.float32)
+
+    key_text += batch * key_text_strides[0] + head * key_text_strides[2]
+    value_text += batch * value_text_strides[0] + head * value_text_strides[2]
+    out_QD, weight_Q, maximum_Q = see_text(
+        query_QD, key_text, value_text, key_text_strides, value_text_strides, text, out_QD, weight_Q, maximum_Q,
+        log2_scale, KEYS[0] * KEYS[1], HEAD_DIM,
+    )  # fmt: skip
+    key += batch * key_strides[0] + head * key_strides[3]
+    value += batch * value_strides[0] + head * value_strides[3]
+    out_QD, weight_Q, maximum_Q = see_image(
+        query_QD, key, value, key_strides, value_strides, tiles, row + row_offset, column, keys, radius,
+        out_QD, weight_Q, maximum_Q, log2_scale, QUERIES, KEYS, FIRST, ROWS, HEAD_DIM,
+    )  # fmt: skip
+
+    # Queries beyond the border, which are not stored, may have seen nothing.
+    weight_Q = tl.where(inside_Q, weight_Q, 1.0)
+    out += batch * out_strides[0] + head * out_strides[3]
+    out_Q = out + row_Q * out_strides[1] + column_Q * out_strides[2]
+    out_QD = out_QD / weight_Q[:, None]
+    tl.store(out_Q[:, None] + dim_D * out_strides[4], out_QD.to(out.dtype.element_ty), mask=inside_Q[:, None])
+    lse += batch * lse_strides[0] + head * lse_strides[3]
+    lse_Q = (maximum_Q * log2_scale + tl.log2(weight_Q)) * LN_2
+    tl.store(lse + row_Q * lse_strides[1] + column_Q * lse_strides[2], lse_Q, mask=inside_Q)

@@ -1,0 +1,132 @@
+"""Windowed attention with a Triton kernel of our own: raster order in and out, no mask in memory, halos read in place.
+
+Its working memory does not grow with the image: a table of the tiles that the circle touches, two numbers for each row
+of tiles. On the CPU it runs under Triton's interpreter, for tests: TRITON_INTERPRET=1 before Python starts.
+
+Shape suffixes: B batch, R rows of queries, E rows of keys, W columns, N heads, T text tokens, D head dim.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from math import log2
+
+import torch
+from torch import Tensor
+
+from clear_dist.attention.backend import Backend, Request, WindowCall
+from clear_dist.geometry import covering_radius, reached_tiles
+
+LARGEST_RADIUS = 4_000
+"""In tokens: up to here float32 holds the squared distances that the kernel compares."""
+HEAD_DIMS = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """What one program computes."""
+
+    queries: tuple[int, int]
+    """Rows and columns of a tile of queries, in tokens."""
+    keys: tuple[int, int]
+    """Rows and columns of a tile of keys; a block of text keys is as large."""
+    warps: int
+    stages: int
+    """Tiles of keys and values under way at once."""
+
+
+TILINGS = {
+    128: Tiling((8, 16), (8, 16), warps=8, stages=3),
+    256: Tiling((8, 16), (8, 8), warps=8, stages=3),
+    512: Tiling((8, 8), (4, 8), warps=8, stages=2),
+    1024: Tiling((4, 8), (4, 4), warps=4, stages=2),
+}
+"""By bytes of one key of one head, at most. Chosen by the share of visited pairs that are wanted, and so that registers
+(bfloat16, compiled for sm_90) and shared memory suffice; not measured on a GPU."""
+
+
+def run(call: WindowCall) -> tuple[Tensor, Tensor]:
+    """Windowed attention (out, lse)."""
+    from clear_dist.attention.triton_kernel import window_kernel
+
+    batch, rows, columns, heads, head_dim = call.query.shape
+    radius = min(call.radius, _largest_distance(call))
+    assert radius <= LARGEST_RADIUS, f"a circle of {radius} tokens is beyond float32"
+    tiling = choose_tiling(head_dim * call.query.element_size())
+    first, tiles = tile_table(radius, tiling.queries, tiling.keys, call.query.device)
+    out_BRWND = call.query.new_empty(call.query.shape)
+    lse_BRWN = call.query.new_empty(call.query.shape[:-1], dtype=torch.float32)
+    tensors = (call.query, call.key, call.value, call.key_text, call.value_text, out_BRWND, lse_BRWN)
+    tile_count = -(-rows // tiling.queries[0]) * -(-columns // tiling.queries[1])
+    with torch.cuda.device_of(call.query):
+        window_kernel[(tile_count, batch * heads)](
+            *tensors,
+            tiles,
+            *(tensor.stride() for tensor in tensors),
+            heads=heads,
+            queries=(rows, columns),
+            keys=(call.key.shape[1], columns),
+            text=call.key_text.shape[1],
+            row_offset=call.row_offset,
+            radius=radius,
+            log2_scale=call.scale * log2(torch.e),
+            QUERIES=tiling.queries,
+            KEYS=tiling.keys,
+            FIRST=first,
+            ROWS=len(tiles) - 1,
+            HEAD_DIM=head_dim,
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
+        )
+    return out_BRWND, lse_BRWN
+
+
+def choose_tiling(key_bytes: int) -> Tiling:
+    """The row of TILINGS for keys of so many bytes."""
+    return TILINGS[min(most for most in TILINGS if key_bytes <= most)]
+
+
+@lru_cache(maxsize=16)
+def tile_table(
+    radius: int, query_tile: tuple[int, int], key_tile: tuple[int, int], device: torch.device
+) -> tuple[int, Tensor]:
+    """The tiles of keys that circles touch, as the kernel reads them.
+
+    Returns:
+        The first row of tiles, and for each row, and for one row to spare, int32: its first column of tiles and the one
+        after its last.
+    """
+    reached = reached_tiles(radius, query_tile, key_tile)
+    ends = [(columns.start, columns.stop) for columns in reached.values()]
+    return min(reached), torch.tensor([*ends, (0, 0)], dtype=torch.int32, device=device)
+
+
+def _largest_distance(call: WindowCall) -> int:
+    """A radius whose circles hold all keys, whatever the query."""
+    rows, key_rows = call.query.shape[1], call.key.shape[1]
+    span = max(call.row_offset + rows, key_rows) - min(call.row_offset, 0)
+    return covering_radius(span, call.query.shape[2])
+
+
+def why_not(request: Request) -> str | None:
+    """It needs Triton and a GPU, or Triton's interpreter."""
+    if request.device_type not in ("cpu", "cuda"):
+        return f"it runs on cuda, and for tests on cpu, got {request.device_type}"
+    if find_spec("triton") is None:
+        return "its compiler, the package triton, is not installed"
+    if request.device_type == "cpu" and not _interpreted():
+        return "on cpu it runs in Triton's interpreter only, for tests: TRITON_INTERPRET=1"
+    if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 and float16, got {request.dtype}"
+    if request.head_dim and request.head_dim not in HEAD_DIMS:
+        return f"it takes heads of {', '.join(map(str, HEAD_DIMS))}, got {request.head_dim}"
+    return None
+
+
+def _interpreted() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+BACKEND = Backend("triton", why_not, run)
