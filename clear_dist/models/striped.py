@@ -1,11 +1,10 @@
 """A transformer on stripes: cut before its forward, joined after it, by hooks that can be taken off again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from clear_dist.attention import Backend
 from clear_dist.clock import Clock
@@ -19,10 +18,17 @@ from clear_dist.models.agreement import require_equal_on_all_ranks
 from clear_dist.models.cut import Cut, cut_image, plan_image
 from clear_dist.models.extrapolation import Extrapolation
 from clear_dist.models.modulation import HoistedModulation, Modulated
+from clear_dist.models.parts import Parts
 from clear_dist.models.room import received_bytes, require_room, sending_bytes
 
 MOST_SHAPES = 10
 """Two numbers for each input that is compared; models have five at most."""
+
+
+class Removable(Protocol):
+    """A hook, or what else is put on a model for a while."""
+
+    def remove(self) -> None: ...
 
 
 class Adaptor(Modulated, Protocol):
@@ -35,7 +41,7 @@ class Adaptor(Modulated, Protocol):
     @property
     def channels(self) -> int: ...
     def processors(self, striped: "StripedModel") -> dict[str, Any]: ...
-    def early_starts(self, processors: dict[str, Any]) -> list[RemovableHandle]: ...
+    def striped_blocks(self) -> Sequence[Removable]: ...
     def named_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]: ...
     def grid_of(self, inputs: dict[str, Any]) -> tuple[int, int]: ...
     def replicated(self, inputs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]: ...
@@ -67,6 +73,8 @@ class StripedModel:
         self.radius = radius
         self.text_attention = text_attention
         self.backend = backend
+        self.parts = Parts()
+        """What its blocks compute with between communications."""
         self.schedule = schedule
         self.counters = Counters()
         self.cut: Cut | None = None
@@ -78,10 +86,9 @@ class StripedModel:
         self._extrapolated = ExitStack()
         transformer = adaptor.transformer
         self._stock_processors = dict(transformer.attn_processors)
-        processors = adaptor.processors(self)
-        transformer.set_attn_processor(dict(processors))  # emptied by diffusers
-        self._hooks = [
-            *adaptor.early_starts(processors),
+        transformer.set_attn_processor(adaptor.processors(self))
+        self._hooks: list[Removable] = [
+            *adaptor.striped_blocks(),
             transformer.register_forward_pre_hook(self._before, with_kwargs=True),
             transformer.register_forward_hook(self._after),
         ]
