@@ -14,6 +14,7 @@ from clear_dist.models import adaptor_for
 from clear_dist.models.agreement import checksum
 from clear_dist.models.striped import StripedModel
 from clear_dist.models.weights import load_clear_weights, radius_of
+from clear_dist.preflight.devices import missing_compiler
 
 
 class Parallelized:
@@ -90,6 +91,7 @@ def parallelize(
     schedule: Schedule = "sync",
     warmup_steps: int = WARMUP_STEPS,
     hoist_modulation: bool = False,
+    compile: bool = False,
     group: Group | None = None,
 ) -> Parallelized:
     """Cuts the transformer of `pipe` in stripes, one per rank; all else stays diffusers'.
@@ -105,6 +107,7 @@ def parallelize(
         schedule: `sync`: this step's halos; `stale`: those of the step before, for slow links (README).
         warmup_steps: of `stale`: the steps at the start of each generation that are synchronous all the same.
         hoist_modulation: keep AdaLN's weights in host memory: the same bits from less on the device (README).
+        compile: fuse what lies between a block's matrix products; the first step waits for the compiler (README).
         group: the ranks that share an image; by default all of torch.distributed's, and this process alone where
             nothing is launched.
 
@@ -115,10 +118,10 @@ def parallelize(
     adaptor = adaptor_for(transformer)
     require_stock(pipe)
     radius = checked_radius(window, clear_weights)
-    settings: dict[str, Any] = checked_schedule(schedule, warmup_steps)
+    settings = checked_schedule(schedule, warmup_steps)
     settings |= {"text_attention": checked_text_attention(text_attention, radius), "hoist_modulation": hoist_modulation}
-    # Where the pipeline runs, also if its parts are offloaded to the CPU meanwhile.
-    device = pipe._execution_device
+    device = pipe._execution_device  # where it runs, also if its parts are offloaded to the CPU meanwhile
+    settings["compile"] = checked_compile(compile, device.type)
     backend = choose_backend(attention_backend, device=device, dtype=transformer.dtype, head_dim=adaptor.head_dim)
     group_or_own = group or Group.create(device)
     replaced = load_clear_weights(transformer, clear_weights) if clear_weights is not None else []
@@ -191,6 +194,13 @@ def checked_schedule(schedule: Schedule, warmup_steps: int) -> dict[str, Any]:
     if isinstance(warmup_steps, bool) or not hasattr(warmup_steps, "__index__") or warmup_steps < 0:
         raise ValueError(f"warmup_steps must be a whole number of at least 0, got {warmup_steps!r}; nearest: 0")
     return {"schedule": schedule, "warmup_steps": index(warmup_steps)}
+
+
+def checked_compile(compile: bool, device_type: str) -> bool:
+    missing = missing_compiler(device_type) if compile else None
+    if missing is not None:
+        raise ValueError(f"compile needs {missing}, got none; nearest: compile=False")
+    return compile
 
 
 def checked_text_attention(text_attention: TextAttention | None, radius: int | None) -> TextAttention:

@@ -53,6 +53,9 @@ HoistModulation = Annotated[
     bool,
     _flag("AdaLN's weights (6.5 GB of FLUX.1's) in host memory; no effect on a CPU", MODEL, "--hoist-modulation"),
 ]
+Compile = Annotated[
+    bool, _flag("fuse norms, rotations and gates by torch.compile, which the first step waits for", MODEL, "--compile")
+]
 Window = Annotated[
     str | None, _flag("radius in tokens, or full (the CLEAR weights'; full without)", MODEL, takes=("RADIUS", "full"))
 ]

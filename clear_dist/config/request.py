@@ -62,6 +62,7 @@ class Request:
     warmup_steps: int
     attention_backend: str
     hoist_modulation: bool
+    compile: bool
     dtype: str
     device: str
     world_size: int

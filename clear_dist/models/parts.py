@@ -1,17 +1,21 @@
 """The parts of a block between communications, as functions of tensors and of the block's own layers.
 
-Results are written where they belong. Layers are called, whatever they are: with LoRA, quantised, in another place.
+Each can be compiled by itself, which fuses what lies between matrix products: norm with modulation, a projection's norm
+with its rotation, gate with residual. Results are written where they belong: compiled, that takes no pass over memory
+of its own. Layers are called, whatever they are: with LoRA, quantised, in another place.
 
 Shapes: B batch, L tokens, C channels, H hidden channels of an MLP, N heads, D head dim.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import ceil
+from typing import Any
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 MOST_TOKENS = 40_960
 """Of a chunk. FLUX at 8192 px on 8 ranks is one: cutting it would not lower a peak, and the links have the MLP to hide
@@ -65,7 +69,7 @@ def add_attention_and_mlp(
 
 @dataclass(frozen=True)
 class Parts:
-    """The functions above."""
+    """The functions above, as they are or compiled."""
 
     modulate: Callable[..., Tensor] = modulate
     project: Callable[..., None] = project
@@ -73,6 +77,32 @@ class Parts:
     widen: Callable[..., None] = widen
     add_gated: Callable[..., None] = add_gated
     add_attention_and_mlp: Callable[..., None] = add_attention_and_mlp
+
+    @classmethod
+    def compiled(cls, **options: Any) -> "Parts":
+        """A graph of each for any number of tokens, shared by all blocks; stages, stripes and chunks differ in length.
+
+        Args:
+            options: torch.compile's.
+        """
+        plain = cls()
+        return cls(**{part.name: _compiled(getattr(plain, part.name), options) for part in fields(cls)})
+
+
+def _compiled(part: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    graph = torch.compile(part, dynamic=True, **options)
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        arguments, named = tree_map_only(Tensor, alone, (arguments, named))
+        return graph(*arguments, **named)
+
+    return call
+
+
+def alone(x: Tensor) -> Tensor:
+    """The same memory as a tensor that is part of none: for each way to be part of one, dynamo would compile anew."""
+    # One picture's stride may be that of a larger tensor: it gets its own.
+    return torch.from_dlpack(x[0][None] if len(x) == 1 else x)
 
 
 def chunks_of(x_BLC: Tensor) -> list[slice]:

@@ -65,6 +65,7 @@ class StripedModel:
         schedule: Schedule,
         warmup_steps: int,
         hoist_modulation: bool,
+        compile: bool,
     ) -> None:
         self.adaptor = adaptor
         self.scheduler = scheduler
@@ -73,7 +74,7 @@ class StripedModel:
         self.radius = radius
         self.text_attention = text_attention
         self.backend = backend
-        self.parts = Parts()
+        self.parts = Parts.compiled() if compile else Parts()
         """What its blocks compute with between communications."""
         self.schedule = schedule
         self.counters = Counters()

@@ -16,7 +16,7 @@ LONGEST_SIDE = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500}
 """Pixels; the other formats take more than anyone asks for."""
 AS_GIVEN = (
     "revision", "base_res", "seed", "text_attention", "schedule", "attention_backend", "output", "save_stages",
-    "preview_every", "metadata", "latents_out", "report", "profile", "hoist_modulation",
+    "preview_every", "metadata", "latents_out", "report", "profile", "hoist_modulation", "compile",
 )  # fmt: skip
 """Flags that need no choice."""
 
@@ -31,6 +31,8 @@ def check(config: PictureConfig, place: Place) -> tuple[Request, tuple[str, ...]
     if config.device == "cuda" and not gpus:
         raise Refusal("--device cuda needs a CUDA GPU, and there is none here; nearest: cpu")
     device = "cuda" if gpus else "cpu"
+    if config.compile and (missing := devices.missing_compiler(device)):
+        raise Refusal(f"--compile needs {missing} on {device}, got none; nearest: without --compile")
     facts = model.find(config.model, has_cuda=bool(gpus))
     begin = start.find(config, facts, place)
     checkpoint = clear_weights.find(config.clear_weights, config.radius, facts)
