@@ -226,6 +226,11 @@ def test_compile_needs_a_compiler(original: Path, monkeypatch: pytest.MonkeyPatc
         preflight.check(GenerateConfig(model=str(original), device="cpu", compile=True), ALONE)
 
 
+def test_float8_needs_a_gpu(original: Path) -> None:
+    with pytest.raises(Refusal, match=r"--float8 needs a CUDA GPU of compute capability 8\.9, got cpu; nearest"):
+        preflight.check(GenerateConfig(model=str(original), device="cpu", float8=True), ALONE)
+
+
 def test_the_demo_names_words_it_does_not_know() -> None:
     config = GenerateConfig(model="demo", prompt="sunset over hills with an elephant", guidance_scale=2.0)
     request, lines = preflight.check(config, ALONE)

@@ -31,6 +31,7 @@ def generate(
     window: options.Window = None,
     hoist_modulation: options.HoistModulation = False,
     compile: options.Compile = False,
+    float8: options.Float8 = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     nproc: options.Nproc = None,

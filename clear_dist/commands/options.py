@@ -56,6 +56,9 @@ HoistModulation = Annotated[
 Compile = Annotated[
     bool, _flag("fuse norms, rotations and gates by torch.compile, which the first step waits for", MODEL, "--compile")
 ]
+Float8 = Annotated[
+    bool, _flag("linear layers of the blocks in float8, for GPUs of Ada's generation and later", MODEL, "--float8")
+]
 Window = Annotated[
     str | None, _flag("radius in tokens, or full (the CLEAR weights'; full without)", MODEL, takes=("RADIUS", "full"))
 ]

@@ -272,6 +272,7 @@ def _parallelize(pipe: Any, request: Request, group: Group) -> Parallelized:
             warmup_steps=request.warmup_steps,
             hoist_modulation=request.hoist_modulation,
             compile=request.compile,
+            float8=request.float8,
             group=group,
         )
     except ValueError as error:

@@ -64,6 +64,7 @@ class PictureConfig:
     hoist_modulation: bool = False
     """Keep AdaLN's weights in host memory."""
     compile: bool = False
+    float8: bool = False
     dtype: str = "auto"
     device: str = "auto"
     nproc: int | None = None

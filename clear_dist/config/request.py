@@ -63,6 +63,7 @@ class Request:
     attention_backend: str
     hoist_modulation: bool
     compile: bool
+    float8: bool
     dtype: str
     device: str
     world_size: int

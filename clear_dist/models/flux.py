@@ -1,6 +1,7 @@
 """FLUX: what to cut, where to join, and its attention processor. The transformer itself stays diffusers'."""
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,11 @@ from clear_dist.models.cut import Cut
 from clear_dist.models.extrapolation import Extrapolation
 from clear_dist.models.flux_blocks import Rotary, StripedBlock, require_no_mask
 from clear_dist.models.striped import StripedModel
+
+PRODUCTS = re.compile(
+    r"(single_)?transformer_blocks\.\d+\."
+    r"(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)"
+)
 
 
 class FluxStripeAttnProcessor:
@@ -89,6 +95,11 @@ class FluxAdaptor:
     def channels(self) -> int:
         """Of a token's key."""
         return self.head_dim * self.transformer.config.num_attention_heads
+
+    @property
+    def products(self) -> list[str]:
+        """Names of the linear layers that all tokens go through in blocks."""
+        return [name for name, _ in self.transformer.named_modules() if PRODUCTS.fullmatch(name)]
 
     def processors(self, striped: StripedModel) -> dict[str, FluxStripeAttnProcessor]:
         names = self.transformer.attn_processors

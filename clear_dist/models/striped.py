@@ -17,6 +17,7 @@ from clear_dist.labels import labelled
 from clear_dist.models.agreement import require_equal_on_all_ranks
 from clear_dist.models.cut import Cut, cut_image, plan_image
 from clear_dist.models.extrapolation import Extrapolation
+from clear_dist.models.float8 import to_float8
 from clear_dist.models.modulation import HoistedModulation, Modulated
 from clear_dist.models.parts import Parts
 from clear_dist.models.room import received_bytes, require_room, sending_bytes
@@ -40,6 +41,8 @@ class Adaptor(Modulated, Protocol):
     def head_dim(self) -> int: ...
     @property
     def channels(self) -> int: ...
+    @property
+    def products(self) -> list[str]: ...
     def processors(self, striped: "StripedModel") -> dict[str, Any]: ...
     def striped_blocks(self) -> Sequence[Removable]: ...
     def named_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]: ...
@@ -66,6 +69,7 @@ class StripedModel:
         warmup_steps: int,
         hoist_modulation: bool,
         compile: bool,
+        float8: bool,
     ) -> None:
         self.adaptor = adaptor
         self.scheduler = scheduler
@@ -86,6 +90,8 @@ class StripedModel:
         self._given = group, scheduler
         self._extrapolated = ExitStack()
         transformer = adaptor.transformer
+        if float8:
+            to_float8(transformer, adaptor.products)
         self._stock_processors = dict(transformer.attn_processors)
         transformer.set_attn_processor(adaptor.processors(self))
         self._hooks: list[Removable] = [
