@@ -4,6 +4,8 @@ from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from clear_dist.attention import choose_backend
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
@@ -12,8 +14,10 @@ from clear_dist.config import Schedule
 from clear_dist.config.rules import SCHEDULES, WARMUP_STEPS
 from clear_dist.models import adaptor_for
 from clear_dist.models.agreement import checksum
+from clear_dist.models.float8 import why_not as why_not_float8
 from clear_dist.models.striped import StripedModel
 from clear_dist.models.weights import load_clear_weights, radius_of
+from clear_dist.preflight.devices import missing_compiler
 
 
 class Parallelized:
@@ -91,6 +95,8 @@ def parallelize(
     schedule: Schedule = "sync",
     warmup_steps: int = WARMUP_STEPS,
     hoist_modulation: bool = False,
+    compile: bool = False,
+    float8: bool = False,
     group: Group | None = None,
 ) -> Parallelized:
     """Cuts the transformer of `pipe` in stripes, one per rank; all else stays diffusers'.
@@ -106,8 +112,9 @@ def parallelize(
         schedule: `sync`: this step's halos; `stale`: those of the step before, for slow links (README).
         warmup_steps: of `stale`: the steps at the start of each generation that are synchronous all the same.
         hoist_modulation: keep AdaLN's weights in host memory: the same bits from less on the device (README).
-        group: the ranks that share an image; by default all of torch.distributed's, and this process alone where
-            nothing is launched.
+        compile: fuse what lies between a block's matrix products; the first step waits for the compiler (README).
+        float8: quantise the blocks' linear layers for good, on GPUs that can (README); LoRA comes after.
+        group: the ranks that share an image; by default all of torch.distributed's, without it this process alone.
 
     Raises:
         ValueError: an argument is wrong or differs between ranks, or the pipeline's transformer cannot be cut.
@@ -116,15 +123,14 @@ def parallelize(
     adaptor = adaptor_for(transformer)
     require_stock(pipe)
     radius = checked_radius(window, clear_weights)
-    settings: dict[str, Any] = checked_schedule(schedule, warmup_steps)
+    settings = checked_schedule(schedule, warmup_steps)
     settings |= {"text_attention": checked_text_attention(text_attention, radius), "hoist_modulation": hoist_modulation}
-    # Where the pipeline runs, also if its parts are offloaded to the CPU meanwhile.
-    device = pipe._execution_device
+    device = pipe._execution_device  # where it runs, also if its parts are offloaded to the CPU meanwhile
+    settings |= checked_kernels(compile, float8, device, transformer.dtype)
     backend = choose_backend(attention_backend, device=device, dtype=transformer.dtype, head_dim=adaptor.head_dim)
     group_or_own = group or Group.create(device)
     replaced = load_clear_weights(transformer, clear_weights) if clear_weights is not None else []
-    chosen: dict[str, Any] = {"window": radius or "full", "attention_backend": backend.name}
-    chosen["dtype"] = str(transformer.dtype)
+    chosen: dict[str, Any] = {"window": radius or "full", "attention_backend": backend.name, "dtype": transformer.dtype}
     chosen["clear_weights"] = [checksum(transformer.get_parameter(name)) for name in replaced]
     require_equal_settings(group_or_own, **chosen, **settings)
     striped = StripedModel(adaptor, pipe.scheduler, group_or_own, radius=radius, backend=backend, **settings)
@@ -192,6 +198,14 @@ def checked_schedule(schedule: Schedule, warmup_steps: int) -> dict[str, Any]:
     if isinstance(warmup_steps, bool) or not hasattr(warmup_steps, "__index__") or warmup_steps < 0:
         raise ValueError(f"warmup_steps must be a whole number of at least 0, got {warmup_steps!r}; nearest: 0")
     return {"schedule": schedule, "warmup_steps": index(warmup_steps)}
+
+
+def checked_kernels(compile: bool, float8: bool, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    if compile and (missing := missing_compiler(device.type)):
+        raise ValueError(f"compile needs {missing}, got none; nearest: compile=False")
+    if float8 and (needed := why_not_float8(device, dtype)):
+        raise ValueError(f"float8 needs {needed}; nearest: float8=False")
+    return {"compile": compile, "float8": float8}
 
 
 def checked_text_attention(text_attention: TextAttention | None, radius: int | None) -> TextAttention:

@@ -30,6 +30,8 @@ class RankFigures:
     """False where the system cannot reset the high-water mark: then loading is in it too."""
     stale_buffer_bytes: int
     """Kept from one step to the next in the stale schedule, at most."""
+    compile_seconds: float
+    """That torch.compile took, in the steps that needed it."""
     comm: Mapping[str, Sequence[float]]
 
 
@@ -83,6 +85,7 @@ def build(
         "peak_memory_bytes": [rank.peak_memory_bytes for rank in ranks],
         "peak_memory_includes_loading": not all(rank.peak_since_loading for rank in ranks),
         "stale_buffer_bytes": [rank.stale_buffer_bytes for rank in ranks],
+        "compile_seconds": [rank.compile_seconds for rank in ranks],
         "comm": [{name: list(values) for name, values in rank.comm.items()} for rank in ranks],
     }
 

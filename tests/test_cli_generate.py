@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from clear_dist.cli import main
+from clear_dist.preflight.devices import missing_compiler
 from tests.comm.test_launch import ended, is_alive
 from tests.tiny import make_clear_weights, make_tiny_flux
 
@@ -214,6 +215,20 @@ def test_under_torchrun_a_killed_rank_is_told_of_in_one_line(model: Path, here: 
     (line,) = (found for found in errors.splitlines() if found.startswith("clear-dist: ") and "warning" not in found)
     assert re.fullmatch(r"clear-dist: rank [02] lost contact with another rank: .*", line)
     assert len(ranks) == 3 and ended(ranks)
+
+
+@pytest.mark.skipif(missing_compiler("cpu") is not None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.timeout(400)
+def test_compiled_parts_draw_the_same_picture(model: Path, here: Path) -> None:
+    for name, flags in (("eager", ()), ("compiled", ("--compile",))):
+        files = ("--latents-out", f"{name}.safetensors", "--report", f"{name}.json")
+        assert generate(model, *files, *flags) == 0
+    reports = {name: json.loads(Path(f"{name}.json").read_text()) for name in ("eager", "compiled")}
+    assert [reports[name]["settings"]["compile"] for name in reports] == [False, True]
+    assert reports["eager"]["compile_seconds"] == [0.0]
+    assert 0 < reports["compiled"]["compile_seconds"][0] < reports["compiled"]["seconds"]["denoise"]
+    eager, compiled = (load_file(f"{name}.safetensors")["latents"] for name in reports)
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("schedule", ["sync", "stale"])

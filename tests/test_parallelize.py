@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, FluxImg2ImgPipeline, FluxPipeline
+from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from torch import Tensor
 
 from clear_dist.comm.group import Group
@@ -267,10 +267,6 @@ def test_a_process_alone_needs_no_launcher() -> None:
         assert parallelized.stripes == [(0, HEIGHT)]
         with pytest.raises(ValueError, match="parallelized already"):
             parallelize(pipe, window=4)
-        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-        with pytest.raises(ValueError, match="step caches must be off"):
-            run(pipe)
-        pipe.transformer.disable_cache()
         pipe.transformer.transformer_blocks[0].attn.set_processor(DenseClearProcessor(HEIGHT, WIDTH, 4))
         with pytest.raises(ValueError, match=r"transformer_blocks\.0\.attn.*DenseClearProcessor"):
             run(pipe)

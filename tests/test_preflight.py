@@ -225,6 +225,17 @@ def test_choices_and_flags_without_effect_are_said(original: Path, given: dict[s
     assert any(part in line for line in lines), lines
 
 
+def test_compile_needs_a_compiler(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(Refusal, match=r"--compile needs a C\+\+ compiler \(no-such-compiler\) on cpu, got none"):
+        preflight.check(GenerateConfig(model=str(original), device="cpu", compile=True), ALONE)
+
+
+def test_float8_needs_a_gpu(original: Path) -> None:
+    with pytest.raises(Refusal, match=r"--float8 needs a CUDA GPU of compute capability 8\.9, got cpu; nearest"):
+        preflight.check(GenerateConfig(model=str(original), device="cpu", float8=True), ALONE)
+
+
 def test_the_demo_names_words_it_does_not_know() -> None:
     config = GenerateConfig(model="demo", prompt="sunset over hills with an elephant", guidance_scale=2.0)
     request, lines = preflight.check(config, ALONE)

@@ -30,6 +30,8 @@ def generate(
     clear_weights: options.ClearWeights = "auto",
     window: options.Window = None,
     hoist_modulation: options.HoistModulation = False,
+    compile: options.Compile = False,
+    float8: options.Float8 = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     nproc: options.Nproc = None,

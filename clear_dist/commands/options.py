@@ -53,6 +53,12 @@ HoistModulation = Annotated[
     bool,
     _flag("AdaLN's weights (6.5 GB of FLUX.1's) in host memory; no effect on a CPU", MODEL, "--hoist-modulation"),
 ]
+Compile = Annotated[
+    bool, _flag("fuse norms, rotations and gates by torch.compile, which the first step waits for", MODEL, "--compile")
+]
+Float8 = Annotated[
+    bool, _flag("linear layers of the blocks in float8, for GPUs of Ada's generation and later", MODEL, "--float8")
+]
 Window = Annotated[
     str | None, _flag("radius in tokens, or full (the CLEAR weights'; full without)", MODEL, takes=("RADIUS", "full"))
 ]

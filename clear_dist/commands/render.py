@@ -20,6 +20,7 @@ from clear_dist.comm.ends import say
 from clear_dist.comm.group import Group
 from clear_dist.comm.interrupts import unwinding
 from clear_dist.commands.saving import Saving
+from clear_dist.compile_time import CompileTime
 from clear_dist.config import Refusal, Request
 from clear_dist.config.request import Picture
 from clear_dist.generation import from_image
@@ -52,6 +53,7 @@ class Rendering:
     launch: float
     """Seconds until the ranks were at work."""
     peak_since_loading: bool
+    compile_time: CompileTime
     previews: Previews | None
     profile: Profile | None
     """Of the last stage of the first prompt."""
@@ -176,6 +178,7 @@ class Rendering:
             peak_memory_bytes=report.peak_memory(self.device),
             peak_since_loading=self.peak_since_loading,
             stale_buffer_bytes=self.handle.stale_buffer_bytes,
+            compile_seconds=self.compile_time.seconds,
             comm=self.handle.counters.as_dict(),
         )
         ranks = self.group.gather_objects(figures)
@@ -209,7 +212,7 @@ def render(request: Request, began: float) -> None:
     """
     with watched(rank=env.read().rank) as phases, torch.inference_mode():
         rendering = _prepare(request, began, phases)
-        with unwinding():  # from here on files are written
+        with rendering.compile_time.measuring(), unwinding():  # from here on files are written
             rendering.run()
     rendering.group.close()
 
@@ -244,6 +247,7 @@ def _prepare(request: Request, began: float, phases: Phases) -> Rendering:
         began=began,
         launch=launch,
         peak_since_loading=report.reset_peak_memory(device),
+        compile_time=CompileTime(),
         previews=None if every is None or group.rank != 0 else Previews(preview_of(request.output), every),
         profile=_profile(request, group, handle),
     )
@@ -267,6 +271,8 @@ def _parallelize(pipe: Any, request: Request, group: Group) -> Parallelized:
             schedule=request.schedule,
             warmup_steps=request.warmup_steps,
             hoist_modulation=request.hoist_modulation,
+            compile=request.compile,
+            float8=request.float8,
             group=group,
         )
     except ValueError as error:

@@ -63,6 +63,8 @@ class PictureConfig:
     attention_backend: str = "auto"
     hoist_modulation: bool = False
     """Keep AdaLN's weights in host memory."""
+    compile: bool = False
+    float8: bool = False
     dtype: str = "auto"
     device: str = "auto"
     nproc: int | None = None

@@ -62,6 +62,8 @@ class Request:
     warmup_steps: int
     attention_backend: str
     hoist_modulation: bool
+    compile: bool
+    float8: bool
     dtype: str
     device: str
     world_size: int

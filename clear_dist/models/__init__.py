@@ -6,8 +6,8 @@ What the command line checks of a model before it is loaded is in `clear_dist/pr
 from collections.abc import Callable
 from typing import Any
 
+from clear_dist.models.adaptor import Adaptor
 from clear_dist.models.flux import FluxAdaptor
-from clear_dist.models.striped import Adaptor
 
 ADAPTORS: dict[str, Callable[[Any], Adaptor]] = {"FluxTransformer2DModel": FluxAdaptor}
 

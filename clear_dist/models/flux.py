@@ -1,6 +1,7 @@
 """FLUX: what to cut, where to join, and its attention processor. The transformer itself stays diffusers'."""
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,34 +12,28 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from clear_dist.comm.halo_exchange import PendingHalos
 from clear_dist.models.cut import Cut
 from clear_dist.models.extrapolation import Extrapolation
+from clear_dist.models.flux_blocks import Rotary, StripedBlock, require_no_mask
 from clear_dist.models.striped import StripedModel
 
-Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines of all positions, text first, [L, D] each."""
-Started = tuple[Tensor, Tensor, PendingHalos]
-"""Keys and values [B, L, N, D], and the others' on their way."""
+PRODUCTS = re.compile(
+    r"(single_)?transformer_blocks\.\d+\."
+    r"(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)"
+)
 
 
 class FluxStripeAttnProcessor:
-    """Projects, normalises and rotates as diffusers' FluxAttnProcessor, then attends over stripes."""
+    """Projects, normalises and rotates as diffusers' FluxAttnProcessor, then attends over stripes.
+
+    A block on stripes takes from it which layer it is (`flux_blocks.py`). It is called where others have put a forward
+    of their own on a block before: hooks that bring its weights, mostly.
+    """
 
     def __init__(self, striped: StripedModel, layer: int) -> None:
         self.striped = striped
         self.layer = layer
-        self._started: Started | None = None
-
-    def start(self, attn: Any, hidden_states: Tensor, rotary: Rotary) -> None:
-        """Compute keys and values and send what others need of them; the call that follows goes on from there."""
-        positions = slice(-hidden_states.shape[1], None)
-        key = attn.norm_k(heads(attn, attn.to_k, hidden_states))
-        key = apply_rotary_emb(key, (rotary[0][positions], rotary[1][positions]), sequence_dim=1)
-        value = heads(attn, attn.to_v, hidden_states)
-        self._started = key, value, self.striped.start_halos(self.layer, key, value)
 
     def __call__(
         self,
@@ -53,13 +48,13 @@ class FluxStripeAttnProcessor:
         Raises:
             ValueError: an attention mask is given; windows and stripes have no place for it.
         """
-        if attention_mask is not None:
-            raise ValueError("an attention mask cannot be combined with clear_dist.parallelize; pass none")
+        require_no_mask(attention_mask)
         assert image_rotary_emb is not None, "FLUX rotates in every layer"
-        if self._started is None:
-            self.start(attn, hidden_states, image_rotary_emb)
-        assert self._started is not None
-        (key, value, halos), self._started = self._started, None
+        positions = slice(-hidden_states.shape[1], None)
+        rotary = image_rotary_emb[0][positions], image_rotary_emb[1][positions]
+        key = apply_rotary_emb(attn.norm_k(heads(attn, attn.to_k, hidden_states)), rotary, sequence_dim=1)
+        value = heads(attn, attn.to_v, hidden_states)
+        halos = self.striped.start_halos(self.layer, key, value)
         query = attn.norm_q(heads(attn, attn.to_q, hidden_states))
         if encoder_hidden_states is None:
             query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
@@ -85,23 +80,6 @@ def heads(attn: Any, linear: nn.Module, x: Tensor) -> Tensor:
     return linear(x).unflatten(-1, (-1, attn.head_dim))
 
 
-class EarlyStart:
-    """Between a single block's norm and its MLP."""
-
-    def __init__(self, block: Any, processor: FluxStripeAttnProcessor) -> None:
-        self._block = block
-        self._processor = processor
-        self._rotary: Rotary | None = None
-
-    def before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._rotary = kwargs["image_rotary_emb"]
-
-    def after_norm(self, norm: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        rotary, self._rotary = self._rotary, None
-        assert rotary is not None, "the block comes before its norm"
-        self._processor.start(self._block.attn, output[0], rotary)
-
-
 @dataclass(frozen=True)
 class FluxAdaptor:
     """Cuts the inputs of FluxTransformer2DModel.forward to this rank's rows and joins its output."""
@@ -118,20 +96,21 @@ class FluxAdaptor:
         """Of a token's key."""
         return self.head_dim * self.transformer.config.num_attention_heads
 
+    @property
+    def products(self) -> list[str]:
+        """Names of the linear layers that all tokens go through in blocks."""
+        return [name for name, _ in self.transformer.named_modules() if PRODUCTS.fullmatch(name)]
+
     def processors(self, striped: StripedModel) -> dict[str, FluxStripeAttnProcessor]:
         names = self.transformer.attn_processors
         return {name: FluxStripeAttnProcessor(striped, layer) for layer, name in enumerate(names)}
 
-    def early_starts(self, processors: dict[str, FluxStripeAttnProcessor]) -> list[RemovableHandle]:
-        """Hooks that start a single block's halos before its MLP, which diffusers computes ahead of the attention."""
-        handles = []
-        for number, block in enumerate(self.transformer.single_transformer_blocks):
-            start = EarlyStart(block, processors[f"single_transformer_blocks.{number}.attn.processor"])
-            handles += [
-                block.register_forward_pre_hook(start.before_block, with_kwargs=True),
-                block.norm.register_forward_hook(start.after_norm),
-            ]
-        return handles
+    def striped_blocks(self) -> list[StripedBlock]:
+        """All blocks, their class changed until `remove`."""
+        return [
+            StripedBlock.of(block)
+            for block in (*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks)
+        ]
 
     @property
     def embedder(self) -> nn.Module:

@@ -1,11 +1,10 @@
 """A transformer on stripes: cut before its forward, joined after it, by hooks that can be taken off again."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Protocol
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from clear_dist.attention import Backend
 from clear_dist.clock import Clock
@@ -15,30 +14,14 @@ from clear_dist.comm.halo_exchange import PendingHalos
 from clear_dist.comm.text_reduce import TextAttention
 from clear_dist.config import Schedule
 from clear_dist.labels import labelled
+from clear_dist.models.adaptor import Adaptor, Removable
 from clear_dist.models.agreement import SameCall, require_equal_on_all_ranks
 from clear_dist.models.cut import Cut, cut_image, plan_image
 from clear_dist.models.extrapolation import Extrapolation
-from clear_dist.models.modulation import HoistedModulation, Modulated
+from clear_dist.models.float8 import to_float8
+from clear_dist.models.modulation import HoistedModulation
+from clear_dist.models.parts import Parts
 from clear_dist.models.room import received_bytes, require_room, sending_bytes
-
-
-class Adaptor(Modulated, Protocol):
-    """What the engine has to know about one model; see `clear_dist.models.flux`."""
-
-    @property
-    def transformer(self) -> Any: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def channels(self) -> int: ...
-    def processors(self, striped: "StripedModel") -> dict[str, Any]: ...
-    def early_starts(self, processors: dict[str, Any]) -> list[RemovableHandle]: ...
-    def named_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]: ...
-    def grid_of(self, inputs: dict[str, Any]) -> tuple[int, int]: ...
-    def replicated(self, inputs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]: ...
-    def cut(self, inputs: dict[str, Any], cut: Cut) -> dict[str, Any]: ...
-    def extrapolated(self, extrapolation: Extrapolation) -> AbstractContextManager[None]: ...
-    def with_sample(self, output: Any, sample: Tensor) -> Any: ...
 
 
 class StripedModel:
@@ -56,6 +39,8 @@ class StripedModel:
         schedule: Schedule,
         warmup_steps: int,
         hoist_modulation: bool,
+        compile: bool,
+        float8: bool,
     ) -> None:
         self.adaptor = adaptor
         self.scheduler = scheduler
@@ -64,6 +49,8 @@ class StripedModel:
         self.radius = radius
         self.text_attention = text_attention
         self.backend = backend
+        self.parts = Parts.compiled() if compile else Parts()
+        """What its blocks compute with between communications."""
         self.schedule = schedule
         self.counters = Counters()
         self.cut: Cut | None = None
@@ -75,11 +62,12 @@ class StripedModel:
         self._given = group, scheduler
         self._extrapolated = ExitStack()
         transformer = adaptor.transformer
+        if float8:
+            to_float8(transformer, adaptor.products)
         self._stock_processors = dict(transformer.attn_processors)
-        processors = adaptor.processors(self)
-        transformer.set_attn_processor(dict(processors))  # emptied by diffusers
-        self._hooks = [
-            *adaptor.early_starts(processors),
+        transformer.set_attn_processor(adaptor.processors(self))
+        self._hooks: list[Removable] = [
+            *adaptor.striped_blocks(),
             transformer.register_forward_pre_hook(self._before, with_kwargs=True),
             transformer.register_forward_hook(self._after),
         ]

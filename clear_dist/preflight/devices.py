@@ -1,8 +1,11 @@
-"""GPUs, counted without torch."""
+"""What this machine has, found out without torch."""
 
 import ctypes
+import os
+import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 
 DRIVER = "libcuda.so.1"
 # In a process of its own: once a process has initialised CUDA, ranks forked from it cannot use it.
@@ -21,3 +24,11 @@ def count_gpus() -> int:
         return int(answer.stdout)
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return 0
+
+
+def missing_compiler(device_type: str) -> str | None:
+    """What torch.compile lacks to make kernels for a device; None: nothing."""
+    if device_type == "cuda":
+        return None if find_spec("triton") else "the package triton"
+    compiler = os.environ.get("CXX", "g++")
+    return None if shutil.which(compiler) else f"a C++ compiler ({compiler})"
