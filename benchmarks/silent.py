@@ -41,12 +41,14 @@ class NoHalos:
 
     rows: tuple[int, int]
     """Above and below."""
+    lag: bool = False
+    """Whether they pass for those of the step before."""
 
     def start(self, key_BRWND: Tensor, value_BRWND: Tensor) -> Done:
         batch, _, *row = key_BRWND.shape
         above, below = (key_BRWND.new_zeros(2, batch, rows, *row) for rows in self.rows)
         halos: Halos = above, below
-        return Done(halos)
+        return Done(halos, lag=self.lag)
 
 
 class NoReduction:
@@ -98,10 +100,14 @@ def without_overlap(striped: StripedModel) -> None:
     striped.cut = replace(cut, exchanges=wrapped)
 
 
-def without_communication(striped: StripedModel) -> None:
-    """From the image at hand on, nothing is sent: each rank computes as ever, on wrong numbers."""
+def without_communication(striped: StripedModel, *, lag: bool = False) -> None:
+    """From the image at hand on, nothing is sent: each rank computes as ever, on wrong numbers.
+
+    Args:
+        lag: compute as in the stale schedule after its warm-up.
+    """
     cut, plan = striped.cut, striped.cut.plan
     above = plan.own.start - plan.extended.start
-    silent = Exchange(NoHalos((above, plan.extended.stop - plan.own.stop)), NoReduction())
+    silent = Exchange(NoHalos((above, plan.extended.stop - plan.own.stop), lag), NoReduction())
     join = NoJoin(tuple(map(len, cut.stripes)), striped.group.rank)
     striped.cut = replace(cut, exchanges=Wrapped(cut.exchanges, lambda _: silent), join=join)
