@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any, cast
 
 import torch
-from counts import Part, Traffic
+from counts import Part, Traffic, Window
 from diffusers import FluxPipeline
 from silent import without_communication
 from steps import synchronize
@@ -49,6 +49,16 @@ class AloneAmong:
 
     def equal(self, values: Any) -> bool:
         return True
+
+
+@contextmanager
+def on_stripes(pipe: FluxPipeline, window: Window, schedule: Schedule, group: Group) -> Iterator[FluxPipeline]:
+    """While inside, `pipe` is on stripes, one for each rank of `group`."""
+    handle = parallelize(pipe, window=window, schedule=schedule, warmup_steps=0, group=group)
+    try:
+        yield pipe
+    finally:
+        handle.undo()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from counts import TOKEN, Model
+from counts import Model
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
 from clear_dist.comm.group import Group
