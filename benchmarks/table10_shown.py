@@ -26,8 +26,8 @@ def show(cells: list[Cell], header: dict[str, Any]) -> None:
     show_two_ranks(by_place, console)
     ratio = gathering_over_halos(FLUX, 8192, 8, 16)
     console.print(
-        f"FLUX.1-dev, 8192 px, r = 16, N = 8: a rank's halos, text and join are 1/{ratio:.1f} of the bytes of gathering "
-        "all keys and values (counted)"
+        f"FLUX.1-dev, 8192 px, r = 16, N = 8: a rank's halos, text and join are 1/{ratio:.1f} of the bytes "
+        "of gathering all keys and values (counted)"
     )
     for cell in cells:
         if cell.note:

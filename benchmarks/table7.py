@@ -113,7 +113,7 @@ def show(cells: list[Cell], header: dict[str, Any]) -> None:
     sides = sorted({cell.side for cell in cells})
     settings = list(dict.fromkeys(cell.setting for cell in sorted(cells, key=lambda cell: order(cell.setting))))
     by_place = {(cell.setting, cell.side): cell for cell in cells}
-    console = console_of(100)
+    console = console_of(120)
     measured = about_the_measurement(header)
     times = Table(title=f"Seconds for {STEPS_IN_TABLE} steps", caption=f"measured: {measured}\n{ABOUT_THE_PAPER}")
     work = Table(title="TFLOP of attention per layer", caption=f"counted: FLUX.1-dev\n{ABOUT_THE_PAPER}")
@@ -173,7 +173,9 @@ def details(cells: list[Cell], header: dict[str, Any]) -> Table:
                 f"{cell.rate / peak:.0%}",
                 f"{cell.peak_bytes / GIGA:.2f}",
             ]
-        table.add_row(f"{cell.side} px", cell.setting, *figures, f"{cell.origin} {cell.note}".strip())
+        table.add_row(
+            f"{cell.side} px", cell.setting, *figures, f"{cell.origin}: {cell.note}" if cell.note else cell.origin
+        )
     return table
 
 

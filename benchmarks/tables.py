@@ -174,7 +174,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--sides", type=int, nargs="+", default=sides, help="of square images, in pixels")
     parser.add_argument("--radii", type=int, nargs="+", default=[8, 16, 32], help="in tokens")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--cell-seconds", type=float, default=900 if cuda else 60, help="more is not measured")
+    parser.add_argument("--cell-seconds", type=float, default=900 if cuda else 120, help="more is not measured")
     parser.add_argument("--folder", type=Path, help="for the results: .json, .csv and .png")
     return parser
 
