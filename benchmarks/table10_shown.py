@@ -17,11 +17,15 @@ BASE = "full attention"
 """What Ulysses and ring attention on one rank are."""
 
 
-def show(cells: list[Cell], header: dict[str, Any]) -> None:
+def show_size(cells: list[Cell], header: dict[str, Any]) -> None:
+    """All that is known of one size."""
+    console_of(120).print(table_of(cells[0].side, arranged(cells), header))
+
+
+def show_all(cells: list[Cell]) -> None:
+    """What takes all sizes together."""
     by_place = arranged(cells)
     console = console_of(120)
-    for side in sorted({cell.side for cell in cells}):
-        console.print(table_of(side, by_place, header))
     show_errors(by_place, console)
     show_two_ranks(by_place, console)
     ratio = gathering_over_halos(FLUX, 8192, 8, 16)
@@ -29,10 +33,7 @@ def show(cells: list[Cell], header: dict[str, Any]) -> None:
         f"FLUX.1-dev, 8192 px, r = 16, N = 8: a rank's halos, text and join are 1/{ratio:.1f} of the bytes "
         "of gathering all keys and values (counted)"
     )
-    for cell in cells:
-        if cell.note:
-            place = f"{cell.side} px, {cell.setting}, N = {cell.ranks}"
-            console.print(f"{place}: {cell.origin}: {cell.note}", style="dim")
+    show_notes(cells, console)
 
 
 def arranged(cells: list[Cell]) -> Places:
@@ -46,7 +47,7 @@ def table_of(side: int, by_place: Places, header: dict[str, Any]) -> Table:
     bandwidth = f"{header['gigabytes_per_second']:.3g} GB/s each way ({header['bandwidth']})"
     caption = (
         f"{about_the_measurement(header)}\nprojected: a share measured on one rank, and bytes over {bandwidth}\n"
-        "x: as fast as N = 1; GB: peak of a rank; peak: share of the peak measured here"
+        "x: times as fast as N = 1, where stale is sync; GB: highest of a rank; peak: of a large product of matrices"
     )
     table = Table(title=f"{side} px: s / step | s / {STEPS_IN_TABLE} steps", caption=caption, show_lines=True)
     table.add_column("setting", no_wrap=True)
@@ -63,7 +64,7 @@ def text_of(setting: str, side: int, ranks: int, by_place: Places, header: dict[
     figures = [cell for cell in cells if cell.median is not None]
     if not figures:
         return "\n".join(dict.fromkeys(cell.origin for cell in cells)) or "-"
-    alone = seconds_of(setting, side, 1, by_place) or seconds_of(BASE, side, 1, by_place)
+    alone = seconds_of(setting if (setting, side, 1) in by_place else BASE, side, 1, by_place)
     lines = []
     for cell in figures:
         seconds = cell.median or 0.0
@@ -104,13 +105,24 @@ def show_two_ranks(by_place: Places, console: Console) -> None:
             console.print(f"{setting}, 64 x 64 tokens: 2 ranks are {alone / both:.2f} times as fast as 1 (measured)")
 
 
+def show_notes(cells: list[Cell], console: Console) -> None:
+    """Why cells are empty."""
+    sides: dict[str, list[str]] = {}
+    for cell in cells:
+        if cell.note:
+            why = f"{cell.setting}, N = {cell.ranks}: {cell.origin}: {cell.note}"
+            sides.setdefault(why, []).append(str(cell.side))
+    for why, where in sides.items():
+        console.print(f"{why} ({', '.join(where)} px)", style="dim")
+
+
 def plot(cells: list[Cell], header: dict[str, Any], file: Path) -> None:
     """Seconds per step over the number of ranks, a panel for each size; projections are hollow and dotted."""
     from matplotlib import pyplot
 
     sides = sorted({cell.side for cell in cells})
     figure, panels = pyplot.subplots(1, len(sides), figsize=(4.2 * len(sides), 4.5), squeeze=False)
-    settings = list(dict.fromkeys(cell.setting for cell in cells))
+    settings = list(dict.fromkeys(cell.setting for cell in cells if cell.median is not None))
     for side, axes in zip(sides, panels[0], strict=True):
         for number, setting in enumerate(settings):
             for origin, style, face in (("measured", "-", f"C{number}"), ("projected", ":", "none")):
@@ -134,5 +146,6 @@ def plot(cells: list[Cell], header: dict[str, Any], file: Path) -> None:
         axes.set(title=f"{side} px", xlabel="ranks", ylabel="seconds per step")
     figure.suptitle(f"{about_the_measurement(header)}\nfilled: measured; hollow, dotted: projected", size=9)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="lower center", ncols=3, fontsize=7)
-    figure.subplots_adjust(bottom=0.3, top=0.85, wspace=0.3)
+    figure.subplots_adjust(bottom=0.28, top=0.85, wspace=0.3)
     figure.savefig(file, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)

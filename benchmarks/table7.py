@@ -192,6 +192,8 @@ def plot(cells: list[Cell], header: dict[str, Any], file: Path) -> None:
         axes.plot(list(paper), list(paper.values()), "--", color=f"C{number}", alpha=0.5, label=f"{name}, paper")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    sides = sorted({cell.side for cell in cells} | set(SIDES_OF_PAPER))
+    axes.set_xticks(sides, [str(side) for side in sides])
     axes.set(xlabel="side of the image in pixels", ylabel=f"seconds for {STEPS_IN_TABLE} steps")
     axes.set_title(f"measured: {about_the_measurement(header)}\n{ABOUT_THE_PAPER}", size=8)
     axes.legend(fontsize=7, ncols=2)
