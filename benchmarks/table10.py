@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from baselines import Baseline
@@ -94,7 +95,7 @@ def work(options: argparse.Namespace) -> None:
     device = torch.device("cuda", env.read().local_rank) if options.device == "cuda" else torch.device("cpu")
     world = Group.create(device, timeout_seconds=7200.0)
     bench = prepare(options, world)
-    header = {
+    header: dict[str, Any] = {
         "machine": machine(device),
         "settings": settings_of(options),
         "model": vars(bench.limits.model),
@@ -107,9 +108,10 @@ def work(options: argparse.Namespace) -> None:
         found = measure(side, bench)
         cells += found
         if world.rank == 0:  # after each size: the next may take hours
+            header["peak"] = max(header["peak"], peak_rate(device, bench.pipe.transformer.dtype))
             show_size(found, header)
         if world.rank == 0 and options.folder is not None:
-            save(options.folder, "table10", header, cells, bench.limits.peak_rate)
+            save(options.folder, "table10", header, cells)
             plot(cells, header, options.folder / "table10.png")
     if world.rank == 0:
         show_all(cells)

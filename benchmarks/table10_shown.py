@@ -107,11 +107,11 @@ def show_two_ranks(by_place: Places, console: Console) -> None:
 
 def show_notes(cells: list[Cell], console: Console) -> None:
     """Why cells are empty."""
-    sides: dict[str, list[str]] = {}
+    sides: dict[str, dict[str, None]] = {}
     for cell in cells:
         if cell.note:
             why = f"{cell.setting}, N = {cell.ranks}: {cell.origin}: {cell.note}"
-            sides.setdefault(why, []).append(str(cell.side))
+            sides.setdefault(why, {})[str(cell.side)] = None  # once, if both are empty
     for why, where in sides.items():
         console.print(f"{why} ({', '.join(where)} px)", style="dim")
 
@@ -143,7 +143,8 @@ def plot(cells: list[Cell], header: dict[str, Any], file: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(numbers, [str(ranks) for ranks in numbers])
-        axes.set(title=f"{side} px", xlabel="ranks", ylabel="seconds per step")
+        axes.set(title=f"{side} px", xlabel="ranks")
+    panels[0][0].set_ylabel("seconds per step")
     figure.suptitle(f"{about_the_measurement(header)}\nfilled: measured; hollow, dotted: projected", size=9)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="lower center", ncols=3, fontsize=7)
     figure.subplots_adjust(bottom=0.28, top=0.85, wspace=0.3)

@@ -73,12 +73,18 @@ def main() -> None:
     pipe = make_pipeline(model, device, dtype)
     peak = peak_rate(device, dtype)
     limits = Limits(model, options.cell_seconds, options.repetitions, peak, free_bytes(device))
-    header = {"machine": machine(device), "settings": settings_of(options), "model": vars(model), "peak": peak}
+    header: dict[str, Any] = {
+        "machine": machine(device),
+        "settings": settings_of(options),
+        "model": vars(model),
+        "peak": peak,
+    }
     cells: list[Cell] = []
     for side in options.sides:
         cells += measure(side, options, limits, pipe, world)
+        header["peak"] = max(header["peak"], peak_rate(device, dtype))
         if options.folder is not None:  # after each size: the next may take hours
-            save(options.folder, "table7", header, cells, peak)
+            save(options.folder, "table7", header, cells)
     show(cells, header)
     if options.folder is not None:
         plot(cells, header, options.folder / "table7.png")

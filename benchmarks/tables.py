@@ -226,10 +226,10 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def save(folder: Path, name: str, header: dict[str, Any], cells: Iterable[Cell], peak: float) -> None:
+def save(folder: Path, name: str, header: dict[str, Any], cells: Iterable[Cell]) -> None:
     """All raw results as JSON, and one line for each cell as CSV."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [(cell, cell.row(peak)) for cell in cells]
+    rows = [(cell, cell.row(header["peak"])) for cell in cells]
     contents = {**header, "load_average_at_end": os.getloadavg(), "cells": [asdict(cell) | row for cell, row in rows]}
     (folder / f"{name}.json").write_text(json.dumps(contents, indent=1) + "\n")
     with (folder / f"{name}.csv").open("w", newline="") as file:
