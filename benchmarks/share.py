@@ -52,9 +52,11 @@ class AloneAmong:
 
 
 @contextmanager
-def on_stripes(pipe: FluxPipeline, window: Window, schedule: Schedule, group: Group) -> Iterator[FluxPipeline]:
-    """While inside, `pipe` is on stripes, one for each rank of `group`."""
-    handle = parallelize(pipe, window=window, schedule=schedule, warmup_steps=0, group=group)
+def on_stripes(
+    pipe: FluxPipeline, window: Window, schedule: Schedule, group: Group, **settings: Any
+) -> Iterator[FluxPipeline]:
+    """While inside, `pipe` is on stripes, one for each rank of `group`; `settings`: others of `parallelize`."""
+    handle = parallelize(pipe, window=window, schedule=schedule, warmup_steps=0, group=group, **settings)
     try:
         yield pipe
     finally:
@@ -62,10 +64,10 @@ def on_stripes(pipe: FluxPipeline, window: Window, schedule: Schedule, group: Gr
 
 
 @contextmanager
-def share_of(pipe: FluxPipeline, part: Part, schedule: Schedule) -> Iterator[FluxPipeline]:
-    """While inside, `pipe` computes what the rank of `part` computes."""
+def share_of(pipe: FluxPipeline, part: Part, schedule: Schedule, **settings: Any) -> Iterator[FluxPipeline]:
+    """While inside, `pipe` computes what the rank of `part` computes; `settings`: others of `parallelize`."""
     alone = cast(Group, AloneAmong(part.rank, part.ranks, pipe.transformer.device))
-    handle = parallelize(pipe, window=part.window, group=alone)
+    handle = parallelize(pipe, window=part.window, group=alone, **settings)
     striped = striped_of(pipe)
     assert striped is not None
     striped.cut = cut_image(

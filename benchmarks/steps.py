@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from counts import Model
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
 
 from clear_dist.comm.group import Group
 from clear_dist.report import peak_memory, reset_peak_memory
@@ -86,28 +87,43 @@ def make_pipeline(model: Model, device: torch.device, dtype: torch.dtype) -> Flu
     return pipe
 
 
-def run_steps(pipe: FluxPipeline, text_tokens: int, candidate: Candidate) -> tuple[float, int]:
-    """One generation, whose last step alone is timed: seconds, and the peak of memory in bytes."""
+def draw(
+    pipe: FluxPipeline, text_tokens: int, side: int, steps: int, after_step: Callable[[], None] = lambda: None
+) -> Tensor:
+    """One generation, from equal embeddings and noise each time: packed latents [1, L, C]."""
     device, dtype = pipe.transformer.device, pipe.transformer.dtype
-    ends: list[float] = []
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randn(1, text_tokens, PROMPT_CHANNELS, generator=generator)
+    pooled = torch.randn(1, POOLED_CHANNELS, generator=generator)
 
     def end_step(pipeline: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        synchronize(device)
-        ends.append(time.perf_counter())
+        after_step()
         return {}
 
-    reset_peak_memory(device)
     with torch.inference_mode():
-        pipe(
-            prompt_embeds=torch.ones(1, text_tokens, PROMPT_CHANNELS, device=device, dtype=dtype),
-            pooled_prompt_embeds=torch.ones(1, POOLED_CHANNELS, device=device, dtype=dtype),
-            height=candidate.side,
-            width=candidate.side,
-            num_inference_steps=candidate.unmeasured + 1,
-            generator=torch.Generator().manual_seed(0),
+        return pipe(
+            prompt_embeds=prompt.to(device, dtype),
+            pooled_prompt_embeds=pooled.to(device, dtype),
+            height=side,
+            width=side,
+            num_inference_steps=steps,
+            generator=generator,
             output_type="latent",
             callback_on_step_end=end_step,
-        )
+        ).images
+
+
+def run_steps(pipe: FluxPipeline, text_tokens: int, candidate: Candidate) -> tuple[float, int]:
+    """One generation, whose last step alone is timed: seconds, and the peak of memory in bytes."""
+    device = pipe.transformer.device
+    ends: list[float] = []
+
+    def end_step() -> None:
+        synchronize(device)
+        ends.append(time.perf_counter())
+
+    reset_peak_memory(device)
+    draw(pipe, text_tokens, candidate.side, candidate.unmeasured + 1, end_step)
     return ends[-1] - ends[-2], peak_memory(device)
 
 

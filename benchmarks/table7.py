@@ -4,25 +4,23 @@
 
 Full attention is diffusers' own pipeline, untouched; CLEAR is the same pipeline after `parallelize`, on one rank. On
 CUDA the model is FLUX.1-dev's architecture in bfloat16, on a CPU a small one in float32, both with random weights. For
-each size all settings take turns; figures are medians. Work is what is wanted (counts.py), peak a large product of
-matrices in the same dtype and run. Cells that would take too long or do not fit say so.
+each size all settings take turns; figures are medians. Nothing is compiled but FlexAttention's kernel, where CLEAR uses
+it. Work is what is wanted (counts.py), peak a large product of matrices in the same dtype and run. Cells that would
+take too long or do not fit say so. Results are saved after each size.
 
 The paper's column is Table 7 as printed: FLUX.1-dev on an H100. Its times are for 20 steps (Fig. 2), whatever its head.
 """
 
-import argparse
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from cells import Bench, measure
 from counts import FLUX, attention_work, middle_part
-from diffusers import FluxPipeline
+from machine import whole_number
 from rich.table import Table
-from share import on_stripes
-from steps import Candidate, Runs, interleaved, make_pipeline, peak_rate
+from steps import make_pipeline, peak_rate
 from tables import (
     FULL,
     GIGA,
@@ -30,16 +28,14 @@ from tables import (
     TERA,
     Cell,
     Limits,
-    Setting,
     about_the_measurement,
-    cell_of,
     console_of,
     free_bytes,
-    machine,
+    header_of,
     model_and_dtype,
+    parse,
     parser_of,
     save,
-    settings_of,
     windows,
 )
 
@@ -65,54 +61,24 @@ ABOUT_THE_PAPER = "paper: Table 7, FLUX.1-dev on one H100, 20 steps"
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on a CPU")
-    options = parser.parse_args()
+    parser.add_argument("--threads", type=whole_number, default=torch.get_num_threads(), help="on a CPU")
+    options = parse(parser)
     torch.set_num_threads(options.threads)
     world = Group.create(options.device)
     (model, dtype), device = model_and_dtype(options), world.device
     pipe = make_pipeline(model, device, dtype)
-    peak = peak_rate(device, dtype)
-    limits = Limits(model, options.cell_seconds, options.repetitions, peak, free_bytes(device))
-    header: dict[str, Any] = {
-        "machine": machine(device),
-        "settings": settings_of(options),
-        "model": vars(model),
-        "peak": peak,
-    }
+    limits = Limits(model, options.cell_seconds, options.repetitions, peak_rate(device, dtype), free_bytes(device))
+    bench = Bench(pipe=pipe, world=world, groups={1: world}, limits=limits, settings=(FULL, *windows(options.radii)))
+    header = header_of(options, limits, device)
     cells: list[Cell] = []
     for side in options.sides:
-        cells += measure(side, options, limits, pipe, world)
+        cells += measure(side, bench)
         header["peak"] = max(header["peak"], peak_rate(device, dtype))
         if options.folder is not None:  # after each size: the next may take hours
             save(options.folder, "table7", header, cells)
+            plot(cells, header, options.folder / "table7.png")
     show(cells, header)
-    if options.folder is not None:
-        plot(cells, header, options.folder / "table7.png")
     world.close()
-
-
-def measure(side: int, options: argparse.Namespace, limits: Limits, pipe: FluxPipeline, world: Group) -> Iterator[Cell]:
-    """A cell for each setting."""
-    candidates: dict[Setting, Candidate] = {}
-    for setting in (FULL, *windows(options.radii)):
-        candidate = Candidate(prepare=partial(prepared, pipe, setting, world), side=side)
-        reason = limits.why_not(setting, middle_part(side, 1, setting.window), steps=2)
-        if reason is None:
-            candidates[setting] = candidate
-        else:
-            yield Cell(
-                setting=setting.name, window=setting.window, side=side, ranks=1, origin=reason[0], note=reason[1]
-            )
-    found: list[Runs] = interleaved(list(candidates.values()), world, limits.model.text_tokens, options.repetitions)
-    for setting, runs in zip(candidates, found, strict=True):
-        cell = cell_of(setting, side, 1, runs, limits.model)
-        limits.learn(setting.window, cell)
-        yield cell
-
-
-def prepared(pipe: FluxPipeline, setting: Setting, group: Group) -> AbstractContextManager[FluxPipeline]:
-    """Full attention: as diffusers made it."""
-    return nullcontext(pipe) if setting.window == "full" else on_stripes(pipe, setting.window, "sync", group)
 
 
 def show(cells: list[Cell], header: dict[str, Any]) -> None:
@@ -204,6 +170,7 @@ def plot(cells: list[Cell], header: dict[str, Any], file: Path) -> None:
     axes.set_title(f"measured: {about_the_measurement(header)}\n{ABOUT_THE_PAPER}", size=8)
     axes.legend(fontsize=7, ncols=2)
     figure.savefig(file, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,7 @@
 
 import argparse
 import csv
-import json
 import os
-import platform
-import shlex
-import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,11 +11,12 @@ from typing import Any, Literal
 
 import torch
 from counts import FLUX, Model, Part, Window, attention_work, linear_work, middle_part, traffic
+from machine import Parser, machine, pixels, positive, whole_number
 from rich.console import Console
 from steps import SMALL, Runs
 
 from clear_dist.config import Schedule
-from clear_dist.report import versions
+from clear_dist.report import write
 
 Origin = Literal["measured", "projected", "too long", "too large", "not possible"]
 STEPS_IN_TABLE = 20
@@ -129,6 +125,11 @@ class Limits:
         if cell.rate is not None:
             self.rates[window] = cell.rate
 
+    def predicted_seconds(self, part: Part, steps: int) -> float:
+        """Of all repetitions."""
+        rate = self.rates.get(part.window, ASSUMED_SHARE_OF_PEAK * self.peak_rate)
+        return work_of(self.model, part) / rate * steps * self.repetitions
+
     def why_not(self, setting: Setting, part: Part, *, steps: int, processes: int = 1) -> tuple[Origin, str] | None:
         """Origin and note of a cell that is predicted to be beyond them.
 
@@ -136,8 +137,7 @@ class Limits:
             steps: of each generation.
             processes: that share the memory.
         """
-        rate = self.rates.get(setting.window, ASSUMED_SHARE_OF_PEAK * self.peak_rate)
-        seconds = work_of(self.model, part) / rate * steps * self.repetitions
+        seconds = self.predicted_seconds(part, steps)
         if seconds > self.seconds:
             return "too long", f"predicted {seconds:.0f} s for all repetitions, the limit is {self.seconds:.0f} s"
         needed = activation_bytes(self.model, part, setting.schedule) * processes
@@ -164,19 +164,34 @@ def free_bytes(device: torch.device) -> int:
     return 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
 
 
-def parser_of(description: str | None) -> argparse.ArgumentParser:
+def parser_of(description: str | None) -> Parser:
     """With the flags that both tables have."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cuda = torch.cuda.is_available()
-    sides = [1024, 2048, 4096, 8192, 16384] if cuda else [512, 1024, 2048]
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=("cuda", "cpu"))
-    parser.add_argument("--model", default="FLUX" if cuda else "small", choices=("FLUX", "small"))
-    parser.add_argument("--sides", type=int, nargs="+", default=sides, help="of square images, in pixels")
-    parser.add_argument("--radii", type=int, nargs="+", default=[8, 16, 32], help="in tokens")
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--cell-seconds", type=float, default=900 if cuda else 120, help="more is not measured")
+    parser = Parser(description)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    parser.add_argument("--model", choices=("FLUX", "small"), help="FLUX on CUDA, small on a CPU")
+    parser.add_argument("--sides", type=pixels, nargs="+", help="of square images, in pixels")
+    parser.add_argument("--radii", type=whole_number, nargs="+", default=[8, 16, 32], help="in tokens")
+    parser.add_argument("--repetitions", type=whole_number, default=3)
+    parser.add_argument("--cell-seconds", type=positive, help="of all repetitions; what takes more is not measured")
     parser.add_argument("--folder", type=Path, help="for the results: .json, .csv and .png")
     return parser
+
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cuda": {"model": "FLUX", "sides": [1024, 2048, 4096, 8192, 16384], "cell_seconds": 900.0},
+    "cpu": {"model": "small", "sides": [512, 1024, 2048], "cell_seconds": 120.0},
+}
+"""Of flags, by device."""
+
+
+def parse(parser: Parser) -> argparse.Namespace:
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU that torch can see; nearest: --device cpu")
+    for name, value in DEFAULTS[options.device].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
 
 
 def model_and_dtype(options: argparse.Namespace) -> tuple[Model, torch.dtype]:
@@ -184,8 +199,15 @@ def model_and_dtype(options: argparse.Namespace) -> tuple[Model, torch.dtype]:
     return replace(FLUX if options.model == "FLUX" else SMALL, itemsize=dtype.itemsize), dtype
 
 
-def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(options).items() if name != "folder"}
+def header_of(options: argparse.Namespace, limits: Limits, device: torch.device) -> dict[str, Any]:
+    """What is saved beside the cells."""
+    return {
+        "machine": machine(device),
+        "compiled": "nothing but FlexAttention's kernel, where the engine uses it",
+        "settings": {name: value for name, value in vars(options).items() if name != "folder"},
+        "model": asdict(limits.model),
+        "peak": limits.peak_rate,
+    }
 
 
 def about_the_measurement(header: dict[str, Any]) -> str:
@@ -203,35 +225,12 @@ def console_of(width: int) -> Console:
     return console
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on, and with which command; folders are left out of it."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, check=True, capture_output=True, text=True).stdout.splitlines()[0]
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
-        driver = f"none ({platform.system()} {platform.release()})"
-    words = [Path(word).name if os.sep in word else word for word in sys.argv]
-    return {
-        "device": name,
-        "driver": driver,
-        "cores": os.cpu_count(),
-        "threads_per_rank": torch.get_num_threads(),
-        "load_average": os.getloadavg(),
-        "versions": versions(),
-        "command": shlex.join(["python", f"benchmarks/{words[0]}", *words[1:]]),
-        "compiled": "nothing but FlexAttention's kernel, where the engine uses it",
-    }
-
-
 def save(folder: Path, name: str, header: dict[str, Any], cells: Iterable[Cell]) -> None:
     """All raw results as JSON, and one line for each cell as CSV."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [(cell, cell.row(header["peak"])) for cell in cells]
-    contents = {**header, "load_average_at_end": os.getloadavg(), "cells": [asdict(cell) | row for cell, row in rows]}
-    (folder / f"{name}.json").write_text(json.dumps(contents, indent=1) + "\n")
+    results = [asdict(cell) | row for cell, row in rows]
+    write({**header, "load_average_at_end": os.getloadavg(), "cells": results}, folder / f"{name}.json")
     with (folder / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0][1], lineterminator="\n")
         writer.writeheader()
