@@ -28,6 +28,8 @@ from clear_dist.profiling import RECORDED_STEPS, Profile
 from clear_dist.report import peak_memory, reset_peak_memory
 
 SIDES, SMALL_SIDES = (8192, 4096, 2048, 1024), (256, 128)
+SIDES_OF_STEPS = (2048, 8192, 1024, 4096)
+"""The first tells how long the next will take; the last may find no time."""
 RADII, RANKS = (16, 8, 32), 8
 """The paper's own radius first, as time may run out."""
 REPETITIONS = 3
@@ -135,7 +137,7 @@ def steps(session: Session) -> None:
     peak = peak_rate(device, session.dtype)
     session.journal.tell(what="a large matrix product", tflops=peak / TERA)
     limits = Limits(model, 0.0, REPETITIONS, peak, free_bytes(device))
-    for side in reversed(sides_of(session)):
+    for side in SMALL_SIDES if session.small else SIDES_OF_STEPS:
         limits.repetitions = 1 if side >= LARGE else REPETITIONS
         products = seconds_of_products(model, (side // TOKEN) ** 2 + model.text_tokens, session)
         session.journal.tell(side_px=side, candidate="matrix products with weights alone", seconds=[products])
