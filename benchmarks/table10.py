@@ -71,19 +71,22 @@ def work(options: argparse.Namespace) -> None:
     header = header_of(options, bench.limits, device) | {
         "gigabytes_per_second": bench.bytes_per_second / GIGA,
         "bandwidth": "stated" if options.gigabytes_per_second or world.size == 1 else "measured",
+        "all_at_once": [],
     }
     cells: list[Cell] = []
     for side in options.sides:
         found = measure(side, bench)
         cells += found
+        alone, together = peaks(world, bench.pipe.transformer.dtype)
+        header["peak"] = max(header["peak"], alone)
+        header["all_at_once"].append(together / alone)
         if world.rank == 0:  # after each size: the next may take hours
-            header["peak"] = max(header["peak"], peak_rate(device, bench.pipe.transformer.dtype))
             show_size(found, header)
         if world.rank == 0 and options.folder is not None:
             save(options.folder, "table10", header, cells)
             plot(cells, header, options.folder / "table10.png")
     if world.rank == 0:
-        show_all(cells)
+        show_all(cells, header)
     world.barrier()
     world.close()
 
@@ -114,6 +117,12 @@ def make_baselines(pipe: FluxPipeline, numbers: list[int], world: Group) -> dict
         for number in numbers
         if not world.size % number
     }
+
+
+def peaks(world: Group, dtype: torch.dtype) -> tuple[float, float]:
+    """Of the first rank alone, and the lowest while all work at once: ranks of one machine take from each other."""
+    alone = world.broadcast_object(peak_rate(world.device, dtype) if world.rank == 0 else None)
+    return alone, min(world.gather_objects(peak_rate(world.device, dtype)))
 
 
 def bandwidth(options: argparse.Namespace, groups: dict[int, Group], world: Group) -> float:

@@ -22,11 +22,13 @@ def show_size(cells: list[Cell], header: dict[str, Any]) -> None:
     console_of(120).print(table_of(cells[0].side, arranged(cells), header))
 
 
-def show_all(cells: list[Cell]) -> None:
+def show_all(cells: list[Cell], header: dict[str, Any]) -> None:
     """What takes all sizes together."""
     by_place = arranged(cells)
     console = console_of(120)
     show_errors(by_place, console)
+    lowest = ", ".join(f"{share:.0%}" for share in header["all_at_once"])
+    console.print(f"a matrix product on all ranks at once reaches, after each size, {lowest} of its rate on one alone")
     show_two_ranks(by_place, console)
     ratio = gathering_over_halos(FLUX, 8192, 8, 16)
     console.print(
