@@ -43,12 +43,13 @@ class NoHalos:
     rows: tuple[int, int]
     """Above and below."""
     lags: bool = False
+    """Whether they pass for those of the step before."""
 
     def start(self, key_BRWND: Tensor, value_BRWND: Tensor) -> Done:
         batch, _, *row = key_BRWND.shape
         above, below = (key_BRWND.new_zeros(2, batch, rows, *row) for rows in self.rows)
         halos: Halos = above, below
-        return Done(halos)
+        return Done(halos, lag=self.lags)
 
 
 class NoReduction:
@@ -100,10 +101,14 @@ def without_overlap(striped: StripedModel) -> None:
     striped.cut = replace(cut, exchanges=wrapped)
 
 
-def without_communication(striped: StripedModel) -> None:
-    """From the image at hand on, nothing is sent: each rank computes as ever, on wrong numbers."""
+def without_communication(striped: StripedModel, *, lag: bool = False) -> None:
+    """From the image at hand on, nothing is sent: each rank computes as ever, on wrong numbers.
+
+    Args:
+        lag: compute as in the stale schedule after its warm-up.
+    """
     cut, plan = striped.cut, striped.cut.plan
     above, below = map(len, plan.halos)
-    silent = Exchange(NoHalos((above, below)), NoReduction())
+    silent = Exchange(NoHalos((above, below), lags=lag), NoReduction())
     join = NoJoin(tuple(map(len, cut.stripes)), striped.group.rank)
     striped.cut = replace(cut, exchanges=Wrapped(cut.exchanges, lambda _: silent), join=join)

@@ -1,0 +1,160 @@
+"""Measures the cells of Tables 7 and 10 for one size of image: who runs on how many ranks, in which turn."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from baselines import Baseline
+from counts import middle_part, traffic
+from diffusers import FluxPipeline
+from share import on_stripes, projected, share_of
+from steps import Candidate, interleaved
+from tables import FULL, Cell, Limits, Origin, Setting, cell_of, stale_bytes, work_of
+
+from clear_dist.comm.group import Group
+
+DISTRIFUSION = Setting(name="full attention, DistriFusion", window="full", schedule="stale")
+BASELINES = {kind: Setting(name=f"full attention, {kind}", window="full") for kind in ("Ulysses", "ring")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a measurement goes in the table."""
+
+    setting: Setting
+    ranks: int
+    is_share: bool = False
+    """One rank's share, for a projection."""
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """What all measurements of this rank need."""
+
+    pipe: FluxPipeline
+    world: Group
+    limits: Limits
+    settings: Sequence[Setting]
+    """Of the engine; full attention on one rank is diffusers' own."""
+    numbers: Sequence[int] = (1,)
+    """Of ranks: the columns."""
+    groups: dict[int, Group] = field(default_factory=dict)
+    """Of the first so many ranks; this rank is not in those that are smaller than its number."""
+    baselines: dict[Place, Baseline] = field(default_factory=dict)
+    bytes_per_second: float = float("inf")
+    """Each way through a rank's link, for projections."""
+
+    @property
+    def share_memory(self) -> bool:
+        return self.world.device.type == "cpu"
+
+
+def measure(side: int, bench: Bench) -> list[Cell]:
+    """All cells of one size; all ranks call this."""
+    cells: list[Cell] = []
+    candidates: dict[Place, Candidate] = {}
+    for place in places(bench):
+        reason = why_not(place, side, bench)
+        if reason is None:
+            candidates[place] = candidate_of(place, side, bench)
+        else:
+            empty = Cell(setting="", window="full", side=side, ranks=place.ranks, origin=reason[0], note=reason[1])
+            cells += [named(empty, setting) for setting in stands_for(place, bench)]
+    limits = bench.limits
+    found = interleaved(list(candidates.values()), bench.world, limits.model.text_tokens, limits.repetitions)
+    for place, runs in zip(candidates, found, strict=True):
+        cell = cell_of(place.setting, side, place.ranks, runs, limits.model)
+        if place in bench.baselines:  # unlike ours, these cut the text too
+            whole = work_of(limits.model, middle_part(side, 1, place.setting.window))
+            cell = replace(cell, work=whole // place.ranks)
+        else:
+            limits.learn(place.setting.window, cell)
+        for setting in stands_for(place, bench):
+            its = named(cell, setting)
+            cells.append(projection(its, setting, bench) if place.is_share and runs.seconds else its)
+    names = [setting.name for setting in (FULL, DISTRIFUSION, *BASELINES.values(), *bench.settings)]
+    return sorted(cells, key=lambda cell: (names.index(cell.setting), cell.ranks, cell.origin == "projected"))
+
+
+def places(bench: Bench) -> Iterator[Place]:
+    """All that is to be measured for one size."""
+    for ranks in bench.numbers:
+        for setting in bench.settings:
+            for is_share in (False, True):
+                place = Place(setting=setting, ranks=ranks, is_share=is_share)
+                there_are = ranks > 1 if is_share else ranks <= bench.world.size
+                if there_are and stands_for(place, bench)[0] == setting:
+                    yield place
+        if ranks > 1:
+            yield from (Place(setting=setting, ranks=ranks) for setting in BASELINES.values())
+
+
+def stands_for(place: Place, bench: Bench) -> list[Setting]:
+    """The settings that a measurement serves: one rank waits for nobody, and a share does not exchange anything."""
+    if place.ranks == 1 or (place.is_share and place.setting.window != "full"):
+        return [setting for setting in bench.settings if setting.window == place.setting.window]
+    return [place.setting]
+
+
+def why_not(place: Place, side: int, bench: Bench) -> tuple[Origin, str] | None:
+    """Why it is not measured: origin and note of its cell."""
+    if place.setting in BASELINES.values() and place not in bench.baselines:
+        return "not possible", f"it takes {place.ranks} devices or a multiple, here are {bench.world.size}"
+    part = middle_part(side, place.ranks, place.setting.window)
+    if part.grid[0] < place.ranks:
+        return "not possible", f"{part.grid[0]} rows of tokens are fewer than {place.ranks} ranks"
+    processes = processes_of(place, bench) if bench.share_memory else 1
+    return bench.limits.why_not(place.setting, part, steps=unmeasured_of(place) + 1, processes=processes)
+
+
+def candidate_of(place: Place, side: int, bench: Bench) -> Candidate:
+    processes = processes_of(place, bench)
+    return Candidate(
+        prepare=partial(prepared, place, side, bench),
+        side=side,
+        processes=processes,
+        unmeasured=unmeasured_of(place),
+        # Baselines fail on all ranks, or on none.
+        may_fail=processes == 1 or place in bench.baselines,
+    )
+
+
+def prepared(place: Place, side: int, bench: Bench) -> AbstractContextManager[FluxPipeline]:
+    setting = place.setting
+    if place in bench.baselines:
+        return bench.baselines[place].ready()
+    if place.is_share:
+        return share_of(bench.pipe, middle_part(side, place.ranks, setting.window), setting.schedule)
+    if place.ranks == 1 and setting.window == "full":
+        return nullcontext(bench.pipe)  # as diffusers made it
+    return on_stripes(bench.pipe, setting.window, setting.schedule, bench.groups[place.ranks])
+
+
+def processes_of(place: Place, bench: Bench) -> int:
+    if place in bench.baselines:
+        return bench.world.size
+    return 1 if place.is_share else place.ranks
+
+
+def unmeasured_of(place: Place) -> int:
+    return 1 if place.is_share else place.setting.unmeasured
+
+
+def named(cell: Cell, setting: Setting) -> Cell:
+    return replace(cell, setting=setting.name, window=setting.window)
+
+
+def projection(share: Cell, setting: Setting, bench: Bench) -> Cell:
+    """The cell of all ranks, from that of one's share."""
+    model, speed = bench.limits.model, bench.bytes_per_second
+    part = middle_part(share.side, share.ranks, setting.window)
+    moved = traffic(model, part, setting.schedule)
+    return replace(
+        share,
+        origin="projected",
+        seconds=[projected(seconds, moved, setting.schedule, speed) for seconds in share.seconds],
+        peak_bytes=share.peak_bytes + stale_bytes(model, part, setting.schedule),
+        share_seconds=share.seconds,
+        link_bytes=moved.in_layers + moved.at_the_end,
+    )

@@ -1,0 +1,115 @@
+"""One rank's share of an image, run alone, and from it what the step of all ranks would take: a projection.
+
+    seconds = share + bytes / bandwidth                          sync: as if nothing were hidden behind computing
+    seconds = max(share, bytes / bandwidth) + join / bandwidth   stale: all but the join may take as long as the step
+
+The share is a stripe in the middle with zeros for halos; nothing is packed, sent or waited for.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, cast
+
+import torch
+from counts import Part, Traffic, Window
+from diffusers import FluxPipeline
+from silent import without_communication
+from steps import synchronize
+
+from clear_dist import parallelize
+from clear_dist.comm.counters import Counters
+from clear_dist.comm.group import Group
+from clear_dist.comm.halo_exchange import HaloExchange
+from clear_dist.config import Schedule
+from clear_dist.geometry import Rows, plan_halos
+from clear_dist.models.cut import cut_image
+from clear_dist.parallelize import striped_of
+
+MESSAGE_ROWS, MESSAGE_SHAPE = 64, (64, 4, 64)
+"""Of float32 keys and values, 8 MB together."""
+
+
+@dataclass(frozen=True)
+class AloneAmong:
+    """In place of a group: one of `size` ranks, the others of which do not exist and always agree."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def wire(self) -> torch.device:
+        return self.device
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value]
+
+    def equal(self, values: Any) -> bool:
+        return True
+
+    def start_equal(self, values: Any) -> Callable[[], bool]:
+        return lambda: True
+
+
+@contextmanager
+def on_stripes(
+    pipe: FluxPipeline, window: Window, schedule: Schedule, group: Group, **settings: Any
+) -> Iterator[FluxPipeline]:
+    """While inside, `pipe` is on stripes, one for each rank of `group`; `settings`: others of `parallelize`."""
+    handle = parallelize(pipe, window=window, schedule=schedule, warmup_steps=0, group=group, **settings)
+    try:
+        yield pipe
+    finally:
+        handle.undo()
+
+
+@contextmanager
+def share_of(pipe: FluxPipeline, part: Part, schedule: Schedule, **settings: Any) -> Iterator[FluxPipeline]:
+    """While inside, `pipe` computes what the rank of `part` computes; `settings`: others of `parallelize`."""
+    alone = cast(Group, AloneAmong(part.rank, part.ranks, pipe.transformer.device))
+    handle = parallelize(pipe, window=part.window, group=alone, **settings)
+    striped = striped_of(pipe)
+    assert striped is not None
+    striped.cut = cut_image(
+        part.grid,
+        alone,
+        None,
+        radius=striped.radius,
+        text_attention=striped.text_attention,
+        backend=striped.backend,
+        clock=None,
+        counters=striped.counters,
+    )
+    without_communication(striped, lag=schedule == "stale")
+    try:
+        yield pipe
+    finally:
+        handle.undo()
+
+
+def projected(share_seconds: float, traffic: Traffic, schedule: Schedule, bytes_per_second: float) -> float:
+    """Seconds per step, as above."""
+    in_layers, join = traffic.in_layers / bytes_per_second, traffic.at_the_end / bytes_per_second
+    return (max(share_seconds, in_layers) if schedule == "stale" else share_seconds + in_layers) + join
+
+
+def measured_bandwidth(pair: Group, repetitions: int = 7) -> float:
+    """Bytes per second each way between two ranks that both send, through the engine's own exchange; both call this."""
+    stripes = (Rows(0, MESSAGE_ROWS), Rows(MESSAGE_ROWS, 2 * MESSAGE_ROWS))
+    counters = Counters()
+    exchange = HaloExchange(pair, plan_halos(stripes, pair.rank, None), counters)
+    key = torch.zeros(1, MESSAGE_ROWS, *MESSAGE_SHAPE, device=pair.device)
+    seconds = []
+    for _ in range(repetitions + 1):
+        pair.barrier()
+        began = time.perf_counter()
+        pending = exchange.start(key, key)
+        pending.wait()
+        pending.release()
+        synchronize(pair.device)
+        seconds.append(time.perf_counter() - began)
+    exchange.drain()
+    return pair.broadcast_object(2 * key.nbytes / median(seconds[1:]))
