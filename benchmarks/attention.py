@@ -1,6 +1,6 @@
 """How much faster are circles than full attention, and is the cost of a token independent of the image?
 
-    python benchmarks/attention.py --json benchmarks/results/2026-11-21-cpu/attention.json
+    python benchmarks/attention.py --row-major --json attention.json
 
 One layer's attention, as one rank computes it: text queries see everything, image queries the text and their circle.
 Beside it, over the same queries and keys: full attention, unmasked, by PyTorch; and CLEAR in raster order by compiled
