@@ -63,6 +63,38 @@ class HaloPlan:
         return Rows(self.extended.start, self.own.start), Rows(self.own.stop, self.extended.stop)
 
 
+@dataclass(frozen=True)
+class TextPlan:
+    """Which text tokens a rank takes through the blocks: a share of them, or all where they are replicated.
+
+    In the attention every rank has all of them, those of the others before its own, in the order of ranks.
+    """
+
+    counts: tuple[int, ...]
+    """Of each share; one number where the text is replicated, or there is one rank."""
+    rank: int
+    """Which of the shares is mine."""
+
+    @property
+    def is_shared(self) -> bool:
+        return len(self.counts) > 1
+
+    @property
+    def before(self) -> int:
+        """Tokens of the ranks before mine."""
+        return sum(self.counts[: self.rank])
+
+    @property
+    def elsewhere(self) -> int:
+        """Tokens of all other ranks."""
+        return sum(self.counts) - self.counts[self.rank]
+
+    @property
+    def own(self) -> slice:
+        """My tokens in the text's own order."""
+        return slice(self.before, self.before + self.counts[self.rank])
+
+
 def cut_in_stripes(rows: int, ranks: int, *, unit: int = 1) -> tuple[Rows, ...]:
     """Cut `rows` in one stripe per rank, whole units each, the taller ones first.
 
@@ -115,6 +147,12 @@ def plan_moves(have: tuple[Rows, ...], want: tuple[Rows, ...], rank: int) -> Mov
     found = len(plan.kept) + sum(len(transfer.rows) for transfer in plan.receives)
     assert found == len(want[rank]), f"rank {rank} wants {want[rank]}, of which there are {found} rows"
     return plan
+
+
+def plan_text(tokens: int, ranks: int, rank: int) -> TextPlan:
+    """Shares that differ by one token at most; empty ones where there are more ranks than tokens."""
+    share, rest = divmod(tokens, ranks)
+    return TextPlan(tuple(share + (other < rest) for other in range(ranks)), rank)
 
 
 def reach(rows: Rows, grid: Rows, radius: int | None) -> Rows:

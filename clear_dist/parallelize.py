@@ -10,7 +10,7 @@ from clear_dist.attention import choose_backend
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.comm.text_reduce import TextAttention
-from clear_dist.config import Schedule
+from clear_dist.config import Schedule, TextTokens, rules
 from clear_dist.config.rules import SCHEDULES, WARMUP_STEPS
 from clear_dist.models import adaptor_for
 from clear_dist.models.agreement import checksum
@@ -91,6 +91,7 @@ def parallelize(
     window: int | Literal["full"] | None = None,
     clear_weights: str | Path | None = None,
     text_attention: TextAttention | None = None,
+    text_tokens: TextTokens = "auto",
     attention_backend: str = "auto",
     schedule: Schedule = "sync",
     warmup_steps: int = WARMUP_STEPS,
@@ -108,6 +109,8 @@ def parallelize(
         window: radius in tokens of what an image token sees, or `full`; by default the checkpoint's, else `full`.
         clear_weights: a CLEAR checkpoint; without one a window draws noise, unless `pipe` was trained with it.
         text_attention: `average` (Eq. 7 of the paper, the default) or `exact`: N ranks compute what one computes.
+        text_tokens: `replicated`: every rank takes all of them through the blocks; `sharded`: each a share, to the same
+            numbers, not with the stale schedule; `auto` goes by sizes, ranks and transport (README).
         attention_backend: `auto`, or a row of `clear_dist.attention.BACKENDS`.
         schedule: `sync`: this step's halos; `stale`: those of the step before, for slow links (README).
         warmup_steps: of `stale`: the steps at the start of each generation that are synchronous all the same.
@@ -126,6 +129,7 @@ def parallelize(
     settings = checked_schedule(schedule, warmup_steps)
     settings |= {"text_attention": checked_text_attention(text_attention, radius), "hoist_modulation": hoist_modulation}
     device = pipe._execution_device  # where it runs, also if its parts are offloaded to the CPU meanwhile
+    settings |= {"text_tokens": checked_text_tokens(text_tokens, schedule)}
     settings |= checked_kernels(compile, float8, device, transformer.dtype)
     backend = choose_backend(attention_backend, device=device, dtype=transformer.dtype, head_dim=adaptor.head_dim)
     group_or_own = group or Group.create(device)
@@ -214,3 +218,9 @@ def checked_text_attention(text_attention: TextAttention | None, radius: int | N
     if radius is None and text_attention == "average":
         raise ValueError("text_attention must be 'exact' where window is 'full', got 'average'; nearest: 'exact'")
     return text_attention or ("average" if radius is not None else "exact")
+
+
+def checked_text_tokens(text_tokens: TextTokens, schedule: Schedule) -> TextTokens:
+    rules.check_choice("text_tokens", text_tokens, rules.TEXT_TOKENS)
+    rules.check_text_tokens("text_tokens", text_tokens, schedule)
+    return text_tokens

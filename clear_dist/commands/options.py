@@ -70,6 +70,10 @@ TextAttention = Annotated[
     str | None,
     _flag("average: the paper's; exact: independent of the ranks (average)", CUT, takes=rules.TEXT_ATTENTION),
 ]
+TextTokens = Annotated[
+    str,
+    _flag("text tokens' linear layers: on all ranks, or a share on each (auto: by size)", CUT, takes=rules.TEXT_TOKENS),
+]
 Schedule = Annotated[
     str, _flag("sync: this step's halos; stale: the step before's, for slow links (sync)", CUT, takes=rules.SCHEDULES)
 ]

@@ -267,6 +267,7 @@ def _parallelize(pipe: Any, request: Request, group: Group) -> Parallelized:
             window=request.window,
             clear_weights=request.clear_weights,
             text_attention=request.text_attention,
+            text_tokens=request.text_tokens,
             attention_backend=request.attention_backend,
             schedule=request.schedule,
             warmup_steps=request.warmup_steps,

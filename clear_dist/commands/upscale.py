@@ -33,6 +33,7 @@ def upscale(
     device: options.Device = "auto",
     nproc: options.Nproc = None,
     text_attention: options.TextAttention = None,
+    text_tokens: options.TextTokens = "auto",
     schedule: options.Schedule = "sync",
     warmup_steps: options.WarmupSteps = None,
     attention_backend: options.AttentionBackend = "auto",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from clear_dist.config import rules
 from clear_dist.config.request import Request
-from clear_dist.config.rules import Refusal, Schedule, TextAttention, Window, nearest_word, shortened
+from clear_dist.config.rules import Refusal, Schedule, TextAttention, TextTokens, Window, nearest_word, shortened
 
 __all__ = [
     "CLEAR_REPOSITORY",
@@ -17,6 +17,7 @@ __all__ = [
     "Request",
     "Schedule",
     "TextAttention",
+    "TextTokens",
     "UpscaleConfig",
     "Window",
     "nearest_word",
@@ -58,6 +59,7 @@ class PictureConfig:
     window: str | None = None
     """Radius in tokens, or `full`."""
     text_attention: TextAttention | None = None
+    text_tokens: TextTokens = "auto"
     schedule: Schedule = "sync"
     warmup_steps: int | None = None
     attention_backend: str = "auto"
@@ -87,6 +89,7 @@ class PictureConfig:
             elif name in rules.CHOICES and value is not None:
                 rules.check_choice(f"--{rules.flag(name)}", value, rules.CHOICES[name])
         rules.radius(self.window)
+        rules.check_text_tokens("--text-tokens", self.text_tokens, self.schedule)
         if self.res is not None and (self.height is not None or self.width is not None):
             given = "--height" if self.height is not None else "--width"
             raise Refusal(f"--res is both height and width, got {given} too; leave one out")

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from clear_dist.config.rules import PROFILE_ENDINGS, Schedule, TextAttention, Window
+from clear_dist.config.rules import PROFILE_ENDINGS, Schedule, TextAttention, TextTokens, Window
 from clear_dist.stages import Sampling, Size, Stage, Upscaling, plan_cascade, plan_upscaling
 
 
@@ -58,6 +58,7 @@ class Request:
     seed: int | None
     window: Window
     text_attention: TextAttention | None
+    text_tokens: TextTokens
     schedule: Schedule
     warmup_steps: int
     attention_backend: str

@@ -8,9 +8,11 @@ from typing import Literal, get_args
 
 Window = int | Literal["full"]
 TextAttention = Literal["average", "exact"]
+TextTokens = Literal["auto", "replicated", "sharded"]
 Schedule = Literal["sync", "stale"]
 
 TEXT_ATTENTION: tuple[TextAttention, ...] = get_args(TextAttention)
+TEXT_TOKENS: tuple[TextTokens, ...] = get_args(TextTokens)
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 WARMUP_STEPS = 4
 CASCADE = ("auto", "off")
@@ -19,6 +21,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 CHOICES: dict[str, tuple[str, ...]] = {
     "text_attention": TEXT_ATTENTION,
+    "text_tokens": TEXT_TOKENS,
     "schedule": SCHEDULES,
     "cascade": CASCADE,
     "attention_backend": ATTENTION_BACKENDS,
@@ -133,3 +136,9 @@ def check_choice(name: str, word: str, choices: Sequence[str]) -> None:
             f"{name} must be one of {', '.join(choices)}, got {shortened(word)!r}; "
             f"nearest: {nearest_word(word, choices)}"
         )
+
+
+def check_text_tokens(name: str, text_tokens: str, schedule: str) -> None:
+    """Raises a Refusal where text tokens are to be sharded in the stale schedule."""
+    if text_tokens == "sharded" and schedule == "stale":
+        raise Refusal(f"{name} must be replicated where the schedule is stale, got sharded; nearest: replicated")

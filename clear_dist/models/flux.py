@@ -13,6 +13,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor, nn
 
+from clear_dist.comm.halo_exchange import PendingHalos
+from clear_dist.geometry import TextPlan
 from clear_dist.models.cut import Cut
 from clear_dist.models.extrapolation import Extrapolation
 from clear_dist.models.flux_blocks import Rotary, StripedBlock, require_no_mask
@@ -58,21 +60,27 @@ class FluxStripeAttnProcessor:
         query = attn.norm_q(heads(attn, attn.to_q, hidden_states))
         if encoder_hidden_states is None:
             query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
-            return self.striped.joint_attention(self.layer, halos, query, key, value).flatten(2)
+            return self._attend(halos, query, key, value)
         text_tokens = encoder_hidden_states.shape[1]
         query_text = attn.norm_added_q(heads(attn, attn.add_q_proj, encoder_hidden_states))
         key_text = attn.norm_added_k(heads(attn, attn.add_k_proj, encoder_hidden_states))
         value_text = heads(attn, attn.add_v_proj, encoder_hidden_states)
         text_positions = image_rotary_emb[0][:text_tokens], image_rotary_emb[1][:text_tokens]
-        output = self.striped.joint_attention(
-            self.layer,
+        output = self._attend(
             halos,
             apply_rotary_emb(torch.cat([query_text, query], dim=1), image_rotary_emb, sequence_dim=1),
             torch.cat([apply_rotary_emb(key_text, text_positions, sequence_dim=1), key], dim=1),
             torch.cat([value_text, value], dim=1),
-        ).flatten(2)
+        )
         image = attn.to_out[1](attn.to_out[0](output[:, text_tokens:]))
         return image, attn.to_add_out(output[:, :text_tokens])
+
+    def _attend(self, halos: PendingHalos, *qkv_BLND: Tensor) -> Tensor:
+        """Output [B, L, C] of my tokens; other ranks' text tokens find room before them."""
+        elsewhere = self.striped.text_plan.elsewhere
+        joint = [torch.cat([x.new_empty(len(x), elsewhere, *x.shape[2:]), x], dim=1) for x in qkv_BLND]
+        self.striped.start_text(self.layer, *joint)
+        return self.striped.joint_attention(self.layer, halos, *joint).flatten(2)
 
 
 def heads(attn: Any, linear: nn.Module, x: Tensor) -> Tensor:
@@ -147,8 +155,11 @@ class FluxAdaptor:
             )
         return height, width
 
-    def cut(self, inputs: dict[str, Any], cut: Cut) -> dict[str, Any]:
-        """The inputs with the image's tokens, ids and ControlNet residuals cut; the text's stay whole.
+    def text_tokens(self, inputs: dict[str, Any]) -> int:
+        return inputs["encoder_hidden_states"].shape[1]
+
+    def cut(self, inputs: dict[str, Any], cut: Cut, text: TextPlan) -> dict[str, Any]:
+        """The inputs with the image's tokens, ids and ControlNet residuals cut, and the text's where it is shared.
 
         Ids are made anew in float32: pipelines cast them to the prompt's dtype, and bfloat16 has no 257.
         """
@@ -165,8 +176,9 @@ class FluxAdaptor:
             **inputs,
             **residuals,
             "hidden_states": inputs["hidden_states"][:, mine].contiguous(),
+            "encoder_hidden_states": inputs["encoder_hidden_states"][:, text.own],
             "img_ids": ids,
-            "txt_ids": flat_ids(inputs["txt_ids"]).float(),
+            "txt_ids": flat_ids(inputs["txt_ids"])[text.own].float(),
         }
 
     @contextmanager

@@ -5,7 +5,7 @@ there are keys and values. With few tokens a single block's MLP is computed whil
 state would be the peak of memory, so that it is computed chunk by chunk after the attention. Then a block holds at most
 five tensors of all tokens at once: its input, queries, keys, values and what the attention gives.
 
-Shapes: B batch, L tokens, T text tokens, R image tokens of this rank, C channels, N heads, D head dim.
+Shapes: B batch, L tokens, T text tokens and R image tokens of this rank, C channels, N heads, D head dim.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,13 +28,17 @@ LARGEST_FLOAT16 = 65_504
 
 
 class Heads:
-    """Queries, keys and values of all tokens of a layer, from their projection to their attention."""
+    """Queries, keys and values of all tokens of a layer, from their projection to their attention.
+
+    Where each rank has a share of the text, the others' come before mine, once they have arrived.
+    """
 
     def __init__(self, attn: Any, like_BLC: Tensor, tokens: int, kwargs: dict[str, Any] | None) -> None:
         require_no_mask((kwargs or {}).get("attention_mask"))
-        shape = len(like_BLC), tokens, attn.heads, attn.head_dim
-        self._qkv_BLND = [like_BLC.new_empty(shape) for _ in range(3)]
         self._striped = attn.processor.striped
+        self._elsewhere = self._striped.text_plan.elsewhere
+        shape = len(like_BLC), self._elsewhere + tokens, attn.heads, attn.head_dim
+        self._qkv_BLND = [like_BLC.new_empty(shape) for _ in range(3)]
         self._layer = attn.processor.layer
         self._halos: PendingHalos | None = None
 
@@ -55,13 +59,14 @@ class Heads:
 
         Args:
             modulated: what is projected of a chunk.
-            first: where `x_BLC` begins among all tokens.
+            first: where `x_BLC` begins among my tokens.
 
         Returns:
             The last chunk [B, L, C], modulated.
         """
         to_q, to_k, to_v, norm_q, norm_k = projections
-        query, key, value = self._qkv_BLND
+        query, key, value = (x[:, self._elsewhere :] for x in self._qkv_BLND)
+        normed = x_BLC  # of no token, on a rank whose share of the text is empty
         for chunk in chunks_of(x_BLC):
             place = slice(first + chunk.start, first + chunk.stop)
             turns = rotary[0][place], rotary[1][place]
@@ -73,8 +78,12 @@ class Heads:
             self.parts.rotate(to_q, norm_q, normed, *turns, query[:, place])
         return normed
 
+    def start_text(self) -> None:
+        """Text tokens leave, if they are needed elsewhere; to be called once, when mine are there."""
+        self._striped.start_text(self._layer, *self._qkv_BLND)
+
     def attend(self) -> Tensor:
-        """The joint attention's output [B, L, C]; to be called once, when all tokens are there."""
+        """The joint attention's output of my tokens [B, L, C]; to be called once, when they are all there."""
         # Not held any longer than it takes: neither these, nor halos, which may hold keys and values.
         qkv_BLND, halos = self._qkv_BLND, self._halos
         self._qkv_BLND, self._halos = [], None
@@ -92,7 +101,7 @@ class StripedDoubleBlock(FluxTransformerBlock):
         image_rotary_emb: Rotary,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """From image [B, R, C] and text [B, T, C] to text and image."""
+        """From image [B, R, C] and my text [B, T, C] to text and image."""
         image, text, attn = hidden_states, encoder_hidden_states, self.attn
         text_tokens, tokens = text.shape[1], text.shape[1] + image.shape[1]
         heads = Heads(attn, image, tokens, joint_attention_kwargs)
@@ -100,12 +109,13 @@ class StripedDoubleBlock(FluxTransformerBlock):
         shift, scale, *modulation = adaptive(self.norm1, temb, 6)
         text_shift, text_scale, *text_modulation = adaptive(self.norm1_context, temb, 6)
 
-        projections = attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k
-        modulated = partial(parts.modulate, self.norm1.norm, shift_BC=shift, scale_BC=scale)
-        heads.fill(projections, image_rotary_emb, image, modulated, first=text_tokens)
         projections = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k
         modulated = partial(parts.modulate, self.norm1_context.norm, shift_BC=text_shift, scale_BC=text_scale)
         heads.fill(projections, image_rotary_emb, text, modulated)
+        heads.start_text()
+        projections = attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k
+        modulated = partial(parts.modulate, self.norm1.norm, shift_BC=shift, scale_BC=scale)
+        heads.fill(projections, image_rotary_emb, image, modulated, first=text_tokens)
         attended = heads.attend()
 
         out = image.new_empty(len(image), tokens, image.shape[2])
@@ -113,10 +123,10 @@ class StripedDoubleBlock(FluxTransformerBlock):
         for chunk in chunks_of(image):
             place = slice(text_tokens + chunk.start, text_tokens + chunk.stop)
             parts.add_attention_and_mlp(layers, image[:, chunk], attended[:, place], modulation, out[:, place])
-        text_layers = attn.to_add_out, self.norm2_context, self.ff_context
-        text_place = slice(text_tokens)
-        parts.add_attention_and_mlp(text_layers, text, attended[:, text_place], text_modulation, out[:, text_place])
-        return finite(out[:, text_place]), out[:, text_tokens:]
+        layers = attn.to_add_out, self.norm2_context, self.ff_context
+        for place in chunks_of(text):
+            parts.add_attention_and_mlp(layers, text[:, place], attended[:, place], text_modulation, out[:, place])
+        return finite(out[:, :text_tokens]), out[:, text_tokens:]
 
 
 class StripedSingleBlock(FluxSingleTransformerBlock):
@@ -130,7 +140,7 @@ class StripedSingleBlock(FluxSingleTransformerBlock):
         image_rotary_emb: Rotary,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """From image [B, R, C] and text [B, T, C] to text and image."""
+        """From image [B, R, C] and my text [B, T, C] to text and image."""
         attn, text_tokens = self.attn, encoder_hidden_states.shape[1]
         x = joined(encoder_hidden_states, hidden_states)
         heads = Heads(attn, x, x.shape[1], joint_attention_kwargs)
@@ -140,6 +150,7 @@ class StripedSingleBlock(FluxSingleTransformerBlock):
 
         projections = attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k
         normed = heads.fill(projections, image_rotary_emb, x, modulated)
+        heads.start_text()
         beside = self._with_mlp(parts, normed) if len(chunks) == 1 else None
         del normed
         attended = heads.attend()

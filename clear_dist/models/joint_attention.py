@@ -1,6 +1,7 @@
 """One attention layer on one rank: what is sent, what is computed meanwhile, what is waited for.
 
 Shared by all models: an adaptor projects and rotates q, k and v, and gets the joint output back, text tokens first.
+Where each rank has a share of the text, q, k and v have room for all of it, its own last; the output is its own.
 Shape suffixes: B batch, N heads, T text, R my rows, W columns, D head dim, L = T + R x W tokens.
 """
 
@@ -45,6 +46,7 @@ class WindowJointAttention:
             image_tokens=len(self.grid) * self.width,
         )
 
+        exchange.gather.wait()  # other ranks' text tokens, where each has a share
         first_key = 0 if self.counts_text_keys else text_tokens
         with labelled("compute: text queries"):
             part = attend(query_text, key_BLND[:, first_key:], value_BLND[:, first_key:], scale)
@@ -70,8 +72,9 @@ class WindowJointAttention:
                     reaching = reach(held, self.plan.own, self.radius)
                     parts.append(window(reaching, (halo[0], halo[1], no_text, no_text), held.start))
         halos.release()
-        output_BLND = torch.empty_like(query_BLND)
-        output_text, output = self._split(output_BLND, text_tokens)
+        elsewhere = exchange.gather.plan.elsewhere
+        output_BLND = torch.empty_like(query_BLND[:, elsewhere:])
+        output_text, output = self._split(output_BLND, text_tokens - elsewhere)
         with labelled("compute: merge"):
             merge_rows(parts, output, self.plan.own.start)
         output_text.copy_(text.wait())
@@ -96,6 +99,7 @@ class FullJointAttention:
         self, exchange: Exchange, halos: PendingHalos, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor
     ) -> Tensor:
         text_tokens = query_BLND.shape[1] - len(self.plan.own) * self.width
+        exchange.gather.wait()
         text = (key_BLND[:, :text_tokens], value_BLND[:, :text_tokens])
         own = (key_BLND[:, text_tokens:], value_BLND[:, text_tokens:])
         above, below = halos.wait()
@@ -111,7 +115,10 @@ class FullJointAttention:
         )
         with labelled("compute: full attention"):
             output = torch.nn.functional.scaled_dot_product_attention(
-                query_BLND.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=scale
+                query_BLND[:, exchange.gather.plan.elsewhere :].transpose(1, 2),
+                key.transpose(1, 2),
+                value.transpose(1, 2),
+                scale=scale,
             )
         output_BLND = output.transpose(1, 2)
         if halos.lag:  # keys differ from rank to rank, text tokens must not

@@ -106,9 +106,9 @@ def alone(x: Tensor) -> Tensor:
 
 
 def chunks_of(x_BLC: Tensor) -> list[slice]:
-    """The tokens of each chunk: as few chunks as MOST_TOKENS allow, of about one length."""
+    """The tokens of each chunk: as few chunks as MOST_TOKENS allow, of about one length; none without tokens."""
     batch, tokens = x_BLC.shape[:2]
-    count = max(1, ceil(batch * tokens / MOST_TOKENS))
+    count = ceil(batch * tokens / MOST_TOKENS)
     return [slice(tokens * i // count, tokens * (i + 1) // count) for i in range(count)]
 
 

@@ -12,16 +12,19 @@ from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.comm.halo_exchange import PendingHalos
 from clear_dist.comm.text_reduce import TextAttention
-from clear_dist.config import Schedule
+from clear_dist.config import Schedule, TextTokens
+from clear_dist.geometry import plan_text
 from clear_dist.labels import labelled
 from clear_dist.models.adaptor import Adaptor, Removable
 from clear_dist.models.agreement import SameCall, require_equal_on_all_ranks
 from clear_dist.models.cut import Cut, cut_image, plan_image
+from clear_dist.models.exchanges import Exchange
 from clear_dist.models.extrapolation import Extrapolation
 from clear_dist.models.float8 import to_float8
 from clear_dist.models.modulation import HoistedModulation
 from clear_dist.models.parts import Parts
 from clear_dist.models.room import received_bytes, require_room, sending_bytes
+from clear_dist.models.text_sharding import choose_text_plan
 
 
 class StripedModel:
@@ -35,6 +38,7 @@ class StripedModel:
         *,
         radius: int | None,
         text_attention: TextAttention,
+        text_tokens: TextTokens,
         backend: Backend,
         schedule: Schedule,
         warmup_steps: int,
@@ -48,12 +52,15 @@ class StripedModel:
         self.extrapolation: Extrapolation | None = None
         self.radius = radius
         self.text_attention = text_attention
+        self.text_tokens = text_tokens
         self.backend = backend
         self.parts = Parts.compiled() if compile else Parts()
         """What its blocks compute with between communications."""
         self.schedule = schedule
         self.counters = Counters()
         self.cut: Cut | None = None
+        self.text_plan = plan_text(0, 1, 0)
+        """Which text tokens of the forward under way are this rank's."""
         self._clock = Clock(warmup_steps=warmup_steps)
         self._modulation = HoistedModulation(adaptor) if hoist_modulation else None
         self._forward_is_under_way = False
@@ -72,6 +79,17 @@ class StripedModel:
             transformer.register_forward_hook(self._after),
         ]
 
+    def start_text(self, layer: int, *qkv_BLND: Tensor) -> None:
+        """Send my share of the text tokens, as soon as they are projected; nothing where all ranks have all.
+
+        Args:
+            qkv_BLND: first other ranks' text tokens, which `joint_attention` fills in, then mine.
+        """
+        if self.text_plan.is_shared:
+            with labelled(f"layer {layer}"):
+                self._same_call.require()
+                self._exchange(layer).gather.start(*qkv_BLND)
+
     def start_halos(self, layer: int, key_BLND: Tensor, value_BLND: Tensor) -> PendingHalos:
         """Send my border rows, as soon as there are keys and values: the later others need them the better.
 
@@ -82,7 +100,7 @@ class StripedModel:
         cut = self._running_cut
         image = slice(-len(cut.plan.own) * cut.width, None)
         rows = (x[:, image].unflatten(1, (-1, cut.width)) for x in (key_BLND, value_BLND))
-        halos = cut.exchanges.of(self._clock.turn, layer).halos
+        halos = self._exchange(layer).halos
         with labelled(f"layer {layer}"):
             if not halos.lags:
                 self._same_call.require()
@@ -91,16 +109,18 @@ class StripedModel:
     def joint_attention(
         self, layer: int, halos: PendingHalos, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor
     ) -> Tensor:
-        """Output [B, L, N, D], text tokens first as in all arguments.
+        """Output of my tokens [B, L, N, D], text tokens first as in all arguments; called after `start_text`.
 
         Args:
             halos: what `start_halos` gave for this layer.
         """
         cut = self._running_cut
-        exchange = cut.exchanges.of(self._clock.turn, layer)
         with labelled(f"layer {layer}"):
             self._same_call.require()
-            return cut.joint_attention(exchange, halos, query_BLND, key_BLND, value_BLND)
+            return cut.joint_attention(self._exchange(layer), halos, query_BLND, key_BLND, value_BLND)
+
+    def _exchange(self, layer: int) -> Exchange:
+        return self._running_cut.exchanges.of(self._clock.turn, layer, self.text_plan)
 
     @property
     def _running_cut(self) -> Cut:
@@ -184,7 +204,8 @@ class StripedModel:
             self.require_room(size, batch=batch, passes=1, steps=self._steps)
         if self._modulation is not None:
             self._modulation.begin(self._clock.turn, self.scheduler, generation=self._clock.begins)
-        return (), self.adaptor.cut(inputs, self.cut)
+        self.text_plan = choose_text_plan(self.text_tokens, self.adaptor.text_tokens(inputs), self.cut)
+        return (), self.adaptor.cut(inputs, self.cut, self.text_plan)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         assert self.cut is not None

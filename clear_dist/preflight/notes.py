@@ -102,6 +102,8 @@ def _without_effect(config: PictureConfig, request: Request, facts: ModelFacts) 
         yield f"{WARNING}--revision has no effect: {config.model} is no hub id"
     if config.text_attention is not None and request.world_size == 1 and request.window != "full":
         yield f"{WARNING}--text-attention has no effect on one rank"
+    if config.text_tokens != "auto" and request.world_size == 1:
+        yield f"{WARNING}--text-tokens has no effect on one rank"
     if config.attention_backend != "auto" and request.window == "full":
         yield f"{WARNING}--attention-backend has no effect where the window is full"
     if config.hoist_modulation and request.device == "cpu":

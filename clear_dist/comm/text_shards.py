@@ -1,0 +1,150 @@
+"""TEXT TOKENS ARE EXCHANGED HERE, where each rank has a share of them (`TextPlan`) instead of all.
+
+    gather.start(query, key, value)          my tokens to all ranks, as soon as they are projected
+    ...                                      meanwhile keys, values and queries of the image
+    gather.wait()                            everyone's are there: all ranks attend with all text queries
+    pending = scatter.start(out, lse)        each rank's part of their attention to whose tokens they are
+    ...                                      meanwhile my rows attend to my keys
+    out = pending.wait()                     all parts of my tokens, merged: by log-sum-exp, or their mean (Eq. 7)
+
+So a layer has two collectives of a fixed size. The second sends parts as they are, to be merged where they arrive: one
+message in the model's dtype, for `exact` too; a reduce-scatter would need the maximum of the log-sum-exps first, and
+sums in float32. With FLUX's 512 text tokens one of 8 ranks receives 8.3 MB and 2.8 MB a layer in bfloat16; where text
+is replicated its all-reduce brings 5.5 MB (`average`) or 11.2 MB (`exact`).
+
+Shapes: P ranks, B batch, T text tokens (of all ranks), S of my share, L = T + image tokens, N heads, D head dim.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from clear_dist.comm.counters import Counters
+from clear_dist.comm.group import Group, telling_lost_peers
+from clear_dist.comm.text_reduce import TextReduce
+from clear_dist.config import TextAttention
+from clear_dist.geometry import TextPlan
+from clear_dist.labels import labelled
+from clear_dist.merge import unweigh, weigh
+
+
+class TextGather:
+    """Everyone's text tokens on all ranks, used for one layer after the other; where all have all, nothing is sent."""
+
+    def __init__(self, group: Group, plan: TextPlan, counters: Counters) -> None:
+        self.plan = plan
+        self._group = group
+        self._counters = counters
+        self._mine: torch.Tensor | None = None
+        self._all: torch.Tensor | None = None
+        self._awaited: tuple[torch.Tensor, ...] = ()
+        self._posted: dist.Work | None = None
+
+    @torch.no_grad()
+    @labelled("comm: text tokens start")
+    def start(self, *tensors_BLND: torch.Tensor) -> None:
+        """Send my share of each; all ranks call this, in the same order, where text is shared.
+
+        Args:
+            tensors_BLND: queries, keys and values, [B, L, N, D] on the group's device: T - S tokens that `wait` fills
+                in, then my S, then the image's.
+
+        Raises:
+            PeerLost: a rank went away.
+        """
+        assert self.plan.is_shared and self._posted is None, "start: the previous tokens were not waited for"
+        self._awaited = tensors_BLND
+        group, plan, like = self._group, self.plan, tensors_BLND[0]
+        # All messages must be of one length: shorter shares are padded, by one token at most.
+        shape = (len(tensors_BLND), len(like), max(plan.counts), *like.shape[2:])
+        self._mine = group.wire_buffer(shape, like.dtype, reuse=self._mine)
+        self._all = group.wire_buffer((group.size, *shape), like.dtype, reuse=self._all)
+        first, own = plan.elsewhere, plan.counts[plan.rank]
+        for message, x in zip(self._mine, tensors_BLND, strict=True):
+            message[:, :own].copy_(x[:, first : first + own], non_blocking=True)
+        group.settle()
+        self._counters.add("text_bytes_gathered", self._mine.nbytes)
+        with telling_lost_peers():
+            self._posted = all_gather(self._all.flatten(0, 1), self._mine, group=group.text, async_op=True)
+
+    @torch.no_grad()
+    def wait(self) -> None:
+        """Fill in the others' tokens. On NCCL the current stream waits, the host does not.
+
+        Raises:
+            PeerLost: a rank went away.
+        """
+        if not self.plan.is_shared:
+            return
+        assert self._posted is not None and self._all is not None, "wait: no tokens were sent"
+        self.drain()
+        tensors_BLND, self._awaited = self._awaited, ()
+        arrived = self._all.to(self._group.device, non_blocking=True)
+        for number, x in enumerate(tensors_BLND):
+            shares = [arrived[rank, number, :, :count] for rank, count in enumerate(self.plan.counts)]
+            del shares[self.plan.rank]
+            torch.cat(shares, dim=1, out=x[:, : self.plan.elsewhere])
+
+    def drain(self) -> None:
+        """Wait for what was posted; a forward that was broken off leaves it on its way."""
+        work, self._posted = self._posted, None
+        if work is not None:
+            with self._counters.waiting("comm: text tokens wait", self._group.wire), telling_lost_peers():
+                work.wait()
+
+
+class TextScatter(TextReduce):
+    """The text queries' attention from each rank's part of it, where their tokens are: [B, S, N, D] on each rank."""
+
+    def __init__(self, group: Group, plan: TextPlan, mode: TextAttention, counters: Counters) -> None:
+        super().__init__(group, mode, counters)
+        self._plan = plan
+        self._own = plan.counts[plan.rank]
+        self._sent: torch.Tensor | None = None
+        self._received: torch.Tensor | None = None
+
+    def _begin(self, out_BTND: torch.Tensor, lse_BTN: torch.Tensor) -> Callable[[], torch.Tensor]:
+        part, dtype, head_dim = out_BTND, out_BTND.dtype, out_BTND.shape[-1]
+        if self._mode == "exact":  # the bits of the log-sum-exp, in float32, behind the output's
+            part = torch.cat([out_BTND, lse_BTN.unsqueeze(-1).view(dtype)], dim=-1)
+        self._post_parts(part)
+
+        def finish() -> torch.Tensor:
+            self._wait()
+            parts = self._unload(self._received).unflatten(0, (self._group.size, self._own)).transpose(1, 2)
+            if self._mode == "average":
+                return parts.mean(0, dtype=torch.float32).to(dtype)
+            lse_PBSN = parts[..., head_dim:].contiguous().view(torch.float32).squeeze(-1)
+            return unweigh(weigh(parts[..., :head_dim], lse_PBSN, lse_PBSN.amax(0)).sum(0), dtype)
+
+        return finish
+
+    @labelled("comm: text start")
+    def _post_parts(self, part_BTND: torch.Tensor) -> None:
+        """Send each rank the part of its own tokens; a message's first dimension is what may differ in length."""
+        group, own = self._group, self._own
+        batch, tokens, *head = part_BTND.shape
+        self._sent = group.wire_buffer((tokens, batch, *head), part_BTND.dtype, reuse=self._sent)
+        self._received = group.wire_buffer((group.size * own, batch, *head), part_BTND.dtype, reuse=self._received)
+        self._sent.copy_(self._in_order_of_ranks(part_BTND).transpose(0, 1), non_blocking=True)
+        group.settle()
+        self._counters.add("text_bytes_reduced", self._sent.nbytes)
+        with telling_lost_peers():
+            self._posted = dist.all_to_all_single(
+                self._received,
+                self._sent,
+                output_split_sizes=[own] * group.size,
+                input_split_sizes=list(self._plan.counts),
+                group=group.text,
+                async_op=True,
+            )
+
+    def _in_order_of_ranks(self, x_BTND: torch.Tensor) -> torch.Tensor:
+        """Mine from behind the others' to between them."""
+        before, elsewhere = self._plan.before, self._plan.elsewhere
+        return torch.cat([x_BTND[:, :before], x_BTND[:, elsewhere:], x_BTND[:, before:elsewhere]], dim=1)
+
+
+all_gather: Callable[..., dist.Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Renamed in torch 2.13."""
