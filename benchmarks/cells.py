@@ -91,8 +91,8 @@ def places(bench: Bench) -> Iterator[Place]:
 
 
 def stands_for(place: Place, bench: Bench) -> list[Setting]:
-    """The settings that a measurement serves: one rank waits for nobody, and a share does not exchange anything."""
-    if place.ranks == 1 or (place.is_share and place.setting.window != "full"):
+    """The settings that a measurement serves: one rank waits for nobody."""
+    if place.ranks == 1:
         return [setting for setting in bench.settings if setting.window == place.setting.window]
     return [place.setting]
 

@@ -5,10 +5,19 @@ operation is a multiplication or an addition. Embeddings and modulation, less th
 """
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Literal
 
 from clear_dist.config import Schedule
-from clear_dist.geometry import HaloPlan, Rows, covering_radius, cut_in_stripes, half_widths, plan_halos
+from clear_dist.geometry import (
+    HaloPlan,
+    Rows,
+    covering_radius,
+    cut_in_stripes,
+    half_widths,
+    plan_halos,
+    sharing_text_pays,
+)
 
 TOKEN = 16
 """Pixels along the side of a token."""
@@ -75,20 +84,33 @@ def middle_part(side: int, ranks: int, window: Window) -> Part:
     return Part(grid=(side // TOKEN, side // TOKEN), ranks=ranks, rank=ranks // 2, window=window)
 
 
-def linear_work(model: Model, part: Part) -> int:
+def own_text(model: Model, part: Part, schedule: Schedule) -> int:
+    """Text tokens of the largest share, where ranks share them as the engine chooses to; else all of them."""
+    tokens = part.grid[0] * part.grid[1]
+    shared = schedule == "sync" and sharing_text_pays(model.text_tokens, tokens, part.ranks)
+    return ceil(model.text_tokens / part.ranks) if shared else model.text_tokens
+
+
+def linear_work(model: Model, part: Part, schedule: Schedule = "sync") -> int:
     """Operations of the matrix products with weights: 12 x channels^2 weights a block, of both kinds."""
-    return 2 * 12 * model.channels**2 * model.layers * (part.tokens + model.text_tokens)
+    tokens = part.tokens + own_text(model, part, schedule)
+    return 2 * 12 * model.channels**2 * model.layers * tokens
 
 
-def attention_work(model: Model, part: Part) -> int:
+def attention_work(model: Model, part: Part, schedule: Schedule = "sync") -> int:
     """Operations of attention in all layers: 4 x channels for each pair of a query and a key that it sees."""
-    return 4 * model.channels * model.layers * attended_pairs(model.text_tokens, part)
+    own = own_text(model, part, schedule)
+    return 4 * model.channels * model.layers * attended_pairs(model.text_tokens, part, own_text=own)
 
 
-def attended_pairs(text: int, part: Part) -> int:
-    """Pairs of a query and a key in one layer: image queries see all text, text queries all of the stripe."""
+def attended_pairs(text: int, part: Part, *, own_text: int) -> int:
+    """Pairs of a query and a key in one layer: image queries see all text, text queries all of the stripe.
+
+    Args:
+        own_text: the text queries that attend here where all keys are gathered.
+    """
     if part.radius is None:
-        return (text + part.tokens) * (text + part.grid[0] * part.grid[1])
+        return (own_text + part.tokens) * (text + part.grid[0] * part.grid[1])
     return text * (text + part.tokens) + part.tokens * text + circle_pairs(part.plan.own, part.grid, part.radius)
 
 
@@ -111,13 +133,16 @@ class Traffic:
     ranks: int
     halos_sent: int
     halos_received: int
+    text_gathered: int
     text_reduced: int
     join: int
 
     @property
     def in_layers(self) -> float:
-        """Each way through a rank's link while layers run; the text's all-reduce goes round in a ring."""
-        return max(self.halos_sent, self.halos_received) + 2 * (self.ranks - 1) / self.ranks * self.text_reduced
+        """Each way through a rank's link while layers run; an all-reduce goes round in a ring, an all-to-all once."""
+        others = self.ranks - 1
+        reduced = others / self.ranks * self.text_reduced * (1 if self.text_gathered else 2)
+        return max(self.halos_sent, self.halos_received) + others * self.text_gathered + reduced
 
     @property
     def at_the_end(self) -> int:
@@ -130,12 +155,15 @@ def traffic(model: Model, part: Part, schedule: Schedule) -> Traffic:
     plan, columns = part.plan, part.grid[1]
     row = 2 * columns * model.channels * model.itemsize * model.layers
     text = model.text_tokens * model.channels * model.itemsize
-    if part.radius is None:  # every rank computes it, but for keys that differ from rank to rank
+    own = own_text(model, part, schedule)
+    is_shared = own < model.text_tokens
+    if part.radius is None:  # text queries see all keys on each rank, but for keys that differ from rank to rank
         text = model.text_tokens * model.heads * (model.head_dim + 1) * 4 if schedule == "stale" else 0
     return Traffic(
         ranks=part.ranks,
         halos_sent=row * sum(len(transfer.rows) for transfer in plan.sends),
         halos_received=row * sum(len(transfer.rows) for transfer in plan.receives),
+        text_gathered=3 * own * model.channels * model.itemsize * model.layers if is_shared else 0,
         text_reduced=text * model.layers if part.ranks > 1 else 0,
         join=max(map(len, part.stripes)) * columns * model.output_channels * model.itemsize,
     )

@@ -23,6 +23,7 @@ from clear_dist import parallelize
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.comm.halo_exchange import HaloExchange
+from clear_dist.comm.process_groups import Transport
 from clear_dist.config import Schedule
 from clear_dist.geometry import Rows, plan_halos
 from clear_dist.models.cut import cut_image
@@ -39,6 +40,7 @@ class AloneAmong:
     rank: int
     size: int
     device: torch.device
+    transport: Transport = "nccl"
 
     @property
     def wire(self) -> torch.device:
@@ -70,7 +72,8 @@ def on_stripes(
 def share_of(pipe: FluxPipeline, part: Part, schedule: Schedule, **settings: Any) -> Iterator[FluxPipeline]:
     """While inside, `pipe` computes what the rank of `part` computes; `settings`: others of `parallelize`."""
     alone = cast(Group, AloneAmong(part.rank, part.ranks, pipe.transformer.device))
-    handle = parallelize(pipe, window=part.window, group=alone, **settings)
+    text = {"text_tokens": "replicated"} if schedule == "stale" else {}
+    handle = parallelize(pipe, window=part.window, group=alone, **text, **settings)
     striped = striped_of(pipe)
     assert striped is not None
     striped.cut = cut_image(

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from clear_dist.comm.halo_exchange import HaloExchange, Halos
 from clear_dist.comm.text_reduce import TextReduce
+from clear_dist.comm.text_shards import TextGather
+from clear_dist.geometry import TextPlan
 from clear_dist.models.exchanges import Exchange, Exchanges
 from clear_dist.models.striped import StripedModel
 
@@ -37,6 +39,24 @@ class Blocking:
 
 
 @dataclass(frozen=True)
+class BlockingGather:
+    """As above."""
+
+    inner: TextGather
+
+    @property
+    def plan(self) -> TextPlan:
+        return self.inner.plan
+
+    def start(self, *tensors_BLND: Tensor) -> None:
+        self.inner.start(*tensors_BLND)
+        self.inner.wait()
+
+    def wait(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
 class NoHalos:
     """Halos of zeros."""
 
@@ -52,11 +72,28 @@ class NoHalos:
         return Done(halos, lag=self.lags)
 
 
+@dataclass(frozen=True)
+class NoGather:
+    """Zeros in place of other ranks' text tokens."""
+
+    plan: TextPlan
+
+    def start(self, *tensors_BLND: Tensor) -> None:
+        for x in tensors_BLND:
+            x[:, : self.plan.elsewhere].zero_()
+
+    def wait(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
 class NoReduction:
     """This rank's part in place of everyone's."""
 
+    plan: TextPlan
+
     def start(self, out_BTND: Tensor, lse_BTN: Tensor) -> Done:
-        return Done(out_BTND)
+        return Done(out_BTND[:, self.plan.elsewhere :])
 
 
 @dataclass(frozen=True)
@@ -80,8 +117,8 @@ class Wrapped:
     exchanges: Exchanges
     wrap: Callable[[Exchange], Exchange]
 
-    def of(self, turn: int, layer: int) -> Exchange:
-        return self.wrap(self.exchanges.of(turn, layer))
+    def of(self, turn: int, layer: int, text: TextPlan) -> Exchange:
+        return self.wrap(self.exchanges.of(turn, layer, text))
 
     def has_begun(self, turn: int) -> bool:
         return self.exchanges.has_begun(turn)
@@ -96,9 +133,11 @@ class Wrapped:
 
 def without_overlap(striped: StripedModel) -> None:
     """From the image at hand on, each exchange and each reduction is waited for where it starts."""
-    cut = striped.cut
-    wrapped = Wrapped(cut.exchanges, lambda exchange: Exchange(Blocking(exchange.halos), Blocking(exchange.text)))
-    striped.cut = replace(cut, exchanges=wrapped)
+
+    def blocking(exchange: Exchange) -> Exchange:
+        return Exchange(Blocking(exchange.halos), BlockingGather(exchange.gather), Blocking(exchange.text))
+
+    striped.cut = replace(striped.cut, exchanges=Wrapped(striped.cut.exchanges, blocking))
 
 
 def without_communication(striped: StripedModel, *, lag: bool = False) -> None:
@@ -109,6 +148,10 @@ def without_communication(striped: StripedModel, *, lag: bool = False) -> None:
     """
     cut, plan = striped.cut, striped.cut.plan
     above, below = map(len, plan.halos)
-    silent = Exchange(NoHalos((above, below), lags=lag), NoReduction())
+
+    def silent(exchange: Exchange) -> Exchange:
+        text = exchange.gather.plan
+        return Exchange(NoHalos((above, below), lags=lag), NoGather(text), NoReduction(text))
+
     join = NoJoin(tuple(map(len, cut.stripes)), striped.group.rank)
-    striped.cut = replace(cut, exchanges=Wrapped(cut.exchanges, lambda _: silent), join=join)
+    striped.cut = replace(cut, exchanges=Wrapped(cut.exchanges, silent), join=join)

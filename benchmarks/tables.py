@@ -95,8 +95,8 @@ class Cell:
         }
 
 
-def work_of(model: Model, part: Part) -> int:
-    return linear_work(model, part) + attention_work(model, part)
+def work_of(model: Model, part: Part, schedule: Schedule = "sync") -> int:
+    return linear_work(model, part, schedule) + attention_work(model, part, schedule)
 
 
 def cell_of(setting: Setting, side: int, ranks: int, runs: Runs, model: Model) -> Cell:
@@ -105,7 +105,7 @@ def cell_of(setting: Setting, side: int, ranks: int, runs: Runs, model: Model) -
     if runs.error:
         memory = runs.error == "out of memory"
         return Cell(**name, origin="too large" if memory else "not possible", note=runs.error)
-    work = work_of(model, middle_part(side, ranks, setting.window))
+    work = work_of(model, middle_part(side, ranks, setting.window), setting.schedule)
     return Cell(**name, origin="measured", seconds=runs.seconds, peak_bytes=runs.peak_bytes, work=work)
 
 

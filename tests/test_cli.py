@@ -86,7 +86,7 @@ def test_every_flag_is_in_the_help(tmp_path: Path) -> None:
     text = "\n".join(run("generate", "--help", cwd=tmp_path, COLUMNS="200")[1])
     flags = """--model --revision --res --height --width --steps --num-inference-steps --guidance-scale
         --max-sequence-length --negative-prompt --true-cfg-scale --num-images --prompts --seed --window --clear-weights
-        --text-attention --schedule --warmup-steps --attention-backend --dtype --device --nproc --output --latents-out --report --profile
+        --text-attention --text-tokens --schedule --warmup-steps --attention-backend --dtype --device --nproc --output --latents-out --report --profile
         --cascade --base-res --strength --upscale-steps --ntk-factor --save-stages --preview-every --no-metadata"""
     assert [flag for flag in flags.split() if flag not in text] == []
 

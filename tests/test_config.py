@@ -23,6 +23,14 @@ WRONG = [
     ({"window": "-3"}, "--window must be from 1 to 8192, got -3; nearest: 1"),
     ({"window": "circle"}, "--window must be a radius in tokens, or full, got 'circle'"),
     ({"text_attention": "exakt"}, "--text-attention must be one of average, exact, got 'exakt'; nearest: exact"),
+    (
+        {"text_tokens": "shared"},
+        "--text-tokens must be one of auto, replicated, sharded, got 'shared'; nearest: sharded",
+    ),
+    (
+        {"text_tokens": "sharded", "schedule": "stale"},
+        "--text-tokens must be replicated where the schedule is stale, got sharded; nearest: replicated",
+    ),
     ({"schedule": "stail"}, "--schedule must be one of sync, stale, got 'stail'; nearest: stale"),
     ({"warmup_steps": -1}, "--warmup-steps must be from 0 to 1000, got -1; nearest: 0"),
     ({"attention_backend": "flx"}, "nearest: flex"),

@@ -15,8 +15,10 @@ from clear_dist.geometry import (
     half_widths,
     plan_halos,
     plan_moves,
+    plan_text,
     reach,
     reached_tiles,
+    sharing_text_pays,
     visited_tiles,
 )
 
@@ -51,6 +53,25 @@ def moves(draw: st.DrawFn) -> tuple[tuple[Rows, ...], tuple[Rows, ...], list[Mov
     ends = st.tuples(st.integers(0, height), st.integers(0, height))
     want = tuple(Rows(*sorted(draw(ends))) for _ in range(ranks))
     return have, want, [plan_moves(have, want, rank) for rank in range(ranks)]
+
+
+@given(st.integers(0, 600), st.integers(1, 40))
+def test_shares_of_the_text_are_all_of_it_in_order_and_differ_by_one(tokens: int, ranks: int) -> None:
+    plans = [plan_text(tokens, ranks, rank) for rank in range(ranks)]
+    assert [token for plan in plans for token in range(tokens)[plan.own]] == list(range(tokens))
+    assert {plan.counts for plan in plans} == {tuple(len(range(tokens)[plan.own]) for plan in plans)}
+    assert max(plans[0].counts) - min(plans[0].counts) <= 1
+    for plan in plans:
+        assert plan.is_shared == (ranks > 1)
+        assert plan.before == plan.own.start
+        assert plan.elsewhere == tokens - len(range(tokens)[plan.own])
+
+
+@pytest.mark.parametrize(("pixels", "fewest"), [(1024, 2), (2048, 4), (4096, 15), (8192, 57)])
+def test_sharing_flux_s_text_pays_from_so_many_ranks_on(pixels: int, fewest: int) -> None:
+    """Where 512 tokens on each are a tenth of a rank's: at 2048 px they are 6 % on 2 ranks, 11 % on 4."""
+    tokens = (pixels // 16) ** 2
+    assert [ranks for ranks in range(2, 65) if sharing_text_pays(512, tokens, ranks)] == list(range(fewest, 65))
 
 
 @given(ROWS, ROWS)

@@ -282,6 +282,8 @@ def test_a_process_alone_needs_no_launcher() -> None:
         ({"window": 4, "text_attention": "mean"}, "'average' or 'exact'"),
         ({"window": "full", "text_attention": "average"}, "must be 'exact'"),
         ({"window": 4, "attention_backend": "tild"}, "tiled"),
+        ({"window": 4, "text_tokens": "shared"}, "one of auto, replicated, sharded, got 'shared'; nearest: sharded"),
+        ({"text_tokens": "sharded", "schedule": "stale"}, "text_tokens must be replicated where the schedule is stale"),
         ({"window": 4, "schedule": "late"}, "'sync' or 'stale', got 'late'"),
         ({"window": 4, "warmup_steps": -1}, "at least 0, got -1; nearest: 0"),
         ({"window": 4, "schedule": "stale", "warmup_steps": 1.5}, "whole number of at least 0, got 1.5"),

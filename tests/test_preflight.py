@@ -208,6 +208,7 @@ def test_a_checkpoint_without_a_radius_needs_a_window(folder: Path) -> None:
         ({"true_cfg_scale": 3.0}, "--true-cfg-scale has no effect without"),
         ({"revision": "main"}, "--revision has no effect"),
         ({"window": "4", "text_attention": "exact"}, "--text-attention has no effect on one rank"),
+        ({"text_tokens": "sharded"}, "--text-tokens has no effect on one rank"),
         ({"res": 1024, "cascade": "off"}, "1024 px in one stage is far above the model's 128"),
         ({"res": 512, "strength": 0.5, "steps": 8}, "cascade: 128x128 -> 256x256 -> 512x512 (4 steps at strength 0.5"),
         ({"strength": 0.5}, "--strength has no effect: this size is drawn in one stage"),

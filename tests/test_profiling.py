@@ -95,7 +95,7 @@ def profiled(model: Path, *arguments: str) -> list[dict[str, Any]]:
 def test_sync_steps_show_messages_under_way_while_rows_attend_to_own_keys(
     model: Path, here: Path, text_attention: str
 ) -> None:
-    traces = profiled(model, "--text-attention", text_attention)
+    traces = profiled(model, "--text-attention", text_attention, "--text-tokens", "replicated")
     reductions = 2 if text_attention == "exact" else 1  # the maximum, the sum
     for trace in traces:
         assert counts(trace) == {
@@ -131,6 +131,22 @@ def test_sync_steps_show_messages_under_way_while_rows_attend_to_own_keys(
     for one, other in (traces, traces[::-1]):
         pairs = zip(slices(one, "comm: halos start"), slices(other, "comm: halos wait"), strict=True)
         assert all(start[0] < wait[1] for start, wait in pairs)
+
+
+def test_a_share_of_the_text_is_under_way_while_the_image_is_projected(model: Path, here: Path) -> None:
+    for trace in profiled(model, "--text-attention", "exact", "--text-tokens", "sharded"):
+        found = counts(trace)
+        assert found["layer "] == 3 * STEPS * LAYERS  # from projections to the start of text and of halos; attention
+        for name in ("comm: text tokens start", "comm: text tokens wait", "comm: text start", "comm: text wait"):
+            assert found[name] == STEPS * LAYERS  # the second goes in one message, for `exact` too
+        assert crossing(trace) == []
+        layers = slices(trace, "layer ")
+        names = ("comm: text tokens start", "comm: halos start", "comm: text tokens wait", "compute: text queries")
+        for double, single in zip(range(0, len(layers), 6), range(3, len(layers), 6), strict=True):
+            for first, order in ((double, (0, 1, 2, 3)), (single, (1, 0, 2, 3))):
+                whole = layers[first][0], layers[first + 2][1]
+                begun = [inside(whole, slices(trace, name))[0][0] for name in names]
+                assert sorted(order, key=begun.__getitem__) == list(order)
 
 
 def test_stale_steps_show_messages_that_travel_for_a_step(model: Path, here: Path) -> None:

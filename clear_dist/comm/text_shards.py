@@ -53,7 +53,8 @@ class TextGather:
         Raises:
             PeerLost: a rank went away.
         """
-        assert self.plan.is_shared and self._posted is None, "start: the previous tokens were not waited for"
+        assert self.plan.is_shared, "start: the text is not shared"
+        assert self._posted is None, "start: the previous tokens were not waited for"
         self._awaited = tensors_BLND
         group, plan, like = self._group, self.plan, tensors_BLND[0]
         # All messages must be of one length: shorter shares are padded, by one token at most.

@@ -77,7 +77,8 @@ def test_shares_add_up_but_for_the_text(window):
     parts = [Part(grid=(13, 6), ranks=3, rank=rank, window=window) for rank in range(3)]
     whole = Part(grid=(13, 6), ranks=1, rank=0, window=window)
     repeated = 2 * 5 * (5 if window != "full" else 5 + 13 * 6)  # text queries, on the two other ranks
-    assert sum(attended_pairs(5, part) for part in parts) == attended_pairs(5, whole) + repeated
+    found = sum(attended_pairs(5, part, own_text=5) for part in parts)
+    assert found == attended_pairs(5, whole, own_text=5) + repeated
 
 
 def test_halos_are_a_fourteenth_of_gathering():
@@ -100,5 +101,6 @@ def test_bytes_are_those_that_the_engine_counts(window, schedule):
     for rank, counted in enumerate(run_ranks(drawn, 3, window, schedule)):
         expected = traffic(TINY, Part(grid=(13, 6), ranks=3, rank=rank, window=window), schedule)
         assert counted["halo_bytes_sent"] == expected.halos_sent
+        assert counted["text_bytes_gathered"] == expected.text_gathered
         assert counted["text_bytes_reduced"] == expected.text_reduced
         assert counted["join_bytes"] == expected.join

@@ -10,6 +10,7 @@ from diffusers import FirstBlockCacheConfig, FluxPipeline, FluxTransformer2DMode
 from torch import Tensor, nn
 
 from clear_dist.comm.group import Group
+from clear_dist.geometry import plan_text
 from clear_dist.models import parts
 from clear_dist.models.flux import FluxAdaptor
 from clear_dist.models.flux_blocks import StripedDoubleBlock, StripedSingleBlock
@@ -163,6 +164,8 @@ def attention_that_only_makes_its_output() -> Any:
     """In place of a StripedModel: nothing but what every attention needs."""
     return SimpleNamespace(
         parts=Parts(),
+        text_plan=plan_text(512, 1, 0),
+        start_text=lambda layer, *qkv: None,
         start_halos=lambda layer, key, value: None,
         joint_attention=lambda layer, halos, query, key, value: torch.empty_like(query),
     )
