@@ -79,15 +79,15 @@ class Cascade:
         self._stages_drawn = 0
 
     def draw(self, stage: Stage, before: Drawing | None = None, *, detail: str = "") -> Drawing:
-        """The pictures of one stage. A stage with fewer rows of tokens than there are ranks leaves some idle.
+        """The pictures of one stage. A stage with fewer units of rows than there are ranks leaves some idle.
 
         Args:
             before: what an upper stage enlarges; None: the stage starts from noise.
             detail: which of several stages this is, for people.
         """
-        group, rows = self._striped.group, stage.height // token_size(self._pipe)
-        ranks = min(group.size, rows)
-        stripes = cut_in_stripes(rows, ranks)
+        group, rows, unit = self._striped.group, stage.height // token_size(self._pipe), self._striped.unit
+        ranks = min(group.size, rows // unit)
+        stripes = cut_in_stripes(rows, ranks, unit=unit)
         seed = (self._seed + self._stages_drawn * SEED_STRIDE) % 2**63
         self._stages_drawn += 1
         held = self._in_pixels(stripes)
@@ -202,6 +202,11 @@ def work_of(stage: Stage) -> dict[str, float]:
 def token_size(pipe: Any) -> int:
     """Pixels along the side of a token."""
     return pipe.vae_scale_factor * PACKING
+
+
+def unit_size(pipe: Any) -> int:
+    """Pixels that sides of pictures are multiples of; raises ValueError where the pipeline is not on stripes."""
+    return token_size(pipe) * require_striped(pipe).unit
 
 
 def to_bytes(pixels: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from PIL.Image import Image, fromarray
 from torch import Tensor
 
-from clear_dist.cascade import Cascade, Drawing, to_bytes, token_size
+from clear_dist.cascade import Cascade, Drawing, to_bytes, token_size, unit_size
 from clear_dist.comm.group import Group
 from clear_dist.comm.stripe_collect import collect_stripes
 from clear_dist.geometry import Rows
@@ -38,7 +38,7 @@ def generate(
 
     Args:
         pipe: a pipeline that `parallelize` was called on; only rank 0 needs its text encoders.
-        height, width: pixels, multiples of the token size; the model's native size by default.
+        height, width: pixels, multiples of the token size, or of a down-sampled key's; the native size by default.
         seed: of a CPU generator, so that it means the same noise as in `FluxPipeline` and on any number of ranks.
         cascade: draw what is larger than the native size there first, then enlarge and refine it, about 2 times a
             stage (paper, Sec. 4.3).
@@ -57,7 +57,7 @@ def generate(
     stages = plan_cascade(
         (height, width),
         native=base,
-        token=token_size(pipe),
+        token=unit_size(pipe),
         sampling=Sampling(steps=num_inference_steps, guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale),
         upscaling=upscaling or Upscaling(steps=refining_steps(num_inference_steps, Upscaling.strength)),
         cascade=cascade,
@@ -95,7 +95,7 @@ def upscale(
         before.size,
         (height, width),
         native=pipe.vae.config.sample_size,
-        token=token_size(pipe),
+        token=unit_size(pipe),
         upscaling=upscaling or Upscaling(),
     )
     embeddings = _encoded(pipe, stages, seed, [prompt], negative_prompt, max_sequence_length)
@@ -105,12 +105,12 @@ def upscale(
 
 
 def require_whole_tokens(pipe: Any, **sizes: int) -> None:
-    """Raises ValueError where a size in pixels is no multiple of the token size."""
-    token = token_size(pipe)
+    """Raises ValueError where a size in pixels is no multiple of the token's, or of a down-sampled key's."""
+    unit = unit_size(pipe)
     for name, size in sizes.items():
-        if size < token or size % token:
-            nearest = max(token, round(size / token) * token)
-            raise ValueError(f"{name} must be a multiple of {token} pixels, got {size}; nearest: {nearest}")
+        if size < unit or size % unit:
+            nearest = max(unit, round(size / unit) * unit)
+            raise ValueError(f"{name} must be a multiple of {unit} pixels, got {size}; nearest: {nearest}")
 
 
 def from_image(image: Image | None, group: Group) -> Drawing:

@@ -108,9 +108,7 @@ def cut_in_stripes(rows: int, ranks: int, *, unit: int = 1) -> tuple[Rows, ...]:
     Raises:
         ValueError: `rows` is not a multiple of `unit`, or there are more ranks than units.
     """
-    if rows % unit:
-        nearest = max(1, (rows + unit // 2) // unit) * unit
-        raise ValueError(f"the height in tokens must be a multiple of {unit}, got {rows}; nearest: {nearest}")
+    require_units("height", rows, unit)
     units = rows // unit
     if not 1 <= ranks <= units:
         nearest = max(1, min(ranks, units))
@@ -118,6 +116,13 @@ def cut_in_stripes(rows: int, ranks: int, *, unit: int = 1) -> tuple[Rows, ...]:
     share, rest = divmod(units, ranks)
     starts = [unit * (rank * share + min(rank, rest)) for rank in range(ranks + 1)]
     return tuple(Rows(start, stop) for start, stop in pairwise(starts))
+
+
+def require_units(side: str, tokens: int, unit: int) -> None:
+    """Raises ValueError where a side of the grid is no multiple of `unit` tokens."""
+    if tokens % unit:
+        nearest = max(1, (tokens + unit // 2) // unit) * unit
+        raise ValueError(f"the {side} in tokens must be a multiple of {unit}, got {tokens}; nearest: {nearest}")
 
 
 def plan_halos(stripes: tuple[Rows, ...], rank: int, radius: int | None) -> HaloPlan:
@@ -129,6 +134,12 @@ def plan_halos(stripes: tuple[Rows, ...], rank: int, radius: int | None) -> Halo
     extended = tuple(reach(stripe, grid, radius) for stripe in stripes)
     moves = plan_moves(stripes, extended, rank)
     return HaloPlan(own=stripes[rank], extended=extended[rank], receives=moves.receives, sends=moves.sends)
+
+
+def plan_pooled(stripes: tuple[Rows, ...], rank: int, factor: int) -> HaloPlan:
+    """What `rank` exchanges of down-sampled rows, one for each `factor` rows: every rank needs all of them."""
+    pooled = tuple(Rows(stripe.start // factor, stripe.stop // factor) for stripe in stripes)
+    return plan_halos(pooled, rank, None)
 
 
 def plan_moves(have: tuple[Rows, ...], want: tuple[Rows, ...], rank: int) -> MovePlan:

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 from clear_dist import preflight
 from clear_dist.comm.group import Group
 from clear_dist.config import FLUX_DEV, Refusal, Request, shortened
+from clear_dist.preflight.hub_file import HubFile
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 WANTED = (
@@ -49,9 +49,7 @@ def locate(request: Request, group: Group, *, local_rank: int) -> Request:
     while group.agree(_is_underway(fetching)):
         pass
     folder, checkpoint_file = _fetch(request, hub_checkpoint, offline=True)
-    if not request.from_folder:
-        return preflight.located(request, folder, checkpoint_file or checkpoint)
-    return replace(request, clear_weights=checkpoint_file)
+    return preflight.located(request, folder, checkpoint_file or checkpoint)
 
 
 def load_pipeline(folder: Path, *, with_text_encoders: bool, dtype: torch.dtype, device: torch.device) -> FluxPipeline:
@@ -134,8 +132,9 @@ def _fetch(request: Request, hub_checkpoint: str | None, *, offline: bool) -> tu
         if hub_checkpoint is None:
             return folder, None
         what = hub_checkpoint
-        repository, file = hub_checkpoint.split(":", 1)
-        return folder, hf_hub_download(repository, file, local_files_only=offline)
+        hub = HubFile.of(hub_checkpoint)
+        assert hub is not None, "checked before"
+        return folder, hf_hub_download(hub.repository, hub.file, revision=hub.revision, local_files_only=offline)
     except GatedRepoError as error:
         raise Refusal(
             f"the hub gives {what} only to users who accepted its licence: do so on its page, then `hf auth login`; "

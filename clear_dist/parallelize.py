@@ -7,25 +7,27 @@ from typing import Any, Literal
 import torch
 
 from clear_dist.attention import choose_backend
+from clear_dist.clear_checkpoint import refuse_other_radius
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.comm.text_reduce import TextAttention
 from clear_dist.config import Schedule, TextTokens, rules
 from clear_dist.config.rules import SCHEDULES, WARMUP_STEPS
 from clear_dist.models import adaptor_for
-from clear_dist.models.agreement import checksum
 from clear_dist.models.float8 import why_not as why_not_float8
 from clear_dist.models.striped import StripedModel
-from clear_dist.models.weights import load_clear_weights, radius_of
+from clear_dist.models.weights import ReplacedWeights, load_clear_weights, radius_of
 from clear_dist.preflight.devices import missing_compiler
 
 
 class Parallelized:
     """A pipeline on stripes: what it runs on, what it has counted, and the way back."""
 
-    def __init__(self, striped: StripedModel, *, owns_group: bool) -> None:
+    def __init__(self, striped: StripedModel, *, owns_group: bool, replaced: ReplacedWeights | None = None) -> None:
         self._striped = striped
         self._owns_group = owns_group
+        self.replaced = replaced
+        """What a CLEAR checkpoint has replaced."""
 
     @property
     def group(self) -> Group:
@@ -126,19 +128,19 @@ def parallelize(
     adaptor = adaptor_for(transformer)
     require_stock(pipe)
     radius = checked_radius(window, clear_weights)
-    settings = checked_schedule(schedule, warmup_steps)
-    settings |= {"text_attention": checked_text_attention(text_attention, radius), "hoist_modulation": hoist_modulation}
     device = pipe._execution_device  # where it runs, also if its parts are offloaded to the CPU meanwhile
+    settings = checked_schedule(schedule, warmup_steps) | checked_kernels(compile, float8, device, transformer.dtype)
+    settings |= {"text_attention": checked_text_attention(text_attention, radius), "hoist_modulation": hoist_modulation}
     settings |= {"text_tokens": checked_text_tokens(text_tokens, schedule)}
-    settings |= checked_kernels(compile, float8, device, transformer.dtype)
     backend = choose_backend(attention_backend, device=device, dtype=transformer.dtype, head_dim=adaptor.head_dim)
     group_or_own = group or Group.create(device)
-    replaced = load_clear_weights(transformer, clear_weights) if clear_weights is not None else []
+    replaced = None if clear_weights is None else load_clear_weights(transformer, clear_weights, device)
     chosen: dict[str, Any] = {"window": radius or "full", "attention_backend": backend.name, "dtype": transformer.dtype}
-    chosen["clear_weights"] = [checksum(transformer.get_parameter(name)) for name in replaced]
+    chosen["clear_weights"] = replaced and replaced.checksums(transformer)
     require_equal_settings(group_or_own, **chosen, **settings)
-    striped = StripedModel(adaptor, pipe.scheduler, group_or_own, radius=radius, backend=backend, **settings)
-    return Parallelized(striped, owns_group=group is None)
+    settings |= {"backend": backend, "pooling": replaced and replaced.pooling}
+    striped = StripedModel(adaptor, pipe.scheduler, group_or_own, radius=radius, **settings)
+    return Parallelized(striped, owns_group=group is None, replaced=replaced)
 
 
 def require_stock(pipe: Any) -> None:
@@ -193,6 +195,8 @@ def checked_radius(window: int | str | None, clear_weights: str | Path | None) -
         return None
     if isinstance(window, bool | str) or not hasattr(window, "__index__") or window < 1:
         raise ValueError(f"window must be a radius of at least 1 token or 'full', got {window!r}; nearest: 1")
+    if clear_weights is not None:
+        refuse_other_radius(clear_weights, index(window))
     return index(window)
 
 

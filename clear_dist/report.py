@@ -62,6 +62,7 @@ def build(
     total: float,
     stages: Sequence[StageFigures],
     ranks: Sequence[RankFigures],
+    clear_weights: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The report as plain JSON values.
 
@@ -69,6 +70,7 @@ def build(
         times: of the whole run.
         launch, total: seconds until the ranks were at work, and of everything.
         stages: in the order in which they were drawn, at least one.
+        clear_weights: what a CLEAR checkpoint has replaced.
     """
     listed = [_stage(stage) for stage in stages]
     return {
@@ -77,6 +79,7 @@ def build(
         "seed": seed,
         "world_size": len(ranks),
         "settings": dict(settings),
+        "clear_weights": None if clear_weights is None else dict(clear_weights),
         "grid": listed[-1]["grid"],
         "stripes": listed[-1]["stripes"],
         "seconds": {"launch": launch, **times.seconds, "total": total},

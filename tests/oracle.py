@@ -49,6 +49,9 @@ class DenseClearProcessor:
     `native_tokens`: scores are scaled by sqrt(log_n0(n) / d); n: text and image tokens, n0: those at the native size.
     """
 
+    counted = 1
+    """Times that n is taken in this scale."""
+
     def __init__(
         self,
         height: int,
@@ -75,13 +78,17 @@ class DenseClearProcessor:
         query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
         text = query.shape[1] - len(self.seen)
         if self.native_tokens is not None:
-            query = query * math.sqrt(math.log(query.shape[1]) / math.log(self.native_tokens + text))
+            query = query * math.sqrt(math.log(self.counted * query.shape[1]) / math.log(self.native_tokens + text))
         seen_by_image = torch.cat([torch.ones(len(self.seen), text, dtype=torch.bool), self.seen], dim=1)
-        image = softmax_attention(query[:, text:], key, value, seen_by_image)
+        image = self.attend_image(query[:, text:], key, value, seen_by_image)
         output = torch.cat([self._text_output(query[:, :text], key, value, text), image], dim=1).flatten(2)
         if encoder_hidden_states is None:
             return output
         return attn.to_out[0](output[:, text:]), attn.to_add_out(output[:, :text])
+
+    def attend_image(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+        """Of image queries [B, L, N, D] to text and image; `seen` [L, T + H x W]."""
+        return softmax_attention(query, key, value, seen)
 
     def _text_output(self, query: Tensor, key: Tensor, value: Tensor, text: int) -> Tensor:
         if self.text_parts is None:

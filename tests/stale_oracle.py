@@ -6,7 +6,7 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
-from tests.oracle import DenseClearProcessor, softmax_attention
+from tests.oracle import DenseClearProcessor
 
 
 def stripes_of(rows: int, ranks: int) -> list[range]:
@@ -60,7 +60,7 @@ class StaleProcessor(DenseClearProcessor):
             held_key, held_value = late_key.clone(), late_value.clone()
             held_key[:, fresh], held_value[:, fresh] = key[:, fresh], value[:, fresh]
             seen = torch.cat([torch.ones(len(self.seen), text, dtype=torch.bool), self.seen], dim=1)[mine]
-            outputs.append(softmax_attention(query[:, text:][:, mine], held_key, held_value, seen))
+            outputs.append(self.attend_image(query[:, text:][:, mine], held_key, held_value, seen))
         output = torch.cat(outputs, dim=1).flatten(2)
         if encoder_hidden_states is None:
             return output

@@ -100,7 +100,10 @@ def test_the_demo_passes_its_own_checks() -> None:
         ({"model": f"a/{'x' * 5_000}"}, r"there is no a/xxx"),
         ({"model": "a/b c"}, r"there is no a/b c; nearest"),
         ({"clear_weights": "x" * 5_000}, r"there is no xxx.*\.\.\.; nearest"),
-        ({"clear_weights": "a/b:clear_local_8_down_4.safetensors"}, r"down-sampled .* nearest: clear_local_8.safe"),
+        (
+            {"clear_weights": "a/b:clear_local_8_down_3.safetensors"},
+            r"^128 x 128 px: the width in tokens must be a multiple of 3, got 8; nearest: 9",
+        ),
         ({"window": "4", "model": "huggingface"}, r"there is no huggingface; nearest"),
     ],
 )
@@ -148,9 +151,9 @@ def test_clear_weights_are_found_and_checked(folder: Path) -> None:
     assert clear_weights.find("auto", None, facts) == str(narrow)
     assert clear_weights.find("auto", 16, facts) == clear_weights.find(str(folder), 16, facts) == str(wide)
     assert clear_weights.find("auto", "full", facts) is clear_weights.find("none", None, facts) is None
-    request, lines = preflight.check(GenerateConfig(model=str(folder), clear_weights=str(wide), window="3"), ALONE)
-    assert request.window == 3
-    assert any("distilled for a window of 16, not 3" in line for line in lines)
+    request, lines = preflight.check(GenerateConfig(model=str(folder), window="3"), ALONE)
+    assert (request.clear_weights, request.window) == (str(narrow), 3)
+    assert any("distilled for a window of 2, not 3" in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +167,7 @@ def test_clear_weights_are_found_and_checked(folder: Path) -> None:
         (lambda t: t.update({"transformer_blocks.0.attn.to_v.bias": torch.zeros(2)}), r"shape \[32\], got \[2\]"),
         (
             lambda t: t.update({"x.attn.processor.spatial_weight": torch.zeros(1)}),
-            "down-sampled keys are not supported",
+            r"x.attn.processor.spatial_weight must have the shape \[1, 1, 1, 2, 1, 2, 1\], got \[1\]",
         ),
     ],
 )

@@ -66,12 +66,21 @@ def make_tiny_pipeline(
     )
 
 
-def make_clear_weights(transformer: FluxTransformer2DModel, file: Path, *, seed: int = 1) -> Path:
-    """Save a random CLEAR checkpoint that fits `transformer`: the image side of attention only."""
+def make_clear_weights(transformer: FluxTransformer2DModel, file: Path, *, seed: int = 1, down_factor: int = 1) -> Path:
+    """Save a random CLEAR checkpoint that fits `transformer`: the image side of attention only.
+
+    Args:
+        down_factor: of down-sampled keys; 1: none.
+    """
     image_side = ("attn.to_q.", "attn.to_k.", "attn.to_v.", "attn.to_out.0.")
     own = {name: value for name, value in transformer.state_dict().items() if any(part in name for part in image_side)}
     generator = torch.Generator().manual_seed(seed)
-    save_file({name: _draw(name, value, generator) for name, value in own.items()}, file)
+    tensors = {name: _draw(name, value, generator) for name, value in own.items()}
+    for name in transformer.attn_processors if down_factor > 1 else ():
+        # Not all alike, and so large that pooled keys and values are seen among the others.
+        weight = torch.rand(1, 1, 1, down_factor, 1, down_factor, 1, generator=generator)
+        tensors[f"{name}.spatial_weight"] = weight * (3 / down_factor)
+    save_file(tensors, file)
     return file
 
 

@@ -10,13 +10,9 @@ import torch
 from clear_dist.labels import labelled
 
 AMOUNTS = (
-    "halo_bytes_sent",
-    "halo_messages_sent",
-    "text_bytes_gathered",
-    "text_bytes_reduced",
-    "join_bytes",
-    "other_bytes",
-)
+    "halo_bytes_sent", "halo_messages_sent", "pooled_bytes_sent", "pooled_messages_sent", "text_bytes_gathered",
+    "text_bytes_reduced", "join_bytes", "other_bytes",
+)  # fmt: skip
 
 
 @dataclass

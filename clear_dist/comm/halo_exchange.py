@@ -6,13 +6,15 @@
     ...                                      and then to these
     pending.release()
 
-Which rows those are says the `HaloPlan` (geometry.py). Full attention is the plan in which all rows are halos.
+Which rows those are says the `HaloPlan` (geometry.py). Full attention is the plan in which all rows are halos; so are
+the pooled rows of down-sampled keys.
 The stale schedule uses the halos of the step before (stale_exchange.py).
 
 Shapes: B batch, R my rows, W columns, N heads, D head dim. A halo of h rows is [2, B, h, W, N, D]: keys, then values.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 
@@ -29,10 +31,19 @@ Halos = tuple[torch.Tensor, torch.Tensor]
 class HaloExchange:
     """The exchange of one plan, used for one layer after the other: buffers are kept as long as the shape stays."""
 
-    def __init__(self, group: Group, plan: HaloPlan, counters: Counters, *, sends: SendBuffers | None = None) -> None:
+    def __init__(
+        self,
+        group: Group,
+        plan: HaloPlan,
+        counters: Counters,
+        *,
+        sends: SendBuffers | None = None,
+        counted_as: Literal["halo", "pooled"] = "halo",
+    ) -> None:
         self._group = group
         self._plan = plan
         self._counters = counters
+        self._counted_as = counted_as
         self._sends = sends or SendBuffers(group, counters, layers=0)
         self._received: list[torch.Tensor] = []
         """One for each transfer of `plan.receives`, on the wire's side."""
@@ -100,8 +111,8 @@ class HaloExchange:
         for rows, message in zip(mine, messages, strict=True):
             message[0].copy_(key_BRWND[:, rows], non_blocking=True)
             message[1].copy_(value_BRWND[:, rows], non_blocking=True)
-            self._counters.add("halo_bytes_sent", message.nbytes)
-            self._counters.add("halo_messages_sent", 1)
+            self._counters.add(f"{self._counted_as}_bytes_sent", message.nbytes)
+            self._counters.add(f"{self._counted_as}_messages_sent", 1)
         self._group.settle()
         return messages
 

@@ -7,6 +7,7 @@ Shapes: as in halo_exchange.py and text_reduce.py.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -27,12 +28,21 @@ LARGEST_CHANGE = 60.0
 class StaleHaloExchange(HaloExchange):
     """The halos of one layer in one pass."""
 
-    def __init__(self, group: Group, plan: HaloPlan, counters: Counters, *, sends: SendBuffers, clock: Clock) -> None:
+    def __init__(
+        self,
+        group: Group,
+        plan: HaloPlan,
+        counters: Counters,
+        *,
+        sends: SendBuffers,
+        clock: Clock,
+        counted_as: Literal["halo", "pooled"] = "halo",
+    ) -> None:
         """
         Args:
             sends: shared by all layers.
         """
-        super().__init__(group, plan, counters, sends=sends)
+        super().__init__(group, plan, counters, sends=sends, counted_as=counted_as)
         self._clock = clock
         self._step_held: int | None = None
 

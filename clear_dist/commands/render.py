@@ -192,6 +192,7 @@ class Rendering:
             total=time.time() - self.began,
             stages=self.stages,
             ranks=ranks,
+            clear_weights=None if self.handle.replaced is None else self.handle.replaced.figures,
         )
         report.write(contents, file)
 
@@ -233,6 +234,8 @@ def _prepare(request: Request, began: float, phases: Phases) -> Rendering:
             device=device,
         )
         handle = _parallelize(pipe, request, group)
+    if group.rank == 0 and handle.replaced is not None and not handle.replaced.file.is_relative_to(request.model):
+        say(f"CLEAR weights: {handle.replaced}")  # a model's own go without saying
     seed = group.broadcast_object(secrets.randbits(SEED_BITS) if request.seed is None else request.seed)
     torch.manual_seed(seed)
     every = request.preview_every

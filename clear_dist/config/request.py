@@ -42,7 +42,7 @@ class Request:
     """As the picture's metadata tell it: no folders of this machine."""
     revision: str | None
     clear_weights: str | None
-    """A file, or a hub file as `owner/name:file`."""
+    """A file, or a hub file as `owner/name:file` or `owner/name@revision:file`."""
     height: int | None
     """Pixels, as width."""
     width: int | None
@@ -51,6 +51,8 @@ class Request:
     native_size: int | None
     token_size: int
     """Pixels along the side of a token."""
+    down_factor: int = 1
+    """So many tokens are a side of what one down-sampled key stands for; 1: there are no such keys."""
     cascade: bool
     sampling: Sampling
     upscaling: Upscaling
@@ -83,6 +85,11 @@ class Request:
         return os.path.isdir(self.model)
 
     @property
+    def unit(self) -> int:
+        """Pixels that all sides are multiples of."""
+        return self.token_size * self.down_factor
+
+    @property
     def size(self) -> Size:
         """Height and width in pixels."""
         assert self.height is not None and self.width is not None, "known once the model is located"
@@ -103,13 +110,14 @@ class Request:
         """The last one has the size that was asked for."""
         native = self.base_res or self.native_size
         assert native is not None, "known once the model is located"
-        token = self.token_size
         if self.picture is not None:
-            return plan_upscaling(self.picture.size, self.size, native=native, token=token, upscaling=self.upscaling)
+            return plan_upscaling(
+                self.picture.size, self.size, native=native, token=self.unit, upscaling=self.upscaling
+            )
         return plan_cascade(
             self.size,
             native=native,
-            token=token,
+            token=self.unit,
             sampling=self.sampling,
             upscaling=self.upscaling,
             cascade=self.cascade,

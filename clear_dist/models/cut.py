@@ -9,10 +9,19 @@ from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.comm.stripe_join import StripeJoin
 from clear_dist.comm.text_reduce import TextAttention
-from clear_dist.geometry import HaloPlan, Rows, covering_radius, cut_in_stripes, plan_halos
+from clear_dist.geometry import (
+    HaloPlan,
+    Rows,
+    covering_radius,
+    cut_in_stripes,
+    plan_halos,
+    plan_pooled,
+    require_units,
+)
 from clear_dist.models.exchanges import Exchanges
 from clear_dist.models.extrapolation import Extrapolation
 from clear_dist.models.joint_attention import FullJointAttention, JointAttention, WindowJointAttention
+from clear_dist.models.pooled_keys import Pooling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +51,21 @@ class Cut:
         return self.group is group and image == mine
 
 
-def plan_image(size: tuple[int, int], group: Group, radius: int | None) -> tuple[tuple[Rows, ...], HaloPlan]:
-    """All stripes of an image of `size` tokens, and the halos of this rank's; raises ValueError as `cut_image`."""
-    stripes = cut_in_stripes(size[0], group.size)
-    return stripes, plan_halos(stripes, group.rank, radius)
+def plan_image(
+    size: tuple[int, int], group: Group, radius: int | None, down_factor: int
+) -> tuple[tuple[Rows, ...], HaloPlan, HaloPlan | None]:
+    """All stripes of an image of `size` tokens, the halos of this rank's, and its exchange of down-sampled rows.
+
+    Args:
+        down_factor: 1: nothing is down-sampled, and the last one is None.
+
+    Raises:
+        ValueError: as `cut_image`.
+    """
+    stripes = cut_in_stripes(size[0], group.size, unit=down_factor)
+    require_units("width", size[1], down_factor)
+    pooled = plan_pooled(stripes, group.rank, down_factor) if down_factor > 1 else None
+    return stripes, plan_halos(stripes, group.rank, radius), pooled
 
 
 def cut_image(
@@ -58,6 +78,7 @@ def cut_image(
     backend: Backend,
     clock: Clock | None,
     counters: Counters,
+    pooling: Pooling | None = None,
 ) -> Cut:
     """Cuts an image for this rank; nothing is sent.
 
@@ -65,14 +86,15 @@ def cut_image(
         size: height and width in tokens.
         radius: in tokens; None: full attention.
         clock: what the stale schedule goes by; None: the sync schedule.
+        pooling: of down-sampled keys, for a window only.
 
     Raises:
-        ValueError: there are more ranks than rows.
+        ValueError: there are more ranks than rows, or units of rows; or a side is no multiple of the pooling's factor.
     """
     height, width = size
     # A wider circle than the image holds the same keys.
     radius = radius and min(radius, covering_radius(height, width))
-    stripes, plan = plan_image(size, group, radius)
+    stripes, plan, pooled = plan_image(size, group, radius, 1 if pooling is None else pooling.factor)
     shared: dict[str, Any] = {
         "plan": plan,
         "width": width,
@@ -91,6 +113,6 @@ def cut_image(
         stripes=stripes,
         plan=plan,
         joint_attention=joint_attention,
-        exchanges=Exchanges(group, plan, text_attention, counters, clock=clock),
+        exchanges=Exchanges(group, plan, text_attention, counters, clock=clock, pooling=pooling, pooled_plan=pooled),
         join=StripeJoin(group, stripes, counters),
     )

@@ -1,6 +1,7 @@
 """What layers exchange through: one after the other in the sync schedule, each with its own in the stale one."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from clear_dist.clock import Clock
 from clear_dist.comm.counters import Counters
@@ -11,34 +12,48 @@ from clear_dist.comm.stale_exchange import StaleHaloExchange, StaleTextReduce
 from clear_dist.comm.text_reduce import TextAttention, TextReduce
 from clear_dist.comm.text_shards import TextGather, TextScatter
 from clear_dist.geometry import HaloPlan, TextPlan
+from clear_dist.models.pooled_keys import PooledKeys, Pooling
 from clear_dist.models.room import SENDING_LAYERS
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A layer's halos, its text tokens that other ranks have, and the reduction of its text queries."""
+    """A layer's halos, its text tokens that other ranks have, its text queries' reduction, its down-sampled keys."""
 
     halos: HaloExchange
     gather: TextGather
     text: TextReduce
+    pooled: PooledKeys | None = None
 
 
 class Exchanges:
     """Those of one cut, for one generation after another."""
 
     def __init__(
-        self, group: Group, plan: HaloPlan, text_attention: TextAttention, counters: Counters, *, clock: Clock | None
+        self,
+        group: Group,
+        plan: HaloPlan,
+        text_attention: TextAttention,
+        counters: Counters,
+        *,
+        clock: Clock | None,
+        pooling: Pooling | None = None,
+        pooled_plan: HaloPlan | None = None,
     ) -> None:
         """
         Args:
             clock: what the stale schedule goes by; None: the sync schedule.
+            pooling, pooled_plan: of down-sampled keys; both or none.
         """
         self._group = group
         self._plan = plan
         self._text_attention = text_attention
         self._counters = counters
         self._clock = clock
-        self._sends = SendBuffers(group, counters, layers=0 if clock is None else SENDING_LAYERS)
+        self._pooling = pooling
+        self._pooled_plan = pooled_plan
+        layers = 0 if clock is None else SENDING_LAYERS
+        self._sends, self._pooled_sends = (SendBuffers(group, counters, layers=layers) for _ in range(2))
         self._made: dict[tuple[int, int, TextPlan], Exchange] = {}
 
     def of(self, turn: int, layer: int, text: TextPlan) -> Exchange:
@@ -58,21 +73,33 @@ class Exchanges:
             exchange.halos.drain()
             exchange.gather.drain()
             exchange.text.drain()
+            if exchange.pooled is not None:
+                exchange.pooled.exchange.drain()
         self._made.clear()
 
     @property
     def stale_bytes(self) -> int:
         """Of what is kept from one step to the next."""
         made = self._made.values() if self._clock is not None else ()
-        return sum(exchange.halos.received_bytes + exchange.text.kept_bytes for exchange in made)
+        pooled = sum(exchange.pooled.exchange.received_bytes for exchange in made if exchange.pooled is not None)
+        return pooled + sum(exchange.halos.received_bytes + exchange.text.kept_bytes for exchange in made)
 
     def _make(self, text: TextPlan) -> Exchange:
-        group, mode, counters = self._group, self._text_attention, self._counters
-        gather = TextGather(group, text, counters)
+        pooled = None
+        if self._pooling is not None and self._pooled_plan is not None:
+            pooled = PooledKeys(self._pooling, self._make_rows(self._pooled_plan, self._pooled_sends, "pooled"))
+        gather = TextGather(self._group, text, self._counters)
+        return Exchange(self._make_rows(self._plan, self._sends, "halo"), gather, self._make_text(text), pooled)
+
+    def _make_rows(self, plan: HaloPlan, sends: SendBuffers, counted_as: Literal["halo", "pooled"]) -> HaloExchange:
+        group, counters = self._group, self._counters
         if self._clock is None:
-            halos = HaloExchange(group, self._plan, counters, sends=self._sends)
-            scatter = TextScatter(group, text, mode, counters) if text.is_shared else TextReduce(group, mode, counters)
-            return Exchange(halos, gather, scatter)
+            return HaloExchange(group, plan, counters, sends=sends, counted_as=counted_as)
+        return StaleHaloExchange(group, plan, counters, sends=sends, clock=self._clock, counted_as=counted_as)
+
+    def _make_text(self, text: TextPlan) -> TextReduce:
+        group, mode, counters = self._group, self._text_attention, self._counters
+        if self._clock is None:
+            return TextScatter(group, text, mode, counters) if text.is_shared else TextReduce(group, mode, counters)
         assert not text.is_shared, "nothing of the text is gathered late"
-        late_halos = StaleHaloExchange(group, self._plan, counters, sends=self._sends, clock=self._clock)
-        return Exchange(late_halos, gather, StaleTextReduce(group, mode, counters, clock=self._clock))
+        return StaleTextReduce(group, mode, counters, clock=self._clock)

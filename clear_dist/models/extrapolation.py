@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from math import isfinite, log, sqrt
 
+POOLED_COUNT = 10
+"""What n counts for where there are down-sampled keys: the official code takes 10 n, whatever their factor."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Extrapolation:
@@ -29,7 +32,7 @@ class Extrapolation:
 
 
 def attention_scale(
-    extrapolation: Extrapolation | None, *, head_dim: int, text_tokens: int, image_tokens: int
+    extrapolation: Extrapolation | None, *, head_dim: int, text_tokens: int, image_tokens: int, pooled: bool = False
 ) -> float | None:
     """Factor of the scores, sqrt(log_n0(n) / d): "proportional attention", which keeps the entropy of more keys.
 
@@ -39,10 +42,12 @@ def attention_scale(
     Args:
         text_tokens: the same at both sizes.
         image_tokens: of the whole grid.
+        pooled: whether there are down-sampled keys as well.
 
     Returns:
         None without an extrapolation: attention's own 1 / sqrt(d).
     """
     if extrapolation is None:
         return None
-    return sqrt(log(text_tokens + image_tokens, text_tokens + extrapolation.native_tokens) / head_dim)
+    keys = (POOLED_COUNT if pooled else 1) * (text_tokens + image_tokens)
+    return sqrt(log(keys, text_tokens + extrapolation.native_tokens) / head_dim)

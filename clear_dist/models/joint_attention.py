@@ -2,7 +2,7 @@
 
 Shared by all models: an adaptor projects and rotates q, k and v, and gets the joint output back, text tokens first.
 Where each rank has a share of the text, q, k and v have room for all of it, its own last; the output is its own.
-Shape suffixes: B batch, N heads, T text, R my rows, W columns, D head dim, L = T + R x W tokens.
+Shape suffixes: B batch, N heads, T text, R my rows, W columns, D head dim, L = T + R x W tokens, P pooled keys.
 """
 
 from dataclasses import dataclass
@@ -17,11 +17,15 @@ from clear_dist.labels import labelled
 from clear_dist.merge import RowsPart, merge_rows
 from clear_dist.models.exchanges import Exchange
 from clear_dist.models.extrapolation import Extrapolation, attention_scale
+from clear_dist.models.pooled_keys import PooledKeys
 
 
 @dataclass(frozen=True, kw_only=True)
 class WindowJointAttention:
-    """CLEAR's attention over stripes: image queries see text and circle (Sec. 3.2), text queries see all (Eq. 7)."""
+    """CLEAR's attention over stripes: image queries see text and circle (Sec. 3.2), text queries see all (Eq. 7).
+
+    With down-sampled keys image queries see those of the whole image as well, text queries don't.
+    """
 
     plan: HaloPlan
     grid: Rows
@@ -44,6 +48,7 @@ class WindowJointAttention:
             head_dim=query_BLND.shape[-1],
             text_tokens=text_tokens,
             image_tokens=len(self.grid) * self.width,
+            pooled=exchange.pooled is not None,
         )
 
         exchange.gather.wait()  # other ranks' text tokens, where each has a share
@@ -72,6 +77,8 @@ class WindowJointAttention:
                     reaching = reach(held, self.plan.own, self.radius)
                     parts.append(window(reaching, (halo[0], halo[1], no_text, no_text), held.start))
         halos.release()
+        if exchange.pooled is not None:
+            parts.append(self._to_pooled_keys(exchange.pooled, query, scale))
         elsewhere = exchange.gather.plan.elsewhere
         output_BLND = torch.empty_like(query_BLND[:, elsewhere:])
         output_text, output = self._split(output_BLND, text_tokens - elsewhere)
@@ -79,6 +86,12 @@ class WindowJointAttention:
             merge_rows(parts, output, self.plan.own.start)
         output_text.copy_(text.wait())
         return output_BLND
+
+    def _to_pooled_keys(self, pooled: PooledKeys, query_BRWND: Tensor, scale: float | None) -> RowsPart:
+        keys_BPND, values_BPND = pooled.wait()
+        with labelled("compute: pooled keys"):
+            results = attend(query_BRWND.flatten(1, 2), keys_BPND, values_BPND, scale)
+        return RowsPart(self.plan.own, *(result.unflatten(1, query_BRWND.shape[1:3]) for result in results))
 
     def _split(self, x_BLND: Tensor, text_tokens: int) -> tuple[Tensor, Tensor]:
         """Views of the text tokens [B, T, N, D] and of the image tokens [B, R, W, N, D]."""

@@ -28,6 +28,11 @@ def sending_bytes(plan: HaloPlan, *, row_bytes: int) -> int:
     return (SENDING_LAYERS + 1) * row_bytes * sum(len(transfer.rows) for transfer in plan.sends)
 
 
+def needed_bytes(plan: HaloPlan, *, row_bytes: int, layers: int) -> int:
+    """Both together."""
+    return received_bytes(plan, row_bytes=row_bytes, layers=layers) + sending_bytes(plan, row_bytes=row_bytes)
+
+
 def require_room(needed: int, group: Group) -> None:
     """All ranks call this with the bytes that each of them needs where its messages travel from and to.
 

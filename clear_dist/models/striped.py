@@ -23,7 +23,8 @@ from clear_dist.models.extrapolation import Extrapolation
 from clear_dist.models.float8 import to_float8
 from clear_dist.models.modulation import HoistedModulation
 from clear_dist.models.parts import Parts
-from clear_dist.models.room import received_bytes, require_room, sending_bytes
+from clear_dist.models.pooled_keys import Pooling
+from clear_dist.models.room import needed_bytes, require_room
 from clear_dist.models.text_sharding import choose_text_plan
 
 
@@ -45,12 +46,15 @@ class StripedModel:
         hoist_modulation: bool,
         compile: bool,
         float8: bool,
+        pooling: Pooling | None = None,
     ) -> None:
         self.adaptor = adaptor
         self.scheduler = scheduler
         self.group = group
         self.extrapolation: Extrapolation | None = None
         self.radius = radius
+        self.pooling = pooling if radius is not None else None
+        """Of down-sampled keys, which go with a window."""
         self.text_attention = text_attention
         self.text_tokens = text_tokens
         self.backend = backend
@@ -99,12 +103,15 @@ class StripedModel:
         """
         cut = self._running_cut
         image = slice(-len(cut.plan.own) * cut.width, None)
-        rows = (x[:, image].unflatten(1, (-1, cut.width)) for x in (key_BLND, value_BLND))
-        halos = self._exchange(layer).halos
+        rows = [x[:, image].unflatten(1, (-1, cut.width)) for x in (key_BLND, value_BLND)]
+        exchange = self._exchange(layer)
         with labelled(f"layer {layer}"):
-            if not halos.lags:
+            if not exchange.halos.lags:
                 self._same_call.require()
-            return halos.start(*rows)
+            halos = exchange.halos.start(*rows)
+            if exchange.pooled is not None:
+                exchange.pooled.start(layer, *rows)
+            return halos
 
     def joint_attention(
         self, layer: int, halos: PendingHalos, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor
@@ -126,6 +133,11 @@ class StripedModel:
     def _running_cut(self) -> Cut:
         assert self.cut is not None, "the cut comes before the first layer"
         return self.cut
+
+    @property
+    def unit(self) -> int:
+        """Tokens that sides of the grid are multiples of: the factor of down-sampled keys."""
+        return 1 if self.pooling is None else self.pooling.factor
 
     @property
     def stale_bytes(self) -> int:
@@ -226,11 +238,13 @@ class StripedModel:
         if not self._forward_is_under_way:  # what the last image has kept makes room
             self.drain()
         transformer = self.adaptor.transformer
-        _, plan = plan_image(size, self.group, self.radius)
+        _, plan, pooled = plan_image(size, self.group, self.radius, self.unit)
         row_bytes = 2 * batch * size[1] * self.adaptor.channels * transformer.dtype.itemsize
         layers = passes * len(transformer.attn_processors)
-        received = received_bytes(plan, row_bytes=row_bytes, layers=layers)
-        require_room(received + sending_bytes(plan, row_bytes=row_bytes), self.group)
+        needed = needed_bytes(plan, row_bytes=row_bytes, layers=layers)
+        if pooled is not None:
+            needed += needed_bytes(pooled, row_bytes=row_bytes // self.unit, layers=layers)
+        require_room(needed, self.group)
 
     def _is_stale(self, steps: int) -> bool:
         """Whether anything lags in a generation of so many steps. One rank waits for nobody."""
@@ -272,6 +286,7 @@ class StripedModel:
                 backend=self.backend,
                 clock=self._clock if stale else None,
                 counters=self.counters,
+                pooling=self.pooling,
             )
 
 

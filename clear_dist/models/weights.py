@@ -1,24 +1,62 @@
 """CLEAR checkpoints: the image side of every attention layer, laid over a base model (paper, Sec. 3.3)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from clear_dist import clear_checkpoint
-from clear_dist.clear_checkpoint import PROJECTIONS
+from clear_dist.clear_checkpoint import PROJECTIONS, SPATIAL_WEIGHT
+from clear_dist.models.agreement import checksum
+from clear_dist.models.pooled_keys import Pooling
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplacedWeights:
+    """What a CLEAR checkpoint has replaced, and what it brings besides."""
+
+    file: Path
+    tensors: tuple[str, ...]
+    """Names of the transformer's parameters."""
+    layers: int
+    pooling: Pooling | None
+    """Of down-sampled keys, if the checkpoint has them."""
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """For the report."""
+        return {
+            "file": str(self.file),
+            "radius": clear_checkpoint.radius_of(self.file),
+            "down_factor": 1 if self.pooling is None else self.pooling.factor,
+            "tensors": len(self.tensors),
+            "layers": self.layers,
+        }
+
+    def __str__(self) -> str:
+        radius = self.figures["radius"] or "not in its name"
+        pooled = "" if self.pooling is None else f", down factor {self.pooling.factor}"
+        return (
+            f"{self.file.name} (radius {radius}{pooled}), {len(self.tensors)} tensors in {self.layers} layers replaced"
+        )
+
+    def checksums(self, transformer: Any) -> list[tuple[int, int]]:
+        """Of what it has put in, to compare ranks by."""
+        replaced = [transformer.get_parameter(name) for name in self.tensors]
+        return [checksum(tensor) for tensor in (*replaced, *(self.pooling.weights if self.pooling is not None else ()))]
 
 
 def radius_of(path: str | Path) -> int:
     """The radius in tokens that a checkpoint was distilled for, from its name: `clear_local_16.safetensors`.
 
     Raises:
-        ValueError: the name tells none, or it names down-sampled keys.
+        ValueError: the name tells none.
     """
-    clear_checkpoint.refuse_down_sampled(path)
     radius = clear_checkpoint.radius_of(path)
     if radius is None:
         raise ValueError(
@@ -27,26 +65,37 @@ def radius_of(path: str | Path) -> int:
     return radius
 
 
-def load_clear_weights(transformer: Any, path: str | Path) -> list[str]:
-    """Replaces the image side of attention by a checkpoint's and returns the names of what was replaced.
+def load_clear_weights(transformer: Any, path: str | Path, device: torch.device | str = "cpu") -> ReplacedWeights:
+    """Replaces the image side of attention by a checkpoint's.
 
     Text projections, norms and everything else stay the base model's. LoRA layers stay on top of what is replaced.
 
+    Args:
+        device: where the transformer runs.
+
     Raises:
-        ValueError: the file is none, or a tensor is missing, unexpected or of another shape; it is named.
+        ValueError: the file is none, its name and its tensors contradict each other, or a tensor is missing,
+            unexpected or of another shape; it is named, and nothing is replaced.
     """
     parameters = dict(image_attention_parameters(transformer))
-    tensors = read_tensors(path)
-    clear_checkpoint.refuse_down_sampled(path, tensors)
-    clear_checkpoint.require_same_tensors(_shapes(parameters), _shapes(tensors), path)
-    with torch.no_grad():
+    layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
+    with _opened(path) as file, torch.no_grad():
+        # One tensor at a time: a checkpoint for FLUX takes 3.6 GB.
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        factor = clear_checkpoint.down_factor_of(shapes, path)
+        own = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        clear_checkpoint.require_same_tensors(clear_checkpoint.with_spatial_weights(own, factor), shapes, path)
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
-    return list(parameters)
+            parameter.copy_(file.get_tensor(name))
+        pooling = None
+        if factor > 1:
+            weights = [file.get_tensor(f"{layer}.{SPATIAL_WEIGHT}").reshape(factor, factor) for layer in layers]
+            pooling = Pooling(weights=tuple(weight.to(device, transformer.dtype) for weight in weights))
+    return ReplacedWeights(file=Path(path), tensors=tuple(parameters), layers=len(layers), pooling=pooling)
 
 
 def image_attention_parameters(transformer: Any) -> Iterable[tuple[str, nn.Parameter]]:
-    """Name in a CLEAR checkpoint and parameter, for every tensor that a checkpoint must hold."""
+    """Name in a CLEAR checkpoint and parameter, for every tensor of the transformer that a checkpoint must hold."""
     for blocks in ("transformer_blocks", "single_transformer_blocks"):
         for index, block in enumerate(getattr(transformer, blocks)):
             for projection in PROJECTIONS:
@@ -56,21 +105,19 @@ def image_attention_parameters(transformer: Any) -> Iterable[tuple[str, nn.Param
                     yield from ((f"{prefix}.{name}", getattr(linear, name)) for name in ("weight", "bias"))
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    """A safetensors file, mapped into memory.
 
     Raises:
         ValueError: there is no such file, or it is truncated or of another format.
     """
+    clear_checkpoint.refuse_pickled(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            yield file
     except (OSError, SafetensorError) as error:
         raise ValueError(f"CLEAR weights must be a complete safetensors file, got {path}: {error}") from error
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> clear_checkpoint.Shapes:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _submodule(attn: nn.Module, name: str) -> nn.Module | None:

@@ -8,7 +8,7 @@ from clear_dist.clear_checkpoint import radius_of
 from clear_dist.comm.env import Place
 from clear_dist.config import PictureConfig, Refusal, Request, Window
 from clear_dist.config.rules import MOST_PIXELS, WARMUP_STEPS
-from clear_dist.geometry import cut_in_stripes
+from clear_dist.geometry import cut_in_stripes, require_units
 from clear_dist.preflight import clear_weights, devices, model, notes, outputs, start
 from clear_dist.preflight.model import ModelFacts
 
@@ -37,8 +37,10 @@ def check(config: PictureConfig, place: Place) -> tuple[Request, tuple[str, ...]
     if config.float8 and not gpus:
         raise Refusal("--float8 needs a CUDA GPU of compute capability 8.9, got cpu; nearest: without --float8")
     facts = model.find(config.model, has_cuda=bool(gpus))
-    begin = start.find(config, facts, place)
     checkpoint = clear_weights.find(config.clear_weights, config.radius, facts)
+    window = _window(config, checkpoint)
+    down_factor = _down_factor(window, checkpoint)
+    begin = start.find(config, facts, place, unit=facts.token_size * down_factor)
     negative_prompt = facts.negative_prompt if config.negative_prompt is None else config.negative_prompt
     request = Request(
         prompts=tuple(_understood(prompt, facts) or "" for prompt in begin.prompts),
@@ -52,11 +54,12 @@ def check(config: PictureConfig, place: Place) -> tuple[Request, tuple[str, ...]
         width=begin.width,
         native_size=facts.native_size,
         token_size=facts.token_size,
+        down_factor=down_factor,
         cascade=begin.cascade,
         sampling=begin.sampling,
         upscaling=start.upscaling(config, begin.sampling, facts),
         max_sequence_length=config.max_sequence_length or facts.max_sequence_length,
-        window=_window(config, checkpoint),
+        window=window,
         dtype=("bfloat16" if device == "cuda" else "float32") if config.dtype == "auto" else config.dtype,
         device=device,
         warmup_steps=WARMUP_STEPS if config.warmup_steps is None else config.warmup_steps,
@@ -77,10 +80,12 @@ def located(request: Request, folder: Path, checkpoint: str | None) -> Request:
     """
     facts = model.of_folder(folder)
     native = facts.native_size
+    found = clear_weights.find(checkpoint or "none", request.window, facts)
     settled = replace(
         request,
         model=str(folder),
-        clear_weights=clear_weights.find(checkpoint or "none", request.window, facts),
+        clear_weights=found,
+        down_factor=_down_factor(request.window, found),
         height=request.height or native,
         width=request.width or native,
         native_size=native,
@@ -109,6 +114,10 @@ def _window(config: PictureConfig, checkpoint: str | None) -> Window:
     return radius
 
 
+def _down_factor(window: Window, checkpoint: str | None) -> int:
+    return 1 if window == "full" else clear_weights.down_factor(checkpoint)
+
+
 def _world_size(config: PictureConfig, place: Place, gpus: int) -> int:
     if place.launcher is None:
         return config.nproc or gpus or 1
@@ -130,9 +139,10 @@ def _check_size(request: Request) -> None:
         return
     height, width = request.size
     try:
-        cut_in_stripes(height // request.token_size, request.world_size)
+        require_units("width", width // request.token_size, request.down_factor)
+        cut_in_stripes(height // request.token_size, request.world_size, unit=request.down_factor)
     except ValueError as error:
-        raise Refusal(f"--height {height}: {error}") from error
+        raise Refusal(f"{width} x {height} px: {error}") from error
     if height * width > MOST_PIXELS:
         nearest = f"{MOST_PIXELS // height // request.token_size * request.token_size} wide"
         raise Refusal(f"a picture has at most {MOST_PIXELS} pixels, got {width} x {height}; nearest: {nearest}")

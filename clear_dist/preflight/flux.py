@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from clear_dist.clear_checkpoint import Shapes, is_image_side
+from clear_dist.clear_checkpoint import Shapes, is_image_side, with_spatial_weights
 from clear_dist.config import Refusal, shortened
 from clear_dist.preflight.headers import whole_number, whole_numbers
 
@@ -55,9 +55,10 @@ class FluxShape:
         """All of the transformer's."""
         return dict(self._tensors())
 
-    def clear_tensors(self) -> Shapes:
-        """Those that a CLEAR checkpoint replaces."""
-        return {name: shape for name, shape in self._tensors() if is_image_side(name)}
+    def clear_tensors(self, down_factor: int = 1) -> Shapes:
+        """Those of a CLEAR checkpoint, with down-sampled keys where the factor is not 1."""
+        replaced = {name: shape for name, shape in self._tensors() if is_image_side(name)}
+        return with_spatial_weights(replaced, down_factor)
 
     def _tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         width = self.channels

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clear_dist.clear_checkpoint import Shapes
+from clear_dist.clear_checkpoint import PICKLED, Shapes, refuse_pickled
 from clear_dist.config import Refusal, shortened
 
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LONGEST_HEADER = 100_000_000
 """Bytes, as the safetensors library has it."""
 LARGEST_NUMBER = 65_536
@@ -21,8 +20,7 @@ def read_shapes(file: Path) -> Shapes:
     Raises:
         Refusal: it is missing, empty, pickled, truncated, or no safetensors file.
     """
-    if file.suffix in PICKLED:
-        raise Refusal(f"weights must be safetensors, got the pickled file {file}; nearest: {file.stem}.safetensors")
+    refuse_pickled(file)
     if not file.is_file():
         raise Refusal(f"there is no file {file}; weights must be a safetensors file")
     size = file.stat().st_size

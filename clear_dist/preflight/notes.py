@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from clear_dist import demo
-from clear_dist.clear_checkpoint import radius_of
+from clear_dist.clear_checkpoint import named_down_factor, radius_of
 from clear_dist.config import PictureConfig, Request, shortened
 from clear_dist.preflight.model import ModelFacts
 from clear_dist.stages import Stage, Upscaling
@@ -47,6 +47,7 @@ def _window(config: PictureConfig, request: Request, facts: ModelFacts) -> Itera
     if request.window == "full":
         if request.clear_weights is not None:
             window = f"a window of {radius}" if radius is not None else "a window"
+            window += " and down-sampled keys" if (named_down_factor(request.clear_weights) or 1) > 1 else ""
             yield f"{WARNING}the CLEAR weights were distilled for {window}, not for full attention"
         return
     if request.clear_weights is None:

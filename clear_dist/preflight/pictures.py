@@ -22,10 +22,11 @@ DEEP = ("I", "F")
 """Pillow's modes of more than 8 bits a channel begin so; it would cut them off."""
 
 
-def find(config: UpscaleConfig, facts: ModelFacts, *, reads: bool) -> tuple[Picture, Size, str | None]:
+def find(config: UpscaleConfig, facts: ModelFacts, *, unit: int, reads: bool) -> tuple[Picture, Size, str | None]:
     """The picture, the size that it is to get, and the prompt in its file.
 
     Args:
+        unit: pixels that sides are multiples of.
         reads: whether to read all of it, so that a damaged file is refused now; once on each machine is enough.
 
     Raises:
@@ -33,9 +34,9 @@ def find(config: UpscaleConfig, facts: ModelFacts, *, reads: bool) -> tuple[Pict
     """
     picture, prompt = _open(config.image, reads=reads)
     native = config.base_res or facts.native_size or 0
-    target = _target(config, picture, native, facts.token_size)
+    target = _target(config, picture, native, unit)
     box, asked = _box(picture, target), target[0] * target[1]
-    least = max(native, _up_to_token(max(picture), facts.token_size))
+    least = max(native, _up_to_unit(max(picture), unit))
     nearest = f"--res {least}" if least <= WHOLE_NUMBERS["res"][1] else "none"
     if asked < (box[2] - box[0]) * (box[3] - box[1]):
         raise Refusal(
@@ -91,17 +92,17 @@ def _prompt(image: Image.Image) -> str | None:
     return found["prompt"] if ours and isinstance(found.get("prompt"), str) else None
 
 
-def _target(config: UpscaleConfig, picture: Size, native: int, token: int) -> Size:
+def _target(config: UpscaleConfig, picture: Size, native: int, unit: int) -> Size:
     """Height and width asked for; what was left open follows from the picture's shape."""
     height, width = config.height, config.width
     if height is None and width is None:
         most = WHOLE_NUMBERS["res"][1]
-        longer = config.res or min(most, _up_to_token(max(DEFAULT_GROWTH * max(picture), native), token))
+        longer = config.res or min(most, _up_to_unit(max(DEFAULT_GROWTH * max(picture), native), unit))
         height, width = (longer, None) if picture[0] >= picture[1] else (None, longer)
     if height is None:
         assert width is not None
-        return max(1, round(picture[0] * width / picture[1] / token)) * token, width
-    return height, width or max(1, round(picture[1] * height / picture[0] / token)) * token
+        return max(1, round(picture[0] * width / picture[1] / unit)) * unit, width
+    return height, width or max(1, round(picture[1] * height / picture[0] / unit)) * unit
 
 
 def _box(picture: Size, target: Size) -> tuple[int, int, int, int]:
@@ -112,5 +113,5 @@ def _box(picture: Size, target: Size) -> tuple[int, int, int, int]:
     return left, top, left + width, top + height
 
 
-def _up_to_token(side: int, token: int) -> int:
-    return -(-side // token) * token
+def _up_to_unit(side: int, unit: int) -> int:
+    return -(-side // unit) * unit

@@ -32,16 +32,19 @@ class Start:
     picture: Picture | None = None
 
 
-def find(config: PictureConfig, facts: ModelFacts, place: Place) -> Start:
+def find(config: PictureConfig, facts: ModelFacts, place: Place, *, unit: int) -> Start:
     """Where the request starts.
 
+    Args:
+        unit: pixels that sides are multiples of: a token, or with down-sampled keys several.
+
     Raises:
-        Refusal: prompts or picture cannot be read, or a size is no multiple of the token size.
+        Refusal: prompts or picture cannot be read, or a size is no multiple of the unit.
     """
     for name in ("res", "height", "width", "base_res"):
-        _check_tokens(name, getattr(config, name), facts.token_size)
+        _check_units(name, getattr(config, name), unit, facts.token_size)
     if isinstance(config, UpscaleConfig):
-        return _from_picture(config, facts, place)
+        return _from_picture(config, facts, place, unit)
     assert isinstance(config, GenerateConfig), config
     height, width = config.height or config.res, config.width or config.res
     return Start(
@@ -66,17 +69,18 @@ def _given(config: PictureConfig, *names: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _from_picture(config: UpscaleConfig, facts: ModelFacts, place: Place) -> Start:
-    picture, (height, width), prompt = pictures.find(config, facts, reads=place.local_rank == 0)
+def _from_picture(config: UpscaleConfig, facts: ModelFacts, place: Place, unit: int) -> Start:
+    picture, (height, width), prompt = pictures.find(config, facts, unit=unit, reads=place.local_rank == 0)
     chosen = config.prompt if config.prompt is not None else prompt or ""
     return Start(prompts=(chosen,), height=height, width=width, sampling=facts.sampling, picture=picture)
 
 
-def _check_tokens(name: str, size: int | None, token: int) -> None:
-    if size is not None and size % token:
-        below = size // token * token
-        nearest = " or ".join(str(near) for near in (below, below + token) if near)
-        shown = f"--{flag(name)} must be a multiple of {token} pixels (one token)"
+def _check_units(name: str, size: int | None, unit: int, token: int) -> None:
+    if size is not None and size % unit:
+        below = size // unit * unit
+        nearest = " or ".join(str(near) for near in (below, below + unit) if near)
+        tokens = "one token" if unit == token else f"{unit // token} tokens, which CLEAR's down-sampled keys stand for"
+        shown = f"--{flag(name)} must be a multiple of {unit} pixels ({tokens})"
         raise Refusal(f"{shown}, got {size}; nearest: {nearest}")
 
 
