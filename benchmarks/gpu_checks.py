@@ -19,7 +19,7 @@ from torch import Tensor
 from clear_dist.attention import BACKENDS, attend, choose_backend, window_attention
 from clear_dist.comm import launch
 from clear_dist.comm.group import Group
-from clear_dist.config import Schedule
+from clear_dist.config import Schedule, TextTokens
 
 BFLOAT16_ERROR, FLOAT32_ERROR = 1e-2, 1e-4
 """Relative, in the Euclidean norm; bfloat16 attention is right to 1e-3 to 1e-2."""
@@ -149,6 +149,8 @@ class Drawing:
     schedule: Schedule = "sync"
     dtype: torch.dtype = torch.float32
     hoist_modulation: bool = False
+    text_tokens: TextTokens = "auto"
+    """Which through host memory replicates them."""
 
     @property
     def bound(self) -> float | None:
@@ -160,6 +162,8 @@ DRAWINGS = (
     Drawing(window=4),
     Drawing(window="full"),
     Drawing(window=4, hoist_modulation=True),
+    Drawing(window=4, text_tokens="sharded"),
+    Drawing(window="full", text_tokens="sharded"),
     Drawing(window=4, schedule="stale"),
     Drawing(window=4, dtype=torch.bfloat16),  # the last one: weights are rounded
 )
@@ -195,8 +199,8 @@ def draw_on_rank(device_type: str, file: Path) -> None:
     pipe, latents = make_sensitive_pipeline(), []
     for drawing in DRAWINGS:
         move(pipe, group.device, drawing.dtype)
-        hoist = drawing.hoist_modulation
-        with on_stripes(pipe, drawing.window, drawing.schedule, group, text_attention="exact", hoist_modulation=hoist):
+        settings = {"hoist_modulation": drawing.hoist_modulation, "text_tokens": drawing.text_tokens}
+        with on_stripes(pipe, drawing.window, drawing.schedule, group, text_attention="exact", **settings):
             latents.append(draw(pipe, SMALL.text_tokens, SIDE, STEPS).cpu())
     if group.rank == 0:
         torch.save({"transport": group.transport, "latents": latents}, file)

@@ -14,6 +14,7 @@ from clear_dist.comm.text_reduce import TextAttention
 from clear_dist.config import Schedule, TextTokens, rules
 from clear_dist.config.rules import SCHEDULES, WARMUP_STEPS
 from clear_dist.models import adaptor_for
+from clear_dist.models.adaptor import Adaptor
 from clear_dist.models.float8 import why_not as why_not_float8
 from clear_dist.models.striped import StripedModel
 from clear_dist.models.weights import ReplacedWeights, load_clear_weights, radius_of
@@ -111,8 +112,7 @@ def parallelize(
         window: radius in tokens of what an image token sees, or `full`; by default the checkpoint's, else `full`.
         clear_weights: a CLEAR checkpoint; without one a window draws noise, unless `pipe` was trained with it.
         text_attention: `average` (Eq. 7 of the paper, the default) or `exact`: N ranks compute what one computes.
-        text_tokens: `replicated`: every rank takes all of them through the blocks; `sharded`: each a share, to the same
-            numbers, not with the stale schedule; `auto` goes by sizes, ranks and transport (README).
+        text_tokens: `sharded`: each takes a share of them through the blocks; `replicated`; `auto`: by sizes (README).
         attention_backend: `auto`, or a row of `clear_dist.attention.BACKENDS`.
         schedule: `sync`: this step's halos; `stale`: those of the step before, for slow links (README).
         warmup_steps: of `stale`: the steps at the start of each generation that are synchronous all the same.
@@ -124,14 +124,12 @@ def parallelize(
     Raises:
         ValueError: an argument is wrong or differs between ranks, or the pipeline's transformer cannot be cut.
     """
-    transformer: Any = getattr(pipe, "transformer", None)
-    adaptor = adaptor_for(transformer)
-    require_stock(pipe)
+    adaptor = stock_adaptor(pipe)
+    transformer = adaptor.transformer
     radius = checked_radius(window, clear_weights)
+    settings = checked_schedule(schedule, warmup_steps) | checked_text(text_attention, text_tokens, radius, schedule)
     device = pipe._execution_device  # where it runs, also if its parts are offloaded to the CPU meanwhile
-    settings = checked_schedule(schedule, warmup_steps) | checked_kernels(compile, float8, device, transformer.dtype)
-    settings |= {"text_attention": checked_text_attention(text_attention, radius), "hoist_modulation": hoist_modulation}
-    settings |= {"text_tokens": checked_text_tokens(text_tokens, schedule)}
+    settings |= checked_kernels(compile, float8, device, transformer.dtype) | {"hoist_modulation": hoist_modulation}
     backend = choose_backend(attention_backend, device=device, dtype=transformer.dtype, head_dim=adaptor.head_dim)
     group_or_own = group or Group.create(device)
     replaced = None if clear_weights is None else load_clear_weights(transformer, clear_weights, device)
@@ -143,12 +141,14 @@ def parallelize(
     return Parallelized(striped, owns_group=group is None, replaced=replaced)
 
 
-def require_stock(pipe: Any) -> None:
-    """Raises ValueError where the transformer is on stripes already, or its projections are fused."""
+def stock_adaptor(pipe: Any) -> Adaptor:
+    """Raises ValueError where the transformer is none that can be cut, is cut already, or its projections are fused."""
+    adaptor = adaptor_for(getattr(pipe, "transformer", None))
     if striped_of(pipe) is not None:
         raise ValueError("this pipeline is parallelized already; undo() the former first")
     if any(getattr(module, "fused_projections", False) for module in pipe.transformer.modules()):
         raise ValueError("fused projections cannot be cut; call pipe.transformer.unfuse_qkv_projections() first")
+    return adaptor
 
 
 def require_equal_settings(group: Group, **settings: Any) -> None:
@@ -216,15 +216,14 @@ def checked_kernels(compile: bool, float8: bool, device: torch.device, dtype: to
     return {"compile": compile, "float8": float8}
 
 
-def checked_text_attention(text_attention: TextAttention | None, radius: int | None) -> TextAttention:
+def checked_text(
+    text_attention: TextAttention | None, text_tokens: TextTokens, radius: int | None, schedule: Schedule
+) -> dict[str, Any]:
     if text_attention not in (None, "average", "exact"):
         raise ValueError(f"text_attention must be 'average' or 'exact', got {text_attention!r}")
     if radius is None and text_attention == "average":
         raise ValueError("text_attention must be 'exact' where window is 'full', got 'average'; nearest: 'exact'")
-    return text_attention or ("average" if radius is not None else "exact")
-
-
-def checked_text_tokens(text_tokens: TextTokens, schedule: Schedule) -> TextTokens:
     rules.check_choice("text_tokens", text_tokens, rules.TEXT_TOKENS)
     rules.check_text_tokens("text_tokens", text_tokens, schedule)
-    return text_tokens
+    default: TextAttention = "average" if radius is not None else "exact"
+    return {"text_attention": text_attention or default, "text_tokens": text_tokens}

@@ -149,7 +149,9 @@ class PendingText:
 
     @torch.no_grad()
     def wait(self) -> torch.Tensor:
-        """The reduced output of the text queries, [B, T, N, D] in the parts' dtype, equal on all ranks; call it once.
+        """The reduced output of the text queries, [B, T, N, D] in the parts' dtype; call it once.
+
+        It is equal on all ranks; a `TextScatter` gives [B, S, N, D] of this rank's share.
 
         On NCCL the current stream waits, the host does not.
 

@@ -3,7 +3,8 @@
 A block keeps its layers, their names and its hooks; only its class changes, and changes back. Halos leave as soon as
 there are keys and values. With few tokens a single block's MLP is computed while they travel; with many its hidden
 state would be the peak of memory, so that it is computed chunk by chunk after the attention. Then a block holds at most
-five tensors of all tokens at once: its input, queries, keys, values and what the attention gives.
+five tensors of all tokens at once: its input, queries, keys, values and what the attention gives. Text tokens, where
+ranks share them, leave before the image is projected in a double block, and before the MLP in a single one.
 
 Shapes: B batch, L tokens, T text tokens and R image tokens of this rank, C channels, N heads, D head dim.
 """
