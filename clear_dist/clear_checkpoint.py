@@ -18,7 +18,7 @@ SPATIAL_WEIGHT = "processor.spatial_weight"
 """Of a layer's attention: how d x d tokens are pooled, [1, 1, 1, d, 1, d, 1]."""
 PUBLISHED = tuple(f"clear_local_{variant}.safetensors" for variant in ("8", "16", "32", "8_down_4", "16_down_4"))
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_NAME = re.compile(r"clear_local_(\d+)(?:_down_(\d+))?\.safetensors")
+_NAME = re.compile(r"clear_local_([1-9]\d*)(?:_down_([1-9]\d*))?\.safetensors")
 
 
 def radius_of(checkpoint: str | Path) -> int | None:

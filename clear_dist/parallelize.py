@@ -81,7 +81,10 @@ class Parallelized:
         self._striped.drain()
 
     def undo(self) -> None:
-        """Restores processors, hooks and where weights are. Weights that a CLEAR checkpoint replaced stay replaced."""
+        """Restores processors, hooks and where weights are.
+
+        Weights that a CLEAR checkpoint replaced stay replaced; down-sampled keys that came with it go.
+        """
         self._striped.remove()
         if self._owns_group:
             self.group.close()

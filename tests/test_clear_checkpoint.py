@@ -1,6 +1,7 @@
 """CLEAR checkpoints as files: names, tensors, contradictions; on the hub, in folders; of FLUX.1-dev's true shapes."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,7 @@ def test_words_for_files_on_the_hub(word: str, window: int | None, found: HubFil
     ("given", "message"),
     [
         ({"clear_weights": "o/n@:x.safetensors"}, r"must be owner/name:file.safetensors, or owner/name@revision:file"),
+        ({"clear_weights": "../n"}, r"there is no \.\./n; nearest: auto"),
         ({"clear_weights": "o/n:x.gguf"}, r"must be owner/name:file.safetensors"),
         (
             {"clear_weights": "Huage001/CLEAR:clear_local_8_down_2.safetensors"},
@@ -211,6 +213,14 @@ def test_a_checkpoint_of_another_model_is_refused_before_the_model_is_fetched(tm
         preflight.check(GenerateConfig(model=FLUX_DEV, clear_weights=str(file), device="cpu"), ALONE)
 
 
+def test_a_file_that_is_cut_off_is_refused(dev: FluxTransformer2DModel, tmp_path: Path) -> None:
+    file = sparse_checkpoint(tmp_path / "clear_local_16.safetensors", official_shapes(dev, 1))
+    size = file.stat().st_size
+    os.truncate(file, size - 1)
+    with pytest.raises(Refusal, match=f"must have {size} bytes by its own header, got {size - 1}; download it again"):
+        clear_weights.find(str(file), None, model.find(FLUX_SCHNELL, has_cuda=False))
+
+
 def test_down_sampled_weights_come_last_in_a_folder(tmp_path: Path) -> None:
     folder = make_tiny_flux(tmp_path / "model")
     facts, transformer = model.of_folder(folder), make_tiny_pipeline().transformer
@@ -239,4 +249,5 @@ def test_an_unnamed_file_tells_its_factor(tmp_path: Path) -> None:
 
 def test_the_published_names_are_those_of_the_readme() -> None:
     found = {name: (clear_checkpoint.radius_of(name), clear_checkpoint.named_down_factor(name)) for name in PUBLISHED}
+    assert clear_checkpoint.radius_of("clear_local_0.safetensors") is None
     assert found == PUBLISHED and set(clear_checkpoint.PUBLISHED) == set(PUBLISHED)

@@ -15,6 +15,7 @@ from clear_dist.geometry import (
     half_widths,
     plan_halos,
     plan_moves,
+    plan_pooled,
     plan_text,
     reach,
     reached_tiles,
@@ -99,6 +100,22 @@ def test_stripes_are_whole_units_in_order_and_differ_by_one_at_most(unit: int, u
     assert all(height % unit == 0 and height > 0 for height in heights)
     assert heights == sorted(heights, reverse=True)
     assert heights[0] - heights[-1] <= unit
+
+
+@given(st.integers(2, 5), st.integers(1, 60), st.data())
+def test_every_rank_gets_every_pooled_row_once(factor: int, units: int, data: st.DataObject) -> None:
+    """Pooled row y stands for the rows y * factor and on, all on one rank; that rank sends it to all others."""
+    ranks = data.draw(st.integers(1, units))
+    cut = cut_in_stripes(factor * units, ranks, unit=factor)
+    owners = [next(rank for rank, rows in enumerate(cut) if factor * y in members(rows)) for y in range(units)]
+    for rank in range(ranks):
+        plan = plan_pooled(cut, rank, factor)
+        assert members(plan.own) == {y for y in range(units) if owners[y] == rank}
+        received = [(transfer.peer, y) for transfer in plan.receives for y in sorted(members(transfer.rows))]
+        assert received == [(owner, y) for y, owner in enumerate(owners) if owner != rank]
+        assert {(transfer.peer, transfer.rows) for transfer in plan.sends} == {
+            (peer, plan.own) for peer in range(ranks) if peer != rank
+        }
 
 
 @pytest.mark.parametrize(
