@@ -4,7 +4,13 @@ import errno
 from dataclasses import dataclass
 
 from huggingface_hub.constants import ENDPOINT, HF_HUB_CACHE, HF_HUB_ETAG_TIMEOUT
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from clear_dist.comm.ends import Failure, describe
 from clear_dist.config import Refusal
@@ -47,9 +53,8 @@ def explained(want: Wanted, error: Exception) -> Refusal | Failure:
             f"the hub has no {repository}, or does not show it to you (`hf auth login`); nearest: {want.nearest}"
         )
     if isinstance(error, HfHubHTTPError) and error.response.status_code in NOT_GIVEN:
-        why = error.server_message or f"status {error.response.status_code}"
         return Refusal(
-            f"the hub does not give {repository} to you ({why}): `hf auth login`, or unset HF_TOKEN; "
+            f"the hub does not give {repository} to you ({cause_of(error)}): `hf auth login`, or unset HF_TOKEN; "
             f"nearest: {LOCAL_FILES}"
         )
     if isinstance(error, OSError) and (error.errno in NO_SPACE or error.filename is not None):
@@ -64,6 +69,11 @@ def explained(want: Wanted, error: Exception) -> Refusal | Failure:
 
 
 def cause_of(error: BaseException) -> str:
+    """Why the hub's library has failed, in a few words."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, HfHubHTTPError):
+        return error.server_message or f"status {error.response.status_code}"
     if isinstance(error, TimeoutError) and not str(error):
         return f"no answer within {HF_HUB_ETAG_TIMEOUT} s"
     return describe(error)

@@ -33,6 +33,8 @@ CHECKS: Mapping[str, Check] = {
 SECONDS_TO_ANSWER = {"cpu": 15.0, "cuda": 60.0}
 """After which a rank is given up. On CUDA kernels are compiled, which ranks need not do equally fast."""
 SCHEMA = 1
+MOST_NAMED = 3
+"""Failed checks in the line at the end; the table has them all."""
 
 
 def verify(device_type: str, output: str | None, subjects: Subjects | None = None) -> None:
@@ -62,8 +64,9 @@ def verify(device_type: str, output: str | None, subjects: Subjects | None = Non
             print(f"all {len(results)} checks passed in {seconds:.0f} s", file=stream, flush=True)
     group.barrier()  # the first rank that fails ends the others: not before all is written
     if failed:
-        faults = "; ".join(f"{result.name} ({result.faults[0]})" for result in failed)
-        raise Failure(f"{len(failed)} of {len(results)} checks failed: {faults}")
+        named = [f"{result.name} ({result.faults[0]})" for result in failed[:MOST_NAMED]]
+        more = [f"{len(failed) - MOST_NAMED} more"] if len(failed) > MOST_NAMED else []
+        raise Failure(f"{len(failed)} of {len(results)} checks failed: {'; '.join(named + more)}")
     group.close()
     meeting.close()
 

@@ -21,7 +21,7 @@ TEXT_SHAPE = (1, 512, 24, 128)
 """FLUX's text queries: batch, tokens, heads, head dim."""
 REPETITIONS, MORE_REPETITIONS, WARM_UP_RUNS = 5, 20, 1
 SMALL = 1_000_000
-"""Bytes; up to here there are more repetitions."""
+"""Bytes; up to here there are more repetitions, below no bandwidth is told."""
 LONGEST_SECONDS = 1.0
 """Of one message: sizes that would take longer are left out."""
 BYTES_PER_NUMBER = 4
@@ -132,9 +132,14 @@ def _speeds(pairs: Sequence[Sequence[float]], size: int) -> str:
     medians = [median(seconds) for seconds in pairs]
     slowest, fastest = max(medians), min(medians)
     lower = medians.index(slowest)
-    among = f", fastest pair {size / fastest / 1e9:.3g}" if len(pairs) > 1 else ""
-    took = f"{1e6 * slowest:.0f} us" if slowest < 1e-3 else f"{1e3 * slowest:.3g} ms"
-    return f"{took}, {size / slowest / 1e9:.3g} GB/s each way (ranks {lower} and {lower + 1}{among})"
+    among = f"; fastest pair {_speed(fastest, size)}" if len(pairs) > 1 else ""
+    return f"{_speed(slowest, size)} between ranks {lower} and {lower + 1}{among}"
+
+
+def _speed(seconds: float, size: int) -> str:
+    """What matters of a small message is how late it is."""
+    late = f"{1e6 * seconds:.0f} us" if seconds < 1e-3 else f"{1e3 * seconds:.3g} ms"
+    return f"{late}, {size / seconds / 1e9:.3g} GB/s each way" if size >= SMALL else late
 
 
 def _details(group: Group, seconds: Sequence[float], size: int) -> dict[str, Any]:

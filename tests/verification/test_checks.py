@@ -15,6 +15,10 @@ def run_one(group: Group, check: str, subjects: Subjects) -> list[Result]:
     return run_checks(group, subjects, lambda _: None, {check: CHECKS[check]})
 
 
+def run_all_through_host_memory(group: Group) -> list[Result]:
+    return run_checks(Group.create("cpu", transport="host"), Subjects(), lambda _: None)
+
+
 def failed_checks(check: str, ranks: int, **faulty: Any) -> dict[str, list[str]]:
     """The faults of the checks that did not pass, which all ranks must agree on."""
     found = [
@@ -28,6 +32,12 @@ def failed_checks(check: str, ranks: int, **faulty: Any) -> dict[str, list[str]]
 @pytest.mark.parametrize("check", [name for name in CHECKS if name != "links"])
 def test_nothing_is_found_where_nothing_is_wrong(check: str) -> None:
     assert failed_checks(check, 3) == {}
+
+
+def test_ranks_that_share_a_gpu_pass_too() -> None:
+    for results in run_ranks(run_all_through_host_memory, 2):
+        assert all(result.passed for result in results)
+        assert results[0].findings[0].details["transport"] == "host"
 
 
 def test_rows_in_the_wrong_order_are_found_and_named() -> None:
