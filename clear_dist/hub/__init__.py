@@ -41,9 +41,11 @@ def locate(request: Request, group: Group, *, local_rank: int) -> Request:
         pass
     _raise_together(group, None if fetching is None else fetching.exception())
     file = request.clear_weights if checkpoint is None else str(_held(checkpoint) / checkpoint.needed)
-    if model is not None:
-        return preflight.located(request, _held(model), file)
-    return replace(request, clear_weights=file)
+    if model is None:
+        return replace(request, clear_weights=file)
+    folder = _held(model)
+    require_same_commit(group, model.repository, folder.name)
+    return preflight.located(request, folder, file)
 
 
 def wanted_model(request: Request) -> Wanted | None:
@@ -66,6 +68,16 @@ def wanted_checkpoint(request: Request) -> Wanted | None:
         return None
     repository, file = checkpoint.split(":", 1)
     return Wanted(repository=repository, patterns=(file,), needed=file, nearest="--clear-weights auto")
+
+
+def require_same_commit(group: Group, repository: str, commit: str) -> None:
+    """Raises a Refusal on all ranks where machines hold different ones: one may have had no answer from the hub."""
+    commits = list(dict.fromkeys(group.gather_objects(commit)))
+    if len(commits) > 1:
+        raise Refusal(
+            f"all machines must hold the same commit of {repository}, got {', '.join(commits)}; "
+            f"nearest: --revision {commits[0]}"
+        )
 
 
 def _held(want: Wanted) -> Path:

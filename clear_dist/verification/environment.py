@@ -28,11 +28,12 @@ def check(group: Group, _: Subjects) -> Iterator[Finding]:
     mine["host"] = hosts.index(socket.gethostname())  # a number: a bug report needs no names
     others = differences(everyone, group.rank)
     devices = dict.fromkeys(rank["device"] for rank in everyone)
+    driver = f", driver {mine['versions']['driver']}" if "driver" in mine["versions"] else ""
     yield Finding(
         name="environment",
         error=len(others),
         figure=f"{_counted(group.size, 'rank')} on {_counted(len(hosts), 'host')}, {' and '.join(devices)}, "
-        f"{group.transport}, torch {mine['versions']['torch']}",
+        f"{group.transport}, torch {mine['versions']['torch']}{driver}",
         fault="; ".join(others),
         details=mine,
     )
