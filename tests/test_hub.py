@@ -111,6 +111,11 @@ def test_what_the_hub_says_no_to(hub: Hub, tmp_path: Path) -> None:
             "someone/tiny on the hub must hold clear_local_16.safetensors, and does not; "
             "nearest: --clear-weights someone/tiny:clear_local_2.safetensors",
         ),
+        ("some--one/tiny", None, INDEX): (
+            "Refusal",
+            "a name on the hub must be owner/name, got some--one/tiny (Cannot have -- or .. in repo_id: "
+            "'some--one/tiny'.); nearest: --model demo",
+        ),
         ("someone/other", None, INDEX): (
             "Refusal",
             "someone/other on the hub must hold model_index.json, and does not; nearest: --model demo",
@@ -120,7 +125,7 @@ def test_what_the_hub_says_no_to(hub: Hub, tmp_path: Path) -> None:
     assert errors == ""
     assert [tuple(told) for told, _ in answers] == list(wants.values())
     assert not any("/resolve/" in path for method, path in hub.requests if method == "GET"), "nothing is downloaded"
-    assert len(hub.requests) == len(wants) + 1, "one request each, two for the licence"
+    assert len(hub.requests) == len(wants), "one request each, two for the licence, none for what is no name"
 
 
 def test_a_hub_that_does_not_answer_is_given_up_in_seconds(hub: Hub, tmp_path: Path) -> None:

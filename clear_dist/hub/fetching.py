@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_ETAG_TIMEOUT
-from huggingface_hub.errors import RevisionNotFoundError
+from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import (
     are_progress_bars_disabled,
@@ -41,7 +41,7 @@ def fetch(wants: Sequence[Wanted]) -> None:
         Refusal, Failure: as `hub.locate`.
     """
     missing = {want: size for want in wants if (size := _missing_bytes(want)) is not None}
-    require_room({want.repository: size for want, size in missing.items()})
+    require_room(sum(missing.values()), " and ".join(want.repository for want in missing))
     for want, size in missing.items():
         try:
             _download(want, size)
@@ -55,7 +55,7 @@ def cached(want: Wanted) -> Path | None:
         folder = snapshot_download(
             want.repository, revision=want.revision, allow_patterns=list(want.patterns), local_files_only=True
         )
-    except OSError:
+    except (OSError, HFValidationError):
         return None
     return Path(folder) if Path(folder, want.needed).exists() else None
 
@@ -74,15 +74,15 @@ def in_background(work: Callable[[], Answer]) -> "Future[Answer]":
     return answer
 
 
-def require_room(missing: dict[str, int]) -> None:
-    """Raises a Refusal where the disk has no room for so many bytes of each repository."""
-    needed, cache = sum(missing.values()), Path(HF_HUB_CACHE)
+def require_room(needed: int, what: str) -> None:
+    """Raises a Refusal where the cache's disk has no room for so many bytes."""
+    cache = Path(HF_HUB_CACHE)
     existing = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise Refusal(
-            f"{cache} must have {needed / 1e9:.1f} GB free to download {' and '.join(missing)}, "
-            f"and has {free / 1e9:.1f} GB; nearest: HF_HOME=FOLDER on a larger disk"
+            f"{cache} must have {needed / 1e9:.1f} GB free to download {what}, and has "
+            f"{free / 1e9:.1f} GB; nearest: HF_HOME=FOLDER on a larger disk"
         )
 
 
@@ -121,10 +121,9 @@ def _ask(want: Wanted) -> Any:
 def _download(want: Wanted, size: int) -> None:
     """With a word now and then: how much of the `size` bytes is here, and how fast it comes."""
     began, before = time.monotonic(), _bytes_in(_blobs(want))
-    downloading = in_background(
-        partial(snapshot_download, want.repository, revision=want.revision, allow_patterns=list(want.patterns))
-    )
+    download = partial(snapshot_download, want.repository, revision=want.revision, allow_patterns=list(want.patterns))
     with _without_bars():
+        downloading = in_background(download)
         while not wait([downloading], SECONDS_BETWEEN_FIGURES).done:
             done = (_bytes_in(_blobs(want)) - before) / 1e9
             rate = done / (time.monotonic() - began)

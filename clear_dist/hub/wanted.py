@@ -7,6 +7,7 @@ from huggingface_hub.constants import ENDPOINT, HF_HUB_CACHE, HF_HUB_ETAG_TIMEOU
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -39,6 +40,8 @@ def explained(want: Wanted, error: Exception) -> Refusal | Failure:
     repository = want.repository
     if isinstance(error, Refusal | Failure):
         return error
+    if isinstance(error, HFValidationError):
+        return Refusal(f"a name on the hub must be owner/name, got {repository} ({error}); nearest: {want.nearest}")
     if isinstance(error, GatedRepoError):
         return Refusal(
             f"the hub gives {repository} only to users who accepted its licence: do so on {ENDPOINT}/{repository}, "

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -22,28 +23,27 @@ TEXT_SHAPE = (1, 512, 24, 128)
 REPETITIONS, MORE_REPETITIONS, WARM_UP_RUNS = 5, 20, 1
 SMALL = 1_000_000
 """Bytes; up to here there are more repetitions, below no bandwidth is told."""
-LONGEST_SECONDS = 1.0
-"""Of one message: sizes that would take longer are left out."""
+MOST_SECONDS = 10.0
+"""For all pairs and repetitions of one size; those that would take longer are left out."""
 BYTES_PER_NUMBER = 4
 
 
 def check(group: Group, subjects: Subjects) -> Iterator[Finding]:
     """Each pair of neighbours alone, both ways at once; passes if what arrives is what was sent."""
-    expected_seconds = 0.0
-    for size, following in zip(HALO_BYTES, (*HALO_BYTES[1:], HALO_BYTES[-1]), strict=True):
-        if group.size > 1 and expected_seconds <= LONGEST_SECONDS:
-            timed, wrong = _between_neighbours(group, size, subjects.post)
-            pairs = group.gather_objects(timed)[:-1]  # by the lower rank of each
-            expected_seconds = max(median(seconds) for seconds in pairs) * following / size
-            yield Finding(
-                name=f"neighbours, {_megabytes(size)}",
-                error=sum(wrong.values()),
-                figure=_speeds(pairs, size),
-                fault="; ".join(
-                    f"{count} numbers from rank {peer} are wrong" for peer, count in wrong.items() if count
-                ),
-                details=_details(group, timed, size),
-            )
+    for size, following in pairwise((*HALO_BYTES, HALO_BYTES[-1])) if group.size > 1 else ():
+        timed, wrong = _between_neighbours(group, size, subjects.post)
+        pairs = group.gather_objects(timed)[:-1]  # by the lower rank of each
+        expected = (WARM_UP_RUNS + REPETITIONS) * sum(map(median, pairs)) * following / size
+        too_slow = SMALL <= size < following and expected > MOST_SECONDS
+        yield Finding(
+            name=f"neighbours, {_megabytes(size)}",
+            error=sum(wrong.values()),
+            figure=_speeds(pairs, size) + (f"; {_megabytes(following)} would take too long" if too_slow else ""),
+            fault="; ".join(f"{count} numbers from rank {peer} are wrong" for peer, count in wrong.items() if count),
+            details=_details(group, timed, size),
+        )
+        if too_slow:  # on all ranks alike: they have the same figures
+            break
     for mode in TEXT_ATTENTION:
         yield _text(group, subjects, mode)
 

@@ -135,3 +135,9 @@ def post_something_else(group: Any, incoming: list[Message], outgoing: list[Mess
         changed[:100] = -1.0
         outgoing = [(peer, changed)]
     return post(group, incoming, outgoing)
+
+
+def post_slowly(group: Any, incoming: list[Message], outgoing: list[Message]) -> Any:
+    """5 MB/s."""
+    time.sleep(outgoing[0][1].nbytes / 5e6)
+    return post(group, incoming, outgoing)

@@ -129,6 +129,17 @@ def test_messages_that_arrive_changed_are_found() -> None:
         assert lines == [f"rank {rank}: 100 numbers from rank 1 are wrong" for rank in (0, 2)]
 
 
+def test_messages_that_would_take_too_long_are_left_out() -> None:
+    results = run_ranks(run_one, 2, "links", Subjects(post=faults.post_slowly))[0]
+    assert [result.name for result in results if result.name.startswith("neighbours")] == [
+        "neighbours, 1 kB",
+        "neighbours, 64 kB",
+        "neighbours, 1 MB",
+    ]
+    assert results[2].findings[0].figure.endswith(" between ranks 0 and 1; 11.8 MB would take too long")
+    assert 0 < results[2].findings[0].details["gigabytes_per_second"] < 0.0051
+
+
 def test_an_all_reduce_that_does_not_divide_is_found() -> None:
     found = failed_checks("links", 2, reduction=faults.sums, post=faults.post)
     assert found == {"all-reduce of FLUX's text, average": [f"rank {rank}: off by 1 of the mean" for rank in (0, 1)]}
