@@ -256,6 +256,13 @@ def test_a_hub_model_is_checked_once_its_files_are_here(folder: Path, monkeypatc
         preflight.located(request, folder, None)
 
 
+def test_outputs_of_a_hub_model_are_checked_before_it_is_known(tmp_path: Path) -> None:
+    config = {"model": "someone/flux-like", "clear_weights": "none", "device": "cpu", "res": 64}
+    preflight.check(GenerateConfig(**config, output=tmp_path / "x.png"), ALONE)
+    with pytest.raises(Refusal, match="--output must lie in a folder that exists"):
+        preflight.check(GenerateConfig(**config, output=tmp_path / "nowhere" / "x.png"), ALONE)
+
+
 def test_a_file_of_prompts(original: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\n  two \n")

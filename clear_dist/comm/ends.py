@@ -22,6 +22,10 @@ SHOW_CURSOR = "\x1b[?25h"
 HOW_TO_SEE_MORE = "(for the traceback: --traceback)"
 
 
+class Failure(Exception):
+    """What was done has failed, and its message tells all: nothing broke, so there is no traceback to see."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cause:
     """Why a rank ended before its time."""
@@ -43,6 +47,8 @@ def run_rank(work: Callable[[], None], *, traceback: bool) -> int:
         return interrupted()
     except Refusal as error:
         return _tell(place, _cause(place, REFUSED, str(error), error), traceback=traceback)
+    except Failure as error:
+        return _tell(place, _cause(place, FAILED, str(error), error), traceback=traceback)
     except Exception as error:
         lost = _lost_peer(error) if place.launcher is not None else None
         if lost is not None and place.launcher == "clear-dist":

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from clear_dist import loading, report
+from clear_dist import hub, loading, report
 from clear_dist.cascade import Cascade, Drawing, work_of
 from clear_dist.comm import env
 from clear_dist.comm.ends import say
@@ -226,7 +226,7 @@ def _prepare(request: Request, began: float, phases: Phases) -> Rendering:
     group = Group.create(device)
     launch = time.time() - began
     with phases.phase("load"):
-        request = loading.locate(request, group, local_rank=place.local_rank)
+        request = hub.locate(request, group, local_rank=place.local_rank)
         pipe = loading.load_pipeline(
             Path(request.model),
             with_text_encoders=group.rank == 0,

@@ -59,7 +59,9 @@ def check(request: Request) -> None:
 
 
 def _by_products(request: Request, pictures: int) -> list[Path]:
-    """What is written beside `--output`: numbered pictures, thumbnails, lower stages, the preview."""
+    """What is written beside `--output`: numbered pictures, thumbnails, lower stages, the preview; as far as known."""
+    if not (request.base_res or request.native_size):  # a hub model's stages are known once it is located
+        return []
     stages = request.stages if request.save_stages else request.stages[-1:]
     files: dict[Path, None] = {}
     for index in range(pictures):

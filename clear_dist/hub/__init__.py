@@ -1,0 +1,116 @@
+"""Files from the hub: fetched once per machine, while the ranks keep in touch; what goes wrong is one line."""
+
+from concurrent.futures import Future, wait
+from functools import partial
+from pathlib import Path
+
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from clear_dist import preflight
+from clear_dist.comm.ends import Failure, describe
+from clear_dist.comm.group import Group
+from clear_dist.config import FLUX_DEV, Refusal, Request
+from clear_dist.hub.fetching import cached, fetch, in_background
+from clear_dist.hub.wanted import Wanted
+from clear_dist.preflight.hub_file import HubFile
+
+PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+WANTED = (
+    "model_index.json",
+    *(f"{part}/*.{ending}" for part in PARTS for ending in ("json", "safetensors", "txt", "model")),
+)
+SECONDS_BETWEEN_WORDS = 1.0
+"""Among ranks, while one fetches."""
+
+
+def locate(request: Request, group: Group, *, local_rank: int) -> Request:
+    """The request with its model and CLEAR weights as local files, downloaded once per machine where they are not.
+
+    Raises:
+        Refusal: the hub has no such model or file, or does not give it to this user, or there is no room for it; or
+            what it gave does not fit.
+        Failure: the hub cannot be reached, and the files are not here. Both on all ranks.
+    """
+    model, checkpoint = wanted_model(request), wanted_checkpoint(request)
+    wants = [want for want in (model, checkpoint) if want is not None]
+    if not wants:
+        return request
+    fetching = in_background(partial(fetch, wants)) if local_rank == 0 else None
+    # A download may take longer than a group waits for a rank that is silent, so the ranks keep in touch meanwhile.
+    while group.agree(_is_underway(fetching)):
+        pass
+    _raise_together(group, None if fetching is None else fetching.exception())
+    file = request.clear_weights if checkpoint is None else str(_held(checkpoint) / checkpoint.needed)
+    if model is None:
+        return preflight.located(request, Path(request.model), file)
+    folder = _held(model)
+    require_same_commit(group, model.repository, folder.name)
+    return preflight.located(request, folder, file)
+
+
+def wanted_model(request: Request) -> Wanted | None:
+    """None: it is a folder."""
+    if request.from_folder:
+        return None
+    return Wanted(
+        repository=request.model,
+        revision=request.revision,
+        patterns=WANTED,
+        needed="model_index.json",
+        nearest=f"--model {FLUX_DEV}",
+    )
+
+
+def wanted_checkpoint(request: Request) -> Wanted | None:
+    """None: it is a file, or there is none."""
+    checkpoint = request.clear_weights
+    if checkpoint is None or Path(checkpoint).exists():
+        return None
+    hub = HubFile.of(checkpoint)
+    assert hub is not None, "checked before"
+    return Wanted(
+        repository=hub.repository,
+        revision=hub.revision,
+        patterns=(hub.file,),
+        needed=hub.file,
+        nearest="--clear-weights auto",
+    )
+
+
+def require_same_commit(group: Group, repository: str, commit: str) -> None:
+    """Raises a Refusal on all ranks where machines hold different ones: one may have had no answer from the hub."""
+    commits = list(dict.fromkeys(group.gather_objects(commit)))
+    if len(commits) > 1:
+        raise Refusal(
+            f"all machines must hold the same commit of {repository}, got {', '.join(commits)}; "
+            f"nearest: --revision {commits[0]}"
+        )
+
+
+def _held(want: Wanted) -> Path:
+    """As `cached`, once this machine's first rank has fetched."""
+    folder = cached(want)
+    if folder is None:
+        raise Failure(
+            f"{want.repository} was downloaded, but is not in {HF_HUB_CACHE}; HF_HOME must be the same on all ranks "
+            "of a machine"
+        )
+    return folder
+
+
+def _is_underway(fetching: Future[None] | None) -> bool:
+    """Whether there is more to fetch, a moment later."""
+    if fetching is None:
+        return False
+    wait([fetching], SECONDS_BETWEEN_WORDS)
+    return not fetching.done()
+
+
+def _raise_together(group: Group, error: BaseException | None) -> None:
+    """Raise on all ranks what fetching raised on any: ranks that went on would wait for the others."""
+    told = error if error is None or isinstance(error, Refusal | Failure) else RuntimeError(describe(error))
+    errors = [theirs for theirs in group.gather_objects(told) if theirs is not None]
+    if error is not None:
+        raise error
+    if errors:
+        raise errors[0]
