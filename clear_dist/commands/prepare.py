@@ -3,14 +3,18 @@
 import secrets
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import FluxPipeline
 
 from clear_dist import loading, report
 from clear_dist.comm import env
 from clear_dist.comm.group import Group
+from clear_dist.comm.in_touch import in_touch
+from clear_dist.commands.encoding import encode_ahead
 from clear_dist.compile_time import CompileTime
 from clear_dist.config import Refusal, Request
 from clear_dist.parallelize import Parallelized, parallelize
@@ -18,6 +22,7 @@ from clear_dist.pictures import preview_of
 from clear_dist.previews import Previews
 from clear_dist.profiling import Profile
 from clear_dist.progress import Phases
+from clear_dist.text import Encoded
 
 SEED_BITS = 32
 
@@ -36,6 +41,10 @@ class Prepared:
     began: float
     launch: float
     """Seconds until the ranks were at work."""
+    encoded: list[Encoded] | None
+    """Of each prompt, on rank 0; None elsewhere, and where the pipeline keeps its text encoders."""
+    loading_peak_bytes: int
+    host_memory_bytes: int | None
     peak_since_loading: bool
     compile_time: CompileTime
     previews: Previews | None
@@ -58,15 +67,12 @@ def prepare(request: Request, began: float, phases: Phases) -> Prepared:
     device = _device(request.device, place.local_rank)
     group = Group.create(device)
     launch = time.time() - began
-    with phases.phase("load"):
+    with phases.phase("load", detail=" from the hub"):
         request = loading.locate(request, group, local_rank=place.local_rank)
-        pipe = loading.load_pipeline(
-            Path(request.model),
-            with_text_encoders=group.rank == 0,
-            dtype=getattr(torch, request.dtype),
-            device=device,
-        )
+    encoded, pipe = in_touch(group, partial(_load, request, group.rank, device, phases))
+    with phases.phase("load"):
         handle = _parallelize(pipe, request, group)
+    loading_peak = report.peak_memory(device)
     seed = group.broadcast_object(secrets.randbits(SEED_BITS) if request.seed is None else request.seed)
     torch.manual_seed(seed)
     every = request.preview_every
@@ -80,11 +86,34 @@ def prepare(request: Request, began: float, phases: Phases) -> Prepared:
         phases=phases,
         began=began,
         launch=launch,
+        encoded=encoded,
+        loading_peak_bytes=loading_peak,
+        host_memory_bytes=None if request.report is None else report.host_memory(),
         peak_since_loading=report.reset_peak_memory(device),
         compile_time=CompileTime(),
         previews=None if every is None or group.rank != 0 else Previews(preview_of(request.output), every),
         profile=_profile(request, group, handle),
     )
+
+
+def _load(
+    request: Request, rank: int, device: torch.device, phases: Phases
+) -> tuple[list[Encoded] | None, FluxPipeline]:
+    """What rank 0 encodes, and the pipeline: without text encoders, as on the other ranks, unless they are to stay.
+
+    Nobody waits for rank 0 meanwhile, and on its device the text encoders make room for the transformer.
+    """
+    first, keep = rank == 0, request.keep_text_encoder
+    encoded = encode_ahead(request, device, phases) if first and not keep else None
+    with phases.phase("load", detail=" the model"):
+        pipe = loading.load_pipeline(
+            Path(request.model),
+            with_text_encoders=first and keep,
+            dtype=getattr(torch, request.dtype),
+            device=device,
+            phases=phases,
+        )
+    return encoded, pipe
 
 
 def _profile(request: Request, group: Group, handle: Parallelized) -> Profile | None:

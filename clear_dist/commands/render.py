@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from clear_dist import loading, report
+from clear_dist import report
 from clear_dist.cascade import Cascade, Drawing, work_of
 from clear_dist.comm import env
-from clear_dist.comm.ends import say
 from clear_dist.comm.interrupts import unwinding
+from clear_dist.commands.encoding import encode_prompt
 from clear_dist.commands.prepare import Prepared, prepare
 from clear_dist.commands.saving import Saving
 from clear_dist.config import Request
@@ -27,7 +27,7 @@ from clear_dist.preflight.pictures import load
 from clear_dist.profiling import Profile
 from clear_dist.progress import watched
 from clear_dist.stages import Stage
-from clear_dist.text import encode_prompts
+from clear_dist.text import Encoded, share
 
 SAVING = 0.5
 """Of a denoising step, in time, on a CPU; for the time left only."""
@@ -77,7 +77,7 @@ class Rendering(Prepared):
         )
         detail = f", prompt {index + 1} of {count}" if count > 1 else ""
         with self.phases.phase("text", detail=detail):
-            embeddings = self._encode(request.prompts[index])
+            embeddings = self._encode(index)
         native_size = self.pipe.vae.config.sample_size
         cascade = Cascade(
             self.pipe, embeddings, seed=self.seed, native_size=native_size, phases=self.phases, on_step=self._end_step
@@ -109,22 +109,14 @@ class Rendering(Prepared):
             first = shlex.quote(str(self.request.traces[0]))
             print(f"profile={first} ranks={self.group.size} steps={profile.steps}", flush=True)
 
-    def _encode(self, prompt: str) -> dict[str, Tensor]:
-        request = self.request
-        if self.group.rank == 0:
-            for line in loading.cut_off(self.pipe, prompt, request.max_sequence_length):
-                say(f"warning: {line}")
-        guided = max(stage.sampling.passes for stage in request.stages) > 1
-        negative = request.negative_prompt if guided else None
-        return encode_prompts(
-            self.pipe,
-            self.group,
-            self.handle.counters,
-            [prompt],
-            negative_prompts=None if negative is None else [negative],
-            max_sequence_length=request.max_sequence_length,
-            num_images=request.num_images,
-        )
+    def _encode(self, index: int) -> dict[str, Tensor]:
+        """The pipeline's arguments for a prompt."""
+        encoded: Encoded = []
+        if self.encoded is not None:
+            encoded = self.encoded[index]
+        elif self.group.rank == 0:
+            encoded = encode_prompt(self.pipe, self.request, self.request.prompts[index])
+        return share(self.group, self.handle.counters, encoded, num_images=self.request.num_images)
 
     def _user_picture(self, picture: Picture) -> Drawing:
         return from_image(load(picture) if self.group.rank == 0 else None, self.group)
@@ -160,6 +152,8 @@ class Rendering(Prepared):
             stale_buffer_bytes=self.handle.stale_buffer_bytes,
             compile_seconds=self.compile_time.seconds,
             comm=self.handle.counters.as_dict(),
+            loading_peak_bytes=self.loading_peak_bytes,
+            host_memory_bytes=self.host_memory_bytes,
         )
         ranks = self.group.gather_objects(figures)
         if self.group.rank != 0:
@@ -172,6 +166,7 @@ class Rendering(Prepared):
             total=time.time() - self.began,
             stages=self.stages,
             ranks=ranks,
+            parts=self.phases.parts,
         )
         report.write(contents, file)
 

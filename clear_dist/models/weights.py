@@ -41,7 +41,8 @@ def load_clear_weights(transformer: Any, path: str | Path) -> list[str]:
     clear_checkpoint.require_same_tensors(_shapes(parameters), _shapes(tensors), path)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+            # On a CPU a view of the file, which ranks share, as they share the model's: a copy would be each one's own.
+            parameter.data = tensors[name].to(parameter.device).to(parameter.dtype)
     return list(parameters)
 
 
