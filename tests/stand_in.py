@@ -124,7 +124,7 @@ def _write_shards(folder: Path, shapes: Shapes, shards: int, dtype: torch.dtype,
     for file in files:
         own = {name: shape for name, shape in shapes.items() if weight_map[name] == file}
         write_safetensors(folder / file, own, dtype, sparse=sparse)
-    (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def _random(dtype: torch.dtype) -> Tensor:

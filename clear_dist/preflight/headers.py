@@ -65,7 +65,9 @@ def component_files(folder: Path, stem: str) -> list[Path]:
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(file, str) and file == Path(file).name for file in weight_map.values()
+        ):
             raise Refusal(f"weight_map in {index} must give a file for each tensor; download it again")
         files = sorted({folder / file for file in weight_map.values()})
         for file in files:
