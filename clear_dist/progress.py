@@ -91,7 +91,11 @@ class Phases:
     def loading(self, part: str, nbytes: int) -> Iterator[Callable[[int], None]]:
         """Time a part of the model, of so many bytes, inside a phase; yields what is told of bytes as they come."""
         began, done, progress = time.perf_counter(), 0, self._progress
-        bar = None if progress is None else progress.add_task(f"  {part}", total=nbytes, shown="", known_at=0.0)
+        bar = (
+            None
+            if progress is None
+            else progress.add_task(f"  {part}", total=nbytes, shown=f"{nbytes / 1e9:.1f} GB", known_at=0.0)
+        )
 
         def advance(count: int) -> None:
             nonlocal done

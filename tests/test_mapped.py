@@ -24,8 +24,8 @@ from tests.tiny import make_tiny_flux
 
 CPU = torch.device("cpu")
 RANKS = 4
-SHARING = 1.2
-"""Of one copy of the weights, all ranks together."""
+SHARING = 1.1
+"""Times one copy of the weights, all ranks together (the goal is 1.2; a rank's own copy of CLEAR's would make 1.22)."""
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_ranks_share_one_copy_of_the_weights(folder: Path, tmp_path: Path) -> No
     large = make_stand_in(tmp_path / "large", shards=2, clear_radius=8)
     files = [*large.glob("transformer/*.safetensors"), large / "clear_local_8.safetensors"]
     weights = sum(file.stat().st_size for file in files)
-    together = sum(run_ranks(load_and_measure, RANKS, folder, large))
+    together = sum(run_ranks(load_and_measure, RANKS, folder, large, timeout=100))
     assert 0.95 * weights < together <= SHARING * weights
 
 

@@ -67,7 +67,7 @@ def prepare(request: Request, began: float, phases: Phases) -> Prepared:
     device = _device(request.device, place.local_rank)
     group = Group.create(device)
     launch = time.time() - began
-    with phases.phase("load", detail=" from the hub"):
+    with phases.phase("load", detail=" the files"):
         request = loading.locate(request, group, local_rank=place.local_rank)
     encoded, pipe = in_touch(group, partial(_load, request, group.rank, device, phases))
     with phases.phase("load"):

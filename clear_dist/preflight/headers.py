@@ -20,7 +20,12 @@ LARGEST_NUMBER = 65_536
 
 
 def read_shapes(file: Path) -> Shapes:
-    """Name and shape of every tensor in `file`.
+    """Name and shape of every tensor in `file`; raises a Refusal as `read_tensors`."""
+    return {name: shape for name, (_, shape) in read_tensors(file).items()}
+
+
+def read_tensors(file: Path) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+    """Name, dtype ("BF16" and the like) and shape of every tensor in `file`.
 
     Raises:
         Refusal: it is missing, empty, pickled, truncated, or no safetensors file.
@@ -42,13 +47,13 @@ def read_shapes(file: Path) -> Shapes:
         try:
             header = json.loads(stream.read(length))
             tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            shapes = {name: tuple(entry["shape"]) for name, entry in tensors.items()}
+            kinds = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in tensors.items()}
             end = max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
         except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
             raise Refusal(f"weights must be a safetensors file, got {file}, which is of another format") from error
     if size != 8 + length + end:
         raise Refusal(f"{file} must have {8 + length + end} bytes by its own header, got {size}; download it again")
-    return shapes
+    return kinds
 
 
 def read_component(folder: Path, stem: str) -> Shapes:
