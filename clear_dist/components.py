@@ -44,13 +44,11 @@ def _load_transformer(
     try:
         with init_empty_weights():
             transformer: Any = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(folder))
-        expected = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
-        require_same_tensors(expected, read_component(folder, WEIGHT_STEMS["transformer"]), folder)
-        load_mapped(transformer, files, dtype=dtype, device=device, advance=advance)
-    except Refusal:
-        raise
-    except Exception as error:
+    except Exception as error:  # as in `_load_stock`
         raise unloadable(folder, FluxTransformer2DModel.__name__, error) from error
+    expected = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
+    require_same_tensors(expected, read_component(folder, WEIGHT_STEMS["transformer"]), folder)
+    load_mapped(transformer, files, dtype=dtype, device=device, advance=advance)
     return transformer.eval()
 
 

@@ -91,18 +91,16 @@ class Phases:
     def loading(self, part: str, nbytes: int) -> Iterator[Callable[[int], None]]:
         """Time a part of the model, of so many bytes, inside a phase; yields what is told of bytes as they come."""
         began, done, progress = time.perf_counter(), 0, self._progress
-        bar = (
-            None
-            if progress is None
-            else progress.add_task(f"  {part}", total=nbytes, shown=f"{nbytes / 1e9:.1f} GB", known_at=0.0)
-        )
+        size, bar = f"{nbytes / 1e9:.1f} GB", None
+        if progress is not None:
+            bar = progress.add_task(f"  {part}", total=nbytes, shown=size, known_at=0.0)
 
         def advance(count: int) -> None:
             nonlocal done
             done += count
             if progress is not None and bar is not None:
                 seconds = time.perf_counter() - began
-                shown = f"{done / 1e9:.1f}/{nbytes / 1e9:.1f} GB, {done / 1e9 / seconds:.1f} GB/s"
+                shown = f"{done / 1e9:.1f}/{size}, {done / 1e9 / seconds:.1f} GB/s"
                 progress.update(bar, completed=done, known_at=seconds, shown=shown)
 
         yield advance

@@ -9,7 +9,7 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from clear_dist import report
+from clear_dist import components, report
 from clear_dist.clear_checkpoint import is_image_side
 from clear_dist.comm.group import Group
 from clear_dist.loading import load_pipeline
@@ -128,6 +128,31 @@ def test_the_stand_in_has_the_names_and_shapes_of_flux_dev(tmp_path: Path) -> No
     index = json.loads((whole / "transformer/diffusion_pytorch_model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == shapes.keys()
     assert sum(is_image_side(name) for name in shapes) == 2 * (4 * 19 + 3 * 38)
+
+
+def test_weights_go_straight_to_a_device_and_are_cast_there(tmp_path: Path) -> None:
+    """The meta device stands for a GPU: 24 GB of bfloat16 would be 48 GB of float32, had they to pass through here."""
+    whole = make_stand_in(tmp_path / "whole", double_blocks=19, single_blocks=38, shards=3)
+    phases, meta = Phases(), torch.device("meta")
+    load_transformer(make_tiny_flux(tmp_path / "tiny"), torch.float32)  # what the libraries take at first use
+    if not report.reset_peak_memory(CPU):
+        pytest.skip("the system does not let us reset the high-water mark")
+    before = report.peak_memory(CPU)
+    pipe = load_pipeline(whole, with_text_encoders=False, dtype=torch.float32, device=meta, phases=phases)
+    assert report.peak_memory(CPU) - before < 100_000_000
+    assert {(tensor.device, tensor.dtype) for tensor in pipe.transformer.state_dict().values()} == {
+        (meta, torch.float32)
+    }
+    assert phases.parts[0].nbytes > 2 * 11_901_408_320
+
+
+def test_running_out_of_memory_is_not_a_damaged_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(components, "load_mapped", exhausted)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_transformer(folder, torch.float32)
 
 
 def test_stand_ins_may_hold_numbers(tmp_path: Path) -> None:
