@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -30,12 +30,23 @@ class Times:
     seconds_per_step: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class LoadedPart:
+    """A part of the model, as it was loaded."""
+
+    name: str
+    nbytes: int
+    """Of its files."""
+    seconds: float
+
+
 class Phases:
     """Times the phases of a run, on every rank, and shows them where somebody watches."""
 
     def __init__(self, progress: Progress | None = None) -> None:
         self.times = Times()
         self.stages: list[Times] = []
+        self.parts: list[LoadedPart] = []
         self._progress = progress
         self._whole: TaskID | None = None
         self._task: TaskID | None = None
@@ -75,6 +86,27 @@ class Phases:
             self._advance()
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, total=steps or 1, completed=steps or 1, visible=not detail)
+
+    @contextmanager
+    def loading(self, part: str, nbytes: int) -> Iterator[Callable[[int], None]]:
+        """Time a part of the model, of so many bytes, inside a phase; yields what is told of bytes as they come."""
+        began, done, progress = time.perf_counter(), 0, self._progress
+        size, bar = f"{nbytes / 1e9:.1f} GB", None
+        if progress is not None:
+            bar = progress.add_task(f"  {part}", total=nbytes, shown=size, known_at=0.0)
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            if progress is not None and bar is not None:
+                seconds = time.perf_counter() - began
+                shown = f"{done / 1e9:.1f}/{size}, {done / 1e9 / seconds:.1f} GB/s"
+                progress.update(bar, completed=done, known_at=seconds, shown=shown)
+
+        yield advance
+        self.parts.append(LoadedPart(part, nbytes, time.perf_counter() - began))
+        if progress is not None and bar is not None:
+            progress.update(bar, completed=nbytes, visible=False)
 
     def end_step(self, done: int) -> None:
         """Called at the end of each denoising step with the number of steps done in this phase."""

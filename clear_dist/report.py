@@ -13,7 +13,7 @@ import torch
 
 from clear_dist import __version__
 from clear_dist.pictures import replacing
-from clear_dist.progress import Times
+from clear_dist.progress import LoadedPart, Times
 
 SCHEMA = 1
 LIBRARIES = ("torch", "diffusers", "transformers")
@@ -33,6 +33,10 @@ class RankFigures:
     compile_seconds: float
     """That torch.compile took, in the steps that needed it."""
     comm: Mapping[str, Sequence[float]]
+    loading_peak_bytes: int = 0
+    """As `peak_memory_bytes`, until the model was loaded."""
+    host_memory_bytes: int | None = None
+    """Its share of the host's memory once it was: pages that k ranks share count 1/k in each. None: not told here."""
 
 
 def versions() -> dict[str, str]:
@@ -63,6 +67,7 @@ def build(
     stages: Sequence[StageFigures],
     ranks: Sequence[RankFigures],
     clear_weights: Mapping[str, Any] | None = None,
+    parts: Sequence[LoadedPart] = (),
 ) -> dict[str, Any]:
     """The report as plain JSON values.
 
@@ -71,6 +76,7 @@ def build(
         launch, total: seconds until the ranks were at work, and of everything.
         stages: in the order in which they were drawn, at least one.
         clear_weights: what a CLEAR checkpoint has replaced.
+        parts: of the model, in the order in which rank 0 loaded them.
     """
     listed = [_stage(stage) for stage in stages]
     return {
@@ -88,6 +94,11 @@ def build(
         "peak_memory_bytes": [rank.peak_memory_bytes for rank in ranks],
         "peak_memory_includes_loading": not all(rank.peak_since_loading for rank in ranks),
         "stale_buffer_bytes": [rank.stale_buffer_bytes for rank in ranks],
+        "loading": {
+            "parts": [_part(part) for part in parts],
+            "peak_memory_bytes": [rank.loading_peak_bytes for rank in ranks],
+            "host_memory_bytes": [rank.host_memory_bytes for rank in ranks],
+        },
         "compile_seconds": [rank.compile_seconds for rank in ranks],
         "comm": [{name: list(values) for name, values in rank.comm.items()} for rank in ranks],
     }
@@ -100,6 +111,12 @@ def _stage(stage: StageFigures) -> dict[str, Any]:
         "seconds": {name: stage.times.seconds[name] for name in STAGE_PHASES},
         "seconds_per_step": stage.times.seconds_per_step,
     }
+
+
+def _part(part: LoadedPart) -> dict[str, Any]:
+    """Gigabytes are 10^9 bytes."""
+    rate = part.nbytes / 1e9 / part.seconds
+    return {"name": part.name, "bytes": part.nbytes, "seconds": part.seconds, "gigabytes_per_second": rate}
 
 
 def write(report: Mapping[str, Any], file: Path) -> None:
@@ -129,3 +146,12 @@ def peak_memory(device: torch.device) -> int:
     except OSError:
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def host_memory() -> int | None:
+    """This process's proportional set size in bytes; None where the system does not tell."""
+    try:
+        rollup = Path("/proc/self/smaps_rollup").read_text()
+    except OSError:
+        return None
+    return 1024 * int(rollup.split("Pss:")[1].split()[0])

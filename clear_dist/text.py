@@ -9,6 +9,8 @@ from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 
 ARGUMENTS = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
+Encoded = list[Tensor | None]
+NOTHING: Encoded = [None, None]
 
 
 def encode_prompts(
@@ -30,21 +32,26 @@ def encode_prompts(
         counters: what is broadcast counts as `other_bytes`.
         num_images: pictures of each prompt; B = len(prompts) x num_images.
     """
-    encoded: list[Tensor | None] = []
+    encoded: Encoded = []
     if group.rank == 0:
         for texts in (prompts, negative_prompts):
-            encoded += _encode(pipe, texts, max_sequence_length, num_images) if texts is not None else [None, None]
-    received = group.broadcast_tensors(encoded)
-    counters.add("other_bytes", sum(tensor.nbytes for tensor in received if tensor is not None))
-    return {name: tensor for name, tensor in zip(ARGUMENTS, received, strict=True) if tensor is not None}
+            encoded += encode(pipe, texts, max_sequence_length) if texts is not None else NOTHING
+    return share(group, counters, encoded, num_images=num_images)
 
 
 @torch.no_grad()
-def _encode(pipe: Any, texts: list[str], max_sequence_length: int, num_images: int) -> list[Tensor | None]:
-    prompt_embeds, pooled, _ = pipe.encode_prompt(
-        prompt=texts,
-        prompt_2=None,
-        num_images_per_prompt=num_images,
-        max_sequence_length=max_sequence_length,
-    )
+def encode(pipe: Any, texts: list[str], max_sequence_length: int) -> Encoded:
+    """[B, T, C] and [B, C], a row for each text."""
+    prompt_embeds, pooled, _ = pipe.encode_prompt(prompt=texts, prompt_2=None, max_sequence_length=max_sequence_length)
     return [prompt_embeds, pooled]
+
+
+def share(group: Group, counters: Counters, encoded: Encoded, *, num_images: int) -> dict[str, Tensor]:
+    """As `encode_prompts`, from what `encode` gave on rank 0 for prompts, then for negative prompts or NOTHING."""
+    received = group.broadcast_tensors(encoded)
+    counters.add("other_bytes", sum(tensor.nbytes for tensor in received if tensor is not None))
+    return {
+        name: tensor.repeat_interleave(num_images, dim=0)
+        for name, tensor in zip(ARGUMENTS, received, strict=True)
+        if tensor is not None
+    }

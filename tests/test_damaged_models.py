@@ -1,6 +1,7 @@
 """Model folders that are incomplete, damaged or of another kind: refused, before they are loaded where that can be."""
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,7 @@ def split(folder: Path) -> Path:
     for name, half in zip(names, halves, strict=True):
         save_file(half, whole.with_name(name))
     weight_map = {key: name for name, half in zip(names, halves, strict=True) for key in half}
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     whole.unlink()
     return whole.with_name(names[1])
 
@@ -81,6 +82,26 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / TRANSFORMER).rename(f / "transformer/diffusion_pytorch_model.bin"),
         "got the pickled file .*diffusion_pytorch_model.bin",
     ),
+    "a variant alone": (
+        lambda f: (f / TRANSFORMER).rename(f / "transformer/diffusion_pytorch_model.fp16.safetensors"),
+        f"no file .*{TRANSFORMER}; nearest: diffusion_pytorch_model.fp16.safetensors",
+    ),
+    "pickle by another name": (
+        lambda f: torch.save({"x": torch.ones(1)}, f / TRANSFORMER),
+        f"must be safetensors, got pickle in .*{TRANSFORMER}",
+    ),
+    "an older pickle": (
+        lambda f: (f / TRANSFORMER).write_bytes(pickle.dumps({"x": [1.0] * 100}, protocol=2)),
+        f"must be safetensors, got pickle in .*{TRANSFORMER}",
+    ),
+    "pickled files in the index": (
+        lambda f: (f / INDEX).write_text('{"weight_map": {"a": "diffusion_pytorch_model-00001-of-00002.bin"}}'),
+        "got the pickled file .*00001-of-00002.bin",
+    ),
+    "several files and no index": (
+        lambda f: (split(f), (f / INDEX).unlink()),
+        f"diffusion_pytorch_model-00001-of-00002.safetensors and no .*{INDEX}",
+    ),
     "cut in the data": (lambda f: cut(f / TRANSFORMER, -100), "must have .* bytes by its own header"),
     "cut in the header": (lambda f: cut(f / TRANSFORMER, 100), "complete safetensors file"),
     "nothing in it": (lambda f: cut(f / TRANSFORMER, 0), "complete safetensors file"),
@@ -97,9 +118,17 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: retensor(f / TRANSFORMER, lambda t: t.update({"proj_out.bias": torch.zeros(3)})),
         r"proj_out.bias must have the shape \[64\], got \[3\]",
     ),
-    "a file of several missing": (lambda f: split(f).unlink(), "there is no file .*00002-of-00002"),
+    "a file of several missing": (
+        lambda f: split(f).unlink(),
+        "there is no file .*00002-of-00002.safetensors, which .*index.json names",
+    ),
+    "a file of several cut": (lambda f: cut(split(f), -100), "00002-of-00002.safetensors must have .* bytes"),
     "index of another kind": (
         lambda f: (f / INDEX).write_text('{"weight_map": ["a"]}'),
+        "weight_map in .* must give a file for each tensor",
+    ),
+    "index that leaves the folder": (
+        lambda f: (f / INDEX).write_text('{"weight_map": {"a": "../vae/diffusion_pytorch_model.safetensors"}}'),
         "weight_map in .* must give a file for each tensor",
     ),
     "layers in words": (

@@ -51,6 +51,23 @@ def test_stages_steps_and_the_whole_are_shown() -> None:
     assert progress.tasks[0].completed == 4.0
 
 
+def test_gigabytes_and_their_rate_are_shown_while_loading() -> None:
+    progress = Progress("{task.description}", "{task.fields[shown]}", TimeLeft(), console=Console(file=io.StringIO()))
+    phases = Phases(progress)
+    with phases.phase("load", detail=" the model"), phases.loading("transformer", 4_000_000_000) as advance:
+        time.sleep(0.1)
+        advance(1_000_000_000)
+        task = progress.tasks[1]
+        # One billion bytes in a tenth of a second, or a little more: the clock is read anew.
+        done, rate = task.fields["shown"].split(", ")
+        assert (task.description, done) == ("  transformer", "1.0/4.0 GB")
+        assert 1.0 < float(rate.removesuffix(" GB/s")) <= 10.0
+        assert str(TimeLeft().render(task)) == "left: 0:00:00"
+    assert not progress.tasks[0].visible and not progress.tasks[1].visible
+    (part,) = phases.parts
+    assert (part.name, part.nbytes) == ("transformer", 4_000_000_000) and part.seconds >= 0.1
+
+
 def test_the_time_left_follows_from_the_work_done_and_counts_down() -> None:
     now = 0.0
     progress = Progress(get_time=lambda: now)

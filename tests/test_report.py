@@ -1,11 +1,12 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from clear_dist import report
-from clear_dist.progress import Times
+from clear_dist.progress import LoadedPart, Times
 
 SECONDS = {"load": 1.0, "text": 0.1, "encode": 0.0, "denoise": 0.0, "decode": 0.5, "save": 0.0}
 FIGURES = report.RankFigures(
@@ -34,7 +35,8 @@ def build(**changes: object) -> dict:
 
 
 def test_schema_1_as_json(tmp_path: Path) -> None:
-    report.write(build(), tmp_path / "r.json")
+    ranks = [replace(FIGURES, loading_peak_bytes=11, host_memory_bytes=share) for share in (13, None)]
+    report.write(build(ranks=ranks, parts=[LoadedPart("vae", 3_000_000_000, 2.0)]), tmp_path / "r.json")
     got = json.loads((tmp_path / "r.json").read_text())
     assert (got["schema"], got["seed"], got["world_size"]) == (1, 3, 2)
     assert got["grid"] == [4, 6]
@@ -50,6 +52,11 @@ def test_schema_1_as_json(tmp_path: Path) -> None:
     assert got["peak_memory_bytes"] == [5, 5]
     assert got["stale_buffer_bytes"] == [7, 7]
     assert got["compile_seconds"] == [0.5, 0.5]
+    assert got["loading"] == {
+        "parts": [{"name": "vae", "bytes": 3_000_000_000, "seconds": 2.0, "gigabytes_per_second": 1.5}],
+        "peak_memory_bytes": [11, 11],
+        "host_memory_bytes": [13, None],
+    }
     assert got["comm"] == [{"halo_bytes_sent": [1, 2]}] * 2
     assert {"clear-dist", "torch", "diffusers", "transformers", "python"} <= got["versions"].keys()
 

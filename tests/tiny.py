@@ -57,9 +57,9 @@ def make_tiny_pipeline(
     generator = torch.Generator().manual_seed(seed)
     return FluxPipeline(
         transformer=draw_weights(transformer, generator),
-        vae=draw_weights(_make_vae(sample_size), generator),
-        text_encoder=draw_weights(_make_clip(tokenizer), generator),
-        text_encoder_2=draw_weights(_make_t5(len(tokenizer_2)), generator),
+        vae=draw_weights(make_vae(sample_size), generator),
+        text_encoder=draw_weights(make_clip(tokenizer), generator),
+        text_encoder_2=draw_weights(make_t5(len(tokenizer_2)), generator),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
         scheduler=make_scheduler(dynamic_shifting=guidance_embeds),
@@ -117,7 +117,8 @@ def make_t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
-def _make_vae(sample_size: int) -> AutoencoderKL:
+def make_vae(sample_size: int) -> AutoencoderKL:
+    """8x, 16 channels, as FLUX's."""
     return AutoencoderKL(
         block_out_channels=(8, 8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -134,12 +135,13 @@ def _make_vae(sample_size: int) -> AutoencoderKL:
     )
 
 
-def _make_clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def make_clip(tokenizer: CLIPTokenizer, width: int = CLIP_WIDTH) -> CLIPTextModel:
+    """`width`: the channels of the pooled prompt."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=CLIP_WIDTH,
+        hidden_size=width,
         intermediate_size=32,
-        projection_dim=CLIP_WIDTH,
+        projection_dim=width,
         num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=77,
@@ -150,10 +152,11 @@ def _make_clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def _make_t5(vocabulary: int) -> T5EncoderModel:
+def make_t5(vocabulary: int, width: int = T5_WIDTH) -> T5EncoderModel:
+    """`width`: the channels of a text token."""
     config = T5Config(
         vocab_size=vocabulary,
-        d_model=T5_WIDTH,
+        d_model=width,
         d_kv=12,
         d_ff=48,
         num_layers=1,

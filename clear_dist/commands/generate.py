@@ -32,6 +32,7 @@ def generate(
     hoist_modulation: options.HoistModulation = False,
     compile: options.Compile = False,
     float8: options.Float8 = False,
+    keep_text_encoder: options.KeepTextEncoder = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     nproc: options.Nproc = None,

@@ -61,6 +61,9 @@ Compile = Annotated[
 Float8 = Annotated[
     bool, _flag("linear layers of the blocks in float8, for GPUs of Ada's generation and later", MODEL, "--float8")
 ]
+KeepTextEncoder = Annotated[
+    bool, _flag("encode each prompt when its turn comes, not all before the rest loads", MODEL, "--keep-text-encoder")
+]
 Window = Annotated[
     str | None, _flag("radius in tokens, or full (the CLEAR weights'; full without)", MODEL, takes=("RADIUS", "full"))
 ]

@@ -1,7 +1,6 @@
 """What each rank does for `generate` and `upscale`: load, encode, draw stage by stage, save, report."""
 
 import json
-import secrets
 import shlex
 import time
 from contextlib import nullcontext
@@ -13,50 +12,31 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from clear_dist import hub, loading, report
+from clear_dist import report
 from clear_dist.cascade import Cascade, Drawing, work_of
 from clear_dist.comm import env
-from clear_dist.comm.ends import say
-from clear_dist.comm.group import Group
 from clear_dist.comm.interrupts import unwinding
+from clear_dist.commands.encoding import encode_prompt
+from clear_dist.commands.prepare import Prepared, prepare
 from clear_dist.commands.saving import Saving
-from clear_dist.compile_time import CompileTime
-from clear_dist.config import Refusal, Request
+from clear_dist.config import Request
 from clear_dist.config.request import Picture
 from clear_dist.generation import from_image
-from clear_dist.parallelize import Parallelized, parallelize
-from clear_dist.pictures import preview_of, replacing
+from clear_dist.pictures import replacing
 from clear_dist.preflight.pictures import load
-from clear_dist.previews import Previews
 from clear_dist.profiling import Profile
-from clear_dist.progress import Phases, watched
+from clear_dist.progress import watched
 from clear_dist.stages import Stage
-from clear_dist.text import encode_prompts
+from clear_dist.text import Encoded, share
 
-SEED_BITS = 32
 SAVING = 0.5
 """Of a denoising step, in time, on a CPU; for the time left only."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rendering:
-    """One request on one rank, its model loaded."""
+class Rendering(Prepared):
+    """One request on one rank, its model loaded, at work."""
 
-    request: Request
-    seed: int
-    device: torch.device
-    group: Group
-    pipe: Any
-    handle: Parallelized
-    phases: Phases
-    began: float
-    launch: float
-    """Seconds until the ranks were at work."""
-    peak_since_loading: bool
-    compile_time: CompileTime
-    previews: Previews | None
-    profile: Profile | None
-    """Of the last stage of the first prompt."""
     stages: list[report.StageFigures] = field(default_factory=list)
 
     def run(self) -> None:
@@ -97,7 +77,7 @@ class Rendering:
         )
         detail = f", prompt {index + 1} of {count}" if count > 1 else ""
         with self.phases.phase("text", detail=detail):
-            embeddings = self._encode(request.prompts[index])
+            embeddings = self._encode(index)
         native_size = self.pipe.vae.config.sample_size
         cascade = Cascade(
             self.pipe, embeddings, seed=self.seed, native_size=native_size, phases=self.phases, on_step=self._end_step
@@ -129,22 +109,14 @@ class Rendering:
             first = shlex.quote(str(self.request.traces[0]))
             print(f"profile={first} ranks={self.group.size} steps={profile.steps}", flush=True)
 
-    def _encode(self, prompt: str) -> dict[str, Tensor]:
-        request = self.request
-        if self.group.rank == 0:
-            for line in loading.cut_off(self.pipe, prompt, request.max_sequence_length):
-                say(f"warning: {line}")
-        guided = max(stage.sampling.passes for stage in request.stages) > 1
-        negative = request.negative_prompt if guided else None
-        return encode_prompts(
-            self.pipe,
-            self.group,
-            self.handle.counters,
-            [prompt],
-            negative_prompts=None if negative is None else [negative],
-            max_sequence_length=request.max_sequence_length,
-            num_images=request.num_images,
-        )
+    def _encode(self, index: int) -> dict[str, Tensor]:
+        """The pipeline's arguments for a prompt."""
+        encoded: Encoded = []
+        if self.encoded is not None:
+            encoded = self.encoded[index]
+        elif self.group.rank == 0:
+            encoded = encode_prompt(self.pipe, self.request, self.request.prompts[index])
+        return share(self.group, self.handle.counters, encoded, num_images=self.request.num_images)
 
     def _user_picture(self, picture: Picture) -> Drawing:
         return from_image(load(picture) if self.group.rank == 0 else None, self.group)
@@ -180,6 +152,8 @@ class Rendering:
             stale_buffer_bytes=self.handle.stale_buffer_bytes,
             compile_seconds=self.compile_time.seconds,
             comm=self.handle.counters.as_dict(),
+            loading_peak_bytes=self.loading_peak_bytes,
+            host_memory_bytes=self.host_memory_bytes,
         )
         ranks = self.group.gather_objects(figures)
         if self.group.rank != 0:
@@ -193,6 +167,7 @@ class Rendering:
             stages=self.stages,
             ranks=ranks,
             clear_weights=None if self.handle.replaced is None else self.handle.replaced.figures,
+            parts=self.phases.parts,
         )
         report.write(contents, file)
 
@@ -212,76 +187,7 @@ def render(request: Request, began: float) -> None:
         Refusal: only the loaded model could tell that the request is wrong.
     """
     with watched(rank=env.read().rank) as phases, torch.inference_mode():
-        rendering = _prepare(request, began, phases)
+        rendering = Rendering(**vars(prepare(request, began, phases)))
         with rendering.compile_time.measuring(), unwinding():  # from here on files are written
             rendering.run()
     rendering.group.close()
-
-
-def _prepare(request: Request, began: float, phases: Phases) -> Rendering:
-    place = env.read()
-    if place.threads is not None:
-        torch.set_num_threads(place.threads)  # torch may have been imported before the share was known
-    device = _device(request.device, place.local_rank)
-    group = Group.create(device)
-    launch = time.time() - began
-    with phases.phase("load"):
-        request = hub.locate(request, group, local_rank=place.local_rank)
-        pipe = loading.load_pipeline(
-            Path(request.model),
-            with_text_encoders=group.rank == 0,
-            dtype=getattr(torch, request.dtype),
-            device=device,
-        )
-        handle = _parallelize(pipe, request, group)
-    if group.rank == 0 and handle.replaced is not None and not handle.replaced.file.is_relative_to(request.model):
-        say(f"CLEAR weights: {handle.replaced}")  # a model's own go without saying
-    seed = group.broadcast_object(secrets.randbits(SEED_BITS) if request.seed is None else request.seed)
-    torch.manual_seed(seed)
-    every = request.preview_every
-    return Rendering(
-        request=request,
-        seed=seed,
-        device=device,
-        group=group,
-        pipe=pipe,
-        handle=handle,
-        phases=phases,
-        began=began,
-        launch=launch,
-        peak_since_loading=report.reset_peak_memory(device),
-        compile_time=CompileTime(),
-        previews=None if every is None or group.rank != 0 else Previews(preview_of(request.output), every),
-        profile=_profile(request, group, handle),
-    )
-
-
-def _profile(request: Request, group: Group, handle: Parallelized) -> Profile | None:
-    if request.profile is None:
-        return None
-    steps = request.stages[-1].sampling.steps
-    return Profile(request.traces[group.rank], group.rank, steps=steps, drain=handle.drain)
-
-
-def _parallelize(pipe: Any, request: Request, group: Group) -> Parallelized:
-    try:
-        return parallelize(
-            pipe,
-            window=request.window,
-            clear_weights=request.clear_weights,
-            text_attention=request.text_attention,
-            text_tokens=request.text_tokens,
-            attention_backend=request.attention_backend,
-            schedule=request.schedule,
-            warmup_steps=request.warmup_steps,
-            hoist_modulation=request.hoist_modulation,
-            compile=request.compile,
-            float8=request.float8,
-            group=group,
-        )
-    except ValueError as error:
-        raise Refusal(str(error)) from error
-
-
-def _device(kind: str, local_rank: int) -> torch.device:
-    return torch.device(kind, local_rank % torch.cuda.device_count()) if kind == "cuda" else torch.device(kind)

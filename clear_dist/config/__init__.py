@@ -67,6 +67,7 @@ class PictureConfig:
     """Keep AdaLN's weights in host memory."""
     compile: bool = False
     float8: bool = False
+    keep_text_encoder: bool = False
     dtype: str = "auto"
     device: str = "auto"
     nproc: int | None = None

@@ -67,6 +67,8 @@ class Request:
     hoist_modulation: bool
     compile: bool
     float8: bool
+    keep_text_encoder: bool
+    """Else prompts are encoded before anything else is loaded."""
     dtype: str
     device: str
     world_size: int

@@ -1,6 +1,6 @@
 """Files from the hub: fetched once per machine, while the ranks keep in touch; what goes wrong is one line."""
 
-from concurrent.futures import Future, wait
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -9,8 +9,9 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from clear_dist import preflight
 from clear_dist.comm.ends import Failure, describe
 from clear_dist.comm.group import Group
+from clear_dist.comm.in_touch import in_touch
 from clear_dist.config import FLUX_DEV, Refusal, Request
-from clear_dist.hub.fetching import cached, fetch, in_background
+from clear_dist.hub.fetching import cached, fetch
 from clear_dist.hub.wanted import Wanted
 from clear_dist.preflight.hub_file import HubFile
 
@@ -19,8 +20,6 @@ WANTED = (
     "model_index.json",
     *(f"{part}/*.{ending}" for part in PARTS for ending in ("json", "safetensors", "txt", "model")),
 )
-SECONDS_BETWEEN_WORDS = 1.0
-"""Among ranks, while one fetches."""
 
 
 def locate(request: Request, group: Group, *, local_rank: int) -> Request:
@@ -35,11 +34,7 @@ def locate(request: Request, group: Group, *, local_rank: int) -> Request:
     wants = [want for want in (model, checkpoint) if want is not None]
     if not wants:
         return request
-    fetching = in_background(partial(fetch, wants)) if local_rank == 0 else None
-    # A download may take longer than a group waits for a rank that is silent, so the ranks keep in touch meanwhile.
-    while group.agree(_is_underway(fetching)):
-        pass
-    _raise_together(group, None if fetching is None else fetching.exception())
+    _raise_together(group, in_touch(group, partial(_failure_of, wants) if local_rank == 0 else lambda: None))
     file = request.clear_weights if checkpoint is None else str(_held(checkpoint) / checkpoint.needed)
     if model is None:
         return preflight.located(request, Path(request.model), file)
@@ -98,12 +93,13 @@ def _held(want: Wanted) -> Path:
     return folder
 
 
-def _is_underway(fetching: Future[None] | None) -> bool:
-    """Whether there is more to fetch, a moment later."""
-    if fetching is None:
-        return False
-    wait([fetching], SECONDS_BETWEEN_WORDS)
-    return not fetching.done()
+def _failure_of(wants: Sequence[Wanted]) -> Exception | None:
+    """What fetching raises, for all ranks to raise."""
+    try:
+        fetch(wants)
+    except Exception as error:
+        return error
+    return None
 
 
 def _raise_together(group: Group, error: BaseException | None) -> None:

@@ -5,14 +5,13 @@ user, and how large they are. The libraries below ask again and again, for half 
 """
 
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Iterator, Sequence
+from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_ETAG_TIMEOUT
@@ -26,12 +25,11 @@ from huggingface_hub.utils import (
 )
 
 from clear_dist.comm.ends import say
+from clear_dist.comm.in_touch import in_background
 from clear_dist.config import Refusal, nearest_word
 from clear_dist.hub.wanted import Wanted, cause_of, explained
 
 SECONDS_BETWEEN_FIGURES = 15.0
-
-Answer = TypeVar("Answer")
 
 
 def fetch(wants: Sequence[Wanted]) -> None:
@@ -58,20 +56,6 @@ def cached(want: Wanted) -> Path | None:
     except (OSError, HFValidationError):
         return None
     return Path(folder) if Path(folder, want.needed).exists() else None
-
-
-def in_background(work: Callable[[], Answer]) -> "Future[Answer]":
-    """Do `work` in a thread that nobody waits for when the process ends: looking up a name may take minutes."""
-    answer: Future[Answer] = Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(work())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return answer
 
 
 def require_room(needed: int, what: str) -> None:

@@ -86,7 +86,8 @@ def load_clear_weights(transformer: Any, path: str | Path, device: torch.device 
         own = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         clear_checkpoint.require_same_tensors(clear_checkpoint.with_spatial_weights(own, factor), shapes, path)
         for name, parameter in parameters.items():
-            parameter.copy_(file.get_tensor(name))
+            # On a CPU a view of the file, which ranks share, as they share the model's: a copy would be each one's own.
+            parameter.data = file.get_tensor(name).to(parameter.device).to(parameter.dtype)
         pooling = None
         if factor > 1:
             weights = [file.get_tensor(f"{layer}.{SPATIAL_WEIGHT}").reshape(factor, factor) for layer in layers]

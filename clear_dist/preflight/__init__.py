@@ -17,7 +17,7 @@ LONGEST_SIDE = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500}
 AS_GIVEN = (
     "revision", "base_res", "seed", "text_attention", "schedule", "attention_backend", "output", "save_stages",
     "preview_every", "metadata", "latents_out", "report", "profile", "hoist_modulation", "compile",
-    "float8", "text_tokens",
+    "float8", "text_tokens", "keep_text_encoder",
 )  # fmt: skip
 """Flags that need no choice."""
 

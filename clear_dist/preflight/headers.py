@@ -1,6 +1,7 @@
 """What files say of themselves, without torch: safetensors by their first bytes, configurations by their numbers."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ from typing import Any
 from clear_dist.clear_checkpoint import PICKLED, Shapes, refuse_pickled
 from clear_dist.config import Refusal, shortened
 
+PICKLES = (b"PK\x03\x04", *(bytes((0x80, protocol)) for protocol in range(2, 6)))
+"""What pickled files begin with: torch's archives, and pickles themselves."""
+PART_OF_SEVERAL = re.compile(r"-\d+-of-\d+\.")
 LONGEST_HEADER = 100_000_000
 """Bytes, as the safetensors library has it."""
 LARGEST_NUMBER = 65_536
@@ -15,7 +19,12 @@ LARGEST_NUMBER = 65_536
 
 
 def read_shapes(file: Path) -> Shapes:
-    """Name and shape of every tensor in `file`.
+    """Name and shape of every tensor in `file`; raises a Refusal as `read_tensors`."""
+    return {name: shape for name, (_, shape) in read_tensors(file).items()}
+
+
+def read_tensors(file: Path) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+    """Name, dtype ("BF16" and the like) and shape of every tensor in `file`.
 
     Raises:
         Refusal: it is missing, empty, pickled, truncated, or no safetensors file.
@@ -25,41 +34,66 @@ def read_shapes(file: Path) -> Shapes:
         raise Refusal(f"there is no file {file}; weights must be a safetensors file")
     size = file.stat().st_size
     with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
+        first = stream.read(8)
+        length = int.from_bytes(first, "little")
         if size < 8 or length > min(size - 8, LONGEST_HEADER):
+            if first.startswith(PICKLES):
+                raise Refusal(f"weights must be safetensors, got pickle in {file}; download it again")
             raise Refusal(
                 f"weights must be a complete safetensors file, got {file} of {size} bytes: cut off, or something else"
             )
         try:
             header = json.loads(stream.read(length))
             tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            shapes = {name: tuple(entry["shape"]) for name, entry in tensors.items()}
+            kinds = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in tensors.items()}
             end = max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
         except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
             raise Refusal(f"weights must be a safetensors file, got {file}, which is of another format") from error
     if size != 8 + length + end:
         raise Refusal(f"{file} must have {8 + length + end} bytes by its own header, got {size}; download it again")
-    return shapes
+    return kinds
 
 
 def read_component(folder: Path, stem: str) -> Shapes:
-    """All tensors of a model's component: one file, or the files that its index names.
+    """All tensors of a model's component; raises a Refusal as `component_files`, or where one of them is damaged."""
+    return {name: shape for file in component_files(folder, stem) for name, shape in read_shapes(file).items()}
+
+
+def component_files(folder: Path, stem: str) -> list[Path]:
+    """A model's component: one file, or the files that its index names.
 
     Raises:
-        Refusal: there are no weights, only pickled ones, or a file of the index is missing or damaged.
+        Refusal: there are no weights, or only pickled ones, or the index is damaged, or a file that it names missing.
     """
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(file, str) and file == Path(file).name for file in weight_map.values()
+        ):
             raise Refusal(f"weight_map in {index} must give a file for each tensor; download it again")
-        files = sorted(set(weight_map.values()))
-        return {name: shape for file in files for name, shape in read_shapes(folder / file).items()}
+        files = sorted({folder / file for file in weight_map.values()})
+        for file in files:
+            if not file.is_file() and file.suffix not in PICKLED:
+                raise Refusal(f"there is no file {file}, which {index.name} names; download it again")
+        return files
     file = folder / f"{stem}.safetensors"
-    pickled = sorted(other for other in folder.glob("*") if other.suffix in PICKLED) if folder.is_dir() else []
-    if not file.is_file() and pickled:
-        raise Refusal(f"weights must be safetensors, got the pickled file {pickled[0]}; nearest: {file.name}")
-    return read_shapes(file)
+    if not file.is_file() and folder.is_dir():
+        _refuse_others(file, index)
+    return [file]
+
+
+def _refuse_others(file: Path, index: Path) -> None:
+    """Weights that lie where `file` should."""
+    others = sorted(file.parent.iterdir())
+    for other in others:
+        if other.suffix in PICKLED:
+            raise Refusal(f"weights must be safetensors, got the pickled file {other}; nearest: {file.name}")
+    for other in others:
+        if other.suffix == file.suffix and PART_OF_SEVERAL.search(other.name):
+            raise Refusal(f"there is {other.name} and no {index}, which names all such files; download it again")
+        if other.suffix == file.suffix:
+            raise Refusal(f"there is no file {file}; nearest: {other.name}, renamed, if it is a variant of it")
 
 
 def read_json(file: Path) -> dict:

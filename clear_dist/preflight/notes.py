@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from clear_dist import demo
 from clear_dist.clear_checkpoint import named_down_factor, radius_of
 from clear_dist.config import PictureConfig, Request, shortened
+from clear_dist.preflight.casting import casting
 from clear_dist.preflight.model import ModelFacts
 from clear_dist.stages import Stage, Upscaling
 
@@ -30,7 +31,12 @@ def of(
         *_ranks(request, gpus, ranks),
     )
     texts = (*prompts, config.negative_prompt or "") if facts.is_demo else ()
-    warnings = (*_unknown_words(texts), *_size(stages, facts), *_without_effect(config, request, facts))
+    warnings = (
+        *_unknown_words(texts),
+        *_size(stages, facts),
+        *casting(request, facts, ranks),
+        *_without_effect(config, request, facts),
+    )
     return (*choices, *warnings, *_schedule(config, request, stages), *_without_cascade(config, stages))
 
 

@@ -1,0 +1,59 @@
+"""Work that may take longer than a group waits for a rank that is silent."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+
+from clear_dist.comm.group import Group
+
+SECONDS_BETWEEN_WORDS = 1.0
+"""Among ranks, while one is busy."""
+
+Result = TypeVar("Result")
+
+
+def in_touch(group: Group, work: Callable[[], Result]) -> Result:
+    """What `work` returns, once that of all ranks has; all call this, and each does its own, on a thread.
+
+    Raises:
+        what `work` raises, on this rank; on the others PeerLost, once it has gone.
+    """
+    doing = in_background(partial(_as_here, group.device, torch.is_inference_mode_enabled(), work))
+    while group.agree(_is_underway(doing)):
+        pass
+    return doing.result()
+
+
+def in_background(work: Callable[[], Result]) -> "Future[Result]":
+    """Do `work` in a thread that nobody waits for when the process ends: looking up a name may take minutes."""
+    doing: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            doing.set_result(work())
+        except BaseException as error:
+            doing.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return doing
+
+
+def _as_here(device: torch.device, inference_mode: bool, work: Callable[[], Result]) -> Result:
+    """What is the caller's thread's alone: its device and its mode."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with torch.inference_mode(inference_mode):
+        return work()
+
+
+def _is_underway(doing: Future[Any]) -> bool:
+    """Whether there is more to do, a moment later; raises what the work raised."""
+    wait([doing], SECONDS_BETWEEN_WORDS)
+    if not doing.done():
+        return True
+    doing.result()
+    return False

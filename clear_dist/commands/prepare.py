@@ -1,0 +1,150 @@
+"""What a rank needs before it draws: its place, its device, its group, and the model on stripes."""
+
+import secrets
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline
+
+from clear_dist import hub, loading, report
+from clear_dist.comm import env
+from clear_dist.comm.ends import say
+from clear_dist.comm.group import Group
+from clear_dist.comm.in_touch import in_touch
+from clear_dist.commands.encoding import encode_ahead
+from clear_dist.compile_time import CompileTime
+from clear_dist.config import Refusal, Request
+from clear_dist.parallelize import Parallelized, parallelize
+from clear_dist.pictures import preview_of
+from clear_dist.previews import Previews
+from clear_dist.profiling import Profile
+from clear_dist.progress import Phases
+from clear_dist.text import Encoded
+
+SEED_BITS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """One request on one rank, its model loaded."""
+
+    request: Request
+    seed: int
+    device: torch.device
+    group: Group
+    pipe: Any
+    handle: Parallelized
+    phases: Phases
+    began: float
+    launch: float
+    """Seconds until the ranks were at work."""
+    encoded: list[Encoded] | None
+    """Of each prompt, on rank 0; None elsewhere, and where the pipeline keeps its text encoders."""
+    loading_peak_bytes: int
+    host_memory_bytes: int | None
+    peak_since_loading: bool
+    compile_time: CompileTime
+    previews: Previews | None
+    profile: Profile | None
+    """Of the last stage of the first prompt."""
+
+
+def prepare(request: Request, began: float, phases: Phases) -> Prepared:
+    """Meet the other ranks, load the model, and put it on stripes.
+
+    Args:
+        began: wall clock at which the command was given.
+
+    Raises:
+        Refusal: only the loaded model could tell that the request is wrong.
+    """
+    place = env.read()
+    if place.threads is not None:
+        torch.set_num_threads(place.threads)  # torch may have been imported before the share was known
+    device = _device(request.device, place.local_rank)
+    group = Group.create(device)
+    launch = time.time() - began
+    with phases.phase("load", detail=" the files"):
+        request = hub.locate(request, group, local_rank=place.local_rank)
+    encoded, pipe = in_touch(group, partial(_load, request, group.rank, device, phases))
+    with phases.phase("load"):
+        handle = _parallelize(pipe, request, group)
+    if group.rank == 0 and handle.replaced is not None and not handle.replaced.file.is_relative_to(request.model):
+        say(f"CLEAR weights: {handle.replaced}")  # a model's own go without saying
+    loading_peak = report.peak_memory(device)
+    seed = group.broadcast_object(secrets.randbits(SEED_BITS) if request.seed is None else request.seed)
+    torch.manual_seed(seed)
+    every = request.preview_every
+    return Prepared(
+        request=request,
+        seed=seed,
+        device=device,
+        group=group,
+        pipe=pipe,
+        handle=handle,
+        phases=phases,
+        began=began,
+        launch=launch,
+        encoded=encoded,
+        loading_peak_bytes=loading_peak,
+        host_memory_bytes=None if request.report is None else report.host_memory(),
+        peak_since_loading=report.reset_peak_memory(device),
+        compile_time=CompileTime(),
+        previews=None if every is None or group.rank != 0 else Previews(preview_of(request.output), every),
+        profile=_profile(request, group, handle),
+    )
+
+
+def _load(
+    request: Request, rank: int, device: torch.device, phases: Phases
+) -> tuple[list[Encoded] | None, FluxPipeline]:
+    """What rank 0 encodes, and the pipeline: without text encoders, as on the other ranks, unless they are to stay.
+
+    Nobody waits for rank 0 meanwhile, and on its device the text encoders make room for the transformer.
+    """
+    first, keep = rank == 0, request.keep_text_encoder
+    encoded = encode_ahead(request, device, phases) if first and not keep else None
+    with phases.phase("load", detail=" the model"):
+        pipe = loading.load_pipeline(
+            Path(request.model),
+            with_text_encoders=first and keep,
+            dtype=getattr(torch, request.dtype),
+            device=device,
+            phases=phases,
+        )
+    return encoded, pipe
+
+
+def _profile(request: Request, group: Group, handle: Parallelized) -> Profile | None:
+    if request.profile is None:
+        return None
+    steps = request.stages[-1].sampling.steps
+    return Profile(request.traces[group.rank], group.rank, steps=steps, drain=handle.drain)
+
+
+def _parallelize(pipe: Any, request: Request, group: Group) -> Parallelized:
+    try:
+        return parallelize(
+            pipe,
+            window=request.window,
+            clear_weights=request.clear_weights,
+            text_attention=request.text_attention,
+            text_tokens=request.text_tokens,
+            attention_backend=request.attention_backend,
+            schedule=request.schedule,
+            warmup_steps=request.warmup_steps,
+            hoist_modulation=request.hoist_modulation,
+            compile=request.compile,
+            float8=request.float8,
+            group=group,
+        )
+    except ValueError as error:
+        raise Refusal(str(error)) from error
+
+
+def _device(kind: str, local_rank: int) -> torch.device:
+    return torch.device(kind, local_rank % torch.cuda.device_count()) if kind == "cuda" else torch.device(kind)

@@ -1,0 +1,62 @@
+"""A model's weights from memory-mapped safetensors: one copy in host memory, however many ranks there are.
+
+On a CPU parameters are views of the files, whose pages all ranks of a machine share; a rank that writes to one gets a
+copy of that page, and the file stays as it is. To a GPU tensors go one by one, as they are stored, and are cast there.
+Only a cast on a CPU takes memory of its own in each rank.
+"""
+
+import mmap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+
+def load_mapped(
+    model: nn.Module,
+    files: Iterable[Path],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    advance: Callable[[int], None],
+) -> None:
+    """Give a model whose parameters are on the meta device its weights, and bring its buffers to them.
+
+    Args:
+        files: safetensors that hold all tensors of the model together, and no others.
+        dtype: of parameters and buffers that are floating-point numbers.
+        advance: told of the bytes of each tensor once it is where it belongs.
+
+    Raises:
+        SafetensorError: a file is damaged.
+    """
+    tensors = {}
+    for file in files:
+        for name, view in _views(file):
+            tensors[name] = _placed(view, dtype, device)
+            advance(view.nbytes)
+    model.requires_grad_(False).load_state_dict(tensors, assign=True)
+    model.to(device)
+
+
+def _views(file: Path) -> list[tuple[str, Tensor]]:
+    """Of all tensors, in the order in which they lie in the file; the mapping lasts as long as any of them."""
+    with safe_open(file, framework="pt") as opened:
+        views = [(name, opened.get_tensor(name)) for name in opened.keys()]  # noqa: SIM118 (no mapping)
+    return sorted(views, key=lambda named: named[1].data_ptr())
+
+
+def _placed(view: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    placed = view.to(device)  # and not to the dtype at once: that would be done on this side
+    if view.is_floating_point():
+        placed = placed.to(dtype)
+    if placed is view:
+        _read(view)
+    return placed
+
+
+def _read(view: Tensor) -> None:
+    """Touch each page: what is not read while loading would be read in the first step, from the disk."""
+    view.view(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
