@@ -26,7 +26,7 @@ class Gpu:
     memory: int
     """Bytes that programs may have."""
     flops: float
-    """Of matrix products in 16-bit numbers with sums in float32, per second."""
+    """Of matrix products in 16-bit numbers with sums in float32, per second; 0: not known."""
     bandwidth: float
     """Of its memory, bytes per second."""
     link: str
@@ -90,3 +90,8 @@ def named_like(device: str) -> Gpu | None:
     found = [gpu for word, gpu in GPUS.items() if word.split("-")[0].replace("-", "") in squeezed]
     sizes = [gpu for gpu in found if "-" in gpu.name and gpu.name.split("-")[1] + "gb" in squeezed]
     return next(iter(sizes or found), None)
+
+
+def unknown(name: str, memory: int) -> Gpu:
+    """A GPU of which only the memory is known: no time is estimated for it."""
+    return Gpu(name=name, memory=memory, flops=0.0, bandwidth=0.0, link="pcie4")

@@ -7,7 +7,7 @@ from clear_dist.config import Schedule, TextAttention, Window
 from clear_dist.geometry import HaloPlan, Rows, covering_radius, cut_in_stripes, plan_halos
 from clear_dist.planning.hardware import Gpu, Link
 from clear_dist.planning.model import ModelSizes
-from clear_dist.stages import Stage, Upscaling
+from clear_dist.stages import Sampling, Size, Stage, Upscaling, plan_cascade, plan_upscaling
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -17,7 +17,16 @@ class PlanRequest:
     """Everything that memory, bytes and time depend on. A new flag is a field here and a line where it counts."""
 
     model: ModelSizes
-    stages: tuple[Stage, ...]
+    height: int
+    """Pixels, as width."""
+    width: int
+    native: int
+    """Side of the square with as many pixels as the first stage."""
+    cascade: bool = True
+    sampling: Sampling
+    upscaling: Upscaling
+    picture: Size | None = None
+    """What to start from; None: noise."""
     window: Window
     ranks: int
     gpu: Gpu | None
@@ -48,6 +57,21 @@ class PlanRequest:
         return ITEMSIZE[self.dtype]
 
     @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """As they will be drawn."""
+        size, native, token = (self.height, self.width), self.native, self.model.token
+        if self.picture is not None:
+            return plan_upscaling(self.picture, size, native=native, token=token, upscaling=self.upscaling)
+        return plan_cascade(
+            size,
+            native=native,
+            token=token,
+            sampling=self.sampling,
+            upscaling=self.upscaling,
+            cascade=self.cascade,
+        )
+
+    @cached_property
     def parts(self) -> tuple[tuple["Part", ...], ...]:
         """For each stage, the part of each rank; a low stage may have less parts than there are ranks."""
         return tuple(parts_of(self, stage) for stage in self.stages)
@@ -76,6 +100,8 @@ class Part:
     """Of these, rows that are copied once more, because they come from several ranks."""
     sent: int
     """Rows, to all ranks together."""
+    neighbours: int
+    """Ranks next to it."""
     radius: int | None
     """None: full attention."""
 
@@ -116,6 +142,7 @@ def _part(plan: HaloPlan, stripes: tuple[Rows, ...], columns: int, radius: int |
         below=sum(sides[1]),
         gathered=sum(sum(side) for side in sides if len(side) > 1),
         sent=sum(len(transfer.rows) for transfer in plan.sends),
+        neighbours=(plan.own.start > 0) + (plan.own.stop < stripes[-1].stop),
         radius=radius,
     )
 
