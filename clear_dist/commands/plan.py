@@ -2,8 +2,9 @@
 
 import json as json_format
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
+
+from rich.console import Console
 
 from clear_dist import preflight
 from clear_dist.comm import env
@@ -12,6 +13,7 @@ from clear_dist.config import FLUX_DEV, Refusal
 from clear_dist.config.plan import PlanConfig
 from clear_dist.config.rules import check_choice
 from clear_dist.planning import GPUS, LINKS, Gpu, Plan, Room, nearest, record
+from clear_dist.planning.shown import show_plan, show_sweep
 from clear_dist.preflight import devices, fit, planned, sizes
 
 NO_FIT = 2
@@ -58,10 +60,10 @@ def plan(
     first = _plan(config)
     if not config.sweep:
         change = None if first.fits else nearest(first)
-        return _tell(config, "plan_shown", record.of_plan, first, change, fits=first.fits)
+        return _tell(config, show_plan, record.of_plan, first, change, fits=first.fits)
     rows = first.request.height // first.request.model.token
     plans = [_with_ranks(first, ranks) for ranks in SWEPT if ranks <= rows]
-    return _tell(config, "sweep_shown", record.of_sweep, plans, fits=any(each.fits for each in plans))
+    return _tell(config, show_sweep, record.of_sweep, plans, fits=any(each.fits for each in plans))
 
 
 def _plan(config: PlanConfig) -> Plan:
@@ -100,11 +102,10 @@ def _with_ranks(first: Plan, ranks: int) -> Plan:
     return Plan(request=replace(first.request, ranks=ranks), room=_room(first.request.gpu, ranks))
 
 
-def _tell(config: PlanConfig, shown: str, recorded: Any, *about: Any, fits: bool) -> int:
+def _tell(config: PlanConfig, shown: Any, recorded: Any, *about: Any, fits: bool) -> int:
     """On stdout, for people or for programs; returns the exit status."""
     if config.json:
         print(json_format.dumps(recorded(*about), indent=1))
     else:
-        console = import_module("rich.console").Console(highlight=False)
-        console.print(getattr(import_module("clear_dist.planning.shown"), shown)(*about))
+        shown(Console(highlight=False), *about)
     return 0 if fits else NO_FIT

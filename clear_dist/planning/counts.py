@@ -113,7 +113,7 @@ class Traffic:
 
 
 def traffic(model: Model, part: Part, schedule: Schedule, text_attention: TextAttention = "average") -> Traffic:
-    """Of one pass of a step after the warm-up; with full attention text is reduced by `exact`, and where it lags only."""
+    """Of one pass of a step after the warm-up; full attention reduces text by `exact`, and where it lags only."""
     plan, columns = part.plan, part.grid[1]
     row = 2 * columns * model.channels * model.itemsize * model.layers
     text = model.text_tokens * model.channels * model.itemsize

@@ -159,7 +159,9 @@ def _smaller(request: PlanRequest) -> Iterator[Change]:
     """Pictures of the same shape, the largest first."""
     token = request.model.token
     for share in range(SIZES_TRIED - 1, 0, -1):
-        height, width = (max(1, side * share // SIZES_TRIED // token) * token for side in (request.height, request.width))
+        height, width = (
+            max(1, side * share // SIZES_TRIED // token) * token for side in (request.height, request.width)
+        )
         if height // token >= request.ranks:
             flags = f"--res {height}" if height == width else f"--height {height} --width {width}"
             yield Change(flags=flags, fields={"height": height, "width": width})

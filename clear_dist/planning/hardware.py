@@ -1,4 +1,4 @@
-"""Kinds of GPUs and links. Rates are those of NVIDIA's data sheets, without sparsity; what is reached is another matter.
+"""Kinds of GPUs and links. Rates are those of NVIDIA's data sheets, without sparsity; less of them is reached.
 
 Memory is what CUDA gives to programs, a little less than the data sheet says. Rates of links are what large messages
 reach in each direction and per GPU, about 85 % of what is printed on the box.

@@ -59,13 +59,14 @@ def _result(step: Step, rows: int) -> int:
 
 
 def _merge(step: Step, rows: int, reaching: list[int]) -> int:
-    """Of the longest piece of rows that have several parts: the sum, and one part weighed, in float32."""
+    """Of a piece of rows that have several parts: the sum, a part in float32 and weighed, and the part before it."""
     if not reaching:
         return 0
-    middle = max(0, sum(reaching) - rows) if len(reaching) > 1 else 0
-    longest = max(middle, *(each - middle for each in reaching))
+    with_three = max(0, sum(reaching) - rows) if len(reaching) > 1 else 0
+    with_two = max(reaching) - with_three
     copies = 3 if step.request.itemsize < FLOAT32 else 2
-    return step.batch * longest * step.part.columns * step.request.model.channels * copies * FLOAT32
+    rows_in_float32 = max(with_two * copies, with_three * (copies + 1))
+    return step.batch * rows_in_float32 * step.part.columns * step.request.model.channels * FLOAT32
 
 
 def _text(step: Step) -> int:
@@ -107,7 +108,8 @@ def _tiled(step: Step, call: Call) -> int:
             across = min(columns, count)
             tiles = across * min(rows, max(1, count // across))
             most = max(most, tiles * (gathered + 3 * step.bytes_of(queries_down * queries_across)))
-    return _result(step, call.queries) + most
+    mask = side**2 * (side + 2 * call.radius - 2) ** 2 * step.request.itemsize
+    return _result(step, call.queries) + most + mask
 
 
 def _spans(queries: int, keys: int, side: int, radius: int) -> Counter[tuple[int, int, int]]:

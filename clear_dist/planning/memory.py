@@ -68,7 +68,7 @@ def held_bytes(request: PlanRequest, rank: int) -> Items:
     held = {"transformer": transformer_bytes(request), "VAE": vae_bytes(request)}
     if rank == 0 and request.keep_text_encoder:
         held["text encoders"] = text_encoder_bytes(request)
-    return held | _surroundings(request)
+    return {**held, **_surroundings(request)}
 
 
 def _surroundings(request: PlanRequest) -> Items:
@@ -120,8 +120,14 @@ def _denoising(step: Step, number: int, kept: Items) -> Phase:
 
 def step_of(request: PlanRequest, stage: Stage, part: Part) -> Step:
     """A step of a stage, as its memory needs it."""
-    upper, passes = is_upper(stage), stage.sampling.passes
-    return Step(request=request, part=part, upper=upper, lag=lags(request, stage, part), passes=passes)
+    return Step(
+        request=request,
+        part=part,
+        upper=is_upper(stage),
+        lag=lags(request, stage, part),
+        passes=stage.sampling.passes,
+        steps=stage.sampling.steps,
+    )
 
 
 def exchanged(step: Step) -> Items:
@@ -131,7 +137,8 @@ def exchanged(step: Step) -> Items:
     if step.lag:
         layers = request.model.layers * step.passes
         halos = layers * row * part.received
-        return {"stale halos": halos, "halos on their way": (SENDING_LAYERS + 1) * row * part.sent}
+        on_their_way = min(SENDING_LAYERS + 1, layers * step.steps)
+        return {"stale halos": halos, "halos on their way": on_their_way * row * part.sent}
     return {"halos": row * (part.received + part.gathered + part.sent)}
 
 

@@ -28,7 +28,9 @@ def of_plan(plan: Plan, nearest: Change | None) -> dict[str, Any]:
         "fits": plan.fits,
         "nearest": None if nearest is None else nearest.flags,
         "bytes_per_step": asdict(plan.traffic),
-        "seconds": None if plan.seconds is None else {"stages": [asdict(time) for time in plan.times], "all": plan.seconds},
+        "seconds": None
+        if plan.seconds is None
+        else {"stages": [asdict(time) for time in plan.times], "all": plan.seconds},
         "assumptions": list(assumptions(request)),
     }
 

@@ -156,4 +156,3 @@ def lags(request: PlanRequest, stage: Stage, part: Part) -> bool:
 def is_upper(stage: Stage) -> bool:
     """Whether a stage starts from a picture."""
     return isinstance(stage.sampling, Upscaling)
-

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from rich.console import Group, RenderableType
+from rich.box import SIMPLE
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -12,26 +13,26 @@ from clear_dist.planning.memory import Phase, RankMemory
 from clear_dist.planning.request import PlanRequest
 from clear_dist.planning.timing import assumptions
 
-GB, MB = 1e9, 1e6
+GB = 1e9
 LEAST_SHOWN = 5e6
 """Bytes of an item that has a line of its own."""
 
 
-def plan_shown(plan: Plan, nearest: Change | None) -> RenderableType:
+def show_plan(console: Console, plan: Plan, nearest: Change | None) -> None:
     """One plan."""
-    return Group(
-        Text("\n".join(_request(plan.request))),
-        _memory(plan),
-        *_times(plan),
-        Text("\n".join(_bytes(plan))),
-        Text("\n".join(_assumptions(plan.request)), style="dim"),
-        _verdict(plan, nearest),
-    )
+    for line in _request(plan.request):
+        _say(console, line)
+    console.print(_memory(plan), *_times(plan))
+    for line in (*_bytes(plan), *_assumptions(plan.request)):
+        _say(console, line)
+    words, style = _verdict(plan, nearest)
+    _say(console, words, style=style)
 
 
-def sweep_shown(plans: list[Plan]) -> RenderableType:
+def show_sweep(console: Console, plans: list[Plan]) -> None:
     """Plans of one request for several numbers of ranks."""
-    table = Table("ranks", "rows of tokens", "GB per rank", "fits", "sent per step", "s per step", "s in all", "speed-up")
+    columns = ("ranks", "rows", "GB per rank", "fits", "GB sent a step", "s a step", "s in all", "faster")
+    table = Table(*columns, box=SIMPLE)
     first = plans[0].seconds
     for plan in plans:
         request = plan.request
@@ -42,13 +43,20 @@ def sweep_shown(plans: list[Plan]) -> RenderableType:
             "-".join(map(str, sorted(stripes))),
             f"{plan.largest.peak / GB:.1f}",
             Text("yes", style="green") if plan.fits else Text("no", style="red"),
-            f"{(plan.traffic.halos_sent + plan.traffic.join) / MB:,.0f} MB",
+            f"{(plan.traffic.halos_sent + plan.traffic.text_reduced + plan.traffic.join) / GB:.2f}",
             _seconds(plan.times[-1].step if plan.times else None),
             _seconds(seconds),
-            f"{first / seconds:.2f}" if first and seconds else "-",
+            f"{first / seconds:.1f}" if first and seconds else "-",
         )
-    notes = _assumptions(plans[0].request)
-    return Group(Text("\n".join(_title(plans[0].request))), table, Text("\n".join(notes), style="dim"))
+    _say(console, next(_title(plans[0].request)))
+    console.print(table)
+    for line in _assumptions(plans[0].request):
+        _say(console, line)
+
+
+def _say(console: Console, words: str, style: str = "") -> None:
+    """A line, however long: terminals break it, programs need not join it."""
+    console.print(Text(words, style=style), soft_wrap=True)
 
 
 def _title(request: PlanRequest) -> Iterator[str]:
@@ -74,7 +82,7 @@ def _memory(plan: Plan) -> Table:
     memory = plan.largest
     phases = [phase for phase in memory.phases if phase.stage in (-1, memory.largest.stage)]
     title = f"rank {memory.rank}, GB{_of_stage(plan, memory)}"
-    table = Table("", *(phase.name for phase in phases), title=title, title_justify="left", title_style="")
+    table = Table("", *(phase.name for phase in phases), title=title, title_justify="left", title_style="", box=SIMPLE)
     names = list(dict.fromkeys(name for phase in phases for name in phase.items))
     for name in names:
         if max(phase.items.get(name, 0) for phase in phases) >= LEAST_SHOWN or len(names) < 2:
@@ -97,24 +105,24 @@ def _total(phase: Phase, memory: RankMemory) -> Text:
     return Text(f"{phase.total / GB:.2f}", style="yellow" if phase is memory.largest else "")
 
 
-def _times(plan: Plan) -> Iterator[RenderableType]:
+def _times(plan: Plan) -> Iterator[Table]:
     if not plan.times:
         return
-    table = Table("stage", "steps", "s per step", "of it waiting", "encode", "decode", "s in all")
+    table = Table("stage", "steps", "s a step", "of it waiting", "encode", "decode", "s in all", box=SIMPLE)
     for stage, time in zip(plan.request.stages, plan.times, strict=True):
         waiting = f"{time.exposed / time.step:.0%}"
         seconds = map(_seconds, (time.encode, time.decode, time.total))
         table.add_row(f"{stage.width}x{stage.height}", str(time.steps), _seconds(time.step), waiting, *seconds)
+    table.add_row("all, about", *[""] * 5, _seconds(plan.seconds), style="bold")
     yield table
-    yield Text(f"about {_seconds(plan.seconds)} s for all stages", style="bold")
 
 
 def _bytes(plan: Plan) -> Iterator[str]:
     sent = plan.traffic
     if sent.ranks > 1:
         yield (
-            f"sent per step and rank, in the last stage: halos {sent.halos_sent / MB:,.0f} MB, "
-            f"text {sent.text_reduced / MB:,.0f} MB, join {sent.join / MB:,.1f} MB"
+            f"sent per step and rank, in the last stage: halos {sent.halos_sent / GB:.2f} GB, "
+            f"text {sent.text_reduced / GB:.2f} GB, join {sent.join / GB:.3f} GB"
         )
 
 
@@ -122,16 +130,17 @@ def _assumptions(request: PlanRequest) -> Iterator[str]:
     return (f"assumed: {line}" for line in assumptions(request))
 
 
-def _verdict(plan: Plan, nearest: Change | None) -> Text:
+def _verdict(plan: Plan, nearest: Change | None) -> tuple[str, str]:
+    """In words, and their colour."""
     ranks = f" for {plan.room.sharing} ranks" if plan.room.sharing > 1 else ""
     amounts = f"{plan.needed / GB:.1f} of the {plan.room.bytes / GB:.1f} GB of {plan.room.where}{ranks}"
     if not plan.fits:
         more = (plan.needed - plan.room.bytes) / GB
         settings = "nothing that plan knows of" if nearest is None else nearest.flags
-        return Text(f"does not fit: it needs {amounts}, {more:.1f} GB too much; nearest: {settings}", style="bold red")
+        return f"does not fit: it needs {amounts}, {more:.1f} GB too much; nearest: {settings}", "bold red"
     if plan.needed * (1 + ERROR) > plan.room.bytes:
-        return Text(f"fits narrowly: it needs {amounts}, and may need {ERROR:.0%} more", style="bold yellow")
-    return Text(f"fits: it needs {amounts}", style="bold green")
+        return f"fits narrowly: it needs {amounts}, and may need {ERROR:.0%} more", "bold yellow"
+    return f"fits: it needs {amounts}", "bold green"
 
 
 def _gb(amount: int | None) -> str:

@@ -20,6 +20,8 @@ class Step:
     lag: bool = False
     """Whether it exchanges by the stale schedule."""
     passes: int = 1
+    steps: int = 1
+    """Of the stage."""
 
     @property
     def batch(self) -> int:

@@ -1,8 +1,8 @@
 """How long a request takes, roughly: work over rates that are assumed, and bytes over a link. Nothing here is measured.
 
-    computing = products / rate + visited pairs / rate + passes over memory / bandwidth
-    exposed   = max(0, bytes in layers / link - what computing hides) + join / link
-    step      = computing + exposed
+computing = products / rate + visited pairs / rate + passes over memory / bandwidth
+exposed   = max(0, bytes in layers / link - what computing hides) + join / link
+step      = computing + exposed
 """
 
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from clear_dist.geometry import reached_tiles
-from clear_dist.planning.counts import attention_work, attended_pairs, linear_work
+from clear_dist.planning.counts import attended_pairs, attention_work, linear_work
 from clear_dist.planning.hardware import Gpu
 from clear_dist.planning.kernels import TILE
 from clear_dist.planning.request import Part, PlanRequest, is_upper, lags

@@ -1,14 +1,14 @@
 """From a request to its plan: what memory it finds, and what it needs of it."""
 
-from dataclasses import replace
-
 from clear_dist.config import Request
 from clear_dist.planning import Gpu, Link, ModelSizes, PlanRequest
 
 ON_CPU, ON_CUDA = "tiled", "flex"
 """The attention backends that `auto` chooses."""
-SAME = ("height", "width", "cascade", "sampling", "upscaling", "window", "num_images", "dtype", "schedule")
-SAME += ("warmup_steps", "hoist_modulation", "compile", "float8")
+SAME = (
+    "height", "width", "cascade", "sampling", "upscaling", "window", "num_images", "dtype", "schedule",
+    "warmup_steps", "hoist_modulation", "compile", "float8",
+)  # fmt: skip
 """Fields that mean the same in both; a new flag that takes or saves memory goes here too."""
 
 
