@@ -1,172 +1,45 @@
-"""Exact counts for FLUX over stripes: operations of a step, and bytes that a rank hands over. Arithmetic only.
+"""What clear_dist/planning/counts.py counts, for FLUX.1-dev and for the parts that benchmarks run."""
 
-Operations are those that are wanted: what a kernel does besides, in blocks that are partly masked, is its own loss. An
-operation is a multiplication or an addition. Embeddings and modulation, less than 1 %, are left out, as in the paper.
-"""
-
-from dataclasses import dataclass
-from math import ceil
-from typing import Literal
-
-from clear_dist.config import Schedule
-from clear_dist.geometry import (
-    HaloPlan,
-    Rows,
-    covering_radius,
-    cut_in_stripes,
-    half_widths,
-    plan_halos,
-    sharing_text_pays,
+from clear_dist.config import Window
+from clear_dist.planning.counts import (
+    Grid,
+    Model,
+    Part,
+    Traffic,
+    attended_pairs,
+    attention_work,
+    circle_pairs,
+    linear_work,
+    traffic,
 )
+
+__all__ = [
+    "FLUX",
+    "TOKEN",
+    "Grid",
+    "Model",
+    "Part",
+    "Traffic",
+    "Window",
+    "attended_pairs",
+    "attention_work",
+    "circle_pairs",
+    "gathering_over_halos",
+    "linear_work",
+    "middle_part",
+    "traffic",
+]
 
 TOKEN = 16
 """Pixels along the side of a token."""
-Window = int | Literal["full"]
-Grid = tuple[int, int]
-"""Height and width in tokens."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """What counts of a FLUX transformer depend on."""
-
-    double_blocks: int
-    single_blocks: int
-    heads: int
-    head_dim: int
-    text_tokens: int
-    itemsize: int
-    """Bytes of a number."""
-    output_channels: int = 64
-
-    @property
-    def layers(self) -> int:
-        return self.double_blocks + self.single_blocks
-
-    @property
-    def channels(self) -> int:
-        return self.heads * self.head_dim
-
 
 FLUX = Model(double_blocks=19, single_blocks=38, heads=24, head_dim=128, text_tokens=512, itemsize=2)
 """FLUX.1-dev in bfloat16."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """An image's stripe on one of several ranks; on one rank, the image."""
-
-    grid: Grid
-    ranks: int
-    rank: int
-    window: Window
-
-    @property
-    def stripes(self) -> tuple[Rows, ...]:
-        return cut_in_stripes(self.grid[0], self.ranks)
-
-    @property
-    def plan(self) -> HaloPlan:
-        return plan_halos(self.stripes, self.rank, self.radius)
-
-    @property
-    def radius(self) -> int | None:
-        """None: full attention."""
-        return None if self.window == "full" else min(self.window, covering_radius(*self.grid))
-
-    @property
-    def tokens(self) -> int:
-        return len(self.plan.own) * self.grid[1]
-
-
 def middle_part(side: int, ranks: int, window: Window) -> Part:
     """The stripe in the middle of a square of `side` pixels: from 3 ranks on it has a neighbour on both sides."""
     return Part(grid=(side // TOKEN, side // TOKEN), ranks=ranks, rank=ranks // 2, window=window)
-
-
-def own_text(model: Model, part: Part, schedule: Schedule) -> int:
-    """Text tokens of the largest share, where ranks share them as the engine chooses to; else all of them."""
-    tokens = part.grid[0] * part.grid[1]
-    shared = schedule == "sync" and sharing_text_pays(model.text_tokens, tokens, part.ranks)
-    return ceil(model.text_tokens / part.ranks) if shared else model.text_tokens
-
-
-def linear_work(model: Model, part: Part, schedule: Schedule = "sync") -> int:
-    """Operations of the matrix products with weights: 12 x channels^2 weights a block, of both kinds."""
-    tokens = part.tokens + own_text(model, part, schedule)
-    return 2 * 12 * model.channels**2 * model.layers * tokens
-
-
-def attention_work(model: Model, part: Part, schedule: Schedule = "sync") -> int:
-    """Operations of attention in all layers: 4 x channels for each pair of a query and a key that it sees."""
-    own = own_text(model, part, schedule)
-    return 4 * model.channels * model.layers * attended_pairs(model.text_tokens, part, own_text=own)
-
-
-def attended_pairs(text: int, part: Part, *, own_text: int) -> int:
-    """Pairs of a query and a key in one layer: image queries see all text, text queries all of the stripe.
-
-    Args:
-        own_text: the text queries that attend here where all keys are gathered.
-    """
-    if part.radius is None:
-        return (own_text + part.tokens) * (text + part.grid[0] * part.grid[1])
-    return text * (text + part.tokens) + part.tokens * text + circle_pairs(part.plan.own, part.grid, part.radius)
-
-
-def circle_pairs(queries: Rows, grid: Grid, radius: int) -> int:
-    """Pairs of an image query in the rows `queries` and an image key in the circle around it, cut off at the border."""
-    height, width = grid
-    pairs = 0
-    for distance in range(-radius + 1, radius):
-        half = min(half_widths(radius)[abs(distance)], width - 1)
-        in_a_row = width + 2 * sum(width - step for step in range(1, half + 1))
-        rows = min(queries.stop + distance, height) - max(queries.start + distance, 0)
-        pairs += max(0, rows) * in_a_row
-    return pairs
-
-
-@dataclass(frozen=True, kw_only=True)
-class Traffic:
-    """Bytes that a rank hands over in one step, as the report of a run counts them, and what they are on the wire."""
-
-    ranks: int
-    halos_sent: int
-    halos_received: int
-    text_gathered: int
-    text_reduced: int
-    join: int
-
-    @property
-    def in_layers(self) -> float:
-        """Each way through a rank's link while layers run; an all-reduce goes round in a ring, an all-to-all once."""
-        others = self.ranks - 1
-        reduced = others / self.ranks * self.text_reduced * (1 if self.text_gathered else 2)
-        return max(self.halos_sent, self.halos_received) + others * self.text_gathered + reduced
-
-    @property
-    def at_the_end(self) -> int:
-        """Each way through a rank's link for the join: everyone's stripe to everyone."""
-        return (self.ranks - 1) * self.join
-
-
-def traffic(model: Model, part: Part, schedule: Schedule) -> Traffic:
-    """Of a step after the warm-up; text is reduced by `average`, with full attention by `exact`, where it lags."""
-    plan, columns = part.plan, part.grid[1]
-    row = 2 * columns * model.channels * model.itemsize * model.layers
-    text = model.text_tokens * model.channels * model.itemsize
-    own = own_text(model, part, schedule)
-    is_shared = own < model.text_tokens
-    if part.radius is None:  # text queries see all keys on each rank, but for keys that differ from rank to rank
-        text = model.text_tokens * model.heads * (model.head_dim + 1) * 4 if schedule == "stale" else 0
-    return Traffic(
-        ranks=part.ranks,
-        halos_sent=row * sum(len(transfer.rows) for transfer in plan.sends),
-        halos_received=row * sum(len(transfer.rows) for transfer in plan.receives),
-        text_gathered=3 * own * model.channels * model.itemsize * model.layers if is_shared else 0,
-        text_reduced=text * model.layers if part.ranks > 1 else 0,
-        join=max(map(len, part.stripes)) * columns * model.output_channels * model.itemsize,
-    )
 
 
 def gathering_over_halos(model: Model, side: int, ranks: int, radius: int) -> float:

@@ -8,11 +8,12 @@ import typer
 from clear_dist import __version__
 from clear_dist.comm import ends, env
 from clear_dist.commands.generate import generate
+from clear_dist.commands.plan import plan
 from clear_dist.commands.upscale import upscale
 from clear_dist.commands.verify import verify
 from clear_dist.config import Refusal, rules
 
-COMMANDS: dict[str, Callable[..., int]] = {"generate": generate, "upscale": upscale, "verify": verify}
+COMMANDS: dict[str, Callable[..., int]] = {"generate": generate, "upscale": upscale, "plan": plan, "verify": verify}
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from clear_dist.config import rules
+from clear_dist.planning import GPUS, LINKS
 
 DRAWN, LARGE, MODEL = "What to draw", "Above the native size", "Model"
 CUT, WRITTEN = "How it is cut", "What is written"
@@ -102,3 +103,11 @@ Profile = Annotated[
     _flag("what is in flight when, in the last 3 steps: json or json.gz, one for each rank", WRITTEN, takes="FILE"),
 ]
 Traceback = Annotated[bool, _flag("if a rank fails, show where", None, "--traceback")]
+
+GpuKind = Annotated[
+    str, _flag("kind (those of this machine; else H100, for the demo the CPU)", CUT, takes=("auto", "cpu", *GPUS))
+]
+LinkKind = Annotated[str, _flag("between ranks (what such GPUs usually have)", CUT, takes=("auto", *LINKS))]
+PlannedRanks = Annotated[int | None, _flag("ranks (the GPUs of this machine, or 1)", CUT)]
+Sweep = Annotated[bool, _flag("a table over 1 to 64 ranks", WRITTEN, "--sweep")]
+Json = Annotated[bool, _flag("for programs", WRITTEN, "--json")]

@@ -1,13 +1,13 @@
 """Whether the stale schedule's buffers fit in memory: found out on all ranks together, before any is made."""
 
 import socket
-from pathlib import Path
 
 import torch
 
 from clear_dist.comm.group import Group
 from clear_dist.config import Refusal
 from clear_dist.geometry import HaloPlan
+from clear_dist.host_memory import free_bytes
 
 SENDING_LAYERS = 8
 """How many layers' messages may be on their way out: a link's latency, in layers. 1, 8, all: alike on gloo."""
@@ -61,11 +61,7 @@ def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         held_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held_by_torch
-    try:
-        figures = Path("/proc/meminfo").read_text()
-    except OSError:  # not Linux: unknown
-        return 2**62
-    return 1024 * int(figures.split("MemAvailable:")[1].split()[0])
+    return free_bytes()
 
 
 def _shown(amount: int) -> str:

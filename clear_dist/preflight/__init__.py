@@ -9,7 +9,7 @@ from clear_dist.comm.env import Place
 from clear_dist.config import PictureConfig, Refusal, Request, Window
 from clear_dist.config.rules import MOST_PIXELS, WARMUP_STEPS
 from clear_dist.geometry import cut_in_stripes, require_units
-from clear_dist.preflight import clear_weights, devices, model, notes, outputs, start
+from clear_dist.preflight import clear_weights, devices, fit, model, notes, outputs, start
 from clear_dist.preflight.model import ModelFacts
 
 LONGEST_SIDE = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500}
@@ -36,7 +36,24 @@ def check(config: PictureConfig, place: Place) -> tuple[Request, tuple[str, ...]
         raise Refusal(f"--compile needs {missing} on {device}, got none; nearest: without --compile")
     if config.float8 and not gpus:
         raise Refusal("--float8 needs a CUDA GPU of compute capability 8.9, got cpu; nearest: without --float8")
-    facts = model.find(config.model, has_cuda=bool(gpus))
+    request, facts, begin = choose(config, place, device=device, gpus=gpus)
+    if request.height is not None:
+        outputs.check(request)
+    ranks = place.local_world_size if place.launcher else request.world_size
+    tight = fit.require(request, facts, place)
+    return request, (*notes.of(config, request, facts, prompts=begin.prompts, gpus=gpus, ranks=ranks), *tight)
+
+
+def choose(config: PictureConfig, place: Place, *, device: str, gpus: int) -> tuple[Request, ModelFacts, start.Start]:
+    """The request with everything chosen, its model, and where it starts; nothing of this machine is looked at.
+
+    Args:
+        gpus: one rank each, where nothing else was asked for.
+
+    Raises:
+        Refusal: see the checks; the first that fails is told.
+    """
+    facts = model.find(config.model, has_cuda=device == "cuda")
     checkpoint = clear_weights.find(config.clear_weights, config.radius, facts)
     window = _window(config, checkpoint)
     down_factor = _down_factor(window, checkpoint)
@@ -68,8 +85,7 @@ def check(config: PictureConfig, place: Place) -> tuple[Request, tuple[str, ...]
     )
     _check_text_attention(request)
     _check_size(request)
-    ranks = place.local_world_size if place.launcher else request.world_size
-    return request, notes.of(config, request, facts, prompts=begin.prompts, gpus=gpus, ranks=ranks)
+    return request, facts, begin
 
 
 def located(request: Request, folder: Path, checkpoint: str | None) -> Request:
@@ -92,6 +108,7 @@ def located(request: Request, folder: Path, checkpoint: str | None) -> Request:
         token_size=facts.token_size,
     )
     _check_size(settled)
+    outputs.check(settled)
     return settled
 
 
@@ -154,4 +171,3 @@ def _check_size(request: Request) -> None:
         raise Refusal(
             f"a {request.output.suffix} picture is at most {longest} pixels wide and high, got {side}; nearest: .png"
         )
-    outputs.check(request)

@@ -5,9 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 DRIVER = "libcuda.so.1"
+DESCRIBE = Path(__file__).with_name("describe_gpus.py")
 # In a process of its own: once a process has initialised CUDA, ranks forked from it cannot use it.
 _COUNT = f"""
 import ctypes
@@ -24,6 +27,28 @@ def count_gpus() -> int:
         return int(answer.stdout)
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundGpu:
+    """A CUDA device of this machine."""
+
+    name: str
+    total: int
+    """Bytes."""
+    free: int
+    """Bytes; `total` where NVIDIA's management library does not tell."""
+
+
+def find_gpus() -> tuple[FoundGpu, ...]:
+    """The CUDA devices that this process may use, in CUDA's order; none where the driver does not tell."""
+    try:
+        ctypes.CDLL(DRIVER)
+        answer = subprocess.run([sys.executable, "-S", str(DESCRIBE)], capture_output=True, text=True, timeout=60)
+        lines = [line.split("|") for line in answer.stdout.splitlines()]
+        return tuple(FoundGpu(name=name, total=int(total), free=int(free)) for name, total, free in lines)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return ()
 
 
 def missing_compiler(device_type: str) -> str | None:

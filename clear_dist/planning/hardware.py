@@ -1,0 +1,97 @@
+"""Kinds of GPUs and links. Rates are those of NVIDIA's data sheets, without sparsity; less of them is reached.
+
+Memory is what CUDA gives to programs, a little less than the data sheet says. Rates of links are what large messages
+reach in each direction and per GPU, about 85 % of what is printed on the box.
+"""
+
+from dataclasses import dataclass
+
+GB, GIB, TFLOPS = 1e9, 2**30, 1e12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """What a rank's messages travel through."""
+
+    name: str
+    bytes_per_second: float
+    """In each direction."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """A kind of GPU, or one that was found here."""
+
+    name: str
+    memory: int
+    """Bytes that programs may have."""
+    flops: float
+    """Of matrix products in 16-bit numbers with sums in float32, per second; 0: not known."""
+    bandwidth: float
+    """Of its memory, bytes per second."""
+    link: str
+    """What it usually has to its neighbours."""
+    float8: bool = True
+    """Whether it multiplies in float8, at twice the rate."""
+
+
+def _gpu(name: str, gib: float, tflops: float, gb_per_second: float, link: str, float8: bool = True) -> Gpu:
+    return Gpu(
+        name=name,
+        memory=round(gib * GIB),
+        flops=tflops * TFLOPS,
+        bandwidth=gb_per_second * GB,
+        link=link,
+        float8=float8,
+    )
+
+
+GPUS: dict[str, Gpu] = {
+    gpu.name.lower(): gpu
+    for gpu in (
+        _gpu("H100", 79.1, 989, 3350, "nvlink"),
+        _gpu("H200", 139.8, 989, 4800, "nvlink"),
+        _gpu("B200", 178.3, 2250, 7700, "nvlink5"),
+        _gpu("A100-80", 79.2, 312, 2039, "nvlink3", float8=False),
+        _gpu("A100-40", 39.4, 312, 1555, "nvlink3", float8=False),
+        _gpu("L40S", 44.4, 362, 864, "pcie4"),
+        _gpu("RTX6000Ada", 47.4, 364, 960, "pcie4"),
+        _gpu("RTX5090", 31.3, 209.5, 1792, "pcie5"),
+        _gpu("RTX4090", 23.6, 165.2, 1008, "pcie4"),
+        _gpu("RTX3090", 23.6, 71, 936, "pcie4", float8=False),
+    )
+}
+"""By the word for `--gpu`; the first one is planned for where none is named or found."""
+
+LINKS: dict[str, Link] = {
+    name: Link(name=name, bytes_per_second=gb_per_second * GB)
+    for name, gb_per_second in {
+        "nvlink": 380,
+        "nvlink3": 250,
+        "nvlink5": 760,
+        "pcie5": 50,
+        "pcie4": 25,
+        "pcie3": 12,
+        "400gbe": 42,
+        "200gbe": 21,
+        "100gbe": 10.5,
+        "25gbe": 2.6,
+        "10gbe": 1.05,
+        "1gbe": 0.105,
+        "memory": 2,
+    }.items()
+}
+"""By the word for `--link`. nvlink: of Hopper; 3: of Ampere; 5: of Blackwell; memory: ranks on one machine's CPU."""
+
+
+def named_like(device: str) -> Gpu | None:
+    """The kind of a GPU by the name its driver gives it, such as `NVIDIA GeForce RTX 4090`; None: not in the table."""
+    squeezed = "".join(device.lower().replace("generation", "").split()).replace("-", "")
+    found = [gpu for word, gpu in GPUS.items() if word.split("-")[0].replace("-", "") in squeezed]
+    sizes = [gpu for gpu in found if "-" in gpu.name and gpu.name.split("-")[1] + "gb" in squeezed]
+    return next(iter(sizes or found), None)
+
+
+def unknown(name: str, memory: int) -> Gpu:
+    """A GPU of which only the memory is known: no time is estimated for it."""
+    return Gpu(name=name, memory=memory, flops=0.0, bandwidth=0.0, link="pcie4")

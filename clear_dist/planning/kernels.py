@@ -1,0 +1,136 @@
+"""What one layer's attention holds besides queries, keys and values: outputs, parts to be merged, a kernel's own."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil, prod
+
+from clear_dist.planning.step import FLOAT32, Step
+
+TILE = (8, 16)
+"""FlexAttention's, rows and columns; it pads to whole ones."""
+TILINGS = {"cpu": (8, 8 * 2**20), "cuda": (16, 256 * 2**20)}
+"""Of `tiled`: side of a tile, bytes of gathered keys and values in one call."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call of windowed attention, in tokens."""
+
+    queries: int
+    """Rows."""
+    keys: int
+    """Rows."""
+    columns: int
+    text: int
+    radius: int
+
+
+def attention_bytes(step: Step) -> int:
+    """Of one layer, where it holds most."""
+    if step.part.radius is None:
+        return _full(step)
+    own = Call(
+        queries=step.part.rows,
+        keys=step.part.rows,
+        columns=step.part.columns,
+        text=step.text,
+        radius=step.part.radius,
+    )
+    halos = [
+        Call(queries=min(step.part.rows, rows), keys=rows, columns=step.part.columns, text=0, radius=step.part.radius)
+        for rows in (step.part.above, step.part.below)
+        if rows
+    ]
+    kernel = KERNELS[step.request.backend]
+    done, most = step.bytes_of(step.text), 0  # the text queries' output waits for its reduction
+    for call in (own, *halos):
+        most = max(most, done + kernel(step, call))
+        done += _result(step, call.queries)
+    output = step.bytes_of(step.tokens)
+    merged = _merge(step, own.queries, [call.queries for call in halos])
+    return max(most, done + output + max(merged, _text(step)))
+
+
+def _result(step: Step, rows: int) -> int:
+    """Output of so many rows, and its log-sum-exp."""
+    tokens = rows * step.part.columns
+    return step.bytes_of(tokens) + step.batch * tokens * step.request.model.heads * FLOAT32
+
+
+def _merge(step: Step, rows: int, reaching: list[int]) -> int:
+    """Of a piece of rows that have several parts: the sum, a part in float32 and weighed, and the part before it."""
+    if not reaching:
+        return 0
+    with_three = max(0, sum(reaching) - rows) if len(reaching) > 1 else 0
+    with_two = max(reaching) - with_three
+    copies = 3 if step.request.itemsize < FLOAT32 else 2
+    rows_in_float32 = max(with_two * copies, with_three * (copies + 1))
+    return step.batch * rows_in_float32 * step.part.columns * step.request.model.channels * FLOAT32
+
+
+def _text(step: Step) -> int:
+    """The text queries' reduction: what is sent, and what is made of it."""
+    numbers = step.batch * step.text * step.request.model.channels
+    if step.request.text_attention == "average":
+        return 2 * numbers * step.request.itemsize
+    return numbers * 4 * FLOAT32
+
+
+def _full(step: Step) -> int:
+    """Keys and values of the whole grid in one piece, and the output."""
+    together = 2 * step.bytes_of(step.text + step.part.all_tokens)
+    return together + step.bytes_of(step.tokens)
+
+
+def _flex(step: Step, call: Call) -> int:
+    """Queries, keys, values and output once more, in the order of tiles; then the output in raster order."""
+    tile = prod(TILE)
+    across = ceil(call.columns / TILE[1])
+    queries = ceil(call.queries / TILE[0]) * across * tile
+    keys = (ceil(call.keys / TILE[0]) * across + ceil(call.text / tile)) * tile
+    return step.bytes_of(2 * queries + 2 * keys)
+
+
+def _triton(step: Step, call: Call) -> int:
+    """It reads where things lie."""
+    return _result(step, call.queries)
+
+
+def _tiled(step: Step, call: Call) -> int:
+    """Keys and values gathered for a call's tiles, their queries, their output and that of the call before."""
+    side, bytes_per_call = TILINGS["cuda" if step.request.on_cuda else "cpu"]
+    most = 0
+    for (queries_down, keys_down, _), rows in _spans(call.queries, call.keys, side, call.radius).items():
+        for (queries_across, keys_across, _), columns in _spans(call.columns, call.columns, side, call.radius).items():
+            gathered = 2 * step.bytes_of(call.text + keys_down * keys_across)
+            count = max(1, bytes_per_call // gathered)
+            across = min(columns, count)
+            tiles = across * min(rows, max(1, count // across))
+            most = max(most, tiles * (gathered + 3 * step.bytes_of(queries_down * queries_across)))
+    mask = side**2 * (side + 2 * call.radius - 2) ** 2 * step.request.itemsize
+    return _result(step, call.queries) + most + mask
+
+
+def _spans(queries: int, keys: int, side: int, radius: int) -> Counter[tuple[int, int, int]]:
+    """Along one dimension, how many tiles have so many queries and keys, and so many keys before the first query."""
+    spans: Counter[tuple[int, int, int]] = Counter()
+    for start in range(0, queries, side):
+        length, first = min(side, queries - start), max(0, start - radius + 1)
+        spans[length, max(1, min(keys, start + length + radius - 1) - first), start - first] += 1
+    return spans
+
+
+def _reference(step: Step, call: Call) -> int:
+    """Every score in float32, before and after the softmax."""
+    pairs = call.queries * call.columns * (call.text + call.keys * call.columns)
+    return _result(step, call.queries) + 2 * FLOAT32 * step.batch * step.request.model.heads * pairs
+
+
+KERNELS: dict[str, Callable[[Step, Call], int]] = {
+    "flex": _flex,
+    "triton": _triton,
+    "tiled": _tiled,
+    "reference": _reference,
+}
+"""By backend: bytes of a call, its result included."""

@@ -1,0 +1,57 @@
+"""Run as a program: name, total and free bytes of each CUDA device, a line each. Standard library only.
+
+In a process of its own, because one that has initialised CUDA cannot fork ranks; no context is made, which would take
+half a gigabyte of the device. The driver knows which devices CUDA_VISIBLE_DEVICES shows, NVIDIA's management library
+how much of them is free; they agree on UUIDs.
+"""
+
+import ctypes
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+KINDS = ("GPU", "MIG")
+
+
+def describe(driver: Any, library: Any | None) -> Iterator[str]:
+    """The lines.
+
+    Args:
+        driver: libcuda.
+        library: libnvidia-ml, initialised; without it all of a device counts as free.
+    """
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return
+    for number in range(count.value):
+        device, total, name = ctypes.c_int(), ctypes.c_size_t(), ctypes.create_string_buffer(128)
+        driver.cuDeviceGet(ctypes.byref(device), number)
+        driver.cuDeviceGetName(name, len(name), device)
+        driver.cuDeviceTotalMem_v2(ctypes.byref(total), device)
+        free = _free_bytes(driver, library, device)
+        yield f"{name.value.decode()}|{total.value}|{total.value if free is None else min(free, total.value)}"
+
+
+def _free_bytes(driver: Any, library: Any | None, device: ctypes.c_int) -> int | None:
+    known = (ctypes.c_ubyte * 16)()
+    if library is None or driver.cuDeviceGetUuid_v2(known, device):
+        return None
+    handle, memory = ctypes.c_void_p(), (ctypes.c_ulonglong * 3)()  # total, free, used
+    for kind in KINDS:
+        word = f"{kind}-{uuid.UUID(bytes=bytes(known))}".encode()
+        if not library.nvmlDeviceGetHandleByUUID(word, ctypes.byref(handle)):
+            return None if library.nvmlDeviceGetMemoryInfo(handle, memory) else memory[1]
+    return None
+
+
+def _management_library() -> Any | None:
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    return None if library.nvmlInit_v2() else library
+
+
+if __name__ == "__main__":
+    for line in describe(ctypes.CDLL("libcuda.so.1"), _management_library()):
+        print(line)
