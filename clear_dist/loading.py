@@ -1,7 +1,7 @@
 """A FluxPipeline from a folder or the hub, quietly, with nothing missing from its weights."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
@@ -54,11 +54,19 @@ def locate(request: Request, group: Group, *, local_rank: int) -> Request:
     return replace(request, clear_weights=checkpoint_file)
 
 
-def load_pipeline(folder: Path, *, with_text_encoders: bool, dtype: torch.dtype, device: torch.device) -> FluxPipeline:
+def load_pipeline(
+    folder: Path,
+    *,
+    with_text_encoders: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_host: Collection[str] = (),
+) -> FluxPipeline:
     """The pipeline of a folder in diffusers' layout, on `device`, its progress bars off.
 
     Args:
         with_text_encoders: without them the pipeline takes embeddings only.
+        on_host: names of parts that stay in host memory.
 
     Raises:
         Refusal: weights are missing, or do not fit their configuration.
@@ -72,7 +80,10 @@ def load_pipeline(folder: Path, *, with_text_encoders: bool, dtype: torch.dtype,
         except Exception as error:  # what the tokenizers' library raises is of no other class
             raise _unloadable(folder, "the tokenizers and the scheduler of a FluxPipeline", error) from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module) and name not in on_host:
+            part.to(device)
+    return pipe
 
 
 def cut_off(pipe: Any, prompt: str, max_sequence_length: int) -> list[str]:

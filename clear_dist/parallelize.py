@@ -13,19 +13,22 @@ from clear_dist.comm.text_reduce import TextAttention
 from clear_dist.config import Schedule
 from clear_dist.config.rules import SCHEDULES, WARMUP_STEPS
 from clear_dist.models import adaptor_for
+from clear_dist.models.adaptor import Adaptor
 from clear_dist.models.agreement import checksum
 from clear_dist.models.float8 import why_not as why_not_float8
 from clear_dist.models.striped import StripedModel
 from clear_dist.models.weights import load_clear_weights, radius_of
-from clear_dist.preflight.devices import missing_compiler
+from clear_dist.offload import Offloaded
+from clear_dist.preflight.devices import missing_compiler, missing_quantiser
 
 
 class Parallelized:
     """A pipeline on stripes: what it runs on, what it has counted, and the way back."""
 
-    def __init__(self, striped: StripedModel, *, owns_group: bool) -> None:
+    def __init__(self, striped: StripedModel, *, owns_group: bool, offloaded: Offloaded | None = None) -> None:
         self._striped = striped
         self._owns_group = owns_group
+        self._offloaded = offloaded
 
     @property
     def group(self) -> Group:
@@ -48,6 +51,11 @@ class Parallelized:
     def stale_buffer_bytes(self) -> int:
         """Of what this rank kept from one step to the next in the stale schedule, at most; see the README."""
         return self._striped.stale_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the transformer's weights that this rank holds on its device: its shards only, where they are sharded."""
+        return self._striped.weight_bytes
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -78,11 +86,23 @@ class Parallelized:
         self._striped.drain()
 
     def undo(self) -> None:
-        """Restores processors, hooks and where weights are. Weights that a CLEAR checkpoint replaced stay replaced."""
+        """Restores processors, hooks and where weights are. Weights that a CLEAR checkpoint replaced stay replaced.
+
+        Weights in shards are gathered: all ranks call this, and each must have the memory for all of them.
+        """
         self._striped.remove()
+        if self._offloaded is not None:
+            self._offloaded.remove()
         if self._owns_group:
             self.group.close()
             self._owns_group = False
+
+    def close(self) -> None:
+        """What the ranks share ends with the program; nothing is restored, the pipeline is of no use afterwards."""
+        for shards in self._striped.shards:
+            shards.close()
+        if self._owns_group:
+            self.group.close()
 
 
 def parallelize(
@@ -97,6 +117,9 @@ def parallelize(
     hoist_modulation: bool = False,
     compile: bool = False,
     float8: bool = False,
+    int8: bool = False,
+    shard_weights: bool = False,
+    offload: bool = False,
     group: Group | None = None,
 ) -> Parallelized:
     """Cuts the transformer of `pipe` in stripes, one per rank; all else stays diffusers'.
@@ -113,28 +136,45 @@ def parallelize(
         warmup_steps: of `stale`: the steps at the start of each generation that are synchronous all the same.
         hoist_modulation: keep AdaLN's weights in host memory: the same bits from less on the device (README).
         compile: fuse what lies between a block's matrix products; the first step waits for the compiler (README).
-        float8: quantise the blocks' linear layers for good, on GPUs that can (README); LoRA comes after.
+        float8, int8: quantise the blocks' linear layers for good, on GPUs that can or anywhere; LoRA comes after.
+        shard_weights: each rank holds a share of every block; the transformer may still be in host memory (README).
+        offload: text encoders and VAE stay in host memory and come to the device to be used.
         group: the ranks that share an image; by default all of torch.distributed's, without it this process alone.
 
     Raises:
         ValueError: an argument is wrong or differs between ranks, or the pipeline's transformer cannot be cut.
     """
-    transformer: Any = getattr(pipe, "transformer", None)
-    adaptor = adaptor_for(transformer)
+    adaptor = adaptor_for(getattr(pipe, "transformer", None))
     require_stock(pipe)
     radius = checked_radius(window, clear_weights)
     settings = checked_schedule(schedule, warmup_steps)
     settings |= {"text_attention": checked_text_attention(text_attention, radius), "hoist_modulation": hoist_modulation}
-    device = pipe._execution_device  # where it runs, also if its parts are offloaded to the CPU meanwhile
-    settings |= checked_kernels(compile, float8, device, transformer.dtype)
-    backend = choose_backend(attention_backend, device=device, dtype=transformer.dtype, head_dim=adaptor.head_dim)
-    group_or_own = group or Group.create(device)
+    device = group.device if group is not None else pipe._execution_device  # also where its parts are on the host
+    settings |= checked_compiler(compile, device)
+    settings |= checked_weights(float8, int8, shard_weights, device, pipe.transformer.dtype)
+    striped = _striped(adaptor, pipe.scheduler, group, device, attention_backend, clear_weights, radius, settings)
+    return Parallelized(striped, owns_group=group is None, offloaded=Offloaded(pipe, device) if offload else None)
+
+
+def _striped(
+    adaptor: Adaptor,
+    scheduler: Any,
+    group: Group | None,
+    device: torch.device,
+    attention_backend: str,
+    clear_weights: str | Path | None,
+    radius: int | None,
+    settings: dict[str, Any],
+) -> StripedModel:
+    transformer = adaptor.transformer
+    dtype: torch.dtype = transformer.dtype
+    backend = choose_backend(attention_backend, device=device, dtype=dtype, head_dim=adaptor.head_dim)
+    group = group or Group.create(device)
     replaced = load_clear_weights(transformer, clear_weights) if clear_weights is not None else []
-    chosen: dict[str, Any] = {"window": radius or "full", "attention_backend": backend.name, "dtype": transformer.dtype}
+    chosen: dict[str, Any] = {"window": radius or "full", "attention_backend": backend.name, "dtype": dtype}
     chosen["clear_weights"] = [checksum(transformer.get_parameter(name)) for name in replaced]
-    require_equal_settings(group_or_own, **chosen, **settings)
-    striped = StripedModel(adaptor, pipe.scheduler, group_or_own, radius=radius, backend=backend, **settings)
-    return Parallelized(striped, owns_group=group is None)
+    require_equal_settings(group, **chosen, **settings)
+    return StripedModel(adaptor, scheduler, group, radius=radius, backend=backend, **settings)
 
 
 def require_stock(pipe: Any) -> None:
@@ -200,12 +240,22 @@ def checked_schedule(schedule: Schedule, warmup_steps: int) -> dict[str, Any]:
     return {"schedule": schedule, "warmup_steps": index(warmup_steps)}
 
 
-def checked_kernels(compile: bool, float8: bool, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def checked_compiler(compile: bool, device: torch.device) -> dict[str, Any]:
     if compile and (missing := missing_compiler(device.type)):
         raise ValueError(f"compile needs {missing}, got none; nearest: compile=False")
+    return {"compile": compile}
+
+
+def checked_weights(
+    float8: bool, int8: bool, shard_weights: bool, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
     if float8 and (needed := why_not_float8(device, dtype)):
         raise ValueError(f"float8 needs {needed}; nearest: float8=False")
-    return {"compile": compile, "float8": float8}
+    if int8 and float8:
+        raise ValueError("float8 and int8 exclude each other, got both; nearest: float8=False")
+    if int8 and (missing := missing_quantiser()):
+        raise ValueError(f"int8 needs {missing}, got none; nearest: int8=False")
+    return {"float8": float8, "int8": int8, "shards_weights": shard_weights}
 
 
 def checked_text_attention(text_attention: TextAttention | None, radius: int | None) -> TextAttention:

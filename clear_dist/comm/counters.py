@@ -9,7 +9,14 @@ import torch
 
 from clear_dist.labels import labelled
 
-AMOUNTS = ("halo_bytes_sent", "halo_messages_sent", "text_bytes_reduced", "join_bytes", "other_bytes")
+AMOUNTS = (
+    "halo_bytes_sent",
+    "halo_messages_sent",
+    "text_bytes_reduced",
+    "join_bytes",
+    "other_bytes",
+    "weight_bytes_sent",
+)
 
 
 @dataclass

@@ -59,6 +59,13 @@ Compile = Annotated[
 Float8 = Annotated[
     bool, _flag("linear layers of the blocks in float8, for GPUs of Ada's generation and later", MODEL, "--float8")
 ]
+Int8 = Annotated[bool, _flag("their weights in 8 bits, anywhere; needs torchao", MODEL, "--int8")]
+ShardWeights = Annotated[
+    bool, _flag("each rank holds a share of every block; the next one's travel meanwhile", MODEL, "--shard-weights")
+]
+Offload = Annotated[
+    bool, _flag("text encoders and VAE in host memory while not in use; no effect on a CPU", MODEL, "--offload")
+]
 Window = Annotated[
     str | None, _flag("radius in tokens, or full (the CLEAR weights'; full without)", MODEL, takes=("RADIUS", "full"))
 ]

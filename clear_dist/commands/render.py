@@ -24,6 +24,7 @@ from clear_dist.compile_time import CompileTime
 from clear_dist.config import Refusal, Request
 from clear_dist.config.request import Picture
 from clear_dist.generation import from_image
+from clear_dist.offload import parts_on_host
 from clear_dist.parallelize import Parallelized, parallelize
 from clear_dist.pictures import preview_of, replacing
 from clear_dist.preflight.pictures import load
@@ -177,6 +178,7 @@ class Rendering:
         figures = report.RankFigures(
             peak_memory_bytes=report.peak_memory(self.device),
             peak_since_loading=self.peak_since_loading,
+            weight_bytes=self.handle.weight_bytes,
             stale_buffer_bytes=self.handle.stale_buffer_bytes,
             compile_seconds=self.compile_time.seconds,
             comm=self.handle.counters.as_dict(),
@@ -214,6 +216,7 @@ def render(request: Request, began: float) -> None:
         rendering = _prepare(request, began, phases)
         with rendering.compile_time.measuring(), unwinding():  # from here on files are written
             rendering.run()
+    rendering.handle.close()
     rendering.group.close()
 
 
@@ -231,6 +234,7 @@ def _prepare(request: Request, began: float, phases: Phases) -> Rendering:
             with_text_encoders=group.rank == 0,
             dtype=getattr(torch, request.dtype),
             device=device,
+            on_host=parts_on_host(request),
         )
         handle = _parallelize(pipe, request, group)
     seed = group.broadcast_object(secrets.randbits(SEED_BITS) if request.seed is None else request.seed)
@@ -273,6 +277,9 @@ def _parallelize(pipe: Any, request: Request, group: Group) -> Parallelized:
             hoist_modulation=request.hoist_modulation,
             compile=request.compile,
             float8=request.float8,
+            int8=request.int8,
+            shard_weights=request.shard_weights,
+            offload=request.offload,
             group=group,
         )
     except ValueError as error:

@@ -64,6 +64,9 @@ class Request:
     hoist_modulation: bool
     compile: bool
     float8: bool
+    int8: bool
+    shard_weights: bool
+    offload: bool
     dtype: str
     device: str
     world_size: int

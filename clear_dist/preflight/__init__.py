@@ -9,7 +9,7 @@ from clear_dist.comm.env import Place
 from clear_dist.config import PictureConfig, Refusal, Request, Window
 from clear_dist.config.rules import MOST_PIXELS, WARMUP_STEPS
 from clear_dist.geometry import cut_in_stripes
-from clear_dist.preflight import clear_weights, devices, model, notes, outputs, start
+from clear_dist.preflight import clear_weights, devices, fitting, model, notes, outputs, start
 from clear_dist.preflight.model import ModelFacts
 
 LONGEST_SIDE = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500}
@@ -17,7 +17,7 @@ LONGEST_SIDE = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500}
 AS_GIVEN = (
     "revision", "base_res", "seed", "text_attention", "schedule", "attention_backend", "output", "save_stages",
     "preview_every", "metadata", "latents_out", "report", "profile", "hoist_modulation", "compile",
-    "float8",
+    "float8", "int8", "shard_weights", "offload",
 )  # fmt: skip
 """Flags that need no choice."""
 
@@ -36,6 +36,7 @@ def check(config: PictureConfig, place: Place) -> tuple[Request, tuple[str, ...]
         raise Refusal(f"--compile needs {missing} on {device}, got none; nearest: without --compile")
     if config.float8 and not gpus:
         raise Refusal("--float8 needs a CUDA GPU of compute capability 8.9, got cpu; nearest: without --float8")
+    fitting.check(config)
     facts = model.find(config.model, has_cuda=bool(gpus))
     begin = start.find(config, facts, place)
     checkpoint = clear_weights.find(config.clear_weights, config.radius, facts)
@@ -136,6 +137,7 @@ def _check_size(request: Request) -> None:
     if height * width > MOST_PIXELS:
         nearest = f"{MOST_PIXELS // height // request.token_size * request.token_size} wide"
         raise Refusal(f"a picture has at most {MOST_PIXELS} pixels, got {width} x {height}; nearest: {nearest}")
+    fitting.check_stages(request)
     if request.base_res is not None and request.base_res > max(height, width):
         most = max(height, width)
         raise Refusal(f"--base-res must be at most the final {most} px, got {request.base_res}; nearest: {most}")
