@@ -4,7 +4,7 @@ While a block computes, the next one's weights are on their way; after it they a
 share, the block at hand, and the next one in flight.
 
 FSDP works on a shell around each block that is no part of the model: the block keeps its class, its names and its
-hooks, and nothing of FSDP is left on it when the shell goes.
+hooks, and when the shell goes nothing is left but hooks for `state_dict`, which find nothing to do.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group, telling_lost_peers
@@ -59,11 +60,13 @@ class ShardedWeights:
         for hook in self._hooks:
             hook.remove()
         for block, shell in zip(self._blocks, self._shells, strict=True):
+            shares = [(owner, name, weight) for owner, name, weight in weights_of(block) if isinstance(weight, DTensor)]
             shell.unshard()
-            whole = [(owner, name, weight.detach().clone()) for owner, name, weight in weights_of(block)]
+            whole = [getattr(owner, name).detach().clone() for owner, name, _ in shares]
             shell.reshard()
-            for owner, name, weight in whole:
+            for (owner, name, share), weight in zip(shares, whole, strict=True):
                 setattr(owner, name, nn.Parameter(weight, requires_grad=False))
+                share.to_local().untyped_storage().resize_(0)  # those hooks hold it
         self.close()
 
     def close(self) -> None:
