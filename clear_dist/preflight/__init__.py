@@ -137,7 +137,6 @@ def _check_size(request: Request) -> None:
     if height * width > MOST_PIXELS:
         nearest = f"{MOST_PIXELS // height // request.token_size * request.token_size} wide"
         raise Refusal(f"a picture has at most {MOST_PIXELS} pixels, got {width} x {height}; nearest: {nearest}")
-    fitting.check_stages(request)
     if request.base_res is not None and request.base_res > max(height, width):
         most = max(height, width)
         raise Refusal(f"--base-res must be at most the final {most} px, got {request.base_res}; nearest: {most}")
@@ -146,4 +145,6 @@ def _check_size(request: Request) -> None:
         raise Refusal(
             f"a {request.output.suffix} picture is at most {longest} pixels wide and high, got {side}; nearest: .png"
         )
-    outputs.check(request)
+    if request.base_res or request.native_size:  # else a hub model, whose stages are known once it is located
+        fitting.check_stages(request)
+        outputs.check(request)

@@ -14,7 +14,7 @@ def check(config: PictureConfig) -> None:
 
 def check_stages(request: Request) -> None:
     """Raises a Refusal where weights are in shards and a stage has no row of tokens for some of the ranks."""
-    if not request.shard_weights or request.native_size is None:
+    if not request.shard_weights:
         return
     smallest = min(request.stages, key=lambda stage: stage.height)
     rows = smallest.height // request.token_size
