@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group, telling_lost_peers
-from clear_dist.comm.process_groups import new_process_group
+from clear_dist.comm.process_groups import forget_addresses, new_process_group
 from clear_dist.labels import labelled
 
 ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -42,6 +42,7 @@ class ShardedWeights:
             whole: parameters that are left as they are and where they are.
         """
         assert group.size > 1, "one rank has nobody to share with"
+        self._group = group
         backend = "nccl" if group.transport == "nccl" else "gloo"
         self._process_group = new_process_group([group.ranks], backend, group.timeout)
         mesh = DeviceMesh.from_group(self._process_group, group.device.type)
@@ -71,6 +72,11 @@ class ShardedWeights:
 
     def close(self) -> None:
         """What the ranks share ends; the weights stay in shards, of no use to anybody."""
+        if self._group.size < dist.get_world_size():
+            self._group.barrier()
+            if self._group.rank == 0:
+                forget_addresses(self._process_group)
+            self._group.barrier()
         dist.destroy_process_group(self._process_group)
 
     def _hooked(self, block: nn.Module, index: int) -> tuple[Any, Any]:

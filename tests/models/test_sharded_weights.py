@@ -238,6 +238,26 @@ def test_a_stage_that_leaves_ranks_idle_is_refused_on_all() -> None:
     run_ranks(idle_ranks, 5)
 
 
+def on_some_ranks(group: Group) -> list[Tensor]:
+    """Twice: the second group of the same ranks must not call at the addresses of the first."""
+    part = group.split(2)
+    latents = []
+    for _ in range(2):
+        pipe = make_tiny_pipeline()
+        handle = parallelize(pipe, group=part, shard_weights=True, **EXACT)
+        latents.append(run(pipe))
+        handle.undo()
+    part.close()
+    return latents
+
+
+def test_on_a_part_of_the_ranks() -> None:
+    """Two of them in shards, the third alone."""
+    for latents in run_ranks(on_some_ranks, 3):
+        for each in latents:
+            assert relative_error(each, oracle_latents(4, None)) < 1e-4
+
+
 def lost(group: Group) -> None:
     pipe = make_tiny_pipeline()
     parallelize(pipe, group=group, shard_weights=True, **EXACT)
