@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from clear_dist import preflight
+from clear_dist.comm.counters import Counters
 from clear_dist.comm.env import Place
 from clear_dist.config import GenerateConfig, Refusal
 from clear_dist.loading import load_pipeline
+from clear_dist.models import fitting
+from clear_dist.models.flux import FluxAdaptor
 from clear_dist.offload import parts_on_host
 from clear_dist.preflight import devices
-from tests.tiny import make_tiny_flux
+from tests.tiny import make_tiny_flux, make_tiny_pipeline
 
 SCRIPT = str(Path(__file__).parents[1] / "clear-dist")
 QUICK = ("--res", "64", "--steps", "2", "--seed", "5", "--device", "cpu", "--max_sequence_length", "16")
@@ -101,3 +105,28 @@ def test_from_the_command_to_the_report(model: Path, tmp_path: Path) -> None:
     assert all(sharded["settings"][name] for name in ("shard_weights", "offload"))
     assert all(sent > 0 for rank in sharded["comm"] for sent in rank["weight_bytes_sent"])
     assert whole["comm"][0]["weight_bytes_sent"] == [0, 0]
+
+
+def test_blocks_are_quantised_and_sharded_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what comes from host memory is whole on no device, and 8-bit copies of it on no host."""
+    events: list[tuple[str, int]] = []
+    adaptor = FluxAdaptor(make_tiny_pipeline(double_blocks=2, single_blocks=2).transformer)
+    number = {block: index for index, block in enumerate(adaptor.blocks)}
+
+    def note(event: str, done: Any) -> None:
+        owner = next(index for block, index in number.items() if done in set(block.modules()))
+        events.append((event, owner))
+
+    def quantise(transformer: Any, names: list[str]) -> None:
+        note("quantised", transformer.get_submodule(names[0]))
+        assert len(names) == (12 if len(events) <= 4 else 5)
+
+    def shard(blocks: Any, *_: Any, **__: Any) -> None:
+        for block in blocks:
+            note("sharded", block)
+
+    monkeypatch.setattr(fitting, "to_int8", quantise)
+    monkeypatch.setattr(fitting, "ShardedWeights", shard)
+    group: Any = SimpleNamespace(size=2, device=torch.device("cpu"))
+    fitting.fit(adaptor, group, Counters(), float8=False, int8=True, shards_weights=True, elsewhere=set())
+    assert events == [(event, index) for index in range(4) for event in ("quantised", "sharded")]

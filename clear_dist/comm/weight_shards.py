@@ -7,7 +7,7 @@ FSDP works on a shell around each block that is no part of the model: the block 
 hooks, and when the shell goes nothing is left but hooks for `state_dict`, which find nothing to do.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import Any
@@ -32,12 +32,12 @@ class ShardedWeights:
     """A model's blocks in shards until `remove`; all ranks of the group call the same, in the same order."""
 
     def __init__(
-        self, blocks: Sequence[nn.Module], group: Group, counters: Counters, *, whole: AbstractSet[nn.Parameter]
+        self, blocks: Iterable[nn.Module], group: Group, counters: Counters, *, whole: AbstractSet[Any]
     ) -> None:
-        """Block by block, so that weights that come from host memory are never on the group's device all at once.
-
+        """
         Args:
-            blocks: in the order in which the model calls them, equal on all ranks. They take no gradients any more.
+            blocks: in the order in which the model calls them, equal on all ranks; each is sharded before the next one
+                is asked for. They take no gradients any more.
             counters: where what is gathered counts, as `weight_bytes_sent`.
             whole: parameters that are left as they are and where they are.
         """
@@ -47,14 +47,15 @@ class ShardedWeights:
         self._process_group = new_process_group([group.ranks], backend, group.timeout)
         mesh = DeviceMesh.from_group(self._process_group, group.device.type)
         gather = WeightGather(group, self._process_group, counters)
-        self._blocks = list(blocks)
+        self._blocks: list[nn.Module] = []
         self._shells: list[Any] = []
         for block in blocks:
             block.requires_grad_(False)  # else FSDP wants all weights of a block in one dtype
             shell: Any = fully_shard(Shell(block), mesh=mesh, reshard_after_forward=True, ignored_params=set(whole))
             shell.set_custom_all_gather(gather)
+            self._blocks.append(block)
             self._shells.append(shell)
-        self._hooks = [hook for index, block in enumerate(blocks) for hook in self._hooked(block, index)]
+        self._hooks = [hook for index, block in enumerate(self._blocks) for hook in self._hooked(block, index)]
 
     def remove(self) -> None:
         """All weights are whole again on each rank, which must have the memory for it."""

@@ -4,42 +4,71 @@ from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.comm.weight_shards import ShardedWeights
 from clear_dist.models.adaptor import Adaptor
-from clear_dist.models.float8 import to_float8
+from clear_dist.models.float8 import plain_layers, to_float8
 from clear_dist.models.int8 import to_int8
 
 
-def quantise(adaptor: Adaptor, *, float8: bool, int8: bool) -> None:
-    """The linear layers of the blocks, for good; raises ValueError where one is not plain, and changes nothing then."""
-    if float8:
-        to_float8(adaptor.transformer, adaptor.products)
-    if int8:
-        to_int8(adaptor.transformer, adaptor.products)
-
-
-def shard_weights(
-    adaptor: Adaptor, group: Group, counters: Counters, *, whole: AbstractSet[nn.Parameter]
+def fit(
+    adaptor: Adaptor,
+    group: Group,
+    counters: Counters,
+    *,
+    float8: bool,
+    int8: bool,
+    shards_weights: bool,
+    elsewhere: AbstractSet[Tensor],
 ) -> tuple[ShardedWeights, ...]:
-    """Puts a transformer on the group's device, its blocks in shards; on one rank there are none, and nothing changes.
+    """Quantises the linear layers of the blocks, for good, and puts blocks in shards, for a while: none on one rank.
 
-    The transformer may be in host memory, so that no GPU has to hold it whole; blocks come one after the other. All
-    that changes weights (CLEAR's, 8 bits, a LoRA that is to be fused) comes before.
+    What is sharded may be in host memory. It comes to the group's device block by block, where it is quantised, so that
+    neither has to hold all of it. All else that changes weights (CLEAR's, a LoRA that is to be fused) comes before.
 
     Args:
-        whole: parameters that stay as and where they are.
+        elsewhere: weights that stay as and where they are.
+
+    Raises:
+        ValueError: a layer that is to be quantised is not plain; nothing has been changed then.
     """
-    if group.size == 1:
-        return ()
-    in_blocks = {tensor for block in adaptor.blocks for tensor in tensors_of(block)}
-    for tensor in tensors_of(adaptor.transformer):
-        if tensor not in in_blocks and tensor not in whole:
-            tensor.data = tensor.data.to(group.device)
-    return (ShardedWeights(adaptor.blocks, group, counters, whole=whole),)
+    transformer, shards = adaptor.transformer, shards_weights and group.size > 1
+    if float8 or int8:
+        plain_layers(transformer, adaptor.products, "float8" if float8 else "int8")
+    if shards:
+        of_blocks = {tensor for block in adaptor.blocks for tensor in tensors_of(block)}
+        bring(transformer, group.device, but=of_blocks | elsewhere)
+
+    def fitted() -> Iterator[nn.Module]:
+        for block in adaptor.blocks:
+            if shards:
+                bring(block, group.device, but=elsewhere)
+            if float8 or int8:
+                (to_float8 if float8 else to_int8)(transformer, names_within(block, adaptor))
+            yield block
+
+    if shards:
+        return (ShardedWeights(fitted(), group, counters, whole=elsewhere),)
+    for _ in fitted():
+        pass
+    return ()
+
+
+def names_within(block: nn.Module, adaptor: Adaptor) -> list[str]:
+    """Of the products of one block."""
+    modules = set(block.modules())
+    return [name for name in adaptor.products if adaptor.transformer.get_submodule(name) in modules]
+
+
+def bring(module: nn.Module, device: torch.device, *, but: AbstractSet[Tensor]) -> None:
+    """Moves parameters and buffers, but for some."""
+    for tensor in tensors_of(module):
+        if tensor not in but:
+            tensor.data = tensor.data.to(device)
 
 
 def weight_bytes(transformer: nn.Module, *, but: AbstractSet[Tensor]) -> int:

@@ -18,7 +18,7 @@ from clear_dist.models.adaptor import Adaptor, Removable
 from clear_dist.models.agreement import SameCall, require_equal_on_all_ranks
 from clear_dist.models.cut import Cut, cut_image, plan_image
 from clear_dist.models.extrapolation import Extrapolation
-from clear_dist.models.fitting import quantise, shard_weights, weight_bytes
+from clear_dist.models.fitting import fit, weight_bytes
 from clear_dist.models.modulation import HoistedModulation
 from clear_dist.models.parts import Parts
 from clear_dist.models.room import received_bytes, require_room, sending_bytes
@@ -64,11 +64,11 @@ class StripedModel:
         self._given = group, scheduler
         self._extrapolated = ExitStack()
         transformer = adaptor.transformer
-        quantise(adaptor, float8=float8, int8=int8)
+        self._elsewhere = self._modulation.weights if self._modulation is not None else set()
+        settings = {"float8": float8, "int8": int8, "shards_weights": shards_weights}
+        self.shards = fit(adaptor, group, self.counters, **settings, elsewhere=self._elsewhere)
         self._stock_processors = dict(transformer.attn_processors)
         transformer.set_attn_processor(adaptor.processors(self))
-        self._elsewhere = self._modulation.weights if self._modulation is not None else set()
-        self.shards = shard_weights(adaptor, group, self.counters, whole=self._elsewhere) if shards_weights else ()
         self._hooks: list[Removable] = [
             *self.shards,
             *adaptor.striped_blocks(),
