@@ -87,6 +87,11 @@ class Cascade:
         """
         group, rows, unit = self._striped.group, stage.height // token_size(self._pipe), self._striped.unit
         ranks = min(group.size, rows // unit)
+        if self._striped.shards and ranks < group.size:  # idle ones would not give others their share
+            raise ValueError(
+                f"sharded weights need all ranks in every stage, and {stage.width} x {stage.height} pixels are {rows} "
+                f"rows of tokens, got {group.size} ranks; nearest: {rows // unit}"
+            )
         stripes = cut_in_stripes(rows, ranks, unit=unit)
         seed = (self._seed + self._stages_drawn * SEED_STRIDE) % 2**63
         self._stages_drawn += 1

@@ -1,7 +1,7 @@
 """A FluxPipeline from a folder, quietly, with nothing missing from its weights."""
 
 import gc
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from clear_dist.components import CUTTABLE, TEXT, load_part, quietly, unloadable
 from clear_dist.config import shortened
 from clear_dist.progress import Phases
 
+HOST = torch.device("cpu")
 NO_TEXT = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
 
 
@@ -21,12 +22,14 @@ def load_pipeline(
     with_text_encoders: bool,
     dtype: torch.dtype,
     device: torch.device,
+    on_host: Collection[str] = (),
     phases: Phases | None = None,
 ) -> FluxPipeline:
     """The pipeline of a folder in diffusers' layout, on `device`, its progress bars off.
 
     Args:
         with_text_encoders: without them the pipeline takes embeddings only.
+        on_host: names of parts that stay in host memory.
         phases: where the parts are timed, and shown.
 
     Raises:
@@ -34,12 +37,14 @@ def load_pipeline(
     """
     names = (*TEXT, *CUTTABLE) if with_text_encoders else CUTTABLE
     without = {} if with_text_encoders else NO_TEXT
-    return _assemble(folder, names, without, dtype, device, phases or Phases())
+    return _assemble(
+        folder, names, without, dtype, lambda name: HOST if name in on_host else device, phases or Phases()
+    )
 
 
 def load_text_pipeline(folder: Path, *, dtype: torch.dtype, device: torch.device, phases: Phases) -> FluxPipeline:
     """As `load_pipeline`, with all that encodes prompts and nothing else."""
-    return _assemble(folder, TEXT, dict.fromkeys(CUTTABLE), dtype, device, phases)
+    return _assemble(folder, dict.fromkeys(TEXT, device), dict.fromkeys(CUTTABLE), dtype, phases)
 
 
 def free(device: torch.device) -> None:
@@ -68,17 +73,16 @@ def cut_off(pipe: Any, prompt: str, max_sequence_length: int) -> list[str]:
 
 def _assemble(
     folder: Path,
-    names: Iterable[str],
+    places: Mapping[str, torch.device],
     without: Mapping[str, None],
     dtype: torch.dtype,
-    device: torch.device,
     phases: Phases,
 ) -> FluxPipeline:
     with quietly():
-        parts = {name: load_part(folder, name, dtype, device, phases) for name in names}
+        parts = {name: load_part(folder, name, dtype, place, phases) for name, place in places.items()}
         try:
             pipe: Any = FluxPipeline.from_pretrained(folder, **without, **parts, dtype=dtype, local_files_only=True)
         except Exception as error:  # what the tokenizers' library raises is of no other class
             raise unloadable(folder, "the tokenizers and the scheduler of a FluxPipeline", error) from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return pipe

@@ -18,17 +18,26 @@ from clear_dist.models.adaptor import Adaptor
 from clear_dist.models.float8 import why_not as why_not_float8
 from clear_dist.models.striped import StripedModel
 from clear_dist.models.weights import ReplacedWeights, load_clear_weights, radius_of
-from clear_dist.preflight.devices import missing_compiler
+from clear_dist.offload import Offloaded
+from clear_dist.preflight.devices import missing_compiler, missing_quantiser
 
 
 class Parallelized:
     """A pipeline on stripes: what it runs on, what it has counted, and the way back."""
 
-    def __init__(self, striped: StripedModel, *, owns_group: bool, replaced: ReplacedWeights | None = None) -> None:
+    def __init__(
+        self,
+        striped: StripedModel,
+        *,
+        owns_group: bool,
+        replaced: ReplacedWeights | None = None,
+        offloaded: Offloaded | None = None,
+    ) -> None:
         self._striped = striped
         self._owns_group = owns_group
         self.replaced = replaced
         """What a CLEAR checkpoint has replaced."""
+        self._offloaded = offloaded
 
     @property
     def group(self) -> Group:
@@ -51,6 +60,11 @@ class Parallelized:
     def stale_buffer_bytes(self) -> int:
         """Of what this rank kept from one step to the next in the stale schedule, at most; see the README."""
         return self._striped.stale_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the transformer's weights that this rank holds on its device: its shards only, where they are sharded."""
+        return self._striped.weight_bytes
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -83,12 +97,22 @@ class Parallelized:
     def undo(self) -> None:
         """Restores processors, hooks and where weights are.
 
-        Weights that a CLEAR checkpoint replaced stay replaced; down-sampled keys that came with it go.
+        Weights that a CLEAR checkpoint replaced stay replaced; down-sampled keys that came with it go. Weights in
+        shards are gathered: all ranks call this, and each must have the memory for all of them.
         """
         self._striped.remove()
+        if self._offloaded is not None:
+            self._offloaded.remove()
         if self._owns_group:
             self.group.close()
             self._owns_group = False
+
+    def close(self) -> None:
+        """What the ranks share ends with the program; nothing is restored, the pipeline is of no use afterwards."""
+        for shards in self._striped.shards:
+            shards.close()
+        if self._owns_group:
+            self.group.close()
 
 
 def parallelize(
@@ -104,6 +128,9 @@ def parallelize(
     hoist_modulation: bool = False,
     compile: bool = False,
     float8: bool = False,
+    int8: bool = False,
+    shard_weights: bool = False,
+    offload: bool = False,
     group: Group | None = None,
 ) -> Parallelized:
     """Cuts the transformer of `pipe` in stripes, one per rank; all else stays diffusers'.
@@ -121,7 +148,9 @@ def parallelize(
         warmup_steps: of `stale`: the steps at the start of each generation that are synchronous all the same.
         hoist_modulation: keep AdaLN's weights in host memory: the same bits from less on the device (README).
         compile: fuse what lies between a block's matrix products; the first step waits for the compiler (README).
-        float8: quantise the blocks' linear layers for good, on GPUs that can (README); LoRA comes after.
+        float8, int8: quantise the blocks' linear layers for good, on GPUs that can or anywhere; LoRA comes after.
+        shard_weights: each rank holds a share of every block; the transformer may still be in host memory (README).
+        offload: text encoders and VAE stay in host memory and come to the device to be used.
         group: the ranks that share an image; by default all of torch.distributed's, without it this process alone.
 
     Raises:
@@ -131,8 +160,9 @@ def parallelize(
     transformer = adaptor.transformer
     radius = checked_radius(window, clear_weights)
     settings = checked_schedule(schedule, warmup_steps) | checked_text(text_attention, text_tokens, radius, schedule)
-    device = pipe._execution_device  # where it runs, also if its parts are offloaded to the CPU meanwhile
-    settings |= checked_kernels(compile, float8, device, transformer.dtype) | {"hoist_modulation": hoist_modulation}
+    device = group.device if group is not None else pipe._execution_device  # also where its parts are on the host
+    settings |= checked_compiler(compile, device) | {"hoist_modulation": hoist_modulation}
+    settings |= checked_weights(float8, int8, shard_weights, device, transformer.dtype)
     backend = choose_backend(attention_backend, device=device, dtype=transformer.dtype, head_dim=adaptor.head_dim)
     group_or_own = group or Group.create(device)
     replaced = None if clear_weights is None else load_clear_weights(transformer, clear_weights, device)
@@ -141,7 +171,8 @@ def parallelize(
     require_equal_settings(group_or_own, **chosen, **settings)
     settings |= {"backend": backend, "pooling": replaced and replaced.pooling}
     striped = StripedModel(adaptor, pipe.scheduler, group_or_own, radius=radius, **settings)
-    return Parallelized(striped, owns_group=group is None, replaced=replaced)
+    offloaded = Offloaded(pipe, device) if offload else None
+    return Parallelized(striped, owns_group=group is None, replaced=replaced, offloaded=offloaded)
 
 
 def stock_adaptor(pipe: Any) -> Adaptor:
@@ -211,12 +242,22 @@ def checked_schedule(schedule: Schedule, warmup_steps: int) -> dict[str, Any]:
     return {"schedule": schedule, "warmup_steps": index(warmup_steps)}
 
 
-def checked_kernels(compile: bool, float8: bool, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def checked_compiler(compile: bool, device: torch.device) -> dict[str, Any]:
     if compile and (missing := missing_compiler(device.type)):
         raise ValueError(f"compile needs {missing}, got none; nearest: compile=False")
+    return {"compile": compile}
+
+
+def checked_weights(
+    float8: bool, int8: bool, shard_weights: bool, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
     if float8 and (needed := why_not_float8(device, dtype)):
         raise ValueError(f"float8 needs {needed}; nearest: float8=False")
-    return {"compile": compile, "float8": float8}
+    if int8 and float8:
+        raise ValueError("float8 and int8 exclude each other, got both; nearest: float8=False")
+    if int8 and (missing := missing_quantiser()):
+        raise ValueError(f"int8 needs {missing}, got none; nearest: int8=False")
+    return {"float8": float8, "int8": int8, "shards_weights": shard_weights}
 
 
 def checked_text(

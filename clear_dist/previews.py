@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clear_dist.cascade import to_bytes
 from clear_dist.comm.ends import describe, say
+from clear_dist.offload import brought
 from clear_dist.pictures import replacing
 from clear_dist.stages import Stage
 
@@ -48,7 +49,8 @@ class Previews:
         size = [max(LEAST_SIDE, round(side * shrink)) for side in latents_BCHW.shape[2:]]
         small = F.interpolate(latents_BCHW.float(), size, mode="area")
         scaled = small / vae.config.scaling_factor + vae.config.shift_factor
-        pixels_HBWC = to_bytes(vae.decode(scaled.to(vae.dtype)).sample)
+        with brought(vae):
+            pixels_HBWC = to_bytes(vae.decode(scaled.to(vae.dtype)).sample)
         try:
             with replacing(self._file) as partial:
                 fromarray(pixels_HBWC[:, 0].cpu().numpy()).save(partial)

@@ -28,6 +28,8 @@ class RankFigures:
     peak_memory_bytes: int
     peak_since_loading: bool
     """False where the system cannot reset the high-water mark: then loading is in it too."""
+    weight_bytes: int
+    """Of the transformer, on the rank's device."""
     stale_buffer_bytes: int
     """Kept from one step to the next in the stale schedule, at most."""
     compile_seconds: float
@@ -93,6 +95,7 @@ def build(
         "stages": listed,
         "peak_memory_bytes": [rank.peak_memory_bytes for rank in ranks],
         "peak_memory_includes_loading": not all(rank.peak_since_loading for rank in ranks),
+        "weight_bytes": [rank.weight_bytes for rank in ranks],
         "stale_buffer_bytes": [rank.stale_buffer_bytes for rank in ranks],
         "loading": {
             "parts": [_part(part) for part in parts],

@@ -12,6 +12,7 @@ SECONDS = {"load": 1.0, "text": 0.1, "encode": 0.0, "denoise": 0.0, "decode": 0.
 FIGURES = report.RankFigures(
     peak_memory_bytes=5,
     peak_since_loading=True,
+    weight_bytes=9,
     stale_buffer_bytes=7,
     compile_seconds=0.5,
     comm={"halo_bytes_sent": [1, 2]},
@@ -50,6 +51,7 @@ def test_schema_1_as_json(tmp_path: Path) -> None:
     assert got["seconds"]["denoise"] == 7.0
     assert (got["seconds"]["launch"], got["seconds"]["total"]) == (1.0, 9.0)
     assert got["peak_memory_bytes"] == [5, 5]
+    assert got["weight_bytes"] == [9, 9]
     assert got["stale_buffer_bytes"] == [7, 7]
     assert got["compile_seconds"] == [0.5, 0.5]
     assert got["loading"] == {
@@ -62,9 +64,7 @@ def test_schema_1_as_json(tmp_path: Path) -> None:
 
 
 def test_memory_that_includes_loading_is_said() -> None:
-    loading_too = report.RankFigures(
-        peak_memory_bytes=5, peak_since_loading=False, stale_buffer_bytes=0, compile_seconds=0, comm={}
-    )
+    loading_too = replace(FIGURES, peak_since_loading=False)
     assert build()["peak_memory_includes_loading"] is False
     assert build(ranks=[FIGURES, loading_too])["peak_memory_includes_loading"] is True
 

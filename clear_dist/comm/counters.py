@@ -11,7 +11,7 @@ from clear_dist.labels import labelled
 
 AMOUNTS = (
     "halo_bytes_sent", "halo_messages_sent", "pooled_bytes_sent", "pooled_messages_sent", "text_bytes_gathered",
-    "text_bytes_reduced", "join_bytes", "other_bytes",
+    "text_bytes_reduced", "join_bytes", "other_bytes", "weight_bytes_sent",
 )  # fmt: skip
 
 

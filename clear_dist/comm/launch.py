@@ -1,6 +1,7 @@
 """Starts ranks and turns their end, whatever it is, into one line and an exit status."""
 
 import ctypes
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -29,6 +30,8 @@ QUIET = {
     "TORCH_CPP_LOG_LEVEL": "FATAL",
 }
 """Unless the user sets them: libraries would report every lost connection from every rank."""
+LOUD = ("torchao", "torch.utils._pytree")
+"""Loggers that tell every user, where torchao is installed, which of its kernels this torch does not load."""
 MEETING_SECONDS, FAREWELL_SECONDS = 5.0, 5.0
 _PR_SET_PDEATHSIG = 1
 
@@ -47,6 +50,8 @@ def run(work: Work, *, nproc: int, on_cuda: bool = False, traceback: bool = Fals
     """
     for name, level in QUIET.items():
         os.environ.setdefault(name, level)
+    for logger in LOUD:
+        logging.getLogger(logger).setLevel(logging.ERROR)
     with at_once():
         if env.read().launcher is not None:
             return _leave(ends.run_rank(work, traceback=traceback))

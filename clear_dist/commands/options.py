@@ -65,6 +65,13 @@ Float8 = Annotated[
 KeepTextEncoder = Annotated[
     bool, _flag("encode each prompt when its turn comes, not all before the rest loads", MODEL, "--keep-text-encoder")
 ]
+Int8 = Annotated[bool, _flag("their weights in 8 bits, anywhere; needs torchao", MODEL, "--int8")]
+ShardWeights = Annotated[
+    bool, _flag("each rank holds a share of every block; the next one's travel meanwhile", MODEL, "--shard-weights")
+]
+Offload = Annotated[
+    bool, _flag("text encoders and VAE in host memory while not in use; no effect on a CPU", MODEL, "--offload")
+]
 Window = Annotated[
     str | None, _flag("radius in tokens, or full (the CLEAR weights'; full without)", MODEL, takes=("RADIUS", "full"))
 ]

@@ -18,6 +18,7 @@ from clear_dist.comm.in_touch import in_touch
 from clear_dist.commands.encoding import encode_ahead
 from clear_dist.compile_time import CompileTime
 from clear_dist.config import Refusal, Request
+from clear_dist.offload import parts_on_host
 from clear_dist.parallelize import Parallelized, parallelize
 from clear_dist.pictures import preview_of
 from clear_dist.previews import Previews
@@ -114,6 +115,7 @@ def _load(
             with_text_encoders=first and keep,
             dtype=getattr(torch, request.dtype),
             device=device,
+            on_host=parts_on_host(request),
             phases=phases,
         )
     return encoded, pipe
@@ -140,6 +142,9 @@ def _parallelize(pipe: Any, request: Request, group: Group) -> Parallelized:
             hoist_modulation=request.hoist_modulation,
             compile=request.compile,
             float8=request.float8,
+            int8=request.int8,
+            shard_weights=request.shard_weights,
+            offload=request.offload,
             group=group,
         )
     except ValueError as error:

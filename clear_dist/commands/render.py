@@ -149,6 +149,7 @@ class Rendering(Prepared):
         figures = report.RankFigures(
             peak_memory_bytes=report.peak_memory(self.device),
             peak_since_loading=self.peak_since_loading,
+            weight_bytes=self.handle.weight_bytes,
             stale_buffer_bytes=self.handle.stale_buffer_bytes,
             compile_seconds=self.compile_time.seconds,
             comm=self.handle.counters.as_dict(),
@@ -190,4 +191,5 @@ def render(request: Request, began: float) -> None:
         rendering = Rendering(**vars(prepare(request, began, phases)))
         with rendering.compile_time.measuring(), unwinding():  # from here on files are written
             rendering.run()
+    rendering.handle.close()
     rendering.group.close()

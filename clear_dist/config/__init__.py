@@ -68,6 +68,11 @@ class PictureConfig:
     compile: bool = False
     float8: bool = False
     keep_text_encoder: bool = False
+    int8: bool = False
+    shard_weights: bool = False
+    """Each rank holds a share of every block."""
+    offload: bool = False
+    """Keep text encoders and VAE in host memory while they are not in use."""
     dtype: str = "auto"
     device: str = "auto"
     nproc: int | None = None
@@ -94,6 +99,8 @@ class PictureConfig:
         if self.res is not None and (self.height is not None or self.width is not None):
             given = "--height" if self.height is not None else "--width"
             raise Refusal(f"--res is both height and width, got {given} too; leave one out")
+        if self.float8 and self.int8:
+            raise Refusal("either --float8 or --int8 can be given, got both; leave one out")
 
     @property
     def radius(self) -> Window | None:

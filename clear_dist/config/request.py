@@ -69,6 +69,9 @@ class Request:
     float8: bool
     keep_text_encoder: bool
     """Else prompts are encoded before anything else is loaded."""
+    int8: bool
+    shard_weights: bool
+    offload: bool
     dtype: str
     device: str
     world_size: int

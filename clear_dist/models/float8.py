@@ -56,15 +56,22 @@ def to_float8(transformer: Any, names: list[str]) -> None:
     """Quantises the layers of these names, in their places; what they were is not kept.
 
     Raises:
-        ValueError: one of them is not `nn.Linear` itself (but has a LoRA, mostly); nothing has been changed then.
+        ValueError: see `plain_layers`; nothing has been changed then.
     """
+    for name, layer in plain_layers(transformer, names, "float8").items():
+        transformer.set_submodule(name, Float8Linear(layer))
+
+
+def plain_layers(transformer: Any, names: list[str], setting: str) -> dict[str, nn.Linear]:
+    """The layers of these names; raises ValueError where one is not `nn.Linear` itself (but has a LoRA, mostly)."""
     layers = {name: transformer.get_submodule(name) for name in names}
     for name, layer in layers.items():
         if type(layer) is not nn.Linear:
             got = type(layer).__name__
-            raise ValueError(f"float8 needs plain linear layers, got a {got} for {name}; load LoRA after parallelize")
-    for name, layer in layers.items():
-        transformer.set_submodule(name, Float8Linear(layer))
+            raise ValueError(
+                f"{setting} needs plain linear layers, got a {got} for {name}; load LoRA after parallelize"
+            )
+    return layers
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -109,16 +109,18 @@ class FluxAdaptor:
         """Names of the linear layers that all tokens go through in blocks."""
         return [name for name, _ in self.transformer.named_modules() if PRODUCTS.fullmatch(name)]
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """In the order in which they are called."""
+        return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
+
     def processors(self, striped: StripedModel) -> dict[str, FluxStripeAttnProcessor]:
         names = self.transformer.attn_processors
         return {name: FluxStripeAttnProcessor(striped, layer) for layer, name in enumerate(names)}
 
     def striped_blocks(self) -> list[StripedBlock]:
         """All blocks, their class changed until `remove`."""
-        return [
-            StripedBlock.of(block)
-            for block in (*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks)
-        ]
+        return [StripedBlock.of(block) for block in self.blocks]
 
     @property
     def embedder(self) -> nn.Module:

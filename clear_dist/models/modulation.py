@@ -65,6 +65,11 @@ class HoistedModulation:
         self._scheduler: Any = None
         self._hook = model.embedder.register_forward_hook(self._after_embedding)
 
+    @property
+    def weights(self) -> set[nn.Parameter]:
+        """What is in host memory."""
+        return {held for place in self._places for held in place.hoisted.parameters()}
+
     def begin(self, turn: int, scheduler: Any, *, generation: bool) -> None:
         """A forward begins.
 

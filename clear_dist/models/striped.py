@@ -20,7 +20,7 @@ from clear_dist.models.agreement import SameCall, require_equal_on_all_ranks
 from clear_dist.models.cut import Cut, cut_image, plan_image
 from clear_dist.models.exchanges import Exchange
 from clear_dist.models.extrapolation import Extrapolation
-from clear_dist.models.float8 import to_float8
+from clear_dist.models.fitting import fit, weight_bytes
 from clear_dist.models.modulation import HoistedModulation
 from clear_dist.models.parts import Parts
 from clear_dist.models.pooled_keys import Pooling
@@ -46,6 +46,8 @@ class StripedModel:
         hoist_modulation: bool,
         compile: bool,
         float8: bool,
+        int8: bool,
+        shards_weights: bool,
         pooling: Pooling | None = None,
     ) -> None:
         self.adaptor = adaptor
@@ -73,11 +75,13 @@ class StripedModel:
         self._given = group, scheduler
         self._extrapolated = ExitStack()
         transformer = adaptor.transformer
-        if float8:
-            to_float8(transformer, adaptor.products)
+        self._elsewhere = self._modulation.weights if self._modulation is not None else set()
+        settings = {"float8": float8, "int8": int8, "shards_weights": shards_weights}
+        self.shards = fit(adaptor, group, self.counters, **settings, elsewhere=self._elsewhere)
         self._stock_processors = dict(transformer.attn_processors)
         transformer.set_attn_processor(adaptor.processors(self))
         self._hooks: list[Removable] = [
+            *self.shards,
             *adaptor.striped_blocks(),
             transformer.register_forward_pre_hook(self._before, with_kwargs=True),
             transformer.register_forward_hook(self._after),
@@ -143,6 +147,11 @@ class StripedModel:
     def stale_bytes(self) -> int:
         """Of the buffers that the stale schedule keeps from step to step: the most there have been."""
         return max(self._most_stale_bytes, self.cut.exchanges.stale_bytes if self.cut is not None else 0)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the transformer's weights on this rank's device."""
+        return weight_bytes(self.adaptor.transformer, but=self._elsewhere)
 
     @contextmanager
     def running(

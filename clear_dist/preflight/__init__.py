@@ -9,7 +9,7 @@ from clear_dist.comm.env import Place
 from clear_dist.config import PictureConfig, Refusal, Request, Window
 from clear_dist.config.rules import MOST_PIXELS, WARMUP_STEPS
 from clear_dist.geometry import cut_in_stripes, require_units
-from clear_dist.preflight import clear_weights, devices, fit, model, notes, outputs, start
+from clear_dist.preflight import clear_weights, devices, fit, fitting, model, notes, outputs, start
 from clear_dist.preflight.model import ModelFacts
 
 LONGEST_SIDE = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500}
@@ -17,7 +17,7 @@ LONGEST_SIDE = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500}
 AS_GIVEN = (
     "revision", "base_res", "seed", "text_attention", "schedule", "attention_backend", "output", "save_stages",
     "preview_every", "metadata", "latents_out", "report", "profile", "hoist_modulation", "compile",
-    "float8", "text_tokens", "keep_text_encoder",
+    "float8", "text_tokens", "keep_text_encoder", "int8", "shard_weights", "offload",
 )  # fmt: skip
 """Flags that need no choice."""
 
@@ -36,6 +36,7 @@ def check(config: PictureConfig, place: Place) -> tuple[Request, tuple[str, ...]
         raise Refusal(f"--compile needs {missing} on {device}, got none; nearest: without --compile")
     if config.float8 and not gpus:
         raise Refusal("--float8 needs a CUDA GPU of compute capability 8.9, got cpu; nearest: without --float8")
+    fitting.check(config)
     request, facts, begin = choose(config, place, device=device, gpus=gpus)
     if request.height is not None:
         outputs.check(request)
@@ -171,3 +172,5 @@ def _check_size(request: Request) -> None:
         raise Refusal(
             f"a {request.output.suffix} picture is at most {longest} pixels wide and high, got {side}; nearest: .png"
         )
+    if request.base_res or request.native_size:  # else a hub model, whose stages are known once it is located
+        fitting.check_stages(request)

@@ -51,6 +51,11 @@ def find_gpus() -> tuple[FoundGpu, ...]:
         return ()
 
 
+def missing_quantiser() -> str | None:
+    """What 8-bit weights need that is not here; None: nothing."""
+    return None if find_spec("torchao") else "the package torchao (pip install 'clear-dist[int8]')"
+
+
 def missing_compiler(device_type: str) -> str | None:
     """What torch.compile lacks to make kernels for a device; None: nothing."""
     if device_type == "cuda":

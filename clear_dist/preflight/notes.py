@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from clear_dist import demo
 from clear_dist.clear_checkpoint import named_down_factor, radius_of
 from clear_dist.config import PictureConfig, Request, shortened
+from clear_dist.preflight import fitting
 from clear_dist.preflight.casting import casting
 from clear_dist.preflight.model import ModelFacts
 from clear_dist.stages import Stage, Upscaling
@@ -115,6 +116,7 @@ def _without_effect(config: PictureConfig, request: Request, facts: ModelFacts) 
         yield f"{WARNING}--attention-backend has no effect where the window is full"
     if config.hoist_modulation and request.device == "cpu":
         yield f"{WARNING}--hoist-modulation has no effect on a CPU: its memory is the host's"
+    yield from (f"{WARNING}{line}" for line in fitting.without_effect(request))
 
 
 def _schedule(config: PictureConfig, request: Request, stages: tuple[Stage, ...]) -> Iterator[str]:

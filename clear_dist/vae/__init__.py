@@ -21,6 +21,7 @@ from torch import Tensor
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.geometry import Rows
+from clear_dist.offload import brought
 from clear_dist.vae.layers import Layer, decoder_layers, encoder_layers
 from clear_dist.vae.stripe_ops import StripeOps, frame, unframe
 
@@ -58,9 +59,10 @@ def decode_stripes(
         PeerLost: a rank went away.
     """
     ops = _ops(latents_BCRW, group, stripes, max_bytes, counters)
-    if vae.post_quant_conv is not None:
-        latents_BCRW = vae.post_quant_conv(latents_BCRW)
-    return _run(list(decoder_layers(ops, vae.decoder)), latents_BCRW)
+    with brought(vae):
+        if vae.post_quant_conv is not None:
+            latents_BCRW = vae.post_quant_conv(latents_BCRW)
+        return _run(list(decoder_layers(ops, vae.decoder)), latents_BCRW)
 
 
 @apply_forward_hook
@@ -94,8 +96,9 @@ def encode_stripes(
     ops = _ops(pixels_BCRW, group, stripes, max_bytes, counters)
     if pixels_BCRW.shape[2] % scale:
         raise ValueError(f"a stripe to encode must have a multiple of {scale} rows, got {pixels_BCRW.shape[2]}")
-    moments_BCRW = _run(list(encoder_layers(ops, vae.encoder)), pixels_BCRW)
-    return moments_BCRW if vae.quant_conv is None else vae.quant_conv(moments_BCRW)
+    with brought(vae):
+        moments_BCRW = _run(list(encoder_layers(ops, vae.encoder)), pixels_BCRW)
+        return moments_BCRW if vae.quant_conv is None else vae.quant_conv(moments_BCRW)
 
 
 def _run(layers: Sequence[Layer], rows_BCRW: Tensor) -> Tensor:

@@ -1,0 +1,159 @@
+"""Weights sharded over ranks by FSDP2: each holds a share of every block, and gathers a block when it is needed.
+
+While a block computes, the next one's weights are on their way; after it they are dropped again. So a rank holds its
+share, the block at hand, and the next one in flight.
+
+FSDP works on a shell around each block that is no part of the model: the block keeps its class, its names and its
+hooks, and when the shell goes nothing is left but hooks for `state_dict`, which find nothing to do.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from clear_dist.comm.counters import Counters
+from clear_dist.comm.group import Group, telling_lost_peers
+from clear_dist.comm.process_groups import forget_addresses, new_process_group
+from clear_dist.labels import labelled
+
+ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+"""The first is its name in later versions of torch."""
+
+
+class ShardedWeights:
+    """A model's blocks in shards until `remove`; all ranks of the group call the same, in the same order."""
+
+    def __init__(
+        self, blocks: Iterable[nn.Module], group: Group, counters: Counters, *, whole: AbstractSet[Any]
+    ) -> None:
+        """
+        Args:
+            blocks: in the order in which the model calls them, equal on all ranks; each is sharded before the next one
+                is asked for. They take no gradients any more.
+            counters: where what is gathered counts, as `weight_bytes_sent`.
+            whole: parameters that are left as they are and where they are.
+        """
+        assert group.size > 1, "one rank has nobody to share with"
+        self._group = group
+        backend = "nccl" if group.transport == "nccl" else "gloo"
+        self._process_group = new_process_group([group.ranks], backend, group.timeout)
+        mesh = DeviceMesh.from_group(self._process_group, group.device.type)
+        gather = WeightGather(group, self._process_group, counters)
+        self._blocks: list[nn.Module] = []
+        self._shells: list[Any] = []
+        for block in blocks:
+            block.requires_grad_(False)  # else FSDP wants all weights of a block in one dtype
+            shell: Any = fully_shard(Shell(block), mesh=mesh, reshard_after_forward=True, ignored_params=set(whole))
+            shell.set_custom_all_gather(gather)
+            self._blocks.append(block)
+            self._shells.append(shell)
+        self._hooks = [hook for index, block in enumerate(self._blocks) for hook in self._hooked(block, index)]
+
+    def remove(self) -> None:
+        """All weights are whole again on each rank, which must have the memory for it."""
+        for hook in self._hooks:
+            hook.remove()
+        for block, shell in zip(self._blocks, self._shells, strict=True):
+            shares = [(owner, name, weight) for owner, name, weight in weights_of(block) if isinstance(weight, DTensor)]
+            shell.unshard()
+            whole = [getattr(owner, name).detach().clone() for owner, name, _ in shares]
+            shell.reshard()
+            for (owner, name, share), weight in zip(shares, whole, strict=True):
+                setattr(owner, name, nn.Parameter(weight, requires_grad=False))
+                share.to_local().untyped_storage().resize_(0)  # those hooks hold it
+        self.close()
+
+    def close(self) -> None:
+        """What the ranks share ends; the weights stay in shards, of no use to anybody."""
+        if self._group.size < dist.get_world_size():
+            self._group.barrier()
+            if self._group.rank == 0:
+                forget_addresses(self._process_group)
+            self._group.barrier()
+        dist.destroy_process_group(self._process_group)
+
+    def _hooked(self, block: nn.Module, index: int) -> tuple[Any, Any]:
+        # Also where the forward fails: what is gathered must not stay.
+        return (
+            block.register_forward_pre_hook(partial(self._before, index), prepend=True),
+            block.register_forward_hook(partial(self._after, index), always_call=True),
+        )
+
+    def _before(self, index: int, *_: Any) -> None:
+        self._shells[index].unshard()
+        for following in self._shells[index + 1 : index + 2]:
+            following.unshard(async_op=True)
+
+    def _after(self, index: int, *_: Any) -> None:
+        self._shells[index].reshard()
+
+
+class Shell(nn.Module):
+    """What FSDP takes for the module that it shards."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+
+class WeightGather:
+    """FSDP's all-gather, through a group's transport."""
+
+    def __init__(self, group: Group, process_group: dist.ProcessGroup, counters: Counters) -> None:
+        self._group = group
+        self._process_group = process_group
+        self._counters = counters
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A buffer for all ranks' shares of a block."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    @labelled("comm: weights start")
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> "Gathering":
+        """Begins to gather; FSDP waits for what is returned, whatever `async_op` says."""
+        # As bytes: gloo does not know every dtype.
+        mine, everyone = input_tensor.view(torch.uint8), output_tensor.view(torch.uint8)
+        received = everyone
+        if self._group.copies_to_wire:
+            mine = self._group.wire_buffer(mine.shape, mine.dtype).copy_(mine, non_blocking=True)
+            received = self._group.wire_buffer(everyone.shape, everyone.dtype)
+            self._group.settle()
+        self._counters.add("weight_bytes_sent", mine.nbytes)
+        with telling_lost_peers():
+            work = ALL_GATHER(received, mine, group=self._process_group, async_op=True)
+        return Gathering(work, partial(self._finish, mine, received, everyone))
+
+    def _finish(self, mine: Tensor, received: Tensor, everyone: Tensor, work: dist.Work) -> None:
+        with self._counters.waiting("comm: weights wait", self._group.wire), telling_lost_peers():
+            work.wait()
+        if received is not everyone:
+            everyone.copy_(received)
+
+
+class Gathering(dist.Work):
+    """Weights on their way."""
+
+    def __init__(self, work: dist.Work, finish: Any) -> None:
+        super().__init__()
+        self._work = work
+        self._finish = finish
+
+    def wait(self, *_: Any) -> bool:
+        """For their arrival, which on CUDA the current stream waits for."""
+        self._finish(self._work)
+        return True
+
+
+def weights_of(block: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """Each parameter with the module that it belongs to and its name there."""
+    for module in block.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            yield module, name, weight
