@@ -1,5 +1,7 @@
 """Puts a stock diffusers pipeline on stripes, and takes it off again."""
 
+from collections.abc import Iterable
+from contextlib import ExitStack
 from operator import index
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +15,11 @@ from clear_dist.comm.text_reduce import TextAttention
 from clear_dist.config import Schedule
 from clear_dist.config.rules import SCHEDULES, WARMUP_STEPS
 from clear_dist.models import adaptor_for
+from clear_dist.models.adaptor import Adaptor
 from clear_dist.models.agreement import checksum
 from clear_dist.models.float8 import why_not as why_not_float8
+from clear_dist.models.flux_controlnet import controlnets_of, stripe_controlnet
+from clear_dist.models.stock import require_stock
 from clear_dist.models.striped import StripedModel
 from clear_dist.models.weights import load_clear_weights, radius_of
 from clear_dist.preflight.devices import missing_compiler
@@ -23,8 +28,9 @@ from clear_dist.preflight.devices import missing_compiler
 class Parallelized:
     """A pipeline on stripes: what it runs on, what it has counted, and the way back."""
 
-    def __init__(self, striped: StripedModel, *, owns_group: bool) -> None:
+    def __init__(self, striped: StripedModel, *controlnets: StripedModel, owns_group: bool) -> None:
         self._striped = striped
+        self._controlnets = controlnets
         self._owns_group = owns_group
 
     @property
@@ -33,7 +39,13 @@ class Parallelized:
 
     @property
     def counters(self) -> Counters:
+        """Of the transformer."""
         return self._striped.counters
+
+    @property
+    def controlnet_counters(self) -> list[Counters]:
+        """Of each ControlNet, in the pipeline's order."""
+        return [controlnet.counters for controlnet in self._controlnets]
 
     @property
     def window(self) -> int | Literal["full"]:
@@ -47,7 +59,7 @@ class Parallelized:
     @property
     def stale_buffer_bytes(self) -> int:
         """Of what this rank kept from one step to the next in the stale schedule, at most; see the README."""
-        return self._striped.stale_bytes
+        return sum(model.stale_bytes for model in (self._striped, *self._controlnets))
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -75,11 +87,13 @@ class Parallelized:
 
     def drain(self) -> None:
         """Waits for what the stale schedule has on its way, as the next generation would; every rank calls this."""
-        self._striped.drain()
+        for model in (self._striped, *self._controlnets):
+            model.drain()
 
     def undo(self) -> None:
         """Restores processors, hooks and where weights are. Weights that a CLEAR checkpoint replaced stay replaced."""
-        self._striped.remove()
+        for model in (*self._controlnets, self._striped):
+            model.remove()
         if self._owns_group:
             self.group.close()
             self._owns_group = False
@@ -89,6 +103,7 @@ def parallelize(
     pipe: Any,
     *,
     window: int | Literal["full"] | None = None,
+    controlnet_window: int | Literal["full"] | None = None,
     clear_weights: str | Path | None = None,
     text_attention: TextAttention | None = None,
     attention_backend: str = "auto",
@@ -99,13 +114,14 @@ def parallelize(
     float8: bool = False,
     group: Group | None = None,
 ) -> Parallelized:
-    """Cuts the transformer of `pipe` in stripes, one per rank; all else stays diffusers'.
+    """Cuts the transformer of `pipe`, and its ControlNets, in stripes, one per rank; all else stays diffusers'.
 
     Call it on every rank, then use the pipeline as ever, with equal arguments and equally seeded generators.
 
     Args:
         pipe: a diffusers pipeline with a FLUX transformer, on the device where it is to run.
         window: radius in tokens of what an image token sees, or `full`; by default the checkpoint's, else `full`.
+        controlnet_window: of ControlNets, which CLEAR has not distilled; by default the transformer's.
         clear_weights: a CLEAR checkpoint; without one a window draws noise, unless `pipe` was trained with it.
         text_attention: `average` (Eq. 7 of the paper, the default) or `exact`: N ranks compute what one computes.
         attention_backend: `auto`, or a row of `clear_dist.attention.BACKENDS`.
@@ -120,29 +136,44 @@ def parallelize(
         ValueError: an argument is wrong or differs between ranks, or the pipeline's transformer cannot be cut.
     """
     transformer: Any = getattr(pipe, "transformer", None)
-    adaptor = adaptor_for(transformer)
-    require_stock(pipe)
-    radius = checked_radius(window, clear_weights)
-    settings = checked_schedule(schedule, warmup_steps)
-    settings |= {"text_attention": checked_text_attention(text_attention, radius), "hoist_modulation": hoist_modulation}
+    adaptor, nets = adaptor_for(transformer), controlnets_of(pipe)
+    require_stock(transformer, *nets)
+    radius, net_radius = checked_windows(window, controlnet_window, clear_weights)
     device = pipe._execution_device  # where it runs, also if its parts are offloaded to the CPU meanwhile
-    settings |= checked_kernels(compile, float8, device, transformer.dtype)
+    settings = checked_schedule(schedule, warmup_steps) | checked_kernels(compile, float8, device, transformer.dtype)
+    settings |= {"text_attention": checked_text_attention(text_attention, radius), "hoist_modulation": hoist_modulation}
     backend = choose_backend(attention_backend, device=device, dtype=transformer.dtype, head_dim=adaptor.head_dim)
     group_or_own = group or Group.create(device)
-    replaced = load_clear_weights(transformer, clear_weights) if clear_weights is not None else []
-    chosen: dict[str, Any] = {"window": radius or "full", "attention_backend": backend.name, "dtype": transformer.dtype}
-    chosen["clear_weights"] = [checksum(transformer.get_parameter(name)) for name in replaced]
+    chosen = {"window": radius or "full", "attention_backend": backend.name, "dtype": transformer.dtype}
+    chosen |= {"clear_weights": loaded(transformer, clear_weights), "ControlNets' windows": [net_radius] * len(nets)}
     require_equal_settings(group_or_own, **chosen, **settings)
-    striped = StripedModel(adaptor, pipe.scheduler, group_or_own, radius=radius, backend=backend, **settings)
-    return Parallelized(striped, owns_group=group is None)
+    settings |= {"scheduler": pipe.scheduler, "group": group_or_own, "backend": backend}
+    return Parallelized(*put_on_stripes(adaptor, nets, (radius, net_radius), settings), owns_group=group is None)
 
 
-def require_stock(pipe: Any) -> None:
-    """Raises ValueError where the transformer is on stripes already, or its projections are fused."""
-    if striped_of(pipe) is not None:
-        raise ValueError("this pipeline is parallelized already; undo() the former first")
-    if any(getattr(module, "fused_projections", False) for module in pipe.transformer.modules()):
-        raise ValueError("fused projections cannot be cut; call pipe.transformer.unfuse_qkv_projections() first")
+def put_on_stripes(
+    adaptor: Adaptor, nets: Iterable[Any], radii: tuple[int | None, int | None], settings: dict[str, Any]
+) -> list[StripedModel]:
+    """The transformer and its ControlNets, or none of them where one refuses.
+
+    Args:
+        radii: of the transformer and of the ControlNets.
+        settings: a StripedModel's other ones.
+    """
+    with ExitStack() as on_error:
+        models = [StripedModel(adaptor, radius=radii[0], **settings)]
+        on_error.callback(models[0].remove)
+        for net in nets:
+            models.append(stripe_controlnet(net, radius=radii[1], **settings))
+            on_error.callback(models[-1].remove)
+        on_error.pop_all()
+    return models
+
+
+def loaded(transformer: Any, clear_weights: str | Path | None) -> list[tuple[int, int]]:
+    """Lays a checkpoint over the model; a checksum of each tensor that was replaced."""
+    replaced = [] if clear_weights is None else load_clear_weights(transformer, clear_weights)
+    return [checksum(transformer.get_parameter(name)) for name in replaced]
 
 
 def require_equal_settings(group: Group, **settings: Any) -> None:
@@ -180,6 +211,14 @@ def require_striped(pipe: Any) -> StripedModel:
     if striped is None:
         raise ValueError("the pipeline must be on stripes: call clear_dist.parallelize(pipe) first")
     return striped
+
+
+def checked_windows(
+    window: int | str | None, controlnet_window: int | str | None, clear_weights: str | Path | None
+) -> tuple[int | None, int | None]:
+    """The radius of the transformer and that of its ControlNets."""
+    radius = checked_radius(window, clear_weights)
+    return radius, radius if controlnet_window is None else checked_radius(controlnet_window, None)
 
 
 def checked_radius(window: int | str | None, clear_weights: str | Path | None) -> int | None:

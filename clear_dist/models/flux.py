@@ -22,6 +22,7 @@ PRODUCTS = re.compile(
     r"(single_)?transformer_blocks\.\d+\."
     r"(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)"
 )
+NORMS = re.compile(r"transformer_blocks\.\d+\.norm1(_context)?|single_transformer_blocks\.\d+\.norm|norm_out")
 
 
 class FluxStripeAttnProcessor:
@@ -120,10 +121,7 @@ class FluxAdaptor:
     @property
     def modulated(self) -> dict[str, Any]:
         """The norms whose `linear` takes silu of the embedding, by name."""
-        blocks, singles = self.transformer.transformer_blocks, self.transformer.single_transformer_blocks
-        names = [f"transformer_blocks.{i}.{norm}" for i in range(len(blocks)) for norm in ("norm1", "norm1_context")]
-        names += [f"single_transformer_blocks.{i}.norm" for i in range(len(singles))]
-        return {name: self.transformer.get_submodule(name) for name in (*names, "norm_out")}
+        return {name: norm for name, norm in self.transformer.named_modules() if NORMS.fullmatch(name)}
 
     def embedder_inputs(self, inputs: tuple[Tensor, ...], timestep: Tensor) -> tuple[Tensor, ...]:
         """The embedder's inputs at another timestep of the schedule, rounded as pipelines and the forward round it."""
@@ -154,7 +152,7 @@ class FluxAdaptor:
         """
         mine = cut.tokens
         residuals = {
-            name: [sample[:, mine] for sample in inputs[name]]
+            name: [own_tokens(name, sample, cut) for sample in inputs[name]]
             for name in ("controlnet_block_samples", "controlnet_single_block_samples")
             if inputs.get(name) is not None
         }
@@ -191,6 +189,18 @@ class FluxAdaptor:
     def with_sample(self, output: Any, sample: Tensor) -> Any:
         """The forward's output, a tuple or an object, with another sample in it."""
         return (sample, *output[1:]) if isinstance(output, tuple) else Transformer2DModelOutput(sample=sample)
+
+
+def own_tokens(name: str, x_BLC: Tensor, cut: Cut) -> Tensor:
+    """This rank's tokens of the input `name`, which is whole, or cut already: by a ControlNet on stripes.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    own, whole = len(cut.plan.own) * cut.width, cut.height * cut.width
+    if x_BLC.shape[1] not in (own, whole):
+        raise ValueError(f"`{name}` must have a token for each of the {whole} latents, got {x_BLC.shape[1]}")
+    return x_BLC if x_BLC.shape[1] == own else x_BLC[:, cut.tokens]
 
 
 def flat_ids(ids: Tensor) -> Tensor:

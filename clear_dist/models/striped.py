@@ -22,6 +22,7 @@ from clear_dist.models.float8 import to_float8
 from clear_dist.models.modulation import HoistedModulation
 from clear_dist.models.parts import Parts
 from clear_dist.models.room import received_bytes, require_room, sending_bytes
+from clear_dist.models.stock import require_unfused
 
 
 class StripedModel:
@@ -190,9 +191,12 @@ class StripedModel:
         assert self.cut is not None
         sample = output[0] if isinstance(output, tuple) else output.sample
         whole = self.cut.join.join(sample)
+        self._end_forward()
+        return self.adaptor.with_sample(output, whole)
+
+    def _end_forward(self) -> None:
         self.counters.pause()
         self._forward_is_under_way = False
-        return self.adaptor.with_sample(output, whole)
 
     def require_room(self, size: tuple[int, int], *, batch: int, passes: int, steps: int) -> None:
         """All ranks call this before buffers are made for an image of `size` tokens.
@@ -267,6 +271,7 @@ def require_supported(transformer: Any, striped: StripedModel) -> None:
                 f"the attention processor of {name} must stay clear_dist's, got {type(processor).__name__}; "
                 "IP-Adapters and other processors cannot be combined with parallelize"
             )
+    require_unfused(transformer)
     if getattr(transformer, "is_cache_enabled", False):
         raise ValueError(
             "step caches must be off: each rank would decide from its own stripe whether to skip a step; "
