@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from clear_dist import loading, report
+from clear_dist import loading, lora, report
 from clear_dist.cascade import Cascade, Drawing, work_of
 from clear_dist.comm import env
 from clear_dist.comm.ends import say
@@ -233,6 +233,7 @@ def _prepare(request: Request, began: float, phases: Phases) -> Rendering:
             device=device,
         )
         handle = _parallelize(pipe, request, group)
+        lora.load(pipe, lora.locate(request.loras, group, local_rank=place.local_rank))
     seed = group.broadcast_object(secrets.randbits(SEED_BITS) if request.seed is None else request.seed)
     torch.manual_seed(seed)
     every = request.preview_every

@@ -33,9 +33,11 @@ def load_clear_weights(transformer: Any, path: str | Path) -> list[str]:
     Text projections, norms and everything else stay the base model's. LoRA layers stay on top of what is replaced.
 
     Raises:
-        ValueError: the file is none, or a tensor is missing, unexpected or of another shape; it is named.
+        ValueError: the file is none, or a tensor is missing, unexpected or of another shape; it is named. Or a LoRA
+            is fused in what would be replaced.
     """
     parameters = dict(image_attention_parameters(transformer))
+    require_unfused_lora(transformer)
     tensors = read_tensors(path)
     clear_checkpoint.refuse_down_sampled(path, tensors)
     clear_checkpoint.require_same_tensors(_shapes(parameters), _shapes(tensors), path)
@@ -43,6 +45,13 @@ def load_clear_weights(transformer: Any, path: str | Path) -> list[str]:
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     return list(parameters)
+
+
+def require_unfused_lora(transformer: Any) -> None:
+    """Raises ValueError where weights hold a LoRA, which would be lost with them."""
+    for name, module in transformer.named_modules():
+        if clear_checkpoint.is_image_side(f"{name}.") and getattr(module, "merged", False):
+            raise ValueError(f"CLEAR weights replace {name}, a fused LoRA included; call pipe.unfuse_lora() first")
 
 
 def image_attention_parameters(transformer: Any) -> Iterable[tuple[str, nn.Parameter]]:
