@@ -79,7 +79,7 @@ def require_fit(shapes: Shapes, flux: FluxShape | None, where: Path | str) -> No
 def _find(word: str, facts: ModelFacts) -> Lora:
     source, weight = _parted(word)
     path = Path(source).expanduser()
-    if os.path.exists(path):
+    if source and os.path.exists(path):
         lora = Lora(source=str(_in_folder(path) if path.is_dir() else path), weight=weight)
         known = FluxShape(guidance_embeds=True) if facts.location in (FLUX_DEV, FLUX_SCHNELL) else None
         check_located([lora], facts.flux or known)
