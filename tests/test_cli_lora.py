@@ -132,7 +132,7 @@ def test_a_hub_model_is_compared_as_far_as_it_is_known(tensors: Tensors, tmp_pat
     assert check("someone/flux", str(file))
     with pytest.raises(Refusal, match="must have 3072 inputs, got 32"):
         check(FLUX_DEV, str(file))
-    with pytest.raises(Refusal, match="must have 48 outputs, got 32"):
+    with pytest.raises(Refusal, match="must have 48 inputs, got 32"):
         preflight.lora.check_located([Lora(source=str(file))], FluxShape(attention_head_dim=16, num_attention_heads=3))
 
 

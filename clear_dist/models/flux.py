@@ -32,7 +32,13 @@ class FluxStripeAttnProcessor:
     of their own on a block before: hooks that bring its weights, mostly.
     """
 
-    def __init__(self, striped: StripedModel, layer: int) -> None:
+    def __init__(self, striped: StripedModel | None = None, layer: int = 0) -> None:
+        """
+        Raises:
+            ValueError: nothing is given: `load_ip_adapter` makes processors anew, by their classes alone.
+        """
+        if striped is None:
+            raise ValueError("IP-Adapters cannot be combined with clear_dist.parallelize; undo() it first")
         self.striped = striped
         self.layer = layer
 
@@ -141,7 +147,7 @@ class FluxAdaptor:
         if len(ids) != height * width or not torch.equal(raster_ids(height, width, ids.device).to(ids.dtype), ids):
             raise ValueError(
                 f"`img_ids` must be those of one image in raster order, got {len(ids)} ids that are not; "
-                "pipelines that append tokens of other images cannot be parallelised"
+                "reference images (FLUX.1 Kontext) add tokens of their own, and cannot be parallelised"
             )
         return height, width
 
