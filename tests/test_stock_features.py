@@ -247,3 +247,31 @@ def test_weights_brought_group_by_group_are_those_of_the_stock_pipeline(before: 
     if not before:
         pipe.transformer.enable_group_offload(**offload)
     assert relative_error(draw(pipe), stock) < 1e-4
+
+
+def whole(pipe: FluxPipeline) -> None:
+    pipe.transformer.compile(backend="eager")
+
+
+def one_block(pipe: FluxPipeline) -> None:
+    pipe.transformer.single_transformer_blocks[0].compile(backend="eager")
+
+
+def wrapped(pipe: FluxPipeline) -> None:
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+
+
+@pytest.mark.parametrize("how", [whole, one_block, wrapped])
+def test_torch_compile_is_refused_before_and_after(how: Callable[[FluxPipeline], None]) -> None:
+    refusal = r"torch\.compile cannot follow messages between ranks; pass parallelize\(compile=True\)"
+    pipe = make_tiny_pipeline()
+    how(pipe)
+    with pytest.raises(ValueError, match=refusal):
+        parallelize(pipe, window=RADIUS)
+    if how is not wrapped:  # which calls the model that is on stripes through the wrapper's own call
+        pipe = make_tiny_pipeline()
+        handle = parallelize(pipe, window=RADIUS)
+        how(pipe)
+        with pytest.raises(ValueError, match=refusal):
+            draw(pipe)
+        handle.undo()

@@ -22,7 +22,7 @@ from clear_dist.models.float8 import to_float8
 from clear_dist.models.modulation import HoistedModulation
 from clear_dist.models.parts import Parts
 from clear_dist.models.room import received_bytes, require_room, sending_bytes
-from clear_dist.models.stock import require_unfused
+from clear_dist.models.stock import require_uncompiled, require_unfused
 
 
 class StripedModel:
@@ -272,6 +272,7 @@ def require_supported(transformer: Any, striped: StripedModel) -> None:
                 "IP-Adapters and other processors cannot be combined with parallelize"
             )
     require_unfused(transformer)
+    require_uncompiled(transformer)
     if getattr(transformer, "is_cache_enabled", False):
         raise ValueError(
             "step caches must be off: each rank would decide from its own stripe whether to skip a step; "
