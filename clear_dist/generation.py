@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import FluxPipeline
 from PIL.Image import Image, fromarray
 from torch import Tensor
 
@@ -47,10 +48,12 @@ def generate(
         upscaling: how upper stages are refined; by default as in CLEAR's notebook, `num_inference_steps` x 0.7 steps.
 
     Raises:
-        ValueError: the pipeline is not parallelized, a size is no multiple of the token size, or the stale schedule's
-            buffers would not fit.
+        ValueError: the pipeline is not parallelized or no FluxPipeline, a size is no multiple of the token size, or the
+            stale schedule's buffers would not fit.
     """
     require_striped(pipe)
+    if not isinstance(pipe, FluxPipeline):
+        raise ValueError(f"generate draws with a FluxPipeline, got {type(pipe).__name__}; call that pipeline itself")
     native = pipe.vae.config.sample_size
     height, width, base = (native if size is None else size for size in (height, width, base_resolution))
     require_whole_tokens(pipe, height=height, width=width, base_resolution=base)

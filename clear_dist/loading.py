@@ -37,9 +37,8 @@ def load_pipeline(
     """
     names = (*TEXT, *CUTTABLE) if with_text_encoders else CUTTABLE
     without = {} if with_text_encoders else NO_TEXT
-    return _assemble(
-        folder, names, without, dtype, lambda name: HOST if name in on_host else device, phases or Phases()
-    )
+    places = {name: HOST if name in on_host else device for name in names}
+    return _assemble(folder, places, without, dtype, phases or Phases())
 
 
 def load_text_pipeline(folder: Path, *, dtype: torch.dtype, device: torch.device, phases: Phases) -> FluxPipeline:

@@ -1,5 +1,7 @@
 """Puts a stock diffusers pipeline on stripes, and takes it off again."""
 
+from collections.abc import Iterable
+from contextlib import ExitStack
 from operator import index
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +18,9 @@ from clear_dist.config.rules import SCHEDULES, WARMUP_STEPS
 from clear_dist.models import adaptor_for
 from clear_dist.models.adaptor import Adaptor
 from clear_dist.models.float8 import why_not as why_not_float8
+from clear_dist.models.flux_controlnet import controlnets_of, stripe_controlnet
+from clear_dist.models.pooled_keys import Pooling
+from clear_dist.models.stock import require_stock
 from clear_dist.models.striped import StripedModel
 from clear_dist.models.weights import ReplacedWeights, load_clear_weights, radius_of
 from clear_dist.offload import Offloaded
@@ -28,12 +33,13 @@ class Parallelized:
     def __init__(
         self,
         striped: StripedModel,
-        *,
+        *controlnets: StripedModel,
         owns_group: bool,
         replaced: ReplacedWeights | None = None,
         offloaded: Offloaded | None = None,
     ) -> None:
         self._striped = striped
+        self._controlnets = controlnets
         self._owns_group = owns_group
         self.replaced = replaced
         """What a CLEAR checkpoint has replaced."""
@@ -45,7 +51,13 @@ class Parallelized:
 
     @property
     def counters(self) -> Counters:
+        """Of the transformer."""
         return self._striped.counters
+
+    @property
+    def controlnet_counters(self) -> list[Counters]:
+        """Of each ControlNet, in the pipeline's order."""
+        return [controlnet.counters for controlnet in self._controlnets]
 
     @property
     def window(self) -> int | Literal["full"]:
@@ -59,7 +71,7 @@ class Parallelized:
     @property
     def stale_buffer_bytes(self) -> int:
         """Of what this rank kept from one step to the next in the stale schedule, at most; see the README."""
-        return self._striped.stale_bytes
+        return sum(model.stale_bytes for model in (self._striped, *self._controlnets))
 
     @property
     def weight_bytes(self) -> int:
@@ -92,7 +104,8 @@ class Parallelized:
 
     def drain(self) -> None:
         """Waits for what the stale schedule has on its way, as the next generation would; every rank calls this."""
-        self._striped.drain()
+        for model in (self._striped, *self._controlnets):
+            model.drain()
 
     def undo(self) -> None:
         """Restores processors, hooks and where weights are.
@@ -100,7 +113,8 @@ class Parallelized:
         Weights that a CLEAR checkpoint replaced stay replaced; down-sampled keys that came with it go. Weights in
         shards are gathered: all ranks call this, and each must have the memory for all of them.
         """
-        self._striped.remove()
+        for model in (*self._controlnets, self._striped):
+            model.remove()
         if self._offloaded is not None:
             self._offloaded.remove()
         if self._owns_group:
@@ -119,6 +133,7 @@ def parallelize(
     pipe: Any,
     *,
     window: int | Literal["full"] | None = None,
+    controlnet_window: int | Literal["full"] | None = None,
     clear_weights: str | Path | None = None,
     text_attention: TextAttention | None = None,
     text_tokens: TextTokens = "auto",
@@ -133,13 +148,14 @@ def parallelize(
     offload: bool = False,
     group: Group | None = None,
 ) -> Parallelized:
-    """Cuts the transformer of `pipe` in stripes, one per rank; all else stays diffusers'.
+    """Cuts the transformer of `pipe`, and its ControlNets, in stripes, one per rank; all else stays diffusers'.
 
     Call it on every rank, then use the pipeline as ever, with equal arguments and equally seeded generators.
 
     Args:
         pipe: a diffusers pipeline with a FLUX transformer, on the device where it is to run.
         window: radius in tokens of what an image token sees, or `full`; by default the checkpoint's, else `full`.
+        controlnet_window: of ControlNets, which CLEAR has not distilled; by default the transformer's.
         clear_weights: a CLEAR checkpoint; without one a window draws noise, unless `pipe` was trained with it.
         text_attention: `average` (Eq. 7 of the paper, the default) or `exact`: N ranks compute what one computes.
         text_tokens: `sharded`: each takes a share of them through the blocks; `replicated`; `auto`: by sizes (README).
@@ -156,9 +172,10 @@ def parallelize(
     Raises:
         ValueError: an argument is wrong or differs between ranks, or the pipeline's transformer cannot be cut.
     """
-    adaptor = stock_adaptor(pipe)
-    transformer = adaptor.transformer
-    radius = checked_radius(window, clear_weights)
+    transformer: Any = getattr(pipe, "transformer", None)
+    adaptor, nets = adaptor_for(transformer), controlnets_of(pipe)
+    require_stock(transformer, *nets)
+    radius, net_radius = checked_windows(window, controlnet_window, clear_weights)
     settings = checked_schedule(schedule, warmup_steps) | checked_text(text_attention, text_tokens, radius, schedule)
     device = group.device if group is not None else pipe._execution_device  # also where its parts are on the host
     settings |= checked_compiler(compile, device) | {"hoist_modulation": hoist_modulation}
@@ -166,23 +183,40 @@ def parallelize(
     backend = choose_backend(attention_backend, device=device, dtype=transformer.dtype, head_dim=adaptor.head_dim)
     group_or_own = group or Group.create(device)
     replaced = None if clear_weights is None else load_clear_weights(transformer, clear_weights, device)
-    chosen: dict[str, Any] = {"window": radius or "full", "attention_backend": backend.name, "dtype": transformer.dtype}
-    chosen["clear_weights"] = replaced and replaced.checksums(transformer)
+    chosen = {"window": radius or "full", "attention_backend": backend.name, "dtype": transformer.dtype}
+    chosen |= {"clear_weights": replaced and replaced.checksums(transformer)}
+    chosen |= {"ControlNets' windows": [net_radius] * len(nets)}
     require_equal_settings(group_or_own, **chosen, **settings)
-    settings |= {"backend": backend, "pooling": replaced and replaced.pooling}
-    striped = StripedModel(adaptor, pipe.scheduler, group_or_own, radius=radius, **settings)
+    settings |= {"scheduler": pipe.scheduler, "group": group_or_own, "backend": backend}
+    models = put_on_stripes(
+        adaptor, nets, (radius, net_radius), None if replaced is None else replaced.pooling, settings
+    )
     offloaded = Offloaded(pipe, device) if offload else None
-    return Parallelized(striped, owns_group=group is None, replaced=replaced, offloaded=offloaded)
+    return Parallelized(*models, owns_group=group is None, replaced=replaced, offloaded=offloaded)
 
 
-def stock_adaptor(pipe: Any) -> Adaptor:
-    """Raises ValueError where the transformer is none that can be cut, is cut already, or its projections are fused."""
-    adaptor = adaptor_for(getattr(pipe, "transformer", None))
-    if striped_of(pipe) is not None:
-        raise ValueError("this pipeline is parallelized already; undo() the former first")
-    if any(getattr(module, "fused_projections", False) for module in pipe.transformer.modules()):
-        raise ValueError("fused projections cannot be cut; call pipe.transformer.unfuse_qkv_projections() first")
-    return adaptor
+def put_on_stripes(
+    adaptor: Adaptor,
+    nets: Iterable[Any],
+    radii: tuple[int | None, int | None],
+    pooling: Pooling | None,
+    settings: dict[str, Any],
+) -> list[StripedModel]:
+    """The transformer and its ControlNets, or none of them where one refuses.
+
+    Args:
+        radii: of the transformer and of the ControlNets.
+        pooling: of the transformer's down-sampled keys.
+        settings: a StripedModel's other ones.
+    """
+    with ExitStack() as on_error:
+        models = [StripedModel(adaptor, radius=radii[0], pooling=pooling, **settings)]
+        on_error.callback(models[0].remove)
+        for net in nets:
+            models.append(stripe_controlnet(net, radius=radii[1], **settings))
+            on_error.callback(models[-1].remove)
+        on_error.pop_all()
+    return models
 
 
 def require_equal_settings(group: Group, **settings: Any) -> None:
@@ -220,6 +254,14 @@ def require_striped(pipe: Any) -> StripedModel:
     if striped is None:
         raise ValueError("the pipeline must be on stripes: call clear_dist.parallelize(pipe) first")
     return striped
+
+
+def checked_windows(
+    window: int | str | None, controlnet_window: int | str | None, clear_weights: str | Path | None
+) -> tuple[int | None, int | None]:
+    """The radius of the transformer and that of its ControlNets."""
+    radius = checked_radius(window, clear_weights)
+    return radius, radius if controlnet_window is None else checked_radius(controlnet_window, None)
 
 
 def checked_radius(window: int | str | None, clear_weights: str | Path | None) -> int | None:

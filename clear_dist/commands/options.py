@@ -52,6 +52,10 @@ Revision = Annotated[str | None, _flag("of a hub model", MODEL)]
 ClearWeights = Annotated[
     str, _flag("auto, none, a file, a folder, or owner/name[@revision]:file on the hub (auto)", MODEL)
 ]
+Lora = Annotated[
+    list[str] | None,
+    _flag("a LoRA with its weight (1); once for each", MODEL, "--lora", takes="FILE|FOLDER|HUB-ID[:WEIGHT]"),
+]
 HoistModulation = Annotated[
     bool,
     _flag("AdaLN's weights (6.5 GB of FLUX.1's) in host memory; no effect on a CPU", MODEL, "--hoist-modulation"),

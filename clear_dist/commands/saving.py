@@ -4,7 +4,7 @@ import json
 import shlex
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ class Saving:
         settings["model"] = settings.pop("model_name")
         if settings["clear_weights"] is not None and Path(settings["clear_weights"]).exists():
             settings["clear_weights"] = Path(settings["clear_weights"]).name
+        settings["loras"] = [asdict(lora.without_folders()) for lora in self.request.loras]
         if self.request.picture is not None:
             settings["upscaled_from"] = list(self.request.picture.size)
             del settings["sampling"]

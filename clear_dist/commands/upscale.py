@@ -25,6 +25,7 @@ def upscale(
     model: options.Model = "auto",
     revision: options.Revision = None,
     clear_weights: options.ClearWeights = "auto",
+    lora: options.Lora = None,
     window: options.Window = None,
     hoist_modulation: options.HoistModulation = False,
     compile: options.Compile = False,

@@ -42,6 +42,7 @@ class PictureConfig:
     model: str = "auto"
     revision: str | None = None
     clear_weights: str = "auto"
+    lora: list[str] | None = None
     res: int | None = None
     """Pixels, as all sizes."""
     height: int | None = None

@@ -1,7 +1,7 @@
 """A checked request, with everything chosen."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clear_dist.config.rules import PROFILE_ENDINGS, Schedule, TextAttention, TextTokens, Window
@@ -24,6 +24,19 @@ class Picture:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lora:
+    """One LoRA."""
+
+    source: str
+    """A file, or a hub file as `owner/name:file`."""
+    weight: float = 1.0
+
+    def without_folders(self) -> "Lora":
+        """Named so that others may read it: no folders of this machine."""
+        return replace(self, source=Path(self.source).name) if os.path.exists(self.source) else self
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """A checked request with everything chosen that can be known before the model is loaded.
 
@@ -43,6 +56,7 @@ class Request:
     revision: str | None
     clear_weights: str | None
     """A file, or a hub file as `owner/name:file` or `owner/name@revision:file`."""
+    loras: tuple[Lora, ...]
     height: int | None
     """Pixels, as width."""
     width: int | None

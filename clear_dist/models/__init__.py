@@ -19,7 +19,7 @@ def adaptor_for(transformer: Any) -> Adaptor:
         ValueError: there is none for its class.
     """
     if hasattr(transformer, "_orig_mod"):
-        raise ValueError("parallelize must come before torch.compile; or compile in place: pipe.transformer.compile()")
+        raise ValueError("torch.compile cannot follow messages between ranks; pass parallelize(compile=True) instead")
     name = type(transformer).__name__
     if name not in ADAPTORS:
         raise ValueError(f"the transformer must be one of {', '.join(ADAPTORS)}, got {name}")

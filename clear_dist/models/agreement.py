@@ -12,8 +12,8 @@ from clear_dist.comm.group import Group
 
 LARGEST_WEIGHT = 8191
 
-MOST_SHAPES = 10
-"""Two numbers for each input that is compared; models have five at most."""
+MOST_SHAPES = 16
+"""Two numbers for each input that is compared; models have five at most, ControlNets eight."""
 
 LARGEST_DEVIATION = 0.05
 """Of embeddings between ranks, where 1 is their length: bfloat16 rounds by 0.004, another prompt changes more."""
@@ -69,7 +69,7 @@ def require_equal_on_all_ranks(
             raise ValueError(f"every rank must be given the same {name}, got {', '.join(map(str, values))}")
     if not group.equal([number for x in drawn for number in checksum(x)]):
         raise ValueError(
-            "every rank must be given the same noise and step, but they differ; "
+            "every rank must be given the same noise, pictures and step, but they differ; "
             "pass generator=torch.Generator().manual_seed(n) with the same n on all ranks"
         )
     shadows = torch.tensor([theirs for _, theirs in everyone])

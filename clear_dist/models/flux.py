@@ -24,6 +24,7 @@ PRODUCTS = re.compile(
     r"(single_)?transformer_blocks\.\d+\."
     r"(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)"
 )
+NORMS = re.compile(r"transformer_blocks\.\d+\.norm1(_context)?|single_transformer_blocks\.\d+\.norm|norm_out")
 
 
 class FluxStripeAttnProcessor:
@@ -33,7 +34,13 @@ class FluxStripeAttnProcessor:
     of their own on a block before: hooks that bring its weights, mostly.
     """
 
-    def __init__(self, striped: StripedModel, layer: int) -> None:
+    def __init__(self, striped: StripedModel | None = None, layer: int = 0) -> None:
+        """
+        Raises:
+            ValueError: nothing is given: `load_ip_adapter` makes processors anew, by their classes alone.
+        """
+        if striped is None:
+            raise ValueError("IP-Adapters cannot be combined with clear_dist.parallelize; undo() it first")
         self.striped = striped
         self.layer = layer
 
@@ -130,10 +137,7 @@ class FluxAdaptor:
     @property
     def modulated(self) -> dict[str, Any]:
         """The norms whose `linear` takes silu of the embedding, by name."""
-        blocks, singles = self.transformer.transformer_blocks, self.transformer.single_transformer_blocks
-        names = [f"transformer_blocks.{i}.{norm}" for i in range(len(blocks)) for norm in ("norm1", "norm1_context")]
-        names += [f"single_transformer_blocks.{i}.norm" for i in range(len(singles))]
-        return {name: self.transformer.get_submodule(name) for name in (*names, "norm_out")}
+        return {name: norm for name, norm in self.transformer.named_modules() if NORMS.fullmatch(name)}
 
     def embedder_inputs(self, inputs: tuple[Tensor, ...], timestep: Tensor) -> tuple[Tensor, ...]:
         """The embedder's inputs at another timestep of the schedule, rounded as pipelines and the forward round it."""
@@ -153,7 +157,7 @@ class FluxAdaptor:
         if len(ids) != height * width or not torch.equal(raster_ids(height, width, ids.device).to(ids.dtype), ids):
             raise ValueError(
                 f"`img_ids` must be those of one image in raster order, got {len(ids)} ids that are not; "
-                "pipelines that append tokens of other images cannot be parallelised"
+                "reference images (FLUX.1 Kontext) add tokens of their own, and cannot be parallelised"
             )
         return height, width
 
@@ -167,7 +171,7 @@ class FluxAdaptor:
         """
         mine = cut.tokens
         residuals = {
-            name: [sample[:, mine] for sample in inputs[name]]
+            name: [own_tokens(name, sample, cut) for sample in inputs[name]]
             for name in ("controlnet_block_samples", "controlnet_single_block_samples")
             if inputs.get(name) is not None
         }
@@ -205,6 +209,18 @@ class FluxAdaptor:
     def with_sample(self, output: Any, sample: Tensor) -> Any:
         """The forward's output, a tuple or an object, with another sample in it."""
         return (sample, *output[1:]) if isinstance(output, tuple) else Transformer2DModelOutput(sample=sample)
+
+
+def own_tokens(name: str, x_BLC: Tensor, cut: Cut) -> Tensor:
+    """This rank's tokens of the input `name`, which is whole, or cut already: by a ControlNet on stripes.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    own, whole = len(cut.plan.own) * cut.width, cut.height * cut.width
+    if x_BLC.shape[1] not in (own, whole):
+        raise ValueError(f"`{name}` must have a token for each of the {whole} latents, got {x_BLC.shape[1]}")
+    return x_BLC if x_BLC.shape[1] == own else x_BLC[:, cut.tokens]
 
 
 def flat_ids(ids: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from clear_dist.models.modulation import HoistedModulation
 from clear_dist.models.parts import Parts
 from clear_dist.models.pooled_keys import Pooling
 from clear_dist.models.room import needed_bytes, require_room
+from clear_dist.models.stock import require_uncompiled, require_unfused
 from clear_dist.models.text_sharding import choose_text_plan
 
 
@@ -232,9 +233,12 @@ class StripedModel:
         assert self.cut is not None
         sample = output[0] if isinstance(output, tuple) else output.sample
         whole = self.cut.join.join(sample)
+        self._end_forward()
+        return self.adaptor.with_sample(output, whole)
+
+    def _end_forward(self) -> None:
         self.counters.pause()
         self._forward_is_under_way = False
-        return self.adaptor.with_sample(output, whole)
 
     def require_room(self, size: tuple[int, int], *, batch: int, passes: int, steps: int) -> None:
         """All ranks call this before buffers are made for an image of `size` tokens.
@@ -312,6 +316,8 @@ def require_supported(transformer: Any, striped: StripedModel) -> None:
                 f"the attention processor of {name} must stay clear_dist's, got {type(processor).__name__}; "
                 "IP-Adapters and other processors cannot be combined with parallelize"
             )
+    require_unfused(transformer)
+    require_uncompiled(transformer)
     if getattr(transformer, "is_cache_enabled", False):
         raise ValueError(
             "step caches must be off: each rank would decide from its own stripe whether to skip a step; "

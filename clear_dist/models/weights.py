@@ -75,8 +75,9 @@ def load_clear_weights(transformer: Any, path: str | Path, device: torch.device 
 
     Raises:
         ValueError: the file is none, its name and its tensors contradict each other, or a tensor is missing,
-            unexpected or of another shape; it is named, and nothing is replaced.
+            unexpected or of another shape; it is named, and nothing is replaced. Or a LoRA is fused in what would be.
     """
+    require_unfused_lora(transformer)
     parameters = dict(image_attention_parameters(transformer))
     layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
     with _opened(path) as file, torch.no_grad():
@@ -93,6 +94,13 @@ def load_clear_weights(transformer: Any, path: str | Path, device: torch.device 
             weights = [file.get_tensor(f"{layer}.{SPATIAL_WEIGHT}").reshape(factor, factor) for layer in layers]
             pooling = Pooling(weights=tuple(weight.to(device, transformer.dtype) for weight in weights))
     return ReplacedWeights(file=Path(path), tensors=tuple(parameters), layers=len(layers), pooling=pooling)
+
+
+def require_unfused_lora(transformer: Any) -> None:
+    """Raises ValueError where weights hold a LoRA, which would be lost with them."""
+    for name, module in transformer.named_modules():
+        if clear_checkpoint.is_image_side(f"{name}.") and getattr(module, "merged", False):
+            raise ValueError(f"CLEAR weights replace {name}, a fused LoRA included; call pipe.unfuse_lora() first")
 
 
 def image_attention_parameters(transformer: Any) -> Iterable[tuple[str, nn.Parameter]]:

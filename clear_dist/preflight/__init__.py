@@ -9,7 +9,7 @@ from clear_dist.comm.env import Place
 from clear_dist.config import PictureConfig, Refusal, Request, Window
 from clear_dist.config.rules import MOST_PIXELS, WARMUP_STEPS
 from clear_dist.geometry import cut_in_stripes, require_units
-from clear_dist.preflight import clear_weights, devices, fit, fitting, model, notes, outputs, start
+from clear_dist.preflight import clear_weights, devices, fit, fitting, lora, model, notes, outputs, start
 from clear_dist.preflight.model import ModelFacts
 
 LONGEST_SIDE = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500}
@@ -68,6 +68,7 @@ def choose(config: PictureConfig, place: Place, *, device: str, gpus: int) -> tu
         model=facts.location,
         model_name="demo" if facts.is_demo else facts.location if facts.folder is None else facts.folder.name,
         clear_weights=checkpoint,
+        loras=lora.find(config.lora, facts),
         height=begin.height,
         width=begin.width,
         native_size=facts.native_size,
@@ -108,6 +109,7 @@ def located(request: Request, folder: Path, checkpoint: str | None) -> Request:
         native_size=native,
         token_size=facts.token_size,
     )
+    lora.check_located(settled.loras, facts.flux)
     _check_size(settled)
     outputs.check(settled)
     return settled

@@ -1,0 +1,102 @@
+"""FLUX's ControlNets on the transformer's stripes: the same blocks and exchanges; what they put out stays cut.
+
+A ControlNet adds a tensor of all tokens to each block of the transformer. On stripes it computes those of its own rows,
+with keys and values of its own that travel as the transformer's do, and the transformer takes them as they are.
+
+Shapes: B batch, R my rows, W columns, C channels, P patch size of a hint.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clear_dist.attention import Backend, choose_backend
+from clear_dist.comm.group import Group
+from clear_dist.comm.text_reduce import TextAttention
+from clear_dist.geometry import TextPlan
+from clear_dist.models.cut import Cut
+from clear_dist.models.flux import FluxAdaptor, own_tokens
+from clear_dist.models.striped import StripedModel
+
+CONTROLNETS = ("FluxControlNetModel", "FluxMultiControlNetModel")
+
+
+def controlnets_of(pipe: Any) -> list[Any]:
+    """The ControlNets of a pipeline, each once; none where it has none.
+
+    Raises:
+        ValueError: one of them is of another class.
+    """
+    controlnet = getattr(pipe, "controlnet", None)
+    nets = [] if controlnet is None else list(getattr(controlnet, "nets", [controlnet]))
+    for net in nets:
+        if type(net).__name__ != CONTROLNETS[0]:
+            raise ValueError(f"the ControlNet must be one of {', '.join(CONTROLNETS)}, got {type(net).__name__}")
+    return list(dict.fromkeys(nets))
+
+
+@dataclass(frozen=True)
+class FluxControlNetAdaptor(FluxAdaptor):
+    """Cuts the inputs of FluxControlNetModel.forward to this rank's rows."""
+
+    def cut(self, inputs: dict[str, Any], cut: Cut, text: TextPlan) -> dict[str, Any]:
+        """As a transformer's, with the condition [B, H x W, C]; pixels are cut behind the network that reads them."""
+        condition = inputs["controlnet_cond"]
+        if self.transformer.input_hint_block is None:
+            condition = own_tokens("controlnet_cond", condition, cut)
+        return {**super().cut(inputs, cut, text), "controlnet_cond": condition}
+
+    def replicated(self, inputs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+        drawn, encoded = super().replicated(inputs)
+        mode, scale = inputs.get("controlnet_mode"), torch.tensor(float(inputs.get("conditioning_scale", 1.0)))
+        return [*drawn, inputs["controlnet_cond"], scale, *([] if mode is None else [mode])], encoded
+
+
+class StripedControlNet(StripedModel):
+    """A ControlNet on stripes."""
+
+    def __init__(self, adaptor: FluxControlNetAdaptor, **settings: Any) -> None:
+        """As a StripedModel's."""
+        super().__init__(adaptor, **settings)
+        hint_block = adaptor.transformer.input_hint_block
+        if hint_block is not None:
+            self._hooks.append(hint_block.register_forward_hook(self._cut_hint))
+
+    def _cut_hint(self, block: nn.Module, args: tuple[Any, ...], hint_BCHW: Tensor) -> Tensor:
+        """My rows [B, C, R x P, W x P] of what was computed from the pixels of the whole picture."""
+        cut, patch = self._running_cut, self.adaptor.transformer.config.patch_size
+        expected, got = (cut.height * patch, cut.width * patch), tuple(hint_BCHW.shape[2:])
+        if got != expected:
+            raise ValueError(f"the control image must give {expected} features, as many as the latents, got {got}")
+        return hint_BCHW[:, :, cut.plan.own.start * patch : cut.plan.own.stop * patch]
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Nothing is joined: the transformer's stripes are the same."""
+        self._end_forward()
+        return output
+
+
+def stripe_controlnet(
+    net: Any, *, group: Group, radius: int | None, text_attention: TextAttention, backend: Backend, **settings: Any
+) -> StripedControlNet:
+    """Puts a ControlNet on stripes; its text tokens are reduced as the transformer's, and fully where it sees all.
+
+    Args:
+        backend: the transformer's.
+        settings: a StripedModel's other ones.
+
+    Raises:
+        ValueError: the backend cannot compute its attention, or a setting does not go with its layers.
+    """
+    adaptor = FluxControlNetAdaptor(net)
+    choose_backend(backend.name, device=group.device, dtype=net.dtype, head_dim=adaptor.head_dim)
+    return StripedControlNet(
+        adaptor,
+        group=group,
+        radius=radius,
+        text_attention="exact" if radius is None else text_attention,
+        backend=backend,
+        **settings,
+    )
