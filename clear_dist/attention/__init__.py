@@ -15,7 +15,7 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor
 
-from clear_dist.attention import flex, reference, tiled, triton_window
+from clear_dist.attention import flex, masked, reference, tiled, triton_window
 from clear_dist.attention.backend import Backend, Request, WindowCall
 from clear_dist.attention.dense import attend
 from clear_dist.geometry import Rows, reach
@@ -25,7 +25,8 @@ __all__ = ["BACKENDS", "Backend", "attend", "choose_backend", "window_attention"
 logger = logging.getLogger(__name__)
 
 BACKENDS = {
-    backend.name: backend for backend in (flex.BACKEND, triton_window.BACKEND, tiled.BACKEND, reference.BACKEND)
+    backend.name: backend
+    for backend in (flex.BACKEND, triton_window.BACKEND, tiled.BACKEND, masked.BACKEND, reference.BACKEND)
 }
 """By name, the best first. A new kernel is one file and one row here, and its name in `config.ATTENTION_BACKENDS`."""
 
