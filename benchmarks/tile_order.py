@@ -4,8 +4,9 @@
 
 A backend that computes tile by tile takes its queries out of raster order in each layer, and puts its results back.
 Beside the attention of one layer by `tiled`, and beside a whole step, these copies are timed alone; they take turns
-with it, figures are medians. Its keys are no part of it: the rectangles around tiles overlap, and are gathered in either
-order. `flex` copies keys and values as well: for it the bytes are counted, for FLUX.1-dev on a GPU of a stated bandwidth.
+with it, figures are medians. Keys are no part of it: the rectangles around tiles overlap, and are gathered in either
+order. `flex` copies keys and values as well: there bytes are counted, for FLUX.1-dev on a GPU of a stated bandwidth.
+The Triton kernel reads and writes raster order by its strides.
 """
 
 import argparse

@@ -26,7 +26,14 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = {
     backend.name: backend
-    for backend in (flex.BACKEND, triton_window.BACKEND, tiled.BACKEND, masked.BACKEND, reference.BACKEND)
+    for backend in (
+        flex.BACKEND,
+        flex.FLASH_BACKEND,
+        triton_window.BACKEND,
+        tiled.BACKEND,
+        masked.BACKEND,
+        reference.BACKEND,
+    )
 }
 """By name, the best first. A new kernel is one file and one row here, and its name in `config.ATTENTION_BACKENDS`."""
 
