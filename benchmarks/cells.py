@@ -125,7 +125,8 @@ def prepared(place: Place, side: int, bench: Bench) -> AbstractContextManager[Fl
     if place in bench.baselines:
         return bench.baselines[place].ready()
     if place.is_share:
-        return share_of(bench.pipe, middle_part(side, place.ranks, setting.window), setting.schedule)
+        part = middle_part(side, place.ranks, setting.window)
+        return share_of(bench.pipe, part, setting.schedule, bench.limits.model.text_tokens)
     if place.ranks == 1 and setting.window == "full":
         return nullcontext(bench.pipe)  # as diffusers made it
     return on_stripes(bench.pipe, setting.window, setting.schedule, bench.groups[place.ranks])

@@ -96,8 +96,8 @@ def kernel_candidates(layer: Layer, radius: int, session: Session) -> dict[str, 
 
     def clear(name: str) -> Callable[[], Tensor]:
         heads, head_dim = layer.query.shape[2:]
-        tokens = layer.query.shape[1]
-        sizes = {"head_dim": head_dim, "heads": heads, "queries": tokens - layer.text, "keys": tokens}
+        sizes = {"rows": layer.side, "key_rows": layer.side, "columns": layer.side, "text": layer.text}
+        sizes |= {"head_dim": head_dim, "heads": heads, "radius": radius}
         backend = choose_backend(name, device=session.device, dtype=session.dtype, **sizes)
         return lambda: window(layer, radius, backend)
 
@@ -164,7 +164,7 @@ def steps_of(side: int, pipe: FluxPipeline, group: Group, session: Session) -> I
     yield Step(name=f"CLEAR r = {first}", part=whole[first], prepare=partial(ours, window=first))
     for radius in RADII:
         part = middle_part(side, RANKS, radius)
-        share = partial(share_of, pipe, part, "sync", **backend)
+        share = partial(share_of, pipe, part, "sync", model_of(session).text_tokens, **backend)
         yield Step(name=f"CLEAR r = {radius}, share of {RANKS}", part=part, prepare=share)
     hoisted = partial(ours, window=first, hoist_modulation=True)
     yield Step(name=f"CLEAR r = {first}, hoisted modulation", part=whole[first], prepare=hoisted)

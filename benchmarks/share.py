@@ -67,7 +67,9 @@ def on_stripes(
 
 
 @contextmanager
-def share_of(pipe: FluxPipeline, part: Part, schedule: Schedule, **settings: Any) -> Iterator[FluxPipeline]:
+def share_of(
+    pipe: FluxPipeline, part: Part, schedule: Schedule, text_tokens: int, **settings: Any
+) -> Iterator[FluxPipeline]:
     """While inside, `pipe` computes what the rank of `part` computes; `settings`: others of `parallelize`."""
     alone = cast(Group, AloneAmong(part.rank, part.ranks, pipe.transformer.device))
     handle = parallelize(pipe, window=part.window, group=alone, **settings)
@@ -78,8 +80,9 @@ def share_of(pipe: FluxPipeline, part: Part, schedule: Schedule, **settings: Any
         alone,
         None,
         radius=striped.radius,
+        text_tokens=text_tokens,
         text_attention=striped.text_attention,
-        backend=striped.backend,
+        choose_backend=striped.choose_backend,
         clock=None,
         counters=striped.counters,
     )

@@ -1,12 +1,14 @@
 """Puts a stock diffusers pipeline on stripes, and takes it off again."""
 
+from collections.abc import Callable
+from functools import partial
 from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from clear_dist.attention import choose_backend
+from clear_dist.attention import Backend, choose_backend
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.comm.text_reduce import TextAttention
@@ -108,7 +110,7 @@ def parallelize(
         window: radius in tokens of what an image token sees, or `full`; by default the checkpoint's, else `full`.
         clear_weights: a CLEAR checkpoint; without one a window draws noise, unless `pipe` was trained with it.
         text_attention: `average` (Eq. 7 of the paper, the default) or `exact`: N ranks compute what one computes.
-        attention_backend: `auto`, or a row of `clear_dist.attention.BACKENDS`.
+        attention_backend: a row of `clear_dist.attention.BACKENDS`; `auto`: the fastest for each image, as measured.
         schedule: `sync`: this step's halos; `stale`: those of the step before, for slow links (README).
         warmup_steps: of `stale`: the steps at the start of each generation that are synchronous all the same.
         hoist_modulation: keep AdaLN's weights in host memory: the same bits from less on the device (README).
@@ -127,13 +129,13 @@ def parallelize(
     settings |= {"text_attention": checked_text_attention(text_attention, radius), "hoist_modulation": hoist_modulation}
     device = pipe._execution_device  # where it runs, also if its parts are offloaded to the CPU meanwhile
     settings |= checked_kernels(compile, float8, device, transformer.dtype)
-    backend = choose_backend(attention_backend, device=device, dtype=transformer.dtype, head_dim=adaptor.head_dim)
+    choose = checked_backend(attention_backend, device, transformer.dtype, adaptor.head_dim)
     group_or_own = group or Group.create(device)
     replaced = load_clear_weights(transformer, clear_weights) if clear_weights is not None else []
-    chosen: dict[str, Any] = {"window": radius or "full", "attention_backend": backend.name, "dtype": transformer.dtype}
-    chosen["clear_weights"] = [checksum(transformer.get_parameter(name)) for name in replaced]
-    require_equal_settings(group_or_own, **chosen, **settings)
-    striped = StripedModel(adaptor, pipe.scheduler, group_or_own, radius=radius, backend=backend, **settings)
+    weights = [checksum(transformer.get_parameter(name)) for name in replaced]
+    chosen = {"window": radius or "full", "attention_backend": choose().name, "dtype": transformer.dtype}
+    require_equal_settings(group_or_own, **chosen, clear_weights=weights, **settings)
+    striped = StripedModel(adaptor, pipe.scheduler, group_or_own, radius=radius, choose_backend=choose, **settings)
     return Parallelized(striped, owns_group=group is None)
 
 
@@ -190,6 +192,13 @@ def checked_radius(window: int | str | None, clear_weights: str | Path | None) -
     if isinstance(window, bool | str) or not hasattr(window, "__index__") or window < 1:
         raise ValueError(f"window must be a radius of at least 1 token or 'full', got {window!r}; nearest: 1")
     return index(window)
+
+
+def checked_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Callable[..., Backend]:
+    """`choose_backend` with all but sizes given; raises ValueError where there is no such backend for any image."""
+    choose = partial(choose_backend, name, device=device, dtype=dtype, head_dim=head_dim)
+    choose()
+    return choose
 
 
 def checked_schedule(schedule: Schedule, warmup_steps: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """How one image is cut over a group: its stripes, and what they exchange in every layer and once per step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ class Cut:
 
     height: int
     width: int
+    text_tokens: int
+    """That its attention backend was chosen for."""
     group: Group
     extrapolation: Extrapolation | None
     stale: bool
@@ -36,10 +39,18 @@ class Cut:
         """This rank's tokens in raster order."""
         return slice(self.plan.own.start * self.width, self.plan.own.stop * self.width)
 
-    def serves(self, size: tuple[int, int], group: Group, extrapolation: Extrapolation | None, *, stale: bool) -> bool:
+    def serves(
+        self,
+        size: tuple[int, int],
+        group: Group,
+        extrapolation: Extrapolation | None,
+        *,
+        text_tokens: int,
+        stale: bool,
+    ) -> bool:
         """Whether it is what `cut_image` would make for these."""
-        image, mine = (*size, extrapolation, stale), (self.height, self.width, self.extrapolation, self.stale)
-        return self.group is group and image == mine
+        mine = self.height, self.width, self.extrapolation, self.text_tokens, self.stale
+        return self.group is group and (*size, extrapolation, text_tokens, stale) == mine
 
 
 def plan_image(size: tuple[int, int], group: Group, radius: int | None) -> tuple[tuple[Rows, ...], HaloPlan]:
@@ -48,14 +59,23 @@ def plan_image(size: tuple[int, int], group: Group, radius: int | None) -> tuple
     return stripes, plan_halos(stripes, group.rank, radius)
 
 
+def largest_call(size: tuple[int, int], stripes: tuple[Rows, ...], radius: int) -> dict[str, int]:
+    """Sizes that no call of any rank exceeds, for `choose_backend`; equal on all ranks, which so choose alike."""
+    rows = max(map(len, stripes))
+    # A halo has a call of its own; its rows of keys and one's own are no more than this.
+    key_rows = min(size[0], rows + 2 * (radius - 1))
+    return {"rows": rows, "key_rows": key_rows, "columns": size[1], "radius": radius}
+
+
 def cut_image(
     size: tuple[int, int],
     group: Group,
     extrapolation: Extrapolation | None,
     *,
     radius: int | None,
+    text_tokens: int,
     text_attention: TextAttention,
-    backend: Backend,
+    choose_backend: Callable[..., Backend],
     clock: Clock | None,
     counters: Counters,
 ) -> Cut:
@@ -64,10 +84,11 @@ def cut_image(
     Args:
         size: height and width in tokens.
         radius: in tokens; None: full attention.
+        choose_backend: that of clear_dist.attention, for sizes that are equal on all ranks.
         clock: what the stale schedule goes by; None: the sync schedule.
 
     Raises:
-        ValueError: there are more ranks than rows.
+        ValueError: there are more ranks than rows, or the backend cannot serve this image.
     """
     height, width = size
     # A wider circle than the image holds the same keys.
@@ -81,10 +102,12 @@ def cut_image(
     }
     joint_attention: JointAttention = FullJointAttention(**shared)
     if radius is not None:
+        backend = choose_backend(**largest_call(size, stripes, radius), text=text_tokens)
         joint_attention = WindowJointAttention(grid=Rows(0, height), radius=radius, backend=backend, **shared)
     return Cut(
         height=height,
         width=width,
+        text_tokens=text_tokens,
         group=group,
         extrapolation=extrapolation,
         stale=clock is not None,

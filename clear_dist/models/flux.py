@@ -147,6 +147,10 @@ class FluxAdaptor:
             )
         return height, width
 
+    def text_tokens(self, inputs: dict[str, Any]) -> int:
+        """Their number."""
+        return inputs["encoder_hidden_states"].shape[1]
+
     def cut(self, inputs: dict[str, Any], cut: Cut) -> dict[str, Any]:
         """The inputs with the image's tokens, ids and ControlNet residuals cut; the text's stay whole.
 

@@ -1,6 +1,6 @@
 """A transformer on stripes: cut before its forward, joined after it, by hooks that can be taken off again."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -35,7 +35,7 @@ class StripedModel:
         *,
         radius: int | None,
         text_attention: TextAttention,
-        backend: Backend,
+        choose_backend: Callable[..., Backend],
         schedule: Schedule,
         warmup_steps: int,
         hoist_modulation: bool,
@@ -48,7 +48,7 @@ class StripedModel:
         self.extrapolation: Extrapolation | None = None
         self.radius = radius
         self.text_attention = text_attention
-        self.backend = backend
+        self.choose_backend = choose_backend
         self.parts = Parts.compiled() if compile else Parts()
         """What its blocks compute with between communications."""
         self.schedule = schedule
@@ -241,14 +241,15 @@ class StripedModel:
         if self.cut is not None and self.cut.group is self.group:
             self.drain()
         stale = self._is_stale(self._steps)
-        if self.cut is None or not self.cut.serves(size, self.group, self.extrapolation, stale=stale):
+        text_tokens = self.adaptor.text_tokens(inputs)
+        image = size, self.group, self.extrapolation
+        if self.cut is None or not self.cut.serves(*image, text_tokens=text_tokens, stale=stale):
             self.cut = cut_image(
-                size,
-                self.group,
-                self.extrapolation,
+                *image,
                 radius=self.radius,
+                text_tokens=text_tokens,
                 text_attention=self.text_attention,
-                backend=self.backend,
+                choose_backend=self.choose_backend,
                 clock=self._clock if stale else None,
                 counters=self.counters,
             )

@@ -161,8 +161,10 @@ def test_flash_needs_its_package_and_a_torch_with_the_right_log_sum_exp(monkeypa
 
 
 @pytest.mark.usefixtures("with_flash")
-@pytest.mark.parametrize("capability", [9, 10])
-def test_flash_is_asked_of_flex_attention_in_its_own_blocks(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
+@pytest.mark.parametrize(("capability", "blocks"), [(9, (128, 128)), (10, (256, 128))])
+def test_flash_is_asked_of_flex_attention_in_its_own_blocks(
+    monkeypatch: pytest.MonkeyPatch, capability: int, blocks: tuple[int, int]
+) -> None:
     """FlashAttention 4 takes blocks of 128 x 128 on Hopper and of 256 x 128 on Blackwell."""
     asked: dict = {}
     monkeypatch.setattr(flex, "_capability", lambda: capability)
@@ -171,5 +173,5 @@ def test_flash_is_asked_of_flex_attention_in_its_own_blocks(monkeypatch: pytest.
     assert asked["kernel_options"] == {"BACKEND": "FLASH"}
     geometry = Geometry(40, 40, columns=40, text=5, radius=9, row_offset=0, query_rows=asked["query_rows"])
     mask = block_mask(geometry, CPU)
-    assert mask.BLOCK_SIZE == {9: (128, 128), 10: (256, 128)}[capability]
+    assert tuple(mask.BLOCK_SIZE) == blocks
     assert mask.full_kv_num_blocks is not None
