@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from attention import interleaved
-from machine import Parser, machine, whole_number
+from machine import Parser, machine, save, whole_number
 from rich.console import Console
 from rich.table import Table
 
@@ -55,15 +55,14 @@ def main() -> None:
         times = ", ".join(f"{name} {1e3 * row['seconds'][name]:.3g}" for name in fastest_first(row))
         shown.add_row(f"{shape[0]} x {shape[1]}", str(radius), str(text), str(head_dim), times)
     Console().print(shown)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    save(report, options.json)
 
 
 def arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--table", action="store_true", help="make the table anew from the results")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    parser.add_argument("--backends", choices=list(BACKENDS), nargs="+", help="instead of all that can run")
     parser.add_argument("--shapes", type=rows_and_columns, nargs="+", help="in tokens, for instance 8x64")
     parser.add_argument("--radii", type=whole_number, nargs="+", default=[8, 16, 32], help="in tokens")
     parser.add_argument("--texts", type=whole_number, nargs="+", default=[32, 512], help="text tokens")
@@ -93,28 +92,20 @@ def timed(shape: tuple[int, int], radius: int, text: int, head_dim: int, options
     query, key, value = (torch.randn(1, *shape, *tail, device=device, dtype=dtype) for _ in range(3))
     texts = [torch.randn(1, text, *tail, device=device, dtype=dtype) for _ in range(2)]
     rows, columns = shape
-    request = Request(device.type, dtype, head_dim, tail[0], rows, rows, columns, text, radius)
-    names = [name for name in CANDIDATES[device.type] if BACKENDS[name].why_not(request) is None]
+    request = Request(device.type, dtype, *tail[::-1], rows, rows, columns, text, radius)
+    names = [name for name in options.backends or CANDIDATES[device.type] if BACKENDS[name].why_not(request) is None]
     calls = [
         partial(window_attention, query, key, value, *texts, radius=radius, row_offset=0, backend=BACKENDS[name])
         for name in names
     ]
     seconds = dict(zip(names, interleaved(calls, options.repetitions), strict=True))
-    return row_of(device, dtype, shape, radius, text, head_dim, seconds)
+    return row_of(request, seconds)
 
 
-def row_of(
-    device: torch.device,
-    dtype: torch.dtype,
-    shape: tuple[int, int],
-    radius: int,
-    text: int,
-    head_dim: int,
-    seconds: dict[str, float],
-) -> dict[str, Any]:
+def row_of(request: Request, seconds: dict[str, float]) -> dict[str, Any]:
     """As files of results hold it; gpu_suite.py writes it too."""
-    sizes = {"rows": shape[0], "columns": shape[1], "radius": radius, "text": text, "head_dim": head_dim}
-    return {"device_type": device.type, "dtype": str(dtype), **sizes, "seconds": seconds}
+    sizes = {name: getattr(request, name) for name in ("rows", "columns", "radius", "text", "head_dim")}
+    return {"device_type": request.device_type, "dtype": str(request.dtype), **sizes, "seconds": seconds}
 
 
 def fastest_first(row: dict[str, Any]) -> list[str]:

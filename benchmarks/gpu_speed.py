@@ -24,7 +24,7 @@ from steps import interleaved as interleaved_steps
 from tables import TERA, Limits, Setting, cell_of, free_bytes
 from torch import Tensor
 
-from clear_dist.attention import BACKENDS, attend, choose_backend
+from clear_dist.attention import BACKENDS, attend
 from clear_dist.comm.group import Group
 from clear_dist.profiling import RECORDED_STEPS, Profile
 from clear_dist.report import peak_memory, reset_peak_memory
@@ -95,21 +95,17 @@ def time_kernels(layer: Layer, side: int, radius: int, model: Model, session: Se
             row["wanted_tflops"] = work / seconds / TERA
         session.journal.tell(**row, peak_bytes=memory[name])
     ours = {name.removeprefix(OURS): seconds for name, seconds in times.items() if name.startswith(OURS)}
-    if not ours:
-        return
-    shape, head_dim = (layer.side, layer.side), layer.query.shape[-1]
-    session.journal.tell(**row_of(session.device, session.dtype, shape, radius, layer.text, head_dim, ours))
+    if ours:
+        session.journal.tell(**row_of(layer.request(radius), ours))
 
 
 def kernel_candidates(layer: Layer, radius: int, session: Session) -> dict[str, Callable[[], Callable[[], Any]]]:
     """By name, what makes each ready; it raises where it cannot run."""
 
     def clear(name: str) -> Callable[[], Tensor]:
-        heads, head_dim = layer.query.shape[2:]
-        sizes = {"rows": layer.side, "key_rows": layer.side, "columns": layer.side, "text": layer.text}
-        sizes |= {"head_dim": head_dim, "heads": heads, "radius": radius}
-        backend = choose_backend(name, device=session.device, dtype=session.dtype, **sizes)
-        return lambda: window(layer, radius, backend)
+        if reason := BACKENDS[name].why_not(layer.request(radius)):
+            raise ValueError(reason)
+        return lambda: window(layer, radius, BACKENDS[name])
 
     def natten() -> Callable[[], Tensor]:
         from natten import na2d

@@ -10,7 +10,6 @@ The Triton kernel reads and writes raster order by its strides.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from attention import Layer, image_attention, interleaved, make_layer
 from counts import FLUX, TOKEN
-from machine import Parser, machine, positive, whole_number
+from machine import Parser, machine, positive, save, whole_number
 from rich.console import Console
 from rich.table import Table
 from share import on_stripes
@@ -110,9 +109,7 @@ def main() -> None:
         for row in report[title]:
             table.add_row(*(f"{value:.3g}" for value in row.values()))
         Console().print(table)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    save(report, options.json)
 
 
 if __name__ == "__main__":

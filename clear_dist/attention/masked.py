@@ -12,7 +12,6 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from clear_dist.attention.backend import Backend, Request, WindowCall
 from clear_dist.attention.dense import BIAS_ALIGNMENT, fused, heads_last
@@ -61,12 +60,13 @@ def bias(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Tensor
     row, column = torch.arange(geometry.rows, device=device), torch.arange(geometry.columns, device=device)
     down_RE = row[:, None] + geometry.row_offset - torch.arange(geometry.key_rows, device=device)
     across_WW = column[:, None] - column
-    squared_RWEW = down_RE.square()[:, None, :, None] + across_WW.square()[None, :, None, :]
-    bias_RWEW = torch.zeros(squared_RWEW.shape, dtype=dtype, device=device)
-    bias_RWEW.masked_fill_(squared_RWEW >= geometry.radius**2, -torch.inf)
-    bias_LS = bias_RWEW.flatten(0, 1).flatten(1, 2)
-    keys = geometry.text + bias_LS.shape[1]
-    return pad(bias_LS, (geometry.text, -keys % BIAS_ALIGNMENT))[:, :keys]
+    left_RE = geometry.radius**2 - down_RE.square()
+    hidden_RWEW = across_WW.square()[None, :, None, :] >= left_RE[:, None, :, None]
+    keys = geometry.text + geometry.key_rows * geometry.columns
+    bias_LS = torch.zeros(geometry.rows * geometry.columns, keys + -keys % BIAS_ALIGNMENT, dtype=dtype, device=device)
+    bias_LS = bias_LS[:, :keys]
+    bias_LS[:, geometry.text :].masked_fill_(hidden_RWEW.flatten(0, 1).flatten(1, 2), -torch.inf)
+    return bias_LS
 
 
 def why_not(request: Request) -> str | None:
