@@ -26,7 +26,7 @@ from clear_dist.comm.halo_exchange import HaloExchange
 from clear_dist.config import Schedule
 from clear_dist.geometry import Rows, plan_halos
 from clear_dist.models.cut import cut_image
-from clear_dist.parallelize import striped_of
+from clear_dist.parallelize import require_striped
 
 MESSAGE_ROWS, MESSAGE_SHAPE = 64, (64, 4, 64)
 """Of float32 keys and values, 8 MB together."""
@@ -73,21 +73,20 @@ def share_of(
     """While inside, `pipe` computes what the rank of `part` computes; `settings`: others of `parallelize`."""
     alone = cast(Group, AloneAmong(part.rank, part.ranks, pipe.transformer.device))
     handle = parallelize(pipe, window=part.window, group=alone, **settings)
-    striped = striped_of(pipe)
-    assert striped is not None
-    striped.cut = cut_image(
-        part.grid,
-        alone,
-        None,
-        radius=striped.radius,
-        text_tokens=text_tokens,
-        text_attention=striped.text_attention,
-        choose_backend=striped.choose_backend,
-        clock=None,
-        counters=striped.counters,
-    )
-    without_communication(striped, lag=schedule == "stale")
     try:
+        striped = require_striped(pipe)
+        striped.cut = cut_image(
+            part.grid,
+            alone,
+            None,
+            radius=striped.radius,
+            text_tokens=text_tokens,
+            text_attention=striped.text_attention,
+            choose_backend=striped.choose_backend,
+            clock=None,
+            counters=striped.counters,
+        )
+        without_communication(striped, lag=schedule == "stale")
         yield pipe
     finally:
         handle.undo()

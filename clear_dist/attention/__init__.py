@@ -124,9 +124,9 @@ def choose_backend(
 def _best(request: Request) -> Backend:
     """The fastest of those that were measured, else the first backend that may be chosen here and can run."""
     measured = nearest(request)
-    logger.info(
-        "attention backends %s", measured or f"were not measured on {request.device_type}: tried in their order"
-    )
+    if request.rows:
+        unmeasured = f"were not measured on {request.device_type}: tried in their order"
+        logger.info("attention backends %s", measured or unmeasured)
     fastest = [name for name in (measured.fastest_first if measured else ()) if name in BACKENDS]
     for name, backend in {name: BACKENDS[name] for name in (*fastest, *BACKENDS)}.items():
         reason = backend.why_not(request)
@@ -178,17 +178,9 @@ def _cut_down(call: WindowCall) -> tuple[slice, WindowCall]:
 def _request_of(call: WindowCall) -> Request:
     """What the backends' checks want to know of a call."""
     batch, rows, columns, heads, head_dim = call.query.shape
-    return Request(
-        call.query.device.type,
-        call.query.dtype,
-        head_dim,
-        batch * heads,
-        rows,
-        call.key.shape[1],
-        columns,
-        call.key_text.shape[1],
-        call.radius,
-    )
+    key_rows, text = call.key.shape[1], call.key_text.shape[1]
+    kind = call.query.device.type, call.query.dtype, head_dim, batch * heads
+    return Request(*kind, rows=rows, key_rows=key_rows, columns=columns, text=text, radius=call.radius)
 
 
 def _check(call: WindowCall) -> None:

@@ -77,8 +77,11 @@ def test_where_nothing_was_measured_the_order_decides_and_the_log_says_so(
     assert "attention backends were not measured on mps: tried in their order" in caplog.text
 
 
-def test_without_sizes_nothing_is_near() -> None:
+def test_without_sizes_nothing_is_near_and_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert measured.nearest(Request("cpu", torch.float32, head_dim=64)) is None
+    with caplog.at_level(logging.INFO, logger="clear_dist.attention"):
+        assert choose_backend("auto", device="cpu", dtype=torch.float32, head_dim=64).name == "tiled"
+    assert "measured" not in caplog.text
 
 
 def test_the_embedded_models_own_size_was_measured() -> None:
