@@ -12,7 +12,6 @@ Shape suffixes: B batch, L text and image tokens, R rows, W columns, N heads, T 
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from machine import Parser, machine, whole_number
+from machine import Parser, machine, save, whole_number
 from rich.console import Console
 from rich.table import Table
 from row_major import row_major_attention, row_major_mask
@@ -29,6 +28,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from clear_dist.attention import Backend, attend, choose_backend, window_attention
+from clear_dist.attention.backend import Request
 
 SHORTEST = 0.02
 """Seconds: what takes less is timed several times in a row."""
@@ -44,6 +44,12 @@ class Layer:
     value: Tensor
     side: int
     text: int
+
+    def request(self, radius: int) -> Request:
+        """What backends are asked."""
+        heads, head_dim = self.query.shape[2:]
+        sizes = self.side, self.side, self.side, self.text, radius
+        return Request(self.query.device.type, self.query.dtype, head_dim, heads, *sizes)
 
     def split(self, x_BLND: Tensor) -> tuple[Tensor, Tensor]:
         """Views [B, T, N, D] and [B, R, W, N, D]."""
@@ -123,9 +129,7 @@ def main() -> None:
         ]
         report["per_token"] = [per_token(radius, backend, options) for radius in options.radii]
     show(report)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    save(report, options.json)
 
 
 def arguments() -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""What diffusers itself offers for full attention on several devices: Ulysses and ring attention."""
+"""What diffusers itself offers for full attention: its own blocks, Ulysses and ring attention; compiled or not."""
 
 import copy
 from collections.abc import Iterator
@@ -12,6 +12,26 @@ from torch.distributed.device_mesh import init_device_mesh
 from clear_dist.comm.group import Group
 
 Kind = Literal["Ulysses", "ring"]
+COMPILATION = {"dynamic": True}
+"""Of blocks, by torch.compile; the engine compiles its own parts with the same settings."""
+
+
+def copied(pipe: FluxPipeline) -> FluxPipeline:
+    """A pipeline with a transformer of its own, which shares its weights with that of `pipe`."""
+    weights = [*pipe.transformer.parameters(), *pipe.transformer.buffers()]
+    transformer = copy.deepcopy(pipe.transformer, {id(weight): weight for weight in weights})
+    copy_of_pipe = FluxPipeline(**{**pipe.components, "transformer": transformer})
+    copy_of_pipe.set_progress_bar_config(disable=True)
+    return copy_of_pipe
+
+
+def stock(pipe: FluxPipeline, *, compile: bool) -> FluxPipeline:
+    """diffusers' own: `pipe` itself, or a copy whose blocks are compiled."""
+    if not compile:
+        return pipe
+    compiled = copied(pipe)
+    compiled.transformer.compile_repeated_blocks(**COMPILATION)
+    return compiled
 
 
 class Baseline:
@@ -20,9 +40,9 @@ class Baseline:
     Where `world` is larger, each group of `ranks` does the same.
     """
 
-    def __init__(self, pipe: FluxPipeline, kind: Kind, ranks: int, world: Group) -> None:
-        weights = [*pipe.transformer.parameters(), *pipe.transformer.buffers()]
-        transformer = copy.deepcopy(pipe.transformer, {id(weight): weight for weight in weights})
+    def __init__(self, pipe: FluxPipeline, kind: Kind, ranks: int, world: Group, *, compile: bool) -> None:
+        self._pipe = copied(pipe)
+        transformer = self._pipe.transformer
         device = world.device.type
         if kind == "ring" and device == "cuda":
             transformer.set_attention_backend("_native_flash")  # the default one has no log-sum-exp
@@ -38,8 +58,8 @@ class Baseline:
                 transformer.enable_parallelism(config=config)
         except Exception as error:
             self._error = error
-        self._pipe = FluxPipeline(**{**pipe.components, "transformer": transformer})
-        self._pipe.set_progress_bar_config(disable=True)
+        if compile:
+            transformer.compile_repeated_blocks(**COMPILATION)
 
     @contextmanager
     def ready(self) -> Iterator[FluxPipeline]:

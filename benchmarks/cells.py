@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 
-from baselines import Baseline
+from baselines import Baseline, stock
 from counts import middle_part, traffic
 from diffusers import FluxPipeline
 from share import on_stripes, projected, share_of
@@ -44,6 +44,12 @@ class Bench:
     baselines: dict[Place, Baseline] = field(default_factory=dict)
     bytes_per_second: float = float("inf")
     """Each way through a rank's link, for projections."""
+    compile: bool = False
+    """Everyone's blocks."""
+
+    @cached_property
+    def stock(self) -> FluxPipeline:
+        return stock(self.pipe, compile=self.compile)
 
     @property
     def share_memory(self) -> bool:
@@ -125,10 +131,11 @@ def prepared(place: Place, side: int, bench: Bench) -> AbstractContextManager[Fl
     if place in bench.baselines:
         return bench.baselines[place].ready()
     if place.is_share:
-        return share_of(bench.pipe, middle_part(side, place.ranks, setting.window), setting.schedule)
+        part = middle_part(side, place.ranks, setting.window)
+        return share_of(bench.pipe, part, setting.schedule, bench.limits.model.text_tokens, compile=bench.compile)
     if place.ranks == 1 and setting.window == "full":
-        return nullcontext(bench.pipe)  # as diffusers made it
-    return on_stripes(bench.pipe, setting.window, setting.schedule, bench.groups[place.ranks])
+        return nullcontext(bench.stock)
+    return on_stripes(bench.pipe, setting.window, setting.schedule, bench.groups[place.ranks], compile=bench.compile)
 
 
 def processes_of(place: Place, bench: Bench) -> int:

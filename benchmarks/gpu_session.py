@@ -36,6 +36,8 @@ class Session:
     small: bool
     """Toy sizes, on a CPU too."""
     backend: str
+    compile: bool
+    """Blocks, in steps and profile: ours and diffusers'."""
     folder: Path
     deadline: float
     """In seconds, as `time.time` counts them."""
@@ -44,6 +46,11 @@ class Session:
     @property
     def seconds_left(self) -> float:
         return self.deadline - time.time()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of `parallelize`, where time is measured."""
+        return {"attention_backend": self.backend, "compile": self.compile}
 
     @property
     def dtype(self) -> torch.dtype:

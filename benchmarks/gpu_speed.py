@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from attention import Layer, full, interleaved, make_layer, row_major, window
+from backends import row_of
+from baselines import stock
 from counts import FLUX, TOKEN, Model, Part, attention_work, middle_part
 from diffusers import FluxPipeline
 from gpu_session import Session, first_line
@@ -22,7 +24,7 @@ from steps import interleaved as interleaved_steps
 from tables import TERA, Limits, Setting, cell_of, free_bytes
 from torch import Tensor
 
-from clear_dist.attention import BACKENDS, attend, choose_backend
+from clear_dist.attention import BACKENDS, attend
 from clear_dist.comm.group import Group
 from clear_dist.profiling import RECORDED_STEPS, Profile
 from clear_dist.report import peak_memory, reset_peak_memory
@@ -38,6 +40,8 @@ LARGE = 4096
 SECONDS_OF_A_GEOMETRY = {"cuda": 15.0, "cpu": 1.0}
 """Roughly, of `kernels`, compiling included."""
 LISTED_KERNELS = 40
+OURS = "CLEAR, "
+"""What names of the engine's kernels begin with."""
 Prepare = Callable[[], AbstractContextManager[FluxPipeline]]
 
 
@@ -82,24 +86,26 @@ def time_kernels(layer: Layer, side: int, radius: int, model: Model, session: Se
             session.journal.tell(side_px=side, radius=radius, candidate=name, note=first_line(error))
         else:
             runnable[name], memory[name] = candidate, peak_memory(session.device)
-    for name, seconds in zip(runnable, interleaved(list(runnable.values()), REPETITIONS), strict=True):
+    times = dict(zip(runnable, interleaved(list(runnable.values()), REPETITIONS), strict=True))
+    for name, seconds in times.items():
         seen = middle_part(side, 1, "full" if name == "SDPA" else radius)
         work = attention_work(model, seen) / model.layers
         row = {"side_px": side, "radius": radius, "candidate": name, "seconds": seconds}
         if name not in ("text queries", "NATTEN"):  # which do only a part of the work
             row["wanted_tflops"] = work / seconds / TERA
         session.journal.tell(**row, peak_bytes=memory[name])
+    ours = {name.removeprefix(OURS): seconds for name, seconds in times.items() if name.startswith(OURS)}
+    if ours:
+        session.journal.tell(**row_of(layer.request(radius), ours))
 
 
 def kernel_candidates(layer: Layer, radius: int, session: Session) -> dict[str, Callable[[], Callable[[], Any]]]:
     """By name, what makes each ready; it raises where it cannot run."""
 
     def clear(name: str) -> Callable[[], Tensor]:
-        heads, head_dim = layer.query.shape[2:]
-        tokens = layer.query.shape[1]
-        sizes = {"head_dim": head_dim, "heads": heads, "queries": tokens - layer.text, "keys": tokens}
-        backend = choose_backend(name, device=session.device, dtype=session.dtype, **sizes)
-        return lambda: window(layer, radius, backend)
+        if reason := BACKENDS[name].why_not(layer.request(radius)):
+            raise ValueError(reason)
+        return lambda: window(layer, radius, BACKENDS[name])
 
     def natten() -> Callable[[], Tensor]:
         from natten import na2d
@@ -109,7 +115,7 @@ def kernel_candidates(layer: Layer, radius: int, session: Session) -> dict[str, 
 
     text = layer.split(layer.query)[0]
     candidates: dict[str, Callable[[], Callable[[], Any]]] = {
-        f"CLEAR, {name}": partial(clear, name) for name in BACKENDS if name != "reference"
+        OURS + name: partial(clear, name) for name in BACKENDS if name != "reference"
     }
     candidates["text queries"] = lambda: lambda: attend(text, layer.key, layer.value)
     if session.device.type == "cuda":  # a CPU compiles for half a minute
@@ -133,6 +139,7 @@ def steps(session: Session) -> None:
     """Whole steps; the official layout in diffusers' own pipeline; one rank's share among 8; matrix products alone."""
     model, device = model_of(session), session.device
     pipe = make_pipeline(model, device, session.dtype)
+    stock_pipe = stock(pipe, compile=session.compile)
     group = Group.create(device)
     peak = peak_rate(device, session.dtype)
     session.journal.tell(what="a large matrix product", tflops=peak / TERA)
@@ -142,7 +149,7 @@ def steps(session: Session) -> None:
         products = seconds_of_products(model, (side // TOKEN) ** 2 + model.text_tokens, session)
         session.journal.tell(side_px=side, candidate="matrix products with weights alone", seconds=[products])
         chosen, left = [], session.seconds_left - products
-        for step in steps_of(side, pipe, group, session):
+        for step in steps_of(side, pipe, stock_pipe, group, session):
             limits.seconds = left
             setting = Setting(name=step.name, window=step.part.window)
             reason = limits.why_not(setting, step.part, steps=2)
@@ -155,16 +162,15 @@ def steps(session: Session) -> None:
     group.close()
 
 
-def steps_of(side: int, pipe: FluxPipeline, group: Group, session: Session) -> Iterator[Step]:
+def steps_of(side: int, pipe: FluxPipeline, stock_pipe: FluxPipeline, group: Group, session: Session) -> Iterator[Step]:
     """The most telling first, as time may run out."""
     whole = {radius: middle_part(side, 1, radius) for radius in RADII}
-    backend = {"attention_backend": session.backend}
-    ours = partial(on_stripes, pipe, schedule="sync", group=group, **backend)
+    ours = partial(on_stripes, pipe, schedule="sync", group=group, **session.settings)
     first = RADII[0]
     yield Step(name=f"CLEAR r = {first}", part=whole[first], prepare=partial(ours, window=first))
     for radius in RADII:
         part = middle_part(side, RANKS, radius)
-        share = partial(share_of, pipe, part, "sync", **backend)
+        share = partial(share_of, pipe, part, "sync", model_of(session).text_tokens, **session.settings)
         yield Step(name=f"CLEAR r = {radius}, share of {RANKS}", part=part, prepare=share)
     hoisted = partial(ours, window=first, hoist_modulation=True)
     yield Step(name=f"CLEAR r = {first}, hoisted modulation", part=whole[first], prepare=hoisted)
@@ -173,7 +179,7 @@ def steps_of(side: int, pipe: FluxPipeline, group: Group, session: Session) -> I
         yield Step(name=f"row-major r = {first}", part=whole[first], prepare=official)
     for radius in RADII[1:]:
         yield Step(name=f"CLEAR r = {radius}", part=whole[radius], prepare=partial(ours, window=radius))
-    yield Step(name="full attention", part=middle_part(side, 1, "full"), prepare=lambda: nullcontext(pipe))
+    yield Step(name="full attention", part=middle_part(side, 1, "full"), prepare=lambda: nullcontext(stock_pipe))
 
 
 def tell_steps(side: int, chosen: list[Step], group: Group, limits: Limits, session: Session) -> None:
@@ -228,7 +234,7 @@ def profile(session: Session) -> None:
     group = Group.create(session.device)
     file = session.folder / "trace.json.gz"
     number = RECORDED_STEPS + 2
-    with on_stripes(pipe, RADII[0], "sync", group, attention_backend=session.backend):
+    with on_stripes(pipe, RADII[0], "sync", group, **session.settings):
         recorder = Profile(file, 0, steps=number, drain=lambda: None)
         with recorder.recording():
             draw(pipe, model.text_tokens, side, number, recorder.after_step)

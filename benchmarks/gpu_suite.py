@@ -5,7 +5,8 @@
     correctness  attention in bfloat16 by every backend against float32; a small FLUX on the GPU against the CPU
     ranks        2 and 3 ranks that share the GPU through host memory, and one with NCCL: do they draw the same?
     kernels      one layer's attention: every backend, the official row-major FlexAttention, NATTEN if there, SDPA
-    steps        FLUX.1-dev's architecture with random weights: seconds of a step and of one rank's share of it
+    steps        FLUX.1-dev's architecture with random weights: seconds of a step and of one rank's share of it;
+                 with --compile ours and diffusers' blocks are compiled, the official row-major code is not
     profile      where a step's time goes
 
 Each part runs in a process of its own, for its share of the time and what others have left of theirs. A part that fails
@@ -34,6 +35,7 @@ from typing import Any
 import torch
 from gpu_session import Journal, Session
 from machine import Parser, machine, name_of, positive
+from tables import COMPILED
 
 from clear_dist.report import write
 
@@ -81,6 +83,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=positive, default=8.5, help="for all parts together")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), metavar="PART")
     parser.add_argument("--backend", default="auto", help="CLEAR's attention backend in steps and profile")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="blocks, ours and diffusers'"
+    )
     parser.add_argument("--folder", type=Path, help="for the results")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -117,8 +122,10 @@ def run_part(name: str, options: argparse.Namespace, folder: Path, *, deadline: 
 def work(name: str, options: argparse.Namespace, folder: Path, deadline: float) -> None:
     """A part, in its own process."""
     device = torch.device(options.device)
-    journal = Journal(folder / f"{name}.json", {"part": name, "machine": machine(device)})
-    session = Session(device, options.small, options.backend, folder, deadline, journal)
+    journal = Journal(
+        folder / f"{name}.json", {"part": name, "compiled": COMPILED[options.compile], "machine": machine(device)}
+    )
+    session = Session(device, options.small, options.backend, options.compile, folder, deadline, journal)
     try:
         getattr(import_module(PARTS[name][0]), name)(session)
     except Exception as error:

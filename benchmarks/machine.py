@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from counts import TOKEN
 
-from clear_dist.report import versions
+from clear_dist.report import versions, write
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -46,6 +46,13 @@ def driver_of(device: torch.device) -> str:
         return "unknown: there is no nvidia-smi"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return subprocess.run(query, check=True, capture_output=True, text=True).stdout.splitlines()[0]
+
+
+def save(report: dict[str, Any], file: Path | None) -> None:
+    """As JSON, in a folder that need not be there; None: nowhere."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(report, file)
 
 
 class Parser(argparse.ArgumentParser):

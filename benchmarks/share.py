@@ -27,7 +27,7 @@ from clear_dist.comm.process_groups import Transport
 from clear_dist.config import Schedule
 from clear_dist.geometry import Rows, plan_halos
 from clear_dist.models.cut import cut_image
-from clear_dist.parallelize import striped_of
+from clear_dist.parallelize import require_striped
 
 MESSAGE_ROWS, MESSAGE_SHAPE = 64, (64, 4, 64)
 """Of float32 keys and values, 8 MB together."""
@@ -69,25 +69,19 @@ def on_stripes(
 
 
 @contextmanager
-def share_of(pipe: FluxPipeline, part: Part, schedule: Schedule, **settings: Any) -> Iterator[FluxPipeline]:
+def share_of(
+    pipe: FluxPipeline, part: Part, schedule: Schedule, text_tokens: int, **settings: Any
+) -> Iterator[FluxPipeline]:
     """While inside, `pipe` computes what the rank of `part` computes; `settings`: others of `parallelize`."""
     alone = cast(Group, AloneAmong(part.rank, part.ranks, pipe.transformer.device))
     text = {"text_tokens": "replicated"} if schedule == "stale" else {}
     handle = parallelize(pipe, window=part.window, group=alone, **text, **settings)
-    striped = striped_of(pipe)
-    assert striped is not None
-    striped.cut = cut_image(
-        part.grid,
-        alone,
-        None,
-        radius=striped.radius,
-        text_attention=striped.text_attention,
-        backend=striped.backend,
-        clock=None,
-        counters=striped.counters,
-    )
-    without_communication(striped, lag=schedule == "stale")
     try:
+        striped = require_striped(pipe)
+        striped.cut = cut_image(
+            part.grid, alone, None, striped.settings, text_tokens=text_tokens, clock=None, counters=striped.counters
+        )
+        without_communication(striped, lag=schedule == "stale")
         yield pipe
     finally:
         handle.undo()

@@ -1,7 +1,7 @@
 """Seconds of denoising steps of a FLUX with random weights, candidates taking turns on one rank or several.
 
-The pipeline is diffusers' own, without text encoders and VAE: a step is the transformer and the scheduler. Nothing is
-compiled in any candidate, but FlexAttention's kernel where the engine uses it (on CUDA).
+The pipeline is diffusers' own, without text encoders and VAE: a step is the transformer and the scheduler. What is
+compiled is, if not by an earlier repetition, in the first step of a generation, which is not timed.
 """
 
 import time

@@ -6,8 +6,8 @@ Starts one rank for each GPU; on a CPU two, of one thread each. What so many ran
 where there are too few of them, stands what is projected (share.py): one rank's share is measured on one device, and
 communication is bytes over a bandwidth, that of --gigabytes-per-second or else the one measured between two ranks.
 DistriFusion is full attention in the stale schedule; Ulysses and ring attention are diffusers' own. For each size all
-settings take turns; figures are medians. Nothing is compiled but FlexAttention's kernel, where CLEAR uses it. Results
-are shown and saved after each size. The paper's own figures for this table are not to be had.
+settings take turns; figures are medians. With --compile everyone's blocks are compiled, else nothing but kernels of
+attention. Results are shown and saved after each size. The paper's own figures for this table are not to be had.
 """
 
 import argparse
@@ -105,14 +105,15 @@ def prepare(options: argparse.Namespace, world: Group) -> Bench:
         settings=(FULL, DISTRIFUSION, *windows(options.radii), *windows(options.radii, "stale")),
         numbers=sorted(set(options.numbers)),
         groups=groups,
-        baselines=make_baselines(pipe, [number for number in numbers if number > 1], world),
+        baselines=make_baselines(pipe, [number for number in numbers if number > 1], world, options.compile),
         bytes_per_second=bandwidth(options, groups, world),
+        compile=options.compile,
     )
 
 
-def make_baselines(pipe: FluxPipeline, numbers: list[int], world: Group) -> dict[Place, Baseline]:
+def make_baselines(pipe: FluxPipeline, numbers: list[int], world: Group, compile: bool) -> dict[Place, Baseline]:
     return {
-        Place(setting=setting, ranks=number): Baseline(pipe, kind, number, world)
+        Place(setting=setting, ranks=number): Baseline(pipe, kind, number, world, compile=compile)
         for kind, setting in BASELINES.items()
         for number in numbers
         if not world.size % number

@@ -4,9 +4,9 @@
 
 Full attention is diffusers' own pipeline, untouched; CLEAR is the same pipeline after `parallelize`, on one rank. On
 CUDA the model is FLUX.1-dev's architecture in bfloat16, on a CPU a small one in float32, both with random weights. For
-each size all settings take turns; figures are medians. Nothing is compiled but FlexAttention's kernel, where CLEAR uses
-it. Work is what is wanted (counts.py), peak a large product of matrices in the same dtype and run. Cells that would
-take too long or do not fit say so. Results are saved after each size.
+each size all settings take turns; figures are medians. With --compile everyone's blocks are compiled, else nothing but
+kernels of attention. Work is what is wanted (counts.py), peak a large product of matrices in the same dtype and run.
+Cells that would take too long or do not fit say so. Results are saved after each size.
 
 The paper's column is Table 7 as printed: FLUX.1-dev on an H100. Its times are for 20 steps (Fig. 2), whatever its head.
 """
@@ -68,7 +68,8 @@ def main() -> None:
     (model, dtype), device = model_and_dtype(options), world.device
     pipe = make_pipeline(model, device, dtype)
     limits = Limits(model, options.cell_seconds, options.repetitions, peak_rate(device, dtype), free_bytes(device))
-    bench = Bench(pipe=pipe, world=world, groups={1: world}, limits=limits, settings=(FULL, *windows(options.radii)))
+    settings = FULL, *windows(options.radii)
+    bench = Bench(pipe=pipe, world=world, groups={1: world}, limits=limits, settings=settings, compile=options.compile)
     header = header_of(options, limits, device)
     cells: list[Cell] = []
     for side in options.sides:

@@ -173,6 +173,9 @@ def parser_of(description: str | None) -> Parser:
     parser.add_argument("--radii", type=whole_number, nargs="+", default=[8, 16, 32], help="in tokens")
     parser.add_argument("--repetitions", type=whole_number, default=3)
     parser.add_argument("--cell-seconds", type=positive, help="of all repetitions; what takes more is not measured")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="everyone's blocks, by torch.compile"
+    )
     parser.add_argument("--folder", type=Path, help="for the results: .json, .csv and .png")
     return parser
 
@@ -199,11 +202,17 @@ def model_and_dtype(options: argparse.Namespace) -> tuple[Model, torch.dtype]:
     return replace(FLUX if options.model == "FLUX" else SMALL, itemsize=dtype.itemsize), dtype
 
 
+COMPILED = {
+    False: "nothing compiled but kernels of attention",
+    True: "all compiled (torch.compile, dynamic shapes): others' blocks, of ours what lies between messages",
+}
+
+
 def header_of(options: argparse.Namespace, limits: Limits, device: torch.device) -> dict[str, Any]:
     """What is saved beside the cells."""
     return {
         "machine": machine(device),
-        "compiled": "nothing but FlexAttention's kernel, where the engine uses it",
+        "compiled": COMPILED[options.compile],
         "settings": {name: value for name, value in vars(options).items() if name != "folder"},
         "model": asdict(limits.model),
         "peak": limits.peak_rate,
@@ -211,11 +220,12 @@ def header_of(options: argparse.Namespace, limits: Limits, device: torch.device)
 
 
 def about_the_measurement(header: dict[str, Any]) -> str:
-    """One line: which model on which device."""
+    """Which model on which device, and how compiled."""
     model, about = Model(**header["model"]), header["machine"]
     name = "FLUX.1-dev's architecture" if header["settings"]["model"] == "FLUX" else "a small FLUX"
     threads = f", threads: {about['threads_per_rank']}" if header["settings"]["device"] == "cpu" else ""
-    return f"{name} of {model.layers} blocks and {model.channels} channels, random weights, {about['device']}{threads}"
+    what = f"{name} of {model.layers} blocks and {model.channels} channels, random weights"
+    return f"{what}, {about['device']}{threads}\n{header['compiled']}"
 
 
 def console_of(width: int) -> Console:

@@ -85,7 +85,7 @@ class Cascade:
             before: what an upper stage enlarges; None: the stage starts from noise.
             detail: which of several stages this is, for people.
         """
-        group, rows, unit = self._striped.group, stage.height // token_size(self._pipe), self._striped.unit
+        group, rows, unit = self._striped.group, stage.height // token_size(self._pipe), self._striped.settings.unit
         ranks = min(group.size, rows // unit)
         if self._striped.shards and ranks < group.size:  # idle ones would not give others their share
             raise ValueError(
@@ -211,7 +211,7 @@ def token_size(pipe: Any) -> int:
 
 def unit_size(pipe: Any) -> int:
     """Pixels that sides of pictures are multiples of; raises ValueError where the pipeline is not on stripes."""
-    return token_size(pipe) * require_striped(pipe).unit
+    return token_size(pipe) * require_striped(pipe).settings.unit
 
 
 def to_bytes(pixels: Tensor) -> Tensor:

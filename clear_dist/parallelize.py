@@ -2,29 +2,30 @@
 
 from collections.abc import Iterable
 from contextlib import ExitStack
-from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from clear_dist.attention import choose_backend
-from clear_dist.clear_checkpoint import refuse_other_radius
+from clear_dist.arguments import (
+    checked_backend,
+    checked_compiler,
+    checked_schedule,
+    checked_text,
+    checked_weights,
+    checked_windows,
+)
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.comm.text_reduce import TextAttention
-from clear_dist.config import Schedule, TextTokens, rules
-from clear_dist.config.rules import SCHEDULES, WARMUP_STEPS
+from clear_dist.config import Schedule, TextTokens
+from clear_dist.config.rules import WARMUP_STEPS
 from clear_dist.models import adaptor_for
 from clear_dist.models.adaptor import Adaptor
-from clear_dist.models.float8 import why_not as why_not_float8
 from clear_dist.models.flux_controlnet import controlnets_of, stripe_controlnet
-from clear_dist.models.pooled_keys import Pooling
+from clear_dist.models.settings import Settings
 from clear_dist.models.stock import require_stock
 from clear_dist.models.striped import StripedModel
-from clear_dist.models.weights import ReplacedWeights, load_clear_weights, radius_of
+from clear_dist.models.weights import ReplacedWeights, load_clear_weights
 from clear_dist.offload import Offloaded
-from clear_dist.preflight.devices import missing_compiler, missing_quantiser
 
 
 class Parallelized:
@@ -62,11 +63,11 @@ class Parallelized:
     @property
     def window(self) -> int | Literal["full"]:
         """Radius in tokens, or `full`."""
-        return self._striped.radius or "full"
+        return self._striped.settings.radius or "full"
 
     @property
     def text_attention(self) -> TextAttention:
-        return self._striped.text_attention
+        return self._striped.settings.text_attention
 
     @property
     def stale_buffer_bytes(self) -> int:
@@ -159,7 +160,7 @@ def parallelize(
         clear_weights: a CLEAR checkpoint; without one a window draws noise, unless `pipe` was trained with it.
         text_attention: `average` (Eq. 7 of the paper, the default) or `exact`: N ranks compute what one computes.
         text_tokens: `sharded`: each takes a share of them through the blocks; `replicated`; `auto`: by sizes (README).
-        attention_backend: `auto`, or a row of `clear_dist.attention.BACKENDS`.
+        attention_backend: a row of `clear_dist.attention.BACKENDS`; `auto`: the fastest for each image, as measured.
         schedule: `sync`: this step's halos; `stale`: those of the step before, for slow links (README).
         warmup_steps: of `stale`: the steps at the start of each generation that are synchronous all the same.
         hoist_modulation: keep AdaLN's weights in host memory: the same bits from less on the device (README).
@@ -176,44 +177,34 @@ def parallelize(
     adaptor, nets = adaptor_for(transformer), controlnets_of(pipe)
     require_stock(transformer, *nets)
     radius, net_radius = checked_windows(window, controlnet_window, clear_weights)
-    settings = checked_schedule(schedule, warmup_steps) | checked_text(text_attention, text_tokens, radius, schedule)
     device = group.device if group is not None else pipe._execution_device  # also where its parts are on the host
-    settings |= checked_compiler(compile, device) | {"hoist_modulation": hoist_modulation}
-    settings |= checked_weights(float8, int8, shard_weights, device, transformer.dtype)
-    backend = choose_backend(attention_backend, device=device, dtype=transformer.dtype, head_dim=adaptor.head_dim)
+    plain = checked_schedule(schedule, warmup_steps) | checked_text(text_attention, text_tokens, radius, schedule)
+    plain |= checked_compiler(compile, device) | {"hoist_modulation": hoist_modulation}
+    plain |= checked_weights(float8, int8, shard_weights, device, transformer.dtype)
+    choose = checked_backend(attention_backend, device, transformer.dtype, adaptor.head_dim)
     group_or_own = group or Group.create(device)
     replaced = None if clear_weights is None else load_clear_weights(transformer, clear_weights, device)
-    chosen = {"window": radius or "full", "attention_backend": backend.name, "dtype": transformer.dtype}
+    chosen = {"window": radius or "full", "attention_backend": choose().name, "dtype": transformer.dtype}
     chosen |= {"clear_weights": replaced and replaced.checksums(transformer)}
     chosen |= {"ControlNets' windows": [net_radius] * len(nets)}
-    require_equal_settings(group_or_own, **chosen, **settings)
-    settings |= {"scheduler": pipe.scheduler, "group": group_or_own, "backend": backend}
-    models = put_on_stripes(
-        adaptor, nets, (radius, net_radius), None if replaced is None else replaced.pooling, settings
-    )
+    require_equal_settings(group_or_own, **chosen, **plain)
+    pooling = None if replaced is None or radius is None else replaced.pooling
+    unit = 1 if pooling is None else pooling.factor
+    settings = Settings(radius=radius, choose_backend=choose, pooling=pooling, unit=unit, **plain)
+    models = put_on_stripes(adaptor, nets, pipe.scheduler, group_or_own, settings, net_radius)
     offloaded = Offloaded(pipe, device) if offload else None
     return Parallelized(*models, owns_group=group is None, replaced=replaced, offloaded=offloaded)
 
 
 def put_on_stripes(
-    adaptor: Adaptor,
-    nets: Iterable[Any],
-    radii: tuple[int | None, int | None],
-    pooling: Pooling | None,
-    settings: dict[str, Any],
+    adaptor: Adaptor, nets: Iterable[Any], scheduler: Any, group: Group, settings: Settings, net_radius: int | None
 ) -> list[StripedModel]:
-    """The transformer and its ControlNets, or none of them where one refuses.
-
-    Args:
-        radii: of the transformer and of the ControlNets.
-        pooling: of the transformer's down-sampled keys.
-        settings: a StripedModel's other ones.
-    """
+    """The transformer and its ControlNets, or none of them where one refuses."""
     with ExitStack() as on_error:
-        models = [StripedModel(adaptor, radius=radii[0], pooling=pooling, **settings)]
+        models = [StripedModel(adaptor, scheduler, group, settings)]
         on_error.callback(models[0].remove)
         for net in nets:
-            models.append(stripe_controlnet(net, radius=radii[1], **settings))
+            models.append(stripe_controlnet(net, scheduler, group, settings, radius=net_radius))
             on_error.callback(models[-1].remove)
         on_error.pop_all()
     return models
@@ -254,62 +245,3 @@ def require_striped(pipe: Any) -> StripedModel:
     if striped is None:
         raise ValueError("the pipeline must be on stripes: call clear_dist.parallelize(pipe) first")
     return striped
-
-
-def checked_windows(
-    window: int | str | None, controlnet_window: int | str | None, clear_weights: str | Path | None
-) -> tuple[int | None, int | None]:
-    """The radius of the transformer and that of its ControlNets."""
-    radius = checked_radius(window, clear_weights)
-    return radius, radius if controlnet_window is None else checked_radius(controlnet_window, None)
-
-
-def checked_radius(window: int | str | None, clear_weights: str | Path | None) -> int | None:
-    if window is None:
-        return radius_of(clear_weights) if clear_weights is not None else None
-    if window == "full":
-        return None
-    if isinstance(window, bool | str) or not hasattr(window, "__index__") or window < 1:
-        raise ValueError(f"window must be a radius of at least 1 token or 'full', got {window!r}; nearest: 1")
-    if clear_weights is not None:
-        refuse_other_radius(clear_weights, index(window))
-    return index(window)
-
-
-def checked_schedule(schedule: Schedule, warmup_steps: int) -> dict[str, Any]:
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be 'sync' or 'stale', got {schedule!r}")
-    if isinstance(warmup_steps, bool) or not hasattr(warmup_steps, "__index__") or warmup_steps < 0:
-        raise ValueError(f"warmup_steps must be a whole number of at least 0, got {warmup_steps!r}; nearest: 0")
-    return {"schedule": schedule, "warmup_steps": index(warmup_steps)}
-
-
-def checked_compiler(compile: bool, device: torch.device) -> dict[str, Any]:
-    if compile and (missing := missing_compiler(device.type)):
-        raise ValueError(f"compile needs {missing}, got none; nearest: compile=False")
-    return {"compile": compile}
-
-
-def checked_weights(
-    float8: bool, int8: bool, shard_weights: bool, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
-    if float8 and (needed := why_not_float8(device, dtype)):
-        raise ValueError(f"float8 needs {needed}; nearest: float8=False")
-    if int8 and float8:
-        raise ValueError("float8 and int8 exclude each other, got both; nearest: float8=False")
-    if int8 and (missing := missing_quantiser()):
-        raise ValueError(f"int8 needs {missing}, got none; nearest: int8=False")
-    return {"float8": float8, "int8": int8, "shards_weights": shard_weights}
-
-
-def checked_text(
-    text_attention: TextAttention | None, text_tokens: TextTokens, radius: int | None, schedule: Schedule
-) -> dict[str, Any]:
-    if text_attention not in (None, "average", "exact"):
-        raise ValueError(f"text_attention must be 'average' or 'exact', got {text_attention!r}")
-    if radius is None and text_attention == "average":
-        raise ValueError("text_attention must be 'exact' where window is 'full', got 'average'; nearest: 'exact'")
-    rules.check_choice("text_tokens", text_tokens, rules.TEXT_TOKENS)
-    rules.check_text_tokens("text_tokens", text_tokens, schedule)
-    default: TextAttention = "average" if radius is not None else "exact"
-    return {"text_attention": text_attention or default, "text_tokens": text_tokens}

@@ -15,9 +15,10 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor
 
-from clear_dist.attention import flex, reference, tiled, triton_window
+from clear_dist.attention import flex, masked, reference, tiled, triton_window
 from clear_dist.attention.backend import Backend, Request, WindowCall
 from clear_dist.attention.dense import attend
+from clear_dist.attention.measured import nearest
 from clear_dist.geometry import Rows, reach
 
 __all__ = ["BACKENDS", "Backend", "attend", "choose_backend", "window_attention"]
@@ -25,9 +26,18 @@ __all__ = ["BACKENDS", "Backend", "attend", "choose_backend", "window_attention"
 logger = logging.getLogger(__name__)
 
 BACKENDS = {
-    backend.name: backend for backend in (flex.BACKEND, triton_window.BACKEND, tiled.BACKEND, reference.BACKEND)
+    backend.name: backend
+    for backend in (
+        flex.BACKEND,
+        flex.FLASH_BACKEND,
+        triton_window.BACKEND,
+        tiled.BACKEND,
+        masked.BACKEND,
+        reference.BACKEND,
+    )
 }
-"""By name, the best first. A new kernel is one file and one row here, and its name in `config.ATTENTION_BACKENDS`."""
+"""By name, in the order in which `auto` tries them where none was measured. A new kernel is one file and one row here,
+and its name in `config.ATTENTION_BACKENDS`."""
 
 
 def window_attention(
@@ -82,19 +92,25 @@ def choose_backend(
     dtype: torch.dtype,
     head_dim: int = 0,
     heads: int = 1,
-    queries: int = 0,
-    keys: int = 0,
+    rows: int = 0,
+    key_rows: int = 0,
+    columns: int = 0,
+    text: int = 0,
+    radius: int = 0,
 ) -> Backend:
     """The backend called `name`, or for `auto` the best that can run; why others were skipped goes to the log.
 
+    The best is the fastest in the measured shape that is nearest (`measured.json`). Where nothing was measured on this
+    kind of device, or sizes are not known yet, it is the first of BACKENDS.
+
     Args:
         heads: batch times heads.
-        queries, keys: numbers of tokens in one call, text included. These and `head_dim` may be 0, not known yet.
+        rows, key_rows, columns, text, radius: of one call, in tokens. These and `head_dim` may be 0, not known yet.
 
     Raises:
         ValueError: there is no such backend, or it cannot run here; the message names what works.
     """
-    request = Request(torch.device(device).type, dtype, head_dim, heads, queries, keys)
+    request = Request(torch.device(device).type, dtype, head_dim, heads, rows, key_rows, columns, text, radius)
     if name == "auto":
         return _best(request)
     if name not in BACKENDS:
@@ -106,14 +122,19 @@ def choose_backend(
 
 
 def _best(request: Request) -> Backend:
-    """The first backend of the table that may be chosen here and can run."""
-    for backend in BACKENDS.values():
+    """The fastest of those that were measured, else the first backend that may be chosen here and can run."""
+    measured = nearest(request)
+    if request.rows:
+        unmeasured = f"were not measured on {request.device_type}: tried in their order"
+        logger.info("attention backends %s", measured or unmeasured)
+    fastest = [name for name in (measured.fastest_first if measured else ()) if name in BACKENDS]
+    for name, backend in {name: BACKENDS[name] for name in (*fastest, *BACKENDS)}.items():
         reason = backend.why_not(request)
-        if request.device_type not in backend.automatic_on:
+        if request.device_type not in backend.automatic_on and name not in fastest:
             reason = reason or f"on {request.device_type} it is used only when asked for by name"
         if reason is None:
             return backend
-        logger.info("attention backend %s skipped: %s", backend.name, reason)
+        logger.info("attention backend %s skipped: %s", name, reason)
     raise ValueError(f"no attention backend can run {request.dtype} on {request.device_type}")
 
 
@@ -157,9 +178,9 @@ def _cut_down(call: WindowCall) -> tuple[slice, WindowCall]:
 def _request_of(call: WindowCall) -> Request:
     """What the backends' checks want to know of a call."""
     batch, rows, columns, heads, head_dim = call.query.shape
-    keys = call.key_text.shape[1] + call.key.shape[1] * columns
-    query = call.query
-    return Request(query.device.type, query.dtype, head_dim, batch * heads, rows * columns, keys)
+    key_rows, text = call.key.shape[1], call.key_text.shape[1]
+    kind = call.query.device.type, call.query.dtype, head_dim, batch * heads
+    return Request(*kind, rows=rows, key_rows=key_rows, columns=columns, text=text, radius=call.radius)
 
 
 def _check(call: WindowCall) -> None:

@@ -19,9 +19,21 @@ class Request:
     head_dim: int = 0
     heads: int = 1
     """Batch times heads."""
-    queries: int = 0
-    keys: int = 0
-    """Text and image keys."""
+    rows: int = 0
+    """Of queries."""
+    key_rows: int = 0
+    columns: int = 0
+    text: int = 0
+    """Text keys."""
+    radius: int = 0
+
+    @property
+    def queries(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def keys(self) -> int:
+        return self.text + self.key_rows * self.columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +70,7 @@ class Backend:
     run: Callable[[WindowCall], tuple[Tensor, Tensor]]
     """Returns (out [B, R, W, N, D] in the dtype of the queries, lse [B, R, W, N] in float32)."""
     automatic_on: tuple[str, ...] = ()
-    """The device types where `auto` may choose it; elsewhere it runs only when asked for by name."""
+    """The device types where `auto` may choose it unmeasured; elsewhere it runs when it was measured, or by name."""
 
 
 def why_too_many_scores(request: Request) -> str | None:

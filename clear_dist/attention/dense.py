@@ -19,6 +19,8 @@ BLOCKS_PER_PROCESSOR = 8
 """Enough that what the last ones leave idle is little."""
 SHORTEST_PIECE = 8192
 """Keys that are worth a part of their own."""
+BIAS_ALIGNMENT = 8
+"""Rows of a mask begin at multiples of so many elements: PyTorch's memory-efficient kernel reads them so."""
 
 
 def attend(
@@ -88,7 +90,7 @@ def fused(
 
     Args:
         bias_LS: is added to the scores, in the dtype of the queries; some key of each query must not be at -inf. On
-            CUDA its rows must begin at multiples of 8 elements.
+            CUDA its rows must begin at multiples of BIAS_ALIGNMENT elements.
     """
     aten = torch.ops.aten
     device_type, dtype = query_BNLD.device.type, query_BNLD.dtype

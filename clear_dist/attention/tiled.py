@@ -17,11 +17,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from clear_dist.attention.backend import Backend, Request, WindowCall
-from clear_dist.attention.dense import fused, heads_last
+from clear_dist.attention.dense import BIAS_ALIGNMENT, fused, heads_last
 from clear_dist.geometry import half_widths
-
-BIAS_ALIGNMENT = 8
-"""Rows of a mask begin at multiples of so many elements: PyTorch's memory-efficient kernel reads them so."""
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,9 @@ Schedule = Annotated[
     str, _flag("sync: this step's halos; stale: the step before's, for slow links (sync)", CUT, takes=rules.SCHEDULES)
 ]
 WarmupSteps = Annotated[int | None, _flag("synchronous steps before --schedule stale sets in (4)", CUT)]
-AttentionBackend = Annotated[str, _flag("auto: the fastest that can run", CUT, takes=rules.ATTENTION_BACKENDS)]
+AttentionBackend = Annotated[
+    str, _flag("auto: the fastest for the image, as far as measured", CUT, takes=rules.ATTENTION_BACKENDS)
+]
 
 Output = Annotated[
     Path, _flag("picture: png, jpg, webp or tiff; several are numbered (clear-dist.png)", WRITTEN, takes="FILE")

@@ -3,12 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from clear_dist.attention import Backend
 from clear_dist.clock import Clock
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.comm.stripe_join import StripeJoin
-from clear_dist.comm.text_reduce import TextAttention
 from clear_dist.geometry import (
     HaloPlan,
     Rows,
@@ -21,7 +19,7 @@ from clear_dist.geometry import (
 from clear_dist.models.exchanges import Exchanges
 from clear_dist.models.extrapolation import Extrapolation
 from clear_dist.models.joint_attention import FullJointAttention, JointAttention, WindowJointAttention
-from clear_dist.models.pooled_keys import Pooling
+from clear_dist.models.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +28,8 @@ class Cut:
 
     height: int
     width: int
+    text_tokens: int
+    """That its attention backend was chosen for."""
     group: Group
     extrapolation: Extrapolation | None
     stale: bool
@@ -45,74 +45,88 @@ class Cut:
         """This rank's tokens in raster order."""
         return slice(self.plan.own.start * self.width, self.plan.own.stop * self.width)
 
-    def serves(self, size: tuple[int, int], group: Group, extrapolation: Extrapolation | None, *, stale: bool) -> bool:
+    def serves(
+        self,
+        size: tuple[int, int],
+        group: Group,
+        extrapolation: Extrapolation | None,
+        *,
+        text_tokens: int,
+        stale: bool,
+    ) -> bool:
         """Whether it is what `cut_image` would make for these."""
-        image, mine = (*size, extrapolation, stale), (self.height, self.width, self.extrapolation, self.stale)
-        return self.group is group and image == mine
+        mine = self.height, self.width, self.extrapolation, self.text_tokens, self.stale
+        return self.group is group and (*size, extrapolation, text_tokens, stale) == mine
 
 
-def plan_image(
-    size: tuple[int, int], group: Group, radius: int | None, down_factor: int
-) -> tuple[tuple[Rows, ...], HaloPlan, HaloPlan | None]:
-    """All stripes of an image of `size` tokens, the halos of this rank's, and its exchange of down-sampled rows.
+def plan_image(size: tuple[int, int], group: Group, radius: int | None, unit: int) -> tuple[tuple[Rows, ...], HaloPlan]:
+    """All stripes of an image of `size` tokens, and the halos of this rank's; raises ValueError as `cut_image`."""
+    stripes = cut_in_stripes(size[0], group.size, unit=unit)
+    require_units("width", size[1], unit)
+    return stripes, plan_halos(stripes, group.rank, radius)
 
-    Args:
-        down_factor: 1: nothing is down-sampled, and the last one is None.
 
-    Raises:
-        ValueError: as `cut_image`.
-    """
-    stripes = cut_in_stripes(size[0], group.size, unit=down_factor)
-    require_units("width", size[1], down_factor)
-    pooled = plan_pooled(stripes, group.rank, down_factor) if down_factor > 1 else None
-    return stripes, plan_halos(stripes, group.rank, radius), pooled
+def largest_call(size: tuple[int, int], stripes: tuple[Rows, ...], radius: int) -> dict[str, int]:
+    """Sizes that no call of any rank exceeds, for `choose_backend`; equal on all ranks, which so choose alike."""
+    rows = max(map(len, stripes))
+    # A halo has a call of its own; its rows of keys and one's own are no more than this.
+    key_rows = min(size[0], rows + 2 * (radius - 1))
+    return {"rows": rows, "key_rows": key_rows, "columns": size[1], "radius": radius}
 
 
 def cut_image(
     size: tuple[int, int],
     group: Group,
     extrapolation: Extrapolation | None,
+    settings: Settings,
     *,
-    radius: int | None,
-    text_attention: TextAttention,
-    backend: Backend,
+    text_tokens: int,
     clock: Clock | None,
     counters: Counters,
-    pooling: Pooling | None = None,
 ) -> Cut:
     """Cuts an image for this rank; nothing is sent.
 
     Args:
         size: height and width in tokens.
-        radius: in tokens; None: full attention.
         clock: what the stale schedule goes by; None: the sync schedule.
-        pooling: of down-sampled keys, for a window only.
 
     Raises:
-        ValueError: there are more ranks than rows, or units of rows; or a side is no multiple of the pooling's factor.
+        ValueError: there are more ranks than rows, or units of rows; a side is no multiple of the unit; or the backend
+            cannot serve this image.
     """
     height, width = size
     # A wider circle than the image holds the same keys.
-    radius = radius and min(radius, covering_radius(height, width))
-    stripes, plan, pooled = plan_image(size, group, radius, 1 if pooling is None else pooling.factor)
+    radius = settings.radius and min(settings.radius, covering_radius(height, width))
+    stripes, plan = plan_image(size, group, radius, settings.unit)
     shared: dict[str, Any] = {
         "plan": plan,
         "width": width,
-        "counts_text_keys": text_attention == "average" or group.rank == 0,
+        "counts_text_keys": settings.text_attention == "average" or group.rank == 0,
         "extrapolation": extrapolation,
     }
     joint_attention: JointAttention = FullJointAttention(**shared)
     if radius is not None:
+        backend = settings.choose_backend(**largest_call(size, stripes, radius), text=text_tokens)
         joint_attention = WindowJointAttention(grid=Rows(0, height), radius=radius, backend=backend, **shared)
+    pooling = settings.pooling
     return Cut(
         height=height,
         width=width,
+        text_tokens=text_tokens,
         group=group,
         extrapolation=extrapolation,
         stale=clock is not None,
         stripes=stripes,
         plan=plan,
         joint_attention=joint_attention,
-        exchanges=Exchanges(group, plan, text_attention, counters, clock=clock, pooling=pooling, pooled_plan=pooled),
+        exchanges=Exchanges(
+            group,
+            plan,
+            settings.text_attention,
+            counters,
+            clock=clock,
+            pooling=pooling,
+            pooled_plan=None if pooling is None else plan_pooled(stripes, group.rank, pooling.factor),
+        ),
         join=StripeJoin(group, stripes, counters),
     )

@@ -13,16 +13,15 @@ from clear_dist.comm.weight_shards import ShardedWeights
 from clear_dist.models.adaptor import Adaptor
 from clear_dist.models.float8 import plain_layers, to_float8
 from clear_dist.models.int8 import to_int8
+from clear_dist.models.settings import Settings
 
 
 def fit(
     adaptor: Adaptor,
     group: Group,
     counters: Counters,
+    settings: Settings,
     *,
-    float8: bool,
-    int8: bool,
-    shards_weights: bool,
     elsewhere: AbstractSet[Tensor],
 ) -> tuple[ShardedWeights, ...]:
     """Quantises the linear layers of the blocks, for good, and puts blocks in shards, for a while: none on one rank.
@@ -36,7 +35,8 @@ def fit(
     Raises:
         ValueError: a layer that is to be quantised is not plain; nothing has been changed then.
     """
-    transformer, shards = adaptor.transformer, shards_weights and group.size > 1
+    transformer, shards = adaptor.transformer, settings.shard_weights and group.size > 1
+    float8, int8 = settings.float8, settings.int8
     if float8 or int8:
         plain_layers(transformer, adaptor.products, "float8" if float8 else "int8")
     if shards:

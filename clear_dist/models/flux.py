@@ -162,6 +162,7 @@ class FluxAdaptor:
         return height, width
 
     def text_tokens(self, inputs: dict[str, Any]) -> int:
+        """Their number."""
         return inputs["encoder_hidden_states"].shape[1]
 
     def cut(self, inputs: dict[str, Any], cut: Cut, text: TextPlan) -> dict[str, Any]:

@@ -6,18 +6,18 @@ with keys and values of its own that travel as the transformer's do, and the tra
 Shapes: B batch, R my rows, W columns, C channels, P patch size of a hint.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clear_dist.attention import Backend, choose_backend
 from clear_dist.comm.group import Group
-from clear_dist.comm.text_reduce import TextAttention
 from clear_dist.geometry import TextPlan
 from clear_dist.models.cut import Cut
 from clear_dist.models.flux import FluxAdaptor, own_tokens
+from clear_dist.models.settings import Settings
 from clear_dist.models.striped import StripedModel
 
 CONTROLNETS = ("FluxControlNetModel", "FluxMultiControlNetModel")
@@ -57,9 +57,9 @@ class FluxControlNetAdaptor(FluxAdaptor):
 class StripedControlNet(StripedModel):
     """A ControlNet on stripes."""
 
-    def __init__(self, adaptor: FluxControlNetAdaptor, **settings: Any) -> None:
+    def __init__(self, adaptor: FluxControlNetAdaptor, scheduler: Any, group: Group, settings: Settings) -> None:
         """As a StripedModel's."""
-        super().__init__(adaptor, **settings)
+        super().__init__(adaptor, scheduler, group, settings)
         hint_block = adaptor.transformer.input_hint_block
         if hint_block is not None:
             self._hooks.append(hint_block.register_forward_hook(self._cut_hint))
@@ -79,24 +79,27 @@ class StripedControlNet(StripedModel):
 
 
 def stripe_controlnet(
-    net: Any, *, group: Group, radius: int | None, text_attention: TextAttention, backend: Backend, **settings: Any
+    net: Any, scheduler: Any, group: Group, settings: Settings, *, radius: int | None
 ) -> StripedControlNet:
-    """Puts a ControlNet on stripes; its text tokens are reduced as the transformer's, and fully where it sees all.
+    """Puts a ControlNet on the transformer's stripes; its text tokens are reduced fully where it sees all.
 
     Args:
-        backend: the transformer's.
-        settings: a StripedModel's other ones.
+        settings: the transformer's. Down-sampled keys and shares of the text are for it alone: CLEAR's weights are, and
+            a ControlNet may put a token of its own before the text.
+        radius: of the ControlNet's window; None: full attention.
 
     Raises:
         ValueError: the backend cannot compute its attention, or a setting does not go with its layers.
     """
     adaptor = FluxControlNetAdaptor(net)
-    choose_backend(backend.name, device=group.device, dtype=net.dtype, head_dim=adaptor.head_dim)
-    return StripedControlNet(
-        adaptor,
-        group=group,
+    choose_backend = partial(settings.choose_backend, dtype=net.dtype, head_dim=adaptor.head_dim)
+    choose_backend()
+    own = replace(
+        settings,
         radius=radius,
-        text_attention="exact" if radius is None else text_attention,
-        backend=backend,
-        **settings,
+        text_attention="exact" if radius is None else settings.text_attention,
+        text_tokens="replicated",
+        choose_backend=choose_backend,
+        pooling=None,
     )
+    return StripedControlNet(adaptor, scheduler, group, own)

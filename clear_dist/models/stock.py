@@ -1,6 +1,9 @@
 """What must still be as diffusers made it: else it would be lost on stripes, or computed past."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clear_dist.models.striped import StripedModel
 
 
 def require_stock(*models: Any) -> None:
@@ -35,3 +38,27 @@ def require_uncompiled(model: Any) -> None:
     """Raises ValueError where the model, or a block of it, is compiled in its place."""
     if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
         raise ValueError("torch.compile cannot follow messages between ranks; pass parallelize(compile=True) instead")
+
+
+def is_striped_by(transformer: Any, striped: "StripedModel") -> bool:
+    """Whether all attention processors are those of `striped`."""
+    return all(getattr(processor, "striped", None) is striped for processor in transformer.attn_processors.values())
+
+
+def require_supported(transformer: Any, striped: "StripedModel") -> None:
+    """Raises ValueError where something has come since that would give wrong pictures, or leave ranks waiting."""
+    for name, processor in transformer.attn_processors.items():
+        if getattr(processor, "striped", None) is not striped:
+            raise ValueError(
+                f"the attention processor of {name} must stay clear_dist's, got {type(processor).__name__}; "
+                "IP-Adapters and other processors cannot be combined with parallelize"
+            )
+    require_unfused(transformer)
+    require_uncompiled(transformer)
+    if getattr(transformer, "is_cache_enabled", False):
+        raise ValueError(
+            "step caches must be off: each rank would decide from its own stripe whether to skip a step; "
+            "call pipe.transformer.disable_cache()"
+        )
+    if getattr(transformer, "_parallel_config", None) is not None:
+        raise ValueError("diffusers' own enable_parallelism cannot be combined with parallelize; use one of them")

@@ -6,14 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from clear_dist.attention import Backend
 from clear_dist.clock import Clock
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.comm.halo_exchange import PendingHalos
-from clear_dist.comm.text_reduce import TextAttention
-from clear_dist.config import Schedule, TextTokens
-from clear_dist.geometry import plan_text
+from clear_dist.geometry import plan_pooled, plan_text
 from clear_dist.labels import labelled
 from clear_dist.models.adaptor import Adaptor, Removable
 from clear_dist.models.agreement import SameCall, require_equal_on_all_ranks
@@ -23,53 +20,29 @@ from clear_dist.models.extrapolation import Extrapolation
 from clear_dist.models.fitting import fit, weight_bytes
 from clear_dist.models.modulation import HoistedModulation
 from clear_dist.models.parts import Parts
-from clear_dist.models.pooled_keys import Pooling
 from clear_dist.models.room import needed_bytes, require_room
-from clear_dist.models.stock import require_uncompiled, require_unfused
+from clear_dist.models.settings import Settings
+from clear_dist.models.stock import is_striped_by, require_supported
 from clear_dist.models.text_sharding import choose_text_plan
 
 
 class StripedModel:
     """Puts an adaptor's processors and the two hooks on a transformer."""
 
-    def __init__(
-        self,
-        adaptor: Adaptor,
-        scheduler: Any,
-        group: Group,
-        *,
-        radius: int | None,
-        text_attention: TextAttention,
-        text_tokens: TextTokens,
-        backend: Backend,
-        schedule: Schedule,
-        warmup_steps: int,
-        hoist_modulation: bool,
-        compile: bool,
-        float8: bool,
-        int8: bool,
-        shards_weights: bool,
-        pooling: Pooling | None = None,
-    ) -> None:
+    def __init__(self, adaptor: Adaptor, scheduler: Any, group: Group, settings: Settings) -> None:
         self.adaptor = adaptor
         self.scheduler = scheduler
         self.group = group
+        self.settings = settings
         self.extrapolation: Extrapolation | None = None
-        self.radius = radius
-        self.pooling = pooling if radius is not None else None
-        """Of down-sampled keys, which go with a window."""
-        self.text_attention = text_attention
-        self.text_tokens = text_tokens
-        self.backend = backend
-        self.parts = Parts.compiled() if compile else Parts()
+        self.parts = Parts.compiled() if settings.compile else Parts()
         """What its blocks compute with between communications."""
-        self.schedule = schedule
         self.counters = Counters()
         self.cut: Cut | None = None
         self.text_plan = plan_text(0, 1, 0)
         """Which text tokens of the forward under way are this rank's."""
-        self._clock = Clock(warmup_steps=warmup_steps)
-        self._modulation = HoistedModulation(adaptor) if hoist_modulation else None
+        self._clock = Clock(warmup_steps=settings.warmup_steps)
+        self._modulation = HoistedModulation(adaptor) if settings.hoist_modulation else None
         self._forward_is_under_way = False
         self._same_call = SameCall(self.counters)
         self._most_stale_bytes = 0
@@ -77,8 +50,7 @@ class StripedModel:
         self._extrapolated = ExitStack()
         transformer = adaptor.transformer
         self._elsewhere = self._modulation.weights if self._modulation is not None else set()
-        settings = {"float8": float8, "int8": int8, "shards_weights": shards_weights}
-        self.shards = fit(adaptor, group, self.counters, **settings, elsewhere=self._elsewhere)
+        self.shards = fit(adaptor, group, self.counters, settings, elsewhere=self._elsewhere)
         self._stock_processors = dict(transformer.attn_processors)
         transformer.set_attn_processor(adaptor.processors(self))
         self._hooks: list[Removable] = [
@@ -138,11 +110,6 @@ class StripedModel:
     def _running_cut(self) -> Cut:
         assert self.cut is not None, "the cut comes before the first layer"
         return self.cut
-
-    @property
-    def unit(self) -> int:
-        """Tokens that sides of the grid are multiples of: the factor of down-sampled keys."""
-        return 1 if self.pooling is None else self.pooling.factor
 
     @property
     def stale_bytes(self) -> int:
@@ -226,7 +193,7 @@ class StripedModel:
             self.require_room(size, batch=batch, passes=1, steps=self._steps)
         if self._modulation is not None:
             self._modulation.begin(self._clock.turn, self.scheduler, generation=self._clock.begins)
-        self.text_plan = choose_text_plan(self.text_tokens, self.adaptor.text_tokens(inputs), self.cut)
+        self.text_plan = choose_text_plan(self.settings.text_tokens, self.adaptor.text_tokens(inputs), self.cut)
         return (), self.adaptor.cut(inputs, self.cut, self.text_plan)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -251,17 +218,19 @@ class StripedModel:
         if not self._forward_is_under_way:  # what the last image has kept makes room
             self.drain()
         transformer = self.adaptor.transformer
-        _, plan, pooled = plan_image(size, self.group, self.radius, self.unit)
+        pooling = self.settings.pooling
+        stripes, plan = plan_image(size, self.group, self.settings.radius, self.settings.unit)
         row_bytes = 2 * batch * size[1] * self.adaptor.channels * transformer.dtype.itemsize
         layers = passes * len(transformer.attn_processors)
         needed = needed_bytes(plan, row_bytes=row_bytes, layers=layers)
-        if pooled is not None:
-            needed += needed_bytes(pooled, row_bytes=row_bytes // self.unit, layers=layers)
+        if pooling is not None:
+            pooled = plan_pooled(stripes, self.group.rank, pooling.factor)
+            needed += needed_bytes(pooled, row_bytes=row_bytes // pooling.factor, layers=layers)
         require_room(needed, self.group)
 
     def _is_stale(self, steps: int) -> bool:
         """Whether anything lags in a generation of so many steps. One rank waits for nobody."""
-        return self.schedule == "stale" and self.group.size > 1 and self._clock.lags_within(steps)
+        return self.settings.schedule == "stale" and self.group.size > 1 and self._clock.lags_within(steps)
 
     @property
     def _steps(self) -> int:
@@ -289,39 +258,13 @@ class StripedModel:
         if self.cut is not None and self.cut.group is self.group:
             self.drain()
         stale = self._is_stale(self._steps)
-        if self.cut is None or not self.cut.serves(size, self.group, self.extrapolation, stale=stale):
+        text_tokens = self.adaptor.text_tokens(inputs)
+        image = size, self.group, self.extrapolation
+        if self.cut is None or not self.cut.serves(*image, text_tokens=text_tokens, stale=stale):
             self.cut = cut_image(
-                size,
-                self.group,
-                self.extrapolation,
-                radius=self.radius,
-                text_attention=self.text_attention,
-                backend=self.backend,
+                *image,
+                self.settings,
+                text_tokens=text_tokens,
                 clock=self._clock if stale else None,
                 counters=self.counters,
-                pooling=self.pooling,
             )
-
-
-def is_striped_by(transformer: Any, striped: StripedModel) -> bool:
-    """Whether all attention processors are those of `striped`."""
-    return all(getattr(processor, "striped", None) is striped for processor in transformer.attn_processors.values())
-
-
-def require_supported(transformer: Any, striped: StripedModel) -> None:
-    """Raises ValueError where something has come since that would give wrong pictures, or leave ranks waiting."""
-    for name, processor in transformer.attn_processors.items():
-        if getattr(processor, "striped", None) is not striped:
-            raise ValueError(
-                f"the attention processor of {name} must stay clear_dist's, got {type(processor).__name__}; "
-                "IP-Adapters and other processors cannot be combined with parallelize"
-            )
-    require_unfused(transformer)
-    require_uncompiled(transformer)
-    if getattr(transformer, "is_cache_enabled", False):
-        raise ValueError(
-            "step caches must be off: each rank would decide from its own stripe whether to skip a step; "
-            "call pipe.transformer.disable_cache()"
-        )
-    if getattr(transformer, "_parallel_config", None) is not None:
-        raise ValueError("diffusers' own enable_parallelism cannot be combined with parallelize; use one of them")

@@ -9,7 +9,7 @@ from clear_dist.attention import BACKENDS, choose_backend, window_attention
 from clear_dist.attention.backend import Request
 from tests.attention.calls import Case
 
-LARGE = {"heads": 24, "queries": 65536, "keys": 65536}
+LARGE = {"heads": 24, "rows": 256, "key_rows": 256, "columns": 256}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -67,7 +67,8 @@ def test_a_run_is_checked_again_now_that_sizes_are_known() -> None:
 @pytest.mark.parametrize(("name", "nearest"), [("flexx", "flex"), ("tilde", "tiled"), ("Auto", "auto")])
 def test_an_unknown_name_is_refused_with_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(
-        ValueError, match=f"one of auto, flex, triton, tiled, reference; got '{name}'; nearest: {nearest}"
+        ValueError,
+        match=f"one of auto, flex, flash, triton, tiled, masked, reference; got '{name}'; nearest: {nearest}",
     ):
         choose_backend(name, device="cpu", dtype=torch.float32)
 

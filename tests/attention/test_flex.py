@@ -1,4 +1,6 @@
-"""The blocks that the compiled kernel visits, which the uncompiled one ignores."""
+"""The blocks that the compiled kernel visits, which the uncompiled one ignores; and which kernel it is."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,17 +9,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from clear_dist.attention import flex
-from clear_dist.attention.flex import BLOCK, Geometry, block_mask
+from clear_dist.attention import flex, flex_mask, reference, window_attention
+from clear_dist.attention.backend import Request
+from clear_dist.attention.flex_mask import BLOCK, Geometry, block_mask
+from tests.attention.calls import Case
 
 CPU = torch.device("cpu")
 
 
 def dense(geometry: Geometry, mask: BlockMask) -> Tensor:
-    """The mask [tiles of queries, blocks of keys, BLOCK, BLOCK] from its definition alone."""
+    """The mask [tiles of queries, blocks of keys, tokens of a tile, BLOCK] from its definition alone."""
     queries, keys = mask.seq_lengths
-    sees = flex.mask_of(geometry)(None, None, torch.arange(queries)[:, None], torch.arange(keys))
-    return sees.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).transpose(1, 2)
+    sees = flex_mask.mask_of(geometry)(None, None, torch.arange(queries)[:, None], torch.arange(keys))
+    return sees.unflatten(0, (-1, geometry.query_block)).unflatten(2, (-1, BLOCK)).transpose(1, 2)
 
 
 def listed(counts: Tensor, indices: Tensor, blocks: int) -> Tensor:
@@ -39,15 +43,19 @@ def blocks_suffice(geometry: Geometry) -> None:
     assert sees[whole].all()
     # Queries that fill up a border tile are thrown away; what only they see need not be visited.
     image = torch.ones(1, geometry.rows, geometry.columns, 1, 1)
-    real = flex._in_tile_order(image).flatten().bool().unflatten(0, (-1, BLOCK))
+    tokens = flex._tokens(torch.ones(1, 0, 1, 1), image, geometry.query_rows)
+    real = tokens.flatten().bool().unflatten(0, (-1, geometry.query_block))
     assert not (sees & real[:, None, :, None]).any(dim=(-1, -2))[~(partial | whole)].any()
 
 
 @pytest.mark.parametrize("row_offset", range(9))
 @pytest.mark.parametrize("radius", [7, 8, 9])
-def test_blocks_suffice_wherever_the_queries_start(row_offset: int, radius: int) -> None:
+@pytest.mark.parametrize("query_rows", flex.FLASH_ROWS.values())
+def test_blocks_suffice_wherever_the_queries_start(row_offset: int, radius: int, query_rows: int) -> None:
     """Tiles of queries and tiles of keys need not line up; a window then touches one tile more."""
-    blocks_suffice(Geometry(rows=24, key_rows=48, columns=40, text=5, radius=radius, row_offset=row_offset + 8))
+    blocks_suffice(
+        Geometry(24, 48, columns=40, text=5, radius=radius, row_offset=row_offset + 8, query_rows=query_rows)
+    )
 
 
 @given(data=st.data())
@@ -60,6 +68,7 @@ def test_blocks_suffice_for_any_geometry(data: st.DataObject) -> None:
         text=data.draw(st.sampled_from([0, 1, 127, 128, 200, 256])),
         radius=data.draw(st.integers(1, 40)),
         row_offset=data.draw(st.integers(-60, 60)),
+        query_rows=data.draw(st.sampled_from([8, 16])),
     )
     blocks_suffice(geometry)
 
@@ -83,9 +92,86 @@ def test_masks_are_kept_with_their_geometry() -> None:
     assert block_mask(geometry, CPU) is not block_mask(other, CPU)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (8, 16), (13, 40), (30, 5)])
-def test_tile_order_and_back(rows: int, columns: int) -> None:
-    image = torch.randn(2, rows, columns, 3, 4)
-    tokens = flex._in_tile_order(image)
-    assert tokens.shape[1] % BLOCK == 0
-    assert torch.equal(flex._in_raster_order(tokens, rows, columns), image)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (8, 16), (13, 40), (30, 5), (16, 32)])
+@pytest.mark.parametrize("tile_rows", [8, 16])
+@pytest.mark.parametrize("text", [0, 5, 128])
+def test_tile_order_and_back(rows: int, columns: int, tile_rows: int, text: int) -> None:
+    text_BTND, image = torch.randn(2, text, 3, 4), torch.randn(2, rows, columns, 3, 4)
+    tokens = flex._tokens(text_BTND, image, tile_rows)
+    first = -(-text // BLOCK) * BLOCK
+    assert tokens.shape[1] == first + -(-rows // tile_rows) * tile_rows * -(-columns // 16) * 16
+    assert torch.equal(tokens[:, :text], text_BTND)
+    assert torch.equal(flex._in_raster_order(tokens[:, first:], rows, columns, tile_rows), image)
+    assert tokens.abs().sum() == pytest.approx((text_BTND.abs().sum() + image.abs().sum()).item(), rel=1e-5)
+    y, x = rows - 1, columns - 1
+    tile = y // tile_rows * -(-columns // 16) + x // 16
+    place = first + tile * tile_rows * 16 + y % tile_rows * 16 + x % 16
+    assert torch.equal(tokens[:, place], image[:, y, x])
+
+
+@pytest.mark.parametrize("query_rows", flex.FLASH_ROWS.values())
+def test_tall_tiles_of_queries_compute_the_same(query_rows: int) -> None:
+    case = Case(rows=21, key_rows=40, columns=37, text=9, radius=9, row_offset=11)
+    calls = []
+    probe = replace(flex.BACKEND, run=lambda call: (calls.append(call), reference.BACKEND.run(call))[1])
+    query, *keys = case.tensors()
+    expected = window_attention(query, *keys, radius=9, row_offset=11, backend=probe)
+    torch.testing.assert_close(flex.run(calls[0], query_rows=query_rows), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def with_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Hopper with FlashAttention 4, and with a torch that is new enough."""
+    monkeypatch.setattr(flex, "find_spec", lambda _: object())
+    monkeypatch.setattr(flex, "_capability", lambda: 9)
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+
+
+@pytest.mark.usefixtures("with_flash")
+def test_flash_is_for_hopper_and_blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = Request("cuda", torch.bfloat16, head_dim=128)
+    assert flex.why_not_flash(request) is None
+    monkeypatch.setattr(flex, "_capability", lambda: 10)
+    assert flex.why_not_flash(request) is None
+    monkeypatch.setattr(flex, "_capability", lambda: 8)
+    assert "compute capability 9 or 10, got 8" in (flex.why_not_flash(request) or "")
+
+
+@pytest.mark.usefixtures("with_flash")
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (Request("cpu", torch.bfloat16), "it runs on cuda, got cpu"),
+        (Request("cuda", torch.float32), "it takes bfloat16 and float16, got torch.float32"),
+        (Request("cuda", torch.bfloat16, head_dim=256), "it takes heads of 64, 96, 128, got 256"),
+    ],
+)
+def test_flash_says_what_it_cannot_do(request_: Request, reason: str) -> None:
+    assert flex.why_not_flash(request_) == reason
+
+
+@pytest.mark.usefixtures("with_flash")
+def test_flash_needs_its_package_and_a_torch_with_the_right_log_sum_exp(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = Request("cuda", torch.bfloat16, head_dim=128)
+    monkeypatch.setattr(torch, "__version__", "2.12.1+cu130")
+    assert flex.why_not_flash(request) == "it needs torch 2.13 or newer, got 2.12.1+cu130"
+    monkeypatch.setattr(torch, "__version__", "2.13.0")
+    monkeypatch.setattr(flex, "find_spec", lambda name: None if name == "flash_attn.cute" else object())
+    assert flex.why_not_flash(request) == "the package flash-attn-4 is not installed"
+
+
+@pytest.mark.usefixtures("with_flash")
+@pytest.mark.parametrize(("capability", "blocks"), [(9, (128, 128)), (10, (256, 128))])
+def test_flash_is_asked_of_flex_attention_in_its_own_blocks(
+    monkeypatch: pytest.MonkeyPatch, capability: int, blocks: tuple[int, int]
+) -> None:
+    """FlashAttention 4 takes blocks of 128 x 128 on Hopper and of 256 x 128 on Blackwell."""
+    asked: dict = {}
+    monkeypatch.setattr(flex, "_capability", lambda: capability)
+    monkeypatch.setattr(flex, "run", lambda call, **options: asked.update(options))
+    flex.run_flash(None)
+    assert asked["kernel_options"] == {"BACKEND": "FLASH"}
+    geometry = Geometry(40, 40, columns=40, text=5, radius=9, row_offset=0, query_rows=asked["query_rows"])
+    mask = block_mask(geometry, CPU)
+    assert tuple(mask.BLOCK_SIZE) == blocks
+    assert mask.full_kv_num_blocks is not None

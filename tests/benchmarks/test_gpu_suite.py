@@ -34,7 +34,13 @@ def test_all_parts_run(tmp_path):
     assert len(checks) >= 20 and all(row["passed"] for row in checks)
     changed = [row for row in rows_of(tmp_path, "correctness") if "what the window changes" in row.get("model", "")]
     assert changed[0]["relative_error"] > 0.1
-    assert {row["candidate"] for row in rows_of(tmp_path, "kernels") if "seconds" in row} >= {"CLEAR, tiled", "SDPA"}
+    kernels = rows_of(tmp_path, "kernels")
+    assert {row.get("candidate") for row in kernels if "seconds" in row} >= {"CLEAR, tiled", "CLEAR, masked", "SDPA"}
+    table = [row for row in kernels if "device_type" in row]  # what auto's table is made of
+    assert {(row["rows"], row["radius"]) for row in table} == {
+        (side, radius) for side in (16, 8) for radius in (8, 16, 32)
+    }
+    assert all(row["seconds"].keys() >= {"tiled", "masked"} for row in table)
     steps = {row["candidate"] for row in rows_of(tmp_path, "steps") if row.get("seconds")}
     assert steps >= {"CLEAR r = 16", "CLEAR r = 16, share of 8", "CLEAR r = 16, hoisted modulation", "full attention"}
     assert rows_of(tmp_path, "profile")[0]["ms_per_step"] > 0

@@ -1,7 +1,8 @@
 """Down-sampled keys: N ranks against an oracle in an unmodified transformer."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from clear_dist.attention import Backend
 from clear_dist.comm.group import Group
 from clear_dist.generation import generate
 from clear_dist.models import parts
@@ -234,19 +236,22 @@ def stopped_in_the_middle(group: Group, file: Path, schedule: str) -> Tensor:
     pipe = make_tiny_pipeline()
     parallelized = parallelize(pipe, clear_weights=file, schedule=schedule, warmup_steps=1, group=group, **EXACT)
     striped = require_striped(pipe)
-    backend, calls = striped.backend, []
+    choose, calls = striped.settings.choose_backend, []
 
-    def stop_once(call: Any) -> Any:
+    def stop_once(attend: Callable[[Any], Any], call: Any) -> Any:
         calls.append(call)
         if len(calls) == 8:
             raise Stop
-        return backend.run(call)
+        return attend(call)
 
-    striped.backend = replace(backend, run=stop_once)
+    def choose_stopping(**sizes: int) -> Backend:
+        backend = choose(**sizes)
+        return replace(backend, run=partial(stop_once, backend.run))
+
+    striped.settings = replace(striped.settings, choose_backend=choose_stopping)
     steps = {"sync": 3, "stale": 4}[schedule]
     with pytest.raises(Stop):
         run(pipe, steps=steps, **SIZE)
-    striped.backend = backend
     latents = run(pipe, steps=steps, **SIZE)
     parallelized.undo()
     return latents

@@ -1,6 +1,8 @@
 """A model runs on another group, with another scheduler or above its native size for a while, and then as before."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from diffusers import FluxPipeline
 from torch import distributed as dist
 
+from clear_dist.attention import Backend
 from clear_dist.comm.group import Group
 from clear_dist.models.extrapolation import Extrapolation
 from clear_dist.parallelize import parallelize, require_striped
@@ -125,18 +128,22 @@ def stopped_in_a_layer(group: Group) -> float:
     """Its halos were sent and are not waited for."""
     calls = 0
 
-    def stop_once(call: Any) -> Any:
+    def stop_once(attend: Callable[[Any], Any], call: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise Stop
-        return backend.run(call)
+        return attend(call)
+
+    def choose_stopping(**sizes: int) -> Backend:
+        backend = choose(**sizes)
+        return replace(backend, run=partial(stop_once, backend.run))
 
     pipe = make_tiny_pipeline()
     parallelized = parallelize(pipe, group=group, **EXACT)
     striped = require_striped(pipe)
-    backend = striped.backend
-    striped.backend = replace(backend, run=stop_once)
+    choose = striped.settings.choose_backend
+    striped.settings = replace(striped.settings, choose_backend=choose_stopping)
     with pytest.raises(Stop):
         run(pipe)
     latents = run(pipe, seed=SEED)

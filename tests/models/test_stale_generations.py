@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 import clear_dist
+from clear_dist.attention import Backend
 from clear_dist.comm.group import Group
 from clear_dist.parallelize import interrupt, parallelize, require_striped
 from clear_dist.stages import Upscaling
@@ -121,18 +123,22 @@ def stopped_in_a_layer(group: Group, call_that_stops: int) -> Tensor:
     """Its halos arrive, and its own were not sent yet; or, in the warm-up, were sent and not waited for."""
     calls = 0
 
-    def stop_once(call: Any) -> Any:
+    def stop_once(attend: Callable[[Any], Any], call: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == call_that_stops:
             raise Stop
-        return backend.run(call)
+        return attend(call)
+
+    def choose_stopping(**sizes: int) -> Backend:
+        backend = choose(**sizes)
+        return replace(backend, run=partial(stop_once, backend.run))
 
     pipe = make_tiny_pipeline()
     parallelize(pipe, group=group, window=4, **STALE)
     striped = require_striped(pipe)
-    backend = striped.backend
-    striped.backend = replace(backend, run=stop_once)
+    choose = striped.settings.choose_backend
+    striped.settings = replace(striped.settings, choose_backend=choose_stopping)
     with pytest.raises(Stop):
         run(pipe, steps=STEPS, seed=3)
     return run(pipe, steps=STEPS)
