@@ -52,22 +52,27 @@ def checked_schedule(schedule: Schedule, warmup_steps: int) -> dict[str, Any]:
     return {"schedule": schedule, "warmup_steps": index(warmup_steps)}
 
 
-def checked_compiler(compile: bool, device: torch.device) -> dict[str, Any]:
-    if compile and (missing := missing_compiler(device.type)):
-        raise ValueError(f"compile needs {missing}, got none; nearest: compile=False")
-    return {"compile": compile}
-
-
 def checked_weights(
-    float8: bool, int8: bool, shard_weights: bool, device: torch.device, dtype: torch.dtype
+    *,
+    float8: bool,
+    int8: bool,
+    shard_weights: bool,
+    hoist_modulation: bool,
+    compile: bool,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
+    """What is done to the weights, and to what lies between their products."""
     if float8 and (needed := why_not_float8(device, dtype)):
         raise ValueError(f"float8 needs {needed}; nearest: float8=False")
     if int8 and float8:
         raise ValueError("float8 and int8 exclude each other, got both; nearest: float8=False")
     if int8 and (missing := missing_quantiser()):
         raise ValueError(f"int8 needs {missing}, got none; nearest: int8=False")
-    return {"float8": float8, "int8": int8, "shard_weights": shard_weights}
+    if compile and (missing := missing_compiler(device.type)):
+        raise ValueError(f"compile needs {missing}, got none; nearest: compile=False")
+    given = {"float8": float8, "int8": int8, "shard_weights": shard_weights}
+    return given | {"hoist_modulation": hoist_modulation, "compile": compile}
 
 
 def checked_text(

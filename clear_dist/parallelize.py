@@ -1,18 +1,18 @@
 """Puts a stock diffusers pipeline on stripes, and takes it off again."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 from clear_dist.arguments import (
     checked_backend,
-    checked_compiler,
     checked_schedule,
     checked_text,
     checked_weights,
     checked_windows,
 )
+from clear_dist.attention import Backend
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.comm.text_reduce import TextAttention
@@ -124,31 +124,20 @@ class Parallelized:
 
     def close(self) -> None:
         """What the ranks share ends with the program; nothing is restored, the pipeline is of no use afterwards."""
-        for shards in self._striped.shards:
-            shards.close()
+        for model in (self._striped, *self._controlnets):
+            for shards in model.shards:
+                shards.close()
         if self._owns_group:
             self.group.close()
 
 
 def parallelize(
-    pipe: Any,
-    *,
-    window: int | Literal["full"] | None = None,
-    controlnet_window: int | Literal["full"] | None = None,
-    clear_weights: str | Path | None = None,
-    text_attention: TextAttention | None = None,
-    text_tokens: TextTokens = "auto",
-    attention_backend: str = "auto",
-    schedule: Schedule = "sync",
-    warmup_steps: int = WARMUP_STEPS,
-    hoist_modulation: bool = False,
-    compile: bool = False,
-    float8: bool = False,
-    int8: bool = False,
-    shard_weights: bool = False,
-    offload: bool = False,
-    group: Group | None = None,
-) -> Parallelized:
+    pipe: Any, *, window: int | Literal["full"] | None = None, controlnet_window: int | Literal["full"] | None = None,
+    clear_weights: str | Path | None = None, text_attention: TextAttention | None = None,
+    text_tokens: TextTokens = "auto", attention_backend: str = "auto", schedule: Schedule = "sync",
+    warmup_steps: int = WARMUP_STEPS, hoist_modulation: bool = False, compile: bool = False, float8: bool = False,
+    int8: bool = False, shard_weights: bool = False, offload: bool = False, group: Group | None = None,
+) -> Parallelized:  # fmt: skip
     """Cuts the transformer of `pipe`, and its ControlNets, in stripes, one per rank; all else stays diffusers'.
 
     Call it on every rank, then use the pipeline as ever, with equal arguments and equally seeded generators.
@@ -161,8 +150,7 @@ def parallelize(
         text_attention: `average` (Eq. 7 of the paper, the default) or `exact`: N ranks compute what one computes.
         text_tokens: `sharded`: each takes a share of them through the blocks; `replicated`; `auto`: by sizes (README).
         attention_backend: a row of `clear_dist.attention.BACKENDS`; `auto`: the fastest for each image, as measured.
-        schedule: `sync`: this step's halos; `stale`: those of the step before, for slow links (README).
-        warmup_steps: of `stale`: the steps at the start of each generation that are synchronous all the same.
+        schedule: `stale`: halos of the step before, but for `warmup_steps` at the start; for slow links (README).
         hoist_modulation: keep AdaLN's weights in host memory: the same bits from less on the device (README).
         compile: fuse what lies between a block's matrix products; the first step waits for the compiler (README).
         float8, int8: quantise the blocks' linear layers for good, on GPUs that can or anywhere; LoRA comes after.
@@ -173,41 +161,54 @@ def parallelize(
     Raises:
         ValueError: an argument is wrong or differs between ranks, or the pipeline's transformer cannot be cut.
     """
-    transformer: Any = getattr(pipe, "transformer", None)
-    adaptor, nets = adaptor_for(transformer), controlnets_of(pipe)
-    require_stock(transformer, *nets)
-    radius, net_radius = checked_windows(window, controlnet_window, clear_weights)
+    adaptor, nets = adaptor_for(getattr(pipe, "transformer", None)), controlnets_of(pipe)
+    require_stock(adaptor.transformer, *nets)
+    radii = checked_windows(window, controlnet_window, clear_weights)
     device = group.device if group is not None else pipe._execution_device  # also where its parts are on the host
-    plain = checked_schedule(schedule, warmup_steps) | checked_text(text_attention, text_tokens, radius, schedule)
-    plain |= checked_compiler(compile, device) | {"hoist_modulation": hoist_modulation}
-    plain |= checked_weights(float8, int8, shard_weights, device, transformer.dtype)
-    choose = checked_backend(attention_backend, device, transformer.dtype, adaptor.head_dim)
-    group_or_own = group or Group.create(device)
-    replaced = None if clear_weights is None else load_clear_weights(transformer, clear_weights, device)
-    chosen = {"window": radius or "full", "attention_backend": choose().name, "dtype": transformer.dtype}
-    chosen |= {"clear_weights": replaced and replaced.checksums(transformer)}
-    chosen |= {"ControlNets' windows": [net_radius] * len(nets)}
-    require_equal_settings(group_or_own, **chosen, **plain)
-    pooling = None if replaced is None or radius is None else replaced.pooling
-    unit = 1 if pooling is None else pooling.factor
-    settings = Settings(radius=radius, choose_backend=choose, pooling=pooling, unit=unit, **plain)
-    models = put_on_stripes(adaptor, nets, pipe.scheduler, group_or_own, settings, net_radius)
+    given = checked_schedule(schedule, warmup_steps) | checked_text(text_attention, text_tokens, radii[0], schedule)
+    dtype = adaptor.transformer.dtype
+    weights = {"float8": float8, "int8": int8, "shard_weights": shard_weights, "hoist_modulation": hoist_modulation}
+    given |= checked_weights(**weights, compile=compile, device=device, dtype=dtype)
+    choose = checked_backend(attention_backend, device, dtype, adaptor.head_dim)
+    used = group or Group.create(device)
+    models, replaced = put_on_stripes(pipe, adaptor, nets, used, clear_weights, radii, choose, given)
     offloaded = Offloaded(pipe, device) if offload else None
     return Parallelized(*models, owns_group=group is None, replaced=replaced, offloaded=offloaded)
 
 
 def put_on_stripes(
-    adaptor: Adaptor, nets: Iterable[Any], scheduler: Any, group: Group, settings: Settings, net_radius: int | None
-) -> list[StripedModel]:
-    """The transformer and its ControlNets, or none of them where one refuses."""
+    pipe: Any,
+    adaptor: Adaptor,
+    nets: Sequence[Any],
+    group: Group,
+    clear_weights: str | Path | None,
+    radii: tuple[int | None, int | None],
+    choose_backend: Callable[..., Backend],
+    given: dict[str, Any],
+) -> tuple[list[StripedModel], ReplacedWeights | None]:
+    """The transformer and its ControlNets, or none of them where one refuses; and what CLEAR's weights have replaced.
+
+    Args:
+        radii: of the transformer and of the ControlNets.
+        given: the other settings, as given to `parallelize`.
+    """
+    transformer, (radius, net_radius) = adaptor.transformer, radii
+    replaced = None if clear_weights is None else load_clear_weights(transformer, clear_weights, group.device)
+    chosen = {"window": radius or "full", "attention_backend": choose_backend().name, "dtype": transformer.dtype}
+    chosen |= {"clear_weights": replaced and replaced.checksums(transformer)}
+    chosen |= {"ControlNets' windows": [net_radius] * len(nets)}
+    require_equal_settings(group, **chosen, **given)
+    pooling = None if replaced is None or radius is None else replaced.pooling
+    unit = 1 if pooling is None else pooling.factor
+    settings = Settings(radius=radius, choose_backend=choose_backend, pooling=pooling, unit=unit, **given)
     with ExitStack() as on_error:
-        models = [StripedModel(adaptor, scheduler, group, settings)]
+        models = [StripedModel(adaptor, pipe.scheduler, group, settings)]
         on_error.callback(models[0].remove)
         for net in nets:
-            models.append(stripe_controlnet(net, scheduler, group, settings, radius=net_radius))
+            models.append(stripe_controlnet(net, pipe.scheduler, group, settings, radius=net_radius))
             on_error.callback(models[-1].remove)
         on_error.pop_all()
-    return models
+    return models, replaced
 
 
 def require_equal_settings(group: Group, **settings: Any) -> None:

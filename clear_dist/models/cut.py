@@ -13,7 +13,6 @@ from clear_dist.geometry import (
     covering_radius,
     cut_in_stripes,
     plan_halos,
-    plan_pooled,
     require_units,
 )
 from clear_dist.models.exchanges import Exchanges
@@ -108,7 +107,6 @@ def cut_image(
     if radius is not None:
         backend = settings.choose_backend(**largest_call(size, stripes, radius), text=text_tokens)
         joint_attention = WindowJointAttention(grid=Rows(0, height), radius=radius, backend=backend, **shared)
-    pooling = settings.pooling
     return Cut(
         height=height,
         width=width,
@@ -119,14 +117,6 @@ def cut_image(
         stripes=stripes,
         plan=plan,
         joint_attention=joint_attention,
-        exchanges=Exchanges(
-            group,
-            plan,
-            settings.text_attention,
-            counters,
-            clock=clock,
-            pooling=pooling,
-            pooled_plan=None if pooling is None else plan_pooled(stripes, group.rank, pooling.factor),
-        ),
+        exchanges=Exchanges(group, stripes, plan, settings, counters, clock=clock),
         join=StripeJoin(group, stripes, counters),
     )

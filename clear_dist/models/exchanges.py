@@ -9,11 +9,12 @@ from clear_dist.comm.group import Group
 from clear_dist.comm.halo_exchange import HaloExchange
 from clear_dist.comm.send_buffers import SendBuffers
 from clear_dist.comm.stale_exchange import StaleHaloExchange, StaleTextReduce
-from clear_dist.comm.text_reduce import TextAttention, TextReduce
+from clear_dist.comm.text_reduce import TextReduce
 from clear_dist.comm.text_shards import TextGather, TextScatter
-from clear_dist.geometry import HaloPlan, TextPlan
-from clear_dist.models.pooled_keys import PooledKeys, Pooling
+from clear_dist.geometry import HaloPlan, Rows, TextPlan, plan_pooled
+from clear_dist.models.pooled_keys import PooledKeys
 from clear_dist.models.room import SENDING_LAYERS
+from clear_dist.models.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -32,26 +33,25 @@ class Exchanges:
     def __init__(
         self,
         group: Group,
+        stripes: tuple[Rows, ...],
         plan: HaloPlan,
-        text_attention: TextAttention,
+        settings: Settings,
         counters: Counters,
         *,
         clock: Clock | None,
-        pooling: Pooling | None = None,
-        pooled_plan: HaloPlan | None = None,
     ) -> None:
         """
         Args:
             clock: what the stale schedule goes by; None: the sync schedule.
-            pooling, pooled_plan: of down-sampled keys; both or none.
         """
         self._group = group
         self._plan = plan
-        self._text_attention = text_attention
+        self._text_attention = settings.text_attention
         self._counters = counters
         self._clock = clock
-        self._pooling = pooling
-        self._pooled_plan = pooled_plan
+        self._pooling = settings.pooling
+        factor = 1 if self._pooling is None else self._pooling.factor
+        self._pooled_plan = plan_pooled(stripes, group.rank, factor)
         layers = 0 if clock is None else SENDING_LAYERS
         self._sends, self._pooled_sends = (SendBuffers(group, counters, layers=layers) for _ in range(2))
         self._made: dict[tuple[int, int, TextPlan], Exchange] = {}
@@ -86,7 +86,7 @@ class Exchanges:
 
     def _make(self, text: TextPlan) -> Exchange:
         pooled = None
-        if self._pooling is not None and self._pooled_plan is not None:
+        if self._pooling is not None:
             pooled = PooledKeys(self._pooling, self._make_rows(self._pooled_plan, self._pooled_sends, "pooled"))
         gather = TextGather(self._group, text, self._counters)
         return Exchange(self._make_rows(self._plan, self._sends, "halo"), gather, self._make_text(text), pooled)
