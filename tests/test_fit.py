@@ -1,6 +1,7 @@
 """The check before `generate`: what does not fit is refused in one line, with settings that do."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(gpus: Any) -> None:
     assert flags is not None and "--nproc" not in flags[1]  # there are no more GPUs
     words = flags[1].split()
     given = {word.removeprefix("--").replace("-", "_"): True for word in words if word.startswith("--")}
-    for word, value in zip(words, words[1:], strict=False):
+    for word, value in pairwise(words):
         if not value.startswith("--"):
             given[word.removeprefix("--")] = int(value)
     lines_of(**({"res": 2048} | given))
@@ -97,7 +98,7 @@ def test_a_cpu_is_shared_by_all_ranks(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_models_whose_sizes_are_not_known_are_not_judged(gpus: Any) -> None:
     gpus(1.0)
-    preflight.check(GenerateConfig(model="someone/flux-like", clear_weights="none", output=Path("/tmp/x.png")), ALONE)
+    preflight.check(GenerateConfig(model="someone/flux-like", clear_weights="none"), ALONE)
 
 
 @pytest.mark.parametrize("guidance", [True, False])
