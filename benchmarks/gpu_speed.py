@@ -17,6 +17,7 @@ from baselines import stock
 from counts import FLUX, TOKEN, Model, Part, attention_work, middle_part
 from diffusers import FluxPipeline
 from gpu_session import Session, first_line
+from planned import planned_bytes
 from row_major import RowMajorProcessor, row_major_mask
 from share import on_stripes, share_of
 from steps import SMALL, Candidate, draw, make_pipeline, peak_rate
@@ -193,6 +194,10 @@ def tell_steps(side: int, chosen: list[Step], group: Group, limits: Limits, sess
         row: dict[str, Any] = {"side_px": side, "candidate": step.name, "seconds": cell.seconds}
         if cell.rate is not None:
             row |= {"tflops": cell.rate / TERA, "of_peak": cell.rate / limits.peak_rate, "peak_bytes": cell.peak_bytes}
+        if step.name.startswith("CLEAR") and number == 1:  # a share has no halos
+            hoisted = step.name.endswith("hoisted modulation")
+            kind = {"device_type": session.device.type, "backend": session.backend, "hoisted": hoisted}
+            row["planned_bytes"] = planned_bytes(limits.model, step.part, **kind)
         session.journal.tell(**row, **({"note": cell.note} if cell.note else {}))
 
 

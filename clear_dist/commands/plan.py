@@ -57,7 +57,7 @@ def plan(
     The exit status is 0 if it fits, and 2 if it does not.
     """
     config = PlanConfig(**locals())
-    first = _plan(config)
+    first = planned_for(config)
     if not config.sweep:
         change = None if first.fits else nearest(first)
         return _tell(config, show_plan, record.of_plan, first, change, fits=first.fits)
@@ -66,7 +66,8 @@ def plan(
     return _tell(config, show_sweep, record.of_sweep, plans, fits=any(each.fits for each in plans))
 
 
-def _plan(config: PlanConfig) -> Plan:
+def planned_for(config: PlanConfig) -> Plan:
+    """The plan of one request; raises a Refusal where it is wrong, or the sizes of its model are not known."""
     check_choice("--gpu", config.gpu.lower(), ("auto", "cpu", *GPUS))
     check_choice("--link", config.link.lower(), ("auto", *LINKS))
     found = devices.find_gpus() if config.gpu == "auto" else ()

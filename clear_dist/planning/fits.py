@@ -8,7 +8,7 @@ from operator import add
 from typing import Any
 
 from clear_dist.planning.counts import Traffic
-from clear_dist.planning.memory import RankMemory, rank_memory
+from clear_dist.planning.memory import SHAREABLE, RankMemory, rank_memory
 from clear_dist.planning.request import PlanRequest
 from clear_dist.planning.timing import StageTime, stage_time
 from clear_dist.planning.traffic import step_traffic
@@ -66,8 +66,14 @@ class Plan:
 
     @property
     def is_refused(self) -> bool:
-        """Whether it does not fit even if the estimate is too high by as much as it may be."""
-        return self.needed * (1 - ERROR) > self.room.bytes
+        """Whether it does not fit even if ranks share what they can and the estimate is as high above as it may be."""
+        return (self.needed - self._shareable) * (1 - ERROR) > self.room.bytes
+
+    @property
+    def _shareable(self) -> int:
+        """Bytes on a CPU that all ranks but one may have in common with it."""
+        items = {} if self.request.on_cuda else self.largest.largest.items
+        return (self.room.sharing - 1) * sum(items.get(name, 0) for name in SHAREABLE)
 
     @cached_property
     def times(self) -> tuple[StageTime, ...]:

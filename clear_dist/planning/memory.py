@@ -17,8 +17,11 @@ CONTEXT = 600_000_000
 """Of CUDA, cuBLAS and cuDNN on a GPU: assumed, not measured."""
 CHANNELS_OF_NCCL = 400_000_000
 """Of NCCL's groups, where there are several ranks: assumed, not measured."""
-LIBRARIES = 480_000_000
-"""Of Python, torch, diffusers and transformers in a process on a CPU: measured, benchmarks/plan.py."""
+LIBRARIES, FORKED = 630_000_000, 450_000_000
+"""Of Python, torch, diffusers and transformers in a process on a CPU, and in one of several forked ranks, which
+touch less of them: measured, benchmarks/plan.py."""
+SHAREABLE = ("libraries", "transformer", "VAE")
+"""What ranks on a CPU may have in common: pages of files, and of the process that they were forked from."""
 
 Items = Mapping[str, int]
 
@@ -74,7 +77,7 @@ def held_bytes(request: PlanRequest, rank: int) -> Items:
 def _surroundings(request: PlanRequest) -> Items:
     if request.on_cuda:
         return {"CUDA": CONTEXT + CHANNELS_OF_NCCL * (request.ranks > 1)}
-    return {"libraries": LIBRARIES}
+    return {"libraries": LIBRARIES if request.ranks == 1 else FORKED}
 
 
 def _text_phase(request: PlanRequest, rank: int) -> Iterator[Phase]:

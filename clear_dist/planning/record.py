@@ -8,6 +8,7 @@ from clear_dist.planning.fits import Change, Plan
 from clear_dist.planning.memory import RankMemory
 from clear_dist.planning.request import PlanRequest
 from clear_dist.planning.timing import assumptions
+from clear_dist.planning.weights import pinned_bytes
 
 SCHEMA = 1
 NAMED = ("model", "gpu", "link")
@@ -23,6 +24,7 @@ def of_plan(plan: Plan, nearest: Change | None) -> dict[str, Any]:
         "stages": [list(stage.size) for stage in request.stages],
         "stripes": [[rows.start, rows.stop] for rows in stripes],
         "memory": [_of_rank(memory) for memory in plan.ranks],
+        "pinned_in_host_memory": pinned_bytes(request),
         "room": asdict(plan.room),
         "needed": plan.needed,
         "fits": plan.fits,

@@ -12,6 +12,7 @@ from clear_dist.planning.fits import ERROR, Change, Plan
 from clear_dist.planning.memory import Phase, RankMemory
 from clear_dist.planning.request import PlanRequest
 from clear_dist.planning.timing import assumptions
+from clear_dist.planning.weights import pinned_bytes
 
 GB = 1e9
 LEAST_SHOWN = 5e6
@@ -23,7 +24,7 @@ def show_plan(console: Console, plan: Plan, nearest: Change | None) -> None:
     for line in _request(plan.request):
         _say(console, line)
     console.print(_memory(plan), *_times(plan))
-    for line in (*_bytes(plan), *_assumptions(plan.request)):
+    for line in (*_bytes(plan), *_pinned(plan.request), *_assumptions(plan.request)):
         _say(console, line)
     words, style = _verdict(plan, nearest)
     _say(console, words, style=style)
@@ -124,6 +125,12 @@ def _bytes(plan: Plan) -> Iterator[str]:
             f"sent per step and rank, in the last stage: halos {sent.halos_sent / GB:.2f} GB, "
             f"text {sent.text_reduced / GB:.2f} GB, join {sent.join / GB:.3f} GB"
         )
+
+
+def _pinned(request: PlanRequest) -> Iterator[str]:
+    pinned = pinned_bytes(request)
+    if pinned:
+        yield f"in pinned host memory: {pinned / GB:.1f} GB of modulation, for all ranks together"
 
 
 def _assumptions(request: PlanRequest) -> Iterator[str]:

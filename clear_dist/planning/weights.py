@@ -49,6 +49,12 @@ def transformer_bytes(request: PlanRequest) -> int:
     )
 
 
+def pinned_bytes(request: PlanRequest) -> int:
+    """Of the modulation that all ranks of a machine keep in its host's memory, each its own."""
+    hoisted = request.hoist_modulation and request.on_cuda
+    return request.ranks * request.model.modulation * request.itemsize * hoisted
+
+
 def text_encoder_bytes(request: PlanRequest) -> int:
     """Of the text encoders, which only rank 0 has."""
     return request.model.text.numbers * request.itemsize

@@ -1,0 +1,52 @@
+"""What `clear-dist plan` says of a step of a transformer without text encoders and VAE."""
+
+from counts import TOKEN, Model, Part
+
+from clear_dist.planning import GPUS, LINKS, ModelSizes, PlanRequest, TextSizes, VaeSizes
+from clear_dist.planning.memory import rank_memory
+from clear_dist.preflight.flux import FluxShape
+from clear_dist.preflight.planned import ON_CPU, ON_CUDA
+from clear_dist.stages import Sampling, Upscaling
+
+COUNTED = ("transformer", "activations", "attention", "halos", "latents")
+
+
+def planned_bytes(model: Model, part: Part, *, device_type: str, backend: str = "auto", hoisted: bool = False) -> int:
+    """Of one rank, what torch allocates: not CUDA's own."""
+    shape = FluxShape(
+        num_layers=model.double_blocks,
+        num_single_layers=model.single_blocks,
+        num_attention_heads=model.heads,
+        attention_head_dim=model.head_dim,
+        guidance_embeds=True,
+    )
+    on_cuda = device_type == "cuda"
+    request = PlanRequest(
+        model=ModelSizes(
+            name="random weights",
+            double_blocks=model.double_blocks,
+            single_blocks=model.single_blocks,
+            heads=model.heads,
+            head_dim=model.head_dim,
+            text_channels=shape.joint_attention_dim,
+            transformer=shape.tensors(),
+            vae=VaeSizes(),
+            text=TextSizes(),
+        ),
+        height=part.grid[0] * TOKEN,
+        width=part.grid[1] * TOKEN,
+        native=part.grid[0] * TOKEN,
+        cascade=False,
+        sampling=Sampling(steps=2),
+        upscaling=Upscaling(),
+        window=part.window,
+        ranks=part.ranks,
+        gpu=next(iter(GPUS.values())) if on_cuda else None,
+        link=LINKS["nvlink"],
+        text_tokens=model.text_tokens,
+        dtype="bfloat16" if model.itemsize == 2 else "float32",
+        backend=(ON_CUDA if on_cuda else ON_CPU) if backend == "auto" else backend,
+        hoist_modulation=hoisted,
+    )
+    step = next(phase for phase in rank_memory(request, part.rank).phases if phase.name == "denoise")
+    return sum(amount for name, amount in step.items.items() if name in COUNTED)
