@@ -1,5 +1,6 @@
 """LoRA on a pipeline that is on stripes: fetched, checked against the loaded model, put beside its layers."""
 
+import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -47,23 +48,28 @@ def load(pipe: Any, loras: Iterable[Lora]) -> None:
     """
     weights = {}
     for number, lora in enumerate(loras):
-        file, name = Path(lora.source), f"lora_{number}"
-        weights[name] = lora.weight
-        read_shapes(file)  # refuses what is damaged
-        tensors, alphas, metadata = _renamed(pipe, file)
-        shapes = {tensor: tuple(value.shape) for tensor, value in tensors.items()}
-        require_fit(shapes, FluxShape.of(pipe.transformer.config, "the model's configuration"), file)
-        for tensor in tensors:
-            if not tensor.startswith(("transformer.", "text_encoder.")):
-                raise Refusal(f"{file} must name layers as diffusers, kohya or XLabs do, got {tensor}")
-        given = {"network_alphas": alphas, "metadata": metadata, "adapter_name": name, "_pipeline": pipe}
-        pipe.load_lora_into_transformer(tensors, transformer=pipe.transformer, **given)
-        if pipe.text_encoder is not None:  # of rank 0 alone
-            pipe.load_lora_into_text_encoder(tensors, text_encoder=pipe.text_encoder, **given)
-    present = {name for names in pipe.get_list_adapters().values() for name in names} if weights else set()
-    chosen = {name: weight for name, weight in weights.items() if name in present}
+        weights[f"lora_{number}"] = lora.weight
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are what is wanted
+            _load(pipe, Path(lora.source), f"lora_{number}")
+    on_this_rank = {name for names in pipe.get_list_adapters().values() for name in names} if weights else set()
+    chosen = {name: weight for name, weight in weights.items() if name in on_this_rank}
     if chosen:
         pipe.set_adapters(list(chosen), list(chosen.values()))
+
+
+def _load(pipe: Any, file: Path, name: str) -> None:
+    read_shapes(file)  # refuses what is damaged
+    tensors, alphas, metadata = _renamed(pipe, file)
+    shapes = {tensor: tuple(value.shape) for tensor, value in tensors.items()}
+    require_fit(shapes, FluxShape.of(pipe.transformer.config, "the model's configuration"), file)
+    for tensor in tensors:
+        if not tensor.startswith(("transformer.", "text_encoder.")):
+            raise Refusal(f"{file} must name layers as diffusers, kohya or XLabs do, got {tensor}")
+    given = {"network_alphas": alphas, "metadata": metadata, "adapter_name": name, "_pipeline": pipe}
+    pipe.load_lora_into_transformer(tensors, transformer=pipe.transformer, **given)
+    if pipe.text_encoder is not None:  # of rank 0 alone
+        pipe.load_lora_into_text_encoder(tensors, text_encoder=pipe.text_encoder, **given)
 
 
 def _renamed(pipe: Any, file: Path) -> tuple[dict[str, Any], Any, Any]:

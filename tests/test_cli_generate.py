@@ -89,6 +89,17 @@ def test_a_drawn_seed_is_told_and_draws_the_same_again(
     assert Path("clear-dist.png").read_bytes() == first
 
 
+def test_many_prompts_on_three_ranks_are_those_on_one(model: Path, here: Path) -> None:
+    Path("prompts.txt").write_text("a red fox\ntwo dogs\n")
+    guided = ("--negative-prompt", "fog", "--true-cfg-scale", "2", "--text-attention", "exact")
+    for ranks in ("1", "3"):
+        pictures = ("--prompts", "prompts.txt", "--num_images", "2", "--latents-out", f"{ranks}.safetensors")
+        assert generate(model, *pictures, *guided, "--nproc", ranks) == 0
+    one, three = (load_file(f"{ranks}.safetensors")["latents"] for ranks in (1, 3))
+    assert one.shape == (4, 16, 64)
+    assert (three - one).norm() < 1e-4 * one.norm()
+
+
 def test_negative_prompts_change_the_picture(model: Path, here: Path) -> None:
     for name, arguments in {"a.png": (), "b.png": ("--negative-prompt", "dogs", "--true-cfg-scale", "4")}.items():
         assert generate(model, "a fox", "--output", name, *arguments) == 0

@@ -21,7 +21,7 @@ from clear_dist.preflight.flux import FluxShape
 from clear_dist.preflight.lora import _layers as layers_of
 from tests.ranks import run_ranks
 from tests.test_cli_generate import generate
-from tests.test_parallelize import relative_error
+from tests.test_parallelize import relative_error, run
 from tests.tiny import make_tiny_flux, make_tiny_pipeline
 from tests.tiny_lora import add_lora, as_kohya, make_lora, save_lora
 
@@ -209,6 +209,21 @@ def test_names_that_diffusers_would_pass_over_are_refused(tensors: Tensors, tmp_
         with pytest.raises(Refusal, match=r"must name layers as diffusers|which this model has not"):
             lora.load(pipe, [Lora(source=str(file))])
     assert not hasattr(pipe.transformer, "peft_config")
+
+
+def test_xlabs_names_are_understood_once_diffusers_has_changed_them(model: Path, tmp_path: Path) -> None:
+    down, up = torch.randn(3, 32), torch.randn(96, 3) / 3
+    name = "double_blocks.0.processor.qkv_lora1"
+    file = save_lora({f"{name}.down.weight": down, f"{name}.up.weight": up}, tmp_path / "style.safetensors")
+    assert check(model, f"{file}:-0.5") == (Lora(source=str(file), weight=-0.5),)
+    ours, theirs = make_tiny_pipeline(), make_tiny_pipeline()
+    lora.load(ours, [Lora(source=str(file), weight=-0.5)])
+    with torch.no_grad():
+        for layer, part in zip("qkv", up.chunk(3), strict=True):
+            theirs.transformer.transformer_blocks[0].attn.get_submodule(f"to_{layer}").weight -= 0.5 * part @ down
+    assert relative_error(run(ours, steps=1), run(theirs, steps=1)) < 1e-5
+    with pytest.raises(Refusal, match=r"attn\.to_q\.lora_A\.weight must have 48 inputs, got 32"):
+        lora.load(make_tiny_pipeline(heads=3), [Lora(source=str(file))])
 
 
 def fetched_once(group: Any, file: str) -> tuple[list[bool], str]:

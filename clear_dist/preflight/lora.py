@@ -24,7 +24,7 @@ WEIGHTS = (-10.0, 10.0)
 PREFIXES = re.compile(r"^(transformer\.|diffusion_model\.|base_model\.model\.|lora_unet_|lora_transformer_)")
 PART = re.compile(r"(.+?)\.(?:lora_([AB])(?:\.default)?|lora[._](down|up))\.(weight|bias)")
 TEXT_ENCODER = ("text_encoder.", "lora_te")
-XLABS = re.compile(r"(double|single)_blocks\.\d+\.processor\.")
+XLABS = re.compile(r"(diffusion_model\.)?(double|single)_blocks\.\d+\.processor\.")
 """Named by their attention, not by layers: what fits is known once diffusers has renamed them."""
 
 
