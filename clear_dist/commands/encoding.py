@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from clear_dist import loading
+from clear_dist import hub, loading, lora
 from clear_dist.comm.ends import say
 from clear_dist.config import Request
 from clear_dist.progress import Phases
@@ -22,6 +22,7 @@ def encode_ahead(request: Request, device: torch.device, phases: Phases) -> list
         pipe = loading.load_text_pipeline(
             Path(request.model), dtype=getattr(torch, request.dtype), device=device, phases=phases
         )
+        lora.load(pipe, hub.local_loras(request))
     with phases.phase("text", detail="s" if len(request.prompts) > 1 else ""):
         negative = _negative(pipe, request)
         encoded = [_positive(pipe, request, prompt) + negative for prompt in request.prompts]

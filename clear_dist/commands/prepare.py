@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import FluxPipeline
 
-from clear_dist import hub, loading, report
+from clear_dist import hub, loading, lora, report
 from clear_dist.comm import env
 from clear_dist.comm.ends import say
 from clear_dist.comm.group import Group
@@ -74,6 +74,7 @@ def prepare(request: Request, began: float, phases: Phases) -> Prepared:
     encoded, pipe = in_touch(group, partial(_load, request, group.rank, device, phases))
     with phases.phase("load"):
         handle = _parallelize(pipe, request, group)
+        lora.load(pipe, hub.local_loras(request))
     if group.rank == 0 and handle.replaced is not None and not handle.replaced.file.is_relative_to(request.model):
         say(f"CLEAR weights: {handle.replaced}")  # a model's own go without saying
     loading_peak = report.peak_memory(device)

@@ -1,6 +1,7 @@
 """Files from the hub: fetched once per machine, while the ranks keep in touch; what goes wrong is one line."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from clear_dist.comm.ends import Failure, describe
 from clear_dist.comm.group import Group
 from clear_dist.comm.in_touch import in_touch
 from clear_dist.config import FLUX_DEV, Refusal, Request
+from clear_dist.config.request import Lora
 from clear_dist.hub.fetching import cached, fetch
 from clear_dist.hub.wanted import Wanted
 from clear_dist.preflight.hub_file import HubFile
@@ -25,13 +27,15 @@ WANTED = (
 def locate(request: Request, group: Group, *, local_rank: int) -> Request:
     """The request with its model and CLEAR weights as local files, downloaded once per machine where they are not.
 
+    LoRA are fetched with them; see `local_loras`.
+
     Raises:
         Refusal: the hub has no such model or file, or does not give it to this user, or there is no room for it; or
             what it gave does not fit.
         Failure: the hub cannot be reached, and the files are not here. Both on all ranks.
     """
     model, checkpoint = wanted_model(request), wanted_checkpoint(request)
-    wants = [want for want in (model, checkpoint) if want is not None]
+    wants = [want for want in (model, checkpoint, *map(wanted_lora, request.loras)) if want is not None]
     if not wants:
         return request
     _raise_together(group, in_touch(group, partial(_failure_of, wants) if local_rank == 0 else lambda: None))
@@ -70,6 +74,26 @@ def wanted_checkpoint(request: Request) -> Wanted | None:
         needed=hub.file,
         nearest="--clear-weights auto",
     )
+
+
+def wanted_lora(lora: Lora) -> Wanted | None:
+    """None: it is a file."""
+    hub = None if Path(lora.source).is_file() else HubFile.of(lora.source)
+    if hub is None:
+        return None
+    return Wanted(
+        repository=hub.repository,
+        revision=hub.revision,
+        patterns=(hub.file,),
+        needed=hub.file,
+        nearest="--lora FILE",
+    )
+
+
+def local_loras(request: Request) -> list[Lora]:
+    """The request's, as files, once they are fetched; `request` goes on naming them as they were asked for."""
+    wants = [(lora, wanted_lora(lora)) for lora in request.loras]
+    return [lora if want is None else replace(lora, source=str(_held(want) / want.needed)) for lora, want in wants]
 
 
 def require_same_commit(group: Group, repository: str, commit: str) -> None:
