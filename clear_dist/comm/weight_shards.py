@@ -47,6 +47,7 @@ class ShardedWeights:
         self._process_group = new_process_group([group.ranks], backend, group.timeout)
         mesh = DeviceMesh.from_group(self._process_group, group.device.type)
         gather = WeightGather(group, self._process_group, counters)
+        self._closed = False
         self._blocks: list[nn.Module] = []
         self._shells: list[Any] = []
         for block in blocks:
@@ -72,7 +73,10 @@ class ShardedWeights:
         self.close()
 
     def close(self) -> None:
-        """What the ranks share ends; the weights stay in shards, of no use to anybody."""
+        """What the ranks share ends; the weights stay in shards, of no use to anybody. A second call has no effect."""
+        if self._closed:
+            return
+        self._closed = True
         if self._group.size < dist.get_world_size():
             self._group.barrier()
             if self._group.rank == 0:

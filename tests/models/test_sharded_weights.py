@@ -73,6 +73,17 @@ def with_lora_before(group: Group, pipe: Any, shard: bool) -> Tensor:
     return run(pipe)
 
 
+def with_lora_fused(group: Group, pipe: Any, shard: bool) -> Tensor:
+    """After sharding, what came before it: into this rank's share."""
+    adapt(pipe, targets=["to_q", "norm.linear"])
+    parallelize(pipe, group=group, shard_weights=shard, **EXACT)
+    plain = run(pipe, steps=1)
+    pipe.transformer.fuse_lora()
+    fused = run(pipe, steps=1)
+    pipe.transformer.unfuse_lora()
+    return torch.cat([plain, fused, run(pipe, steps=1)])
+
+
 def with_lora_after(group: Group, pipe: Any, shard: bool) -> Tensor:
     parallelize(pipe, group=group, shard_weights=shard, **EXACT)
     run(pipe, steps=1)
@@ -130,6 +141,7 @@ def parallelized_anew(group: Group, pipe: Any, shard: bool) -> Tensor:
 WAYS = (
     with_float8,
     with_lora_before,
+    with_lora_fused,
     with_lora_after,
     compiled,
     guided,
@@ -247,6 +259,7 @@ def on_some_ranks(group: Group) -> list[Tensor]:
         handle = parallelize(pipe, group=part, shard_weights=True, **EXACT)
         latents.append(run(pipe))
         handle.undo()
+        handle.close()  # to no effect
     part.close()
     return latents
 
