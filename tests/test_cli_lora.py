@@ -19,7 +19,6 @@ from clear_dist.config import FLUX_DEV, GenerateConfig, Refusal
 from clear_dist.config.request import Lora
 from clear_dist.preflight.flux import FluxShape
 from clear_dist.preflight.lora import _layers as layers_of
-from tests.ranks import run_ranks
 from tests.test_cli_generate import generate
 from tests.test_parallelize import relative_error, run
 from tests.tiny import make_tiny_flux, make_tiny_pipeline
@@ -224,34 +223,3 @@ def test_xlabs_names_are_understood_once_diffusers_has_changed_them(model: Path,
     assert relative_error(run(ours, steps=1), run(theirs, steps=1)) < 1e-5
     with pytest.raises(Refusal, match=r"attn\.to_q\.lora_A\.weight must have 48 inputs, got 32"):
         lora.load(make_tiny_pipeline(heads=3), [Lora(source=str(file))])
-
-
-def fetched_once(group: Any, file: str) -> tuple[list[bool], str]:
-    asked: list[bool] = []
-
-    def download(repository: str, name: str, *, local_files_only: bool) -> str:
-        assert (repository, name) == ("someone/style", "a.safetensors")
-        asked.append(local_files_only)
-        return file
-
-    lora.hf_hub_download = download  # this rank's process alone
-    (found,) = lora.locate([Lora(source="someone/style:a.safetensors", weight=0.3)], group, local_rank=group.rank)
-    assert found.weight == 0.3
-    return asked, found.source
-
-
-def test_a_hub_file_is_downloaded_once_a_machine(tmp_path: Path) -> None:
-    file = str(tmp_path / "a.safetensors")
-    results = run_ranks(fetched_once, 2, file)
-    assert results == [([False, True], file), ([True], file)]
-
-
-def test_a_hub_file_that_is_not_given_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: Any, **__: Any) -> str:
-        raise OSError("no network\nat all")
-
-    monkeypatch.setattr(lora, "hf_hub_download", fails)
-    alone: Any = type("Alone", (), {"agree": staticmethod(bool)})
-    with pytest.raises(Refusal, match=r"cannot get someone/style:a\.safetensors from the hub \(OSError\)") as refused:
-        lora.locate([Lora(source="someone/style:a.safetensors")], alone, local_rank=0)
-    assert "\n" not in str(refused.value)

@@ -21,6 +21,7 @@ from clear_dist.hub import require_same_commit
 from tests.hub_server import TOKEN, Hub, serving
 from tests.ranks import run_ranks
 from tests.tiny import make_clear_weights, make_tiny_flux
+from tests.tiny_lora import make_lora, save_lora
 
 ROOT = Path(__file__).parents[1]
 # Fetches one after the other; tells what came of each, and how long it took.
@@ -48,7 +49,9 @@ QUICK = ("--res", "64", "--steps", "1", "--seed", "5", "--device", "cpu", "--max
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_tiny_flux(tmp_path_factory.mktemp("hub"))
-    make_clear_weights(FluxPipeline.from_pretrained(folder).transformer, folder / "clear_local_2.safetensors")
+    transformer = FluxPipeline.from_pretrained(folder).transformer
+    make_clear_weights(transformer, folder / "clear_local_2.safetensors")
+    save_lora(make_lora(transformer, seed=1), folder / "style.safetensors")
     return folder
 
 
@@ -267,3 +270,14 @@ def test_three_ranks_tell_it_once(
     assert not any("Traceback" in line for line in errors)
     assert len(hub.requests) == requests
     assert not (tmp_path / "clear-dist.png").exists()
+
+
+def test_a_lora_of_the_hub_is_the_local_file(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    common = ("--model", str(folder), "--nproc", "2", "--latents-out", "latents.safetensors")
+    drawn = []
+    for source in ("someone/tiny:style.safetensors:0.5", f"{folder / 'style.safetensors'}:0.5"):
+        ended, errors = generate(hub, tmp_path / "home", tmp_path, *common, "--lora", source)
+        assert ended == 0, errors
+        drawn.append((tmp_path / "latents.safetensors").read_bytes())
+    assert drawn[0] == drawn[1]
+    assert any("style.safetensors" in path for _, path in hub.requests)
