@@ -114,7 +114,7 @@ class Ids(nn.Module):
 
 def ids_seen(group: Group) -> tuple[Tensor, tuple[int, int]]:
     pipe = make_tiny_pipeline()
-    parallelized = parallelize(pipe, window=4, group=group)
+    parallelized = parallelize(pipe, window=4, text_tokens="replicated", group=group)
     with require_striped(pipe).running(extrapolation=INTERPOLATED):
         spy = Ids(pipe.transformer.pos_embed)
         pipe.transformer.pos_embed = spy
