@@ -41,7 +41,7 @@ CANDIDATES = {"cpu": ("tiled", "masked"), "cuda": tuple(name for name in BACKEND
 def main() -> None:
     options = arguments()
     if options.table:
-        TABLE.write_text(table_of(sorted(file for name in FILES for file in RESULTS.glob(f"*/{name}"))))
+        TABLE.write_text(table_of(results()))
         return
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -110,6 +110,11 @@ def row_of(request: Request, seconds: dict[str, float]) -> dict[str, Any]:
 
 def fastest_first(row: dict[str, Any]) -> list[str]:
     return sorted(row["seconds"], key=row["seconds"].__getitem__)
+
+
+def results() -> list[Path]:
+    """All that the table is made of."""
+    return sorted(file for name in FILES for file in RESULTS.glob(f"*/{name}"))
 
 
 def table_of(files: list[Path]) -> str:
