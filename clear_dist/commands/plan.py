@@ -73,7 +73,8 @@ def planned_for(config: PlanConfig) -> Plan:
     found = devices.find_gpus() if config.gpu == "auto" else ()
     gpu = _gpu(config, found)
     device = "cpu" if gpu is None else "cuda"
-    request, facts, _ = preflight.choose(config, env.read(), device=device, gpus=len(found))
+    place = env.read()
+    request, facts, _ = preflight.choose(config, place, device=device, gpus=len(found))
     known = sizes.find(facts)
     if known is None:
         raise Refusal(
@@ -82,7 +83,7 @@ def planned_for(config: PlanConfig) -> Plan:
     word = config.link.lower()
     if word == "auto":
         word = fit.ON_CPU if gpu is None else gpu.link
-    whole = planned.of_request(request, known, gpu, LINKS[word])
+    whole = planned.of_request(request, known, gpu, LINKS[word], place)
     return Plan(request=whole, room=_room(gpu, whole.ranks))
 
 

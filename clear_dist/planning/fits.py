@@ -8,7 +8,7 @@ from operator import add
 from typing import Any
 
 from clear_dist.planning.counts import Traffic
-from clear_dist.planning.memory import SHAREABLE, RankMemory, rank_memory
+from clear_dist.planning.memory import SHAREABLE, SHARED, RankMemory, rank_memory
 from clear_dist.planning.request import PlanRequest
 from clear_dist.planning.timing import StageTime, stage_time
 from clear_dist.planning.traffic import step_traffic
@@ -57,8 +57,10 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        """Bytes where ranks share their room: the largest ones together."""
-        return sum(sorted((memory.peak for memory in self.ranks), reverse=True)[: self.room.sharing])
+        """Bytes where ranks share their room: the largest ones together, what they have in common once."""
+        peaks = sorted((memory.peak for memory in self.ranks), reverse=True)
+        shared = SHARED if self.request.forked and not self.request.on_cuda else 0
+        return sum(peaks[: self._together]) - (self._together - 1) * shared
 
     @property
     def fits(self) -> bool:
@@ -70,10 +72,15 @@ class Plan:
         return (self.needed - self._shareable) * (1 - ERROR) > self.room.bytes
 
     @property
+    def _together(self) -> int:
+        """Ranks in the same room."""
+        return min(self.room.sharing, self.request.ranks)
+
+    @property
     def _shareable(self) -> int:
-        """Bytes on a CPU that all ranks but one may have in common with it."""
+        """Bytes of weights on a CPU that all ranks but one may have in common with it."""
         items = {} if self.request.on_cuda else self.largest.largest.items
-        return (self.room.sharing - 1) * sum(items.get(name, 0) for name in SHAREABLE)
+        return (self._together - 1) * sum(items.get(name, 0) for name in SHAREABLE)
 
     @cached_property
     def times(self) -> tuple[StageTime, ...]:
@@ -123,7 +130,7 @@ def fits_with(plan: Plan, change: Change) -> bool:
 
 def changes(request: PlanRequest, most_ranks: int) -> Iterator[Change]:
     """In the order in which they are tried: what makes another picture comes after what does not, sizes come last."""
-    ranks = tuple(_more_ranks(request, most_ranks))
+    ranks = tuple(_other_ranks(request, most_ranks))
     savings = tuple(_savings(request))
     together = tuple(accumulate(savings, add))[1:]
     yield from (*ranks, *savings, *together)
@@ -136,10 +143,14 @@ def changes(request: PlanRequest, most_ranks: int) -> Iterator[Change]:
         yield from (change + smaller for smaller in _smaller(request))
 
 
-def _more_ranks(request: PlanRequest, most: int) -> Iterator[Change]:
-    """Twice as many, and so on; ranks on a CPU share its memory."""
+def _other_ranks(request: PlanRequest, most: int) -> Iterator[Change]:
+    """Twice as many, and so on, on GPUs of their own; on a CPU, whose memory they share, half as many."""
+    if not request.on_cuda:
+        halves = (request.ranks >> shift for shift in range(1, request.ranks.bit_length()))
+        yield from (Change(flags=f"--nproc {ranks}", fields={"ranks": ranks}) for ranks in halves)
+        return
     ranks = 1 << request.ranks.bit_length()
-    while request.on_cuda and ranks <= min(most, request.height // request.model.token):
+    while ranks <= min(most, request.height // request.model.token):
         yield Change(flags=f"--nproc {ranks}", fields={"ranks": ranks})
         ranks *= 2
 

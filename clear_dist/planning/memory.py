@@ -20,8 +20,10 @@ CHANNELS_OF_NCCL = 400_000_000
 LIBRARIES, FORKED = 630_000_000, 450_000_000
 """Of Python, torch, diffusers and transformers in a process on a CPU, and in one of several forked ranks, which
 touch less of them: measured, benchmarks/plan.py."""
-SHAREABLE = ("libraries", "transformer", "VAE")
-"""What ranks on a CPU may have in common: pages of files, and of the process that they were forked from."""
+SHARED = 370_000_000
+"""Of these, what forked ranks have in common: pages of files, and of the process that they come from."""
+SHAREABLE = ("transformer", "VAE")
+"""Weights that ranks on a CPU may have in common too, if they are read from files in the dtype that is asked for."""
 
 Items = Mapping[str, int]
 
@@ -77,7 +79,7 @@ def held_bytes(request: PlanRequest, rank: int) -> Items:
 def _surroundings(request: PlanRequest) -> Items:
     if request.on_cuda:
         return {"CUDA": CONTEXT + CHANNELS_OF_NCCL * (request.ranks > 1)}
-    return {"libraries": LIBRARIES if request.ranks == 1 else FORKED}
+    return {"libraries": FORKED if request.forked and request.ranks > 1 else LIBRARIES}
 
 
 def _text_phase(request: PlanRequest, rank: int) -> Iterator[Phase]:

@@ -47,6 +47,9 @@ class PlanRequest:
     keep_text_encoder: bool = True
     """On rank 0, while pictures are drawn; else it is freed once prompts are encoded."""
 
+    forked: bool = True
+    """Whether ranks on a CPU come from one process, as with --nproc; torchrun's do not."""
+
     @property
     def on_cuda(self) -> bool:
         return self.gpu is not None

@@ -31,7 +31,7 @@ def require(request: Request, facts: ModelFacts, place: Place) -> tuple[str, ...
         return ()
     gpu = kind_of(gpus[0]) if gpus else None
     plan = Plan(
-        request=planned.of_request(request, known, gpu, LINKS[ON_CPU if gpu is None else gpu.link]),
+        request=planned.of_request(request, known, gpu, LINKS[ON_CPU if gpu is None else gpu.link], place),
         room=room_of(gpus, ranks),
     )
     if plan.is_refused:

@@ -1,5 +1,6 @@
 """From a request to its plan: what memory it finds, and what it needs of it."""
 
+from clear_dist.comm.env import Place
 from clear_dist.config import Request
 from clear_dist.planning import Gpu, Link, ModelSizes, PlanRequest
 
@@ -12,7 +13,7 @@ SAME = (
 """Fields that mean the same in both; a new flag that takes or saves memory goes here too."""
 
 
-def of_request(request: Request, known: ModelSizes, gpu: Gpu | None, link: Link) -> PlanRequest:
+def of_request(request: Request, known: ModelSizes, gpu: Gpu | None, link: Link, place: Place) -> PlanRequest:
     """What is planned for a request whose size is known.
 
     Args:
@@ -36,4 +37,5 @@ def of_request(request: Request, known: ModelSizes, gpu: Gpu | None, link: Link)
         text_tokens=request.max_sequence_length,
         text_attention=request.text_attention or ("exact" if request.window == "full" else "average"),
         backend=backend,
+        forked=place.launcher is None,
     )
