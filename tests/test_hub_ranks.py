@@ -19,6 +19,15 @@ class FromTheHub:
     model: str = "folder"
     clear_weights: str = "owner/name:file"
     from_folder: bool = True
+    loras: tuple[()] = ()
+
+
+class Unchecked:
+    """Stands in for the checks of what was fetched."""
+
+    @staticmethod
+    def located(request: FromTheHub, folder: Path, file: str) -> str:
+        return file
 
 
 def fetch_for_longer_than_the_timeout(group: Group, fails: bool) -> str:
@@ -29,8 +38,8 @@ def fetch_for_longer_than_the_timeout(group: Group, fails: bool) -> str:
         if fails:
             raise ZeroDivisionError("the cause")
 
-    hub.fetch, hub.cached = fetch, lambda want: Path("here")  # this process is the rank's own
-    return hub.locate(FromTheHub(), impatient, local_rank=group.rank).clear_weights  # type: ignore
+    hub.fetch, hub.cached, hub.preflight = fetch, lambda want: Path("here"), Unchecked  # this process is the rank's own
+    return hub.locate(FromTheHub(), impatient, local_rank=group.rank)  # type: ignore
 
 
 def test_a_slow_download_does_not_lose_the_ranks_that_wait_for_it() -> None:
