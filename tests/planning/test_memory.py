@@ -73,7 +73,7 @@ def requested(pipe: Any, ranks: int, case: dict[str, Any]) -> PlanRequest:
         text_attention="exact",
         schedule=case.get("schedule", "sync"),
         warmup_steps=1,
-        backend="tiled",
+        **case.get("flags", {}),
     )
 
 
