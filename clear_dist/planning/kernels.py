@@ -12,6 +12,7 @@ TILE = (8, 16)
 """FlexAttention's, rows and columns; it pads to whole ones."""
 MASK_ALIGNMENT = 8
 """Numbers that rows of a mask are padded to."""
+MASKS_KEPT = 3
 TILINGS = {"cpu": (8, 8 * 2**20), "cuda": (16, 256 * 2**20)}
 """Of `tiled`: side of a tile, bytes of gathered keys and values in one call."""
 
@@ -33,18 +34,7 @@ def attention_bytes(step: Step) -> int:
     """Of one layer, where it holds most."""
     if step.part.radius is None:
         return _full(step)
-    own = Call(
-        queries=step.part.rows,
-        keys=step.part.rows,
-        columns=step.part.columns,
-        text=step.text,
-        radius=step.part.radius,
-    )
-    halos = [
-        Call(queries=min(step.part.rows, rows), keys=rows, columns=step.part.columns, text=0, radius=step.part.radius)
-        for rows in (step.part.above, step.part.below)
-        if rows
-    ]
+    own, *halos = _calls(step, step.part.radius)
     kernel = KERNELS[backend_of(step.request, step.part)]
     done, most = step.bytes_of(step.text), 0  # the text queries' output waits for its reduction
     for call in (own, *halos):
@@ -56,6 +46,31 @@ def attention_bytes(step: Step) -> int:
     output = step.bytes_of(step.tokens)
     merged = _merge(step, [call.queries for call in halos])
     return max(most, done + output + max(merged, _text(step)))
+
+
+def masks_of(step: Step) -> tuple[int, ...]:
+    """Bytes of each mask that stays once there is one, in the order in which they are used; only `masked` has any."""
+    if step.part.radius is None or backend_of(step.request, step.part) != "masked":
+        return ()
+    return tuple(_mask_pairs(call) * step.request.itemsize for call in _calls(step, step.part.radius))
+
+
+def _calls(step: Step, radius: int) -> list[Call]:
+    """One's own keys with those of the text, then each halo's."""
+    part = step.part
+    own = Call(queries=part.rows, keys=part.rows, columns=part.columns, text=step.text, radius=radius)
+    halos = (
+        Call(queries=min(part.rows, rows), keys=rows, columns=part.columns, text=0, radius=radius)
+        for rows in (part.above, part.below)
+        if rows
+    )
+    return [own, *halos]
+
+
+def _mask_pairs(call: Call) -> int:
+    """Of queries and keys, those by which rows of a mask are padded included."""
+    keys = call.text + call.keys * call.columns
+    return call.queries * call.columns * (keys + -keys % MASK_ALIGNMENT)
 
 
 def _result(step: Step, rows: int) -> int:
@@ -105,11 +120,10 @@ def _flex(step: Step, call: Call) -> int:
 
 
 def _masked(step: Step, call: Call) -> int:
-    """Text and image keys and values in one piece, and a mask, which stays with those of the other calls."""
-    keys = call.text + call.keys * call.columns
+    """Text and image keys and values in one piece; then the result, before it a byte a pair while the mask is made."""
+    keys = step.bytes_of(call.text + call.keys * call.columns)
     queries = step.bytes_of(call.queries * call.columns) * (step.batch > 1)
-    mask = call.queries * call.columns * (keys + -keys % MASK_ALIGNMENT) * step.request.itemsize
-    return _result(step, call.queries) + 2 * step.bytes_of(keys) + queries + mask
+    return 2 * keys + max(queries + _result(step, call.queries), _mask_pairs(call))
 
 
 def _triton(step: Step, call: Call) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import prod
 
 from clear_dist.planning.blocks import step_bytes
+from clear_dist.planning.kernels import MASKS_KEPT, masks_of
 from clear_dist.planning.request import Part, PlanRequest, is_upper, lags
 from clear_dist.planning.step import FLOAT32, Step
 from clear_dist.planning.vae import PICTURE_CHANNELS, decode_bytes, encode_bytes
@@ -76,7 +77,7 @@ def rank_memory(request: PlanRequest, rank: int) -> RankMemory:
     return RankMemory(rank=rank, phases=(*_before(request, rank), *_stages(request, rank)))
 
 
-def held_bytes(request: PlanRequest, rank: int) -> Items:
+def held_bytes(request: PlanRequest, rank: int) -> dict[str, int]:
     """What a rank holds while pictures are drawn, whatever their size."""
     return _loaded(request, rank, request.weights.held) | _adapters(request) | _surroundings(request)
 
@@ -147,6 +148,7 @@ def _phase(request: PlanRequest, name: str, stage: int, items: Items, where: str
 
 def _stages(request: PlanRequest, rank: int) -> Iterator[Phase]:
     held = held_bytes(request, rank)
+    masks: tuple[int, ...] = ()
     before: Items = {}
     for number, (stage, part) in enumerate(zip(request.stages, request.parts_of_rank(rank), strict=True)):
         if part is None:
@@ -157,6 +159,9 @@ def _stages(request: PlanRequest, rank: int) -> Iterator[Phase]:
             encoding = {**_with_vae(request, kept), "VAE activations": encode_bytes(request, part)}
             yield _phase(request, "encode", number, encoding)
         step = step_of(request, stage, part)
+        masks = (*masks, *masks_of(step))[-MASKS_KEPT:]
+        if masks:
+            held["masks"] = kept["masks"] = sum(masks)
         yield _denoising(step, number, kept)
         drawn = {"latents": 3 * latents_of(step)}
         decoding = {**_with_vae(request, kept), **drawn, "VAE activations": decode_bytes(request, part)}
