@@ -5,7 +5,6 @@ from counts import TOKEN, Model, Part
 from clear_dist.planning import GPUS, LINKS, ModelSizes, PlanRequest, TextSizes, VaeSizes
 from clear_dist.planning.memory import rank_memory
 from clear_dist.preflight.flux import FluxShape
-from clear_dist.preflight.planned import ON_CPU, ON_CUDA
 from clear_dist.stages import Sampling, Upscaling
 
 COUNTED = ("transformer", "activations", "attention", "halos", "latents")
@@ -45,7 +44,7 @@ def planned_bytes(model: Model, part: Part, *, device_type: str, backend: str = 
         link=LINKS["nvlink"],
         text_tokens=model.text_tokens,
         dtype="bfloat16" if model.itemsize == 2 else "float32",
-        backend=(ON_CUDA if on_cuda else ON_CPU) if backend == "auto" else backend,
+        backend=backend,
         hoist_modulation=hoisted,
     )
     step = next(phase for phase in rank_memory(request, part.rank).phases if phase.name == "denoise")

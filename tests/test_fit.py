@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from clear_dist import preflight
 from clear_dist.comm.env import Place
+from clear_dist.commands.plan import planned_for
 from clear_dist.config import FLUX_DEV, FLUX_SCHNELL, GenerateConfig, Refusal
+from clear_dist.config.plan import PlanConfig
 from clear_dist.preflight import devices, fit, model, sizes
 from tests.planning.sizes import sizes_of
 from tests.tiny import make_tiny_flux, make_tiny_pipeline
@@ -41,9 +45,9 @@ def test_what_fits_is_not_mentioned(gpus: Any, tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_does_not_fit_is_refused_with_settings_that_do(gpus: Any) -> None:
-    gpus(*[24.0] * 8)
+    gpus(*[20.0] * 8)
     with pytest.raises(
-        Refusal, match=r"rank 0 must fit in the 24\.0 GB .* free on GPU 0, got .*; nearest: --"
+        Refusal, match=r"rank 0 must fit in the 20\.0 GB .* free on GPU 0, got .*; nearest: --"
     ) as refused:
         lines_of(res=2048)
     flags = re.search(r"nearest: (.*) \(clear-dist plan", str(refused.value))
@@ -58,8 +62,8 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(gpus: Any) -> None:
 
 def test_what_may_not_fit_is_drawn_with_a_warning(gpus: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    gpus(34.0)
-    assert [line for line in lines_of(res=1024) if "warning: rank 0 must fit in the 34.0 GB" in line]
+    gpus(25.0)
+    assert [line for line in lines_of(res=1024) if "warning: rank 0 must fit in the 25.0 GB" in line]
 
 
 def test_the_fullest_gpu_counts_and_ranks_that_share_one_add_up(gpus: Any) -> None:
@@ -69,6 +73,42 @@ def test_the_fullest_gpu_counts_and_ranks_that_share_one_add_up(gpus: Any) -> No
     gpus(84.0)
     with pytest.raises(Refusal, match=r"4 ranks must fit in the 84\.0 GB"):
         lines_of(res=1024, nproc=4)
+
+
+def test_smaller_weights_are_known(gpus: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 GPUs of 24 GB hold FLUX.1-dev in shards, not whole, nor made smaller once it is there."""
+    monkeypatch.chdir(tmp_path)
+    gpus(*[23.6] * 8)
+    monkeypatch.setattr(devices, "missing_quantiser", lambda: None)
+    assert not [line for line in lines_of(res=2048, shard_weights=True) if "must fit" in line]
+    assert not [line for line in lines_of(res=1024, shard_weights=True, int8=True) if "must fit" in line]
+    gpus(*[20.0] * 8)
+    for flags in ({}, {"int8": True}, {"hoist_modulation": True}, {"offload": True}):
+        with pytest.raises(Refusal, match=r"rank 0 must fit in the 20\.0 GB .*; nearest: --shard-weights "):
+            lines_of(res=2048, **flags)
+
+
+def test_text_encoders_that_stay_are_known(gpus: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """9.8 GB more on rank 0, unless they are in host memory."""
+    monkeypatch.chdir(tmp_path)
+    gpus(30.0)
+    assert not [line for line in lines_of(res=1024) if "must fit" in line]
+    with pytest.raises(Refusal, match=r"nearest: without --keep-text-encoder "):
+        lines_of(res=1024, keep_text_encoder=True)
+    gpus(40.0)
+    assert not [line for line in lines_of(res=1024, keep_text_encoder=True) if "must fit" in line]
+
+
+def test_lora_are_known(gpus: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rank 512 in a single block's three attention layers: 9.4 million numbers."""
+    monkeypatch.chdir(tmp_path)
+    layers = {f"transformer.single_transformer_blocks.0.attn.to_{letter}": (3072, 3072) for letter in "qkv"}
+    shapes = {f"{name}.lora_A.weight": (512, inputs) for name, (_, inputs) in layers.items()}
+    shapes |= {f"{name}.lora_B.weight": (outputs, 512) for name, (outputs, _) in layers.items()}
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "lora.safetensors")
+    config = PlanConfig(model=FLUX_DEV, res=1024, gpu="h100", lora=[str(tmp_path / "lora.safetensors")])
+    found = planned_for(config).ranks[0].drawing
+    assert found.items["LoRA"] == 2 * 3 * 2 * 512 * 3072
 
 
 def test_an_unknown_gpu_is_judged_by_its_memory(gpus: Any) -> None:

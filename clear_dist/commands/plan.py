@@ -41,12 +41,18 @@ def plan(
     upscale_steps: options.UpscaleSteps = None,
     model: options.Model = "auto",
     clear_weights: options.ClearWeights = "auto",
+    lora: options.Lora = None,
     window: options.Window = None,
     hoist_modulation: options.HoistModulation = False,
     compile: options.Compile = False,
     float8: options.Float8 = False,
+    keep_text_encoder: options.KeepTextEncoder = False,
+    int8: options.Int8 = False,
+    shard_weights: options.ShardWeights = False,
+    offload: options.Offload = False,
     dtype: options.Dtype = "auto",
     text_attention: options.TextAttention = None,
+    text_tokens: options.TextTokens = "auto",
     schedule: options.Schedule = "sync",
     warmup_steps: options.WarmupSteps = None,
     attention_backend: options.AttentionBackend = "auto",
@@ -61,8 +67,7 @@ def plan(
     if not config.sweep:
         change = None if first.fits else nearest(first)
         return _tell(config, show_plan, record.of_plan, first, change, fits=first.fits)
-    rows = first.request.height // first.request.model.token
-    plans = [_with_ranks(first, ranks) for ranks in SWEPT if ranks <= rows]
+    plans = [plan for ranks in SWEPT if (plan := _with_ranks(first, ranks)).request.is_possible]
     return _tell(config, show_sweep, record.of_sweep, plans, fits=any(each.fits for each in plans))
 
 

@@ -1,6 +1,6 @@
 """A plan: whether a request fits, and if not, the nearest settings that do."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -8,7 +8,7 @@ from operator import add
 from typing import Any
 
 from clear_dist.planning.counts import Traffic
-from clear_dist.planning.memory import SHAREABLE, SHARED, RankMemory, rank_memory
+from clear_dist.planning.memory import SHARED, Phase, RankMemory, rank_memory
 from clear_dist.planning.request import PlanRequest
 from clear_dist.planning.timing import StageTime, stage_time
 from clear_dist.planning.traffic import step_traffic
@@ -58,13 +58,12 @@ class Plan:
     @property
     def needed(self) -> int:
         """Bytes where ranks share their room: the largest ones together, what they have in common once."""
-        peaks = sorted((memory.peak for memory in self.ranks), reverse=True)
         shared = SHARED if self.request.forked and not self.request.on_cuda else 0
-        return sum(peaks[: self._together]) - (self._together - 1) * shared
+        return max(sum(phase.total for phase in phases) for phases in self._at_once) - (self._together - 1) * shared
 
     @property
     def fits(self) -> bool:
-        return self.needed <= self.room.bytes
+        return self.request.is_possible and self.needed <= self.room.bytes
 
     @property
     def is_refused(self) -> bool:
@@ -77,10 +76,21 @@ class Plan:
         return min(self.room.sharing, self.request.ranks)
 
     @property
+    def _at_once(self) -> tuple[list[Phase], list[Phase]]:
+        """The phases that ranks in one room may be in together, before anything is drawn and then."""
+        return (
+            self._largest(memory.before for memory in self.ranks),
+            self._largest(memory.drawing for memory in self.ranks),
+        )
+
+    def _largest(self, phases: Iterable[Phase]) -> list[Phase]:
+        return sorted(phases, key=lambda phase: phase.total, reverse=True)[: self._together]
+
+    @property
     def _shareable(self) -> int:
         """Bytes of weights on a CPU that all ranks but one may have in common with it."""
-        items = {} if self.request.on_cuda else self.largest.largest.items
-        return (self._together - 1) * sum(items.get(name, 0) for name in SHAREABLE)
+        most = max(self._at_once, key=lambda phases: sum(phase.total for phase in phases))
+        return sum(phase.as_stored for phase in most) - max(phase.as_stored for phase in most)
 
     @cached_property
     def times(self) -> tuple[StageTime, ...]:
@@ -130,17 +140,19 @@ def fits_with(plan: Plan, change: Change) -> bool:
 
 def changes(request: PlanRequest, most_ranks: int) -> Iterator[Change]:
     """In the order in which they are tried: what makes another picture comes after what does not, sizes come last."""
-    ranks = tuple(_other_ranks(request, most_ranks))
-    savings = tuple(_savings(request))
-    together = tuple(accumulate(savings, add))[1:]
-    yield from (*ranks, *savings, *together)
-    for change in (together or savings)[-1:]:
-        yield from (change + more for more in ranks)
+    ranks, savings = tuple(_other_ranks(request, most_ranks)), tuple(_savings(request))
+    together = tuple(accumulate(savings, add))
+    yield from (*ranks, *savings, *together[1:])
+    yield from (each + more for each in together[-1:] for more in ranks)
+    eight_bits = tuple(_eight_bits(request))
+    for smaller_weights in eight_bits:
+        yield smaller_weights
+        yield from (smaller_weights + each for each in (*ranks, *savings, *together[1:]))
+    everything = tuple(each + fewer for each in together[-1:] for fewer in eight_bits) or together[-1:] or eight_bits
+    yield from (each + more for each in everything for more in ranks)
     yield from _fewer_images(request)
-    for change in _smaller(request):
-        yield change
-    for change in (together or savings)[-1:]:
-        yield from (change + smaller for smaller in _smaller(request))
+    yield from _smaller(request)
+    yield from (each + smaller for each in everything for smaller in _smaller(request))
 
 
 def _other_ranks(request: PlanRequest, most: int) -> Iterator[Change]:
@@ -150,20 +162,33 @@ def _other_ranks(request: PlanRequest, most: int) -> Iterator[Change]:
         yield from (Change(flags=f"--nproc {ranks}", fields={"ranks": ranks}) for ranks in halves)
         return
     ranks = 1 << request.ranks.bit_length()
-    while ranks <= min(most, request.height // request.model.token):
+    while ranks <= min(most, request.height // request.unit):
         yield Change(flags=f"--nproc {ranks}", fields={"ranks": ranks})
         ranks *= 2
 
 
 def _savings(request: PlanRequest) -> Iterator[Change]:
-    """What takes less memory on as many ranks; a flag that saves memory is a line here."""
+    """What takes less memory on as many ranks, for the same picture; a flag that saves memory is a line here."""
     if request.schedule == "stale" and request.ranks > 1:
         yield Change(flags="--schedule sync", fields={"schedule": "sync"})
     if request.gpu is None:
         return
+    if request.keep_text_encoder:
+        yield Change(flags="without --keep-text-encoder", fields={"keep_text_encoder": False})
     if not request.hoist_modulation:
         yield Change(flags="--hoist-modulation", fields={"hoist_modulation": True})
-    if not request.float8 and not request.int8 and request.gpu.float8 and request.dtype == "bfloat16":
+    if not request.shard_weights and request.ranks > 1:
+        yield Change(flags="--shard-weights", fields={"shard_weights": True})
+    if not request.offload:
+        yield Change(flags="--offload", fields={"offload": True})
+
+
+def _eight_bits(request: PlanRequest) -> Iterator[Change]:
+    """Smaller weights, for a picture that differs a little."""
+    if request.gpu is None or request.float8 or request.int8:
+        return
+    yield Change(flags="--int8", fields={"int8": True})
+    if request.gpu.float8 and request.dtype == "bfloat16":
         yield Change(flags="--float8 --compile", fields={"float8": True, "compile": True})
 
 
@@ -174,11 +199,9 @@ def _fewer_images(request: PlanRequest) -> Iterator[Change]:
 
 def _smaller(request: PlanRequest) -> Iterator[Change]:
     """Pictures of the same shape, the largest first."""
-    token = request.model.token
+    unit = request.unit
     for share in range(SIZES_TRIED - 1, 0, -1):
-        height, width = (
-            max(1, side * share // SIZES_TRIED // token) * token for side in (request.height, request.width)
-        )
-        if height // token >= request.ranks:
+        height, width = (max(1, side * share // SIZES_TRIED // unit) * unit for side in (request.height, request.width))
+        if height // unit >= request.ranks:
             flags = f"--res {height}" if height == width else f"--height {height} --width {width}"
             yield Change(flags=flags, fields={"height": height, "width": width})

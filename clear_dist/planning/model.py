@@ -1,16 +1,34 @@
 """What a plan needs to know of a model: the shapes of its tensors and the layers of its VAE. Numbers only."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-Shapes = Mapping[str, tuple[int, ...]]
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
 
 BLOCK = re.compile(r"((?:single_)?transformer_blocks\.\d+)\.")
 MODULATION = re.compile(r".*\.norm(1|1_context)?\.linear\.(weight|bias)|norm_out\.linear\.(weight|bias)")
 PRODUCT = re.compile(r"(single_)?transformer_blocks\.\d+\.(attn\.(to|add)_.*|ff.*|proj.*)\.weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """A tensor of the transformer."""
+
+    shape: Shape
+    block: str | None
+    """That it is in."""
+    is_modulation: bool
+    """What `--hoist-modulation` keeps in host memory."""
+    is_product: bool
+    """What all tokens are multiplied with, and what is quantised."""
+
+    @property
+    def numbers(self) -> int:
+        return prod(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,48 +86,34 @@ class ModelSizes:
         return self.double_blocks + self.single_blocks
 
     @cached_property
-    def modulation(self) -> int:
-        """Numbers that `--hoist-modulation` keeps in host memory."""
-        return self._numbers(name for name in self.transformer if MODULATION.fullmatch(name))
-
-    @cached_property
-    def products(self) -> int:
-        """Numbers of the weights that all tokens are multiplied with: what is quantised."""
-        return self._numbers(self._product_names)
-
-    @cached_property
-    def product_rows(self) -> int:
-        """Rows of these weights; each has a scale once it is quantised."""
-        return sum(self.transformer[name][0] for name in self._product_names)
+    def weights(self) -> tuple[Weight, ...]:
+        """Of the transformer, all of them."""
+        return tuple(
+            Weight(
+                shape=shape,
+                block=found[1] if (found := BLOCK.match(name)) else None,
+                is_modulation=bool(MODULATION.fullmatch(name)),
+                is_product=bool(PRODUCT.fullmatch(name)),
+            )
+            for name, shape in self.transformer.items()
+        )
 
     @cached_property
     def numbers(self) -> int:
         """Of all weights of the transformer."""
-        return self._numbers(self.transformer)
+        return sum(weight.numbers for weight in self.weights)
 
     @cached_property
-    def in_blocks(self) -> int:
-        """Numbers of the weights in blocks: what is sharded over ranks."""
-        return self._numbers(name for name in self.transformer if BLOCK.match(name))
+    def modulation(self) -> int:
+        """Numbers that `--hoist-modulation` keeps in host memory."""
+        return sum(weight.numbers for weight in self.weights if weight.is_modulation)
 
     @cached_property
-    def largest_block(self) -> int:
-        """Numbers of the weights of the largest block."""
-        sizes: dict[str, int] = {}
-        for name, shape in self.transformer.items():
-            if found := BLOCK.match(name):
-                sizes[found[1]] = sizes.get(found[1], 0) + prod(shape)
-        return max(sizes.values())
+    def products(self) -> int:
+        """Numbers of the weights that all tokens are multiplied with."""
+        return sum(weight.numbers for weight in self.weights if weight.is_product)
 
-    @property
+    @cached_property
     def modulation_outputs(self) -> int:
         """Numbers that AdaLN's layers put out, for a picture in a step."""
-        names = (name for name in self.transformer if MODULATION.fullmatch(name) and name.endswith("bias"))
-        return self._numbers(names)
-
-    @property
-    def _product_names(self) -> list[str]:
-        return [name for name in self.transformer if PRODUCT.fullmatch(name)]
-
-    def _numbers(self, names: Iterable[str]) -> int:
-        return sum(prod(self.transformer[name]) for name in names)
+        return sum(weight.numbers for weight in self.weights if weight.is_modulation and len(weight.shape) == 1)

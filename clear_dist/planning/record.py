@@ -5,10 +5,9 @@ from typing import Any
 
 from clear_dist.geometry import cut_in_stripes
 from clear_dist.planning.fits import Change, Plan
-from clear_dist.planning.memory import RankMemory
+from clear_dist.planning.memory import RankMemory, pinned_bytes
 from clear_dist.planning.request import PlanRequest
 from clear_dist.planning.timing import assumptions
-from clear_dist.planning.weights import pinned_bytes
 
 SCHEMA = 1
 NAMED = ("model", "gpu", "link")
@@ -17,7 +16,7 @@ NAMED = ("model", "gpu", "link")
 def of_plan(plan: Plan, nearest: Change | None) -> dict[str, Any]:
     """Everything that is known of it; sizes in pixels and tokens, amounts in bytes, times in seconds."""
     request = plan.request
-    stripes = cut_in_stripes(request.height // request.model.token, request.ranks)
+    stripes = cut_in_stripes(request.height // request.model.token, request.ranks, unit=request.down_factor)
     return {
         "schema": SCHEMA,
         "request": of_request(request),

@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from clear_dist.config import Schedule, TextAttention, Window
-from clear_dist.geometry import HaloPlan, Rows, covering_radius, cut_in_stripes, plan_halos
+from clear_dist.config import Schedule, TextAttention, TextTokens, Window
+from clear_dist.geometry import HaloPlan, Rows, covering_radius, cut_in_stripes, plan_halos, plan_pooled
+from clear_dist.planning.counts import shares_of_text
 from clear_dist.planning.hardware import Gpu, Link
 from clear_dist.planning.model import ModelSizes
+from clear_dist.planning.weights import WeightBytes, weights_per_rank
 from clear_dist.stages import Sampling, Size, Stage, Upscaling, plan_cascade, plan_upscaling
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -36,15 +38,22 @@ class PlanRequest:
     num_images: int = 1
     dtype: str = "bfloat16"
     text_attention: TextAttention = "average"
+    text_sharding: TextTokens = "auto"
+    """As `--text-tokens`: whether each rank takes a share of them."""
     schedule: Schedule = "sync"
     warmup_steps: int = 4
-    backend: str = "flex"
+    backend: str = "auto"
+    down_factor: int = 1
+    """So many tokens are a side of what one down-sampled key stands for; 1: there are no such keys."""
+    lora_numbers: int = 0
+    """Of the weights of all LoRA together."""
     hoist_modulation: bool = False
     compile: bool = False
     float8: bool = False
     int8: bool = False
     shard_weights: bool = False
-    keep_text_encoder: bool = True
+    offload: bool = False
+    keep_text_encoder: bool = False
     """On rank 0, while pictures are drawn; else it is freed once prompts are encoded."""
 
     forked: bool = True
@@ -59,10 +68,48 @@ class PlanRequest:
         """Bytes of a number."""
         return ITEMSIZE[self.dtype]
 
+    @property
+    def unit(self) -> int:
+        """Pixels that all sides are multiples of."""
+        return self.model.token * self.down_factor
+
+    @property
+    def offloads(self) -> bool:
+        """Whether text encoders and VAE are in host memory, but for while they are used."""
+        return self.offload and self.on_cuda
+
+    @property
+    def hoists(self) -> bool:
+        """Whether modulation is in host memory."""
+        return self.hoist_modulation and self.on_cuda
+
+    @property
+    def shards(self) -> int:
+        """Ranks that a block's weights are spread over."""
+        return self.ranks if self.shard_weights else 1
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether there are units of rows for all ranks, in every stage where their weights are in shards."""
+        stages = self.stages if self.shards > 1 else self.stages[-1:]
+        return self.ranks <= min(stage.height for stage in stages) // self.unit
+
+    @cached_property
+    def weights(self) -> WeightBytes:
+        """Of the transformer on each rank."""
+        return weights_per_rank(
+            self.model,
+            itemsize=self.itemsize,
+            ranks=self.ranks,
+            eight_bits=self.float8 or self.int8,
+            hoisted=self.hoists,
+            sharded=self.shard_weights,
+        )
+
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """As they will be drawn."""
-        size, native, token = (self.height, self.width), self.native, self.model.token
+        size, native, token = (self.height, self.width), self.native, self.unit
         if self.picture is not None:
             return plan_upscaling(self.picture, size, native=native, token=token, upscaling=self.upscaling)
         return plan_cascade(
@@ -107,6 +154,12 @@ class Part:
     """Ranks next to it."""
     radius: int | None
     """None: full attention."""
+    text_shares: int = 1
+    """Ranks that share the text tokens; 1: all have all of them."""
+    factor: int = 1
+    """So many rows are one of down-sampled keys; 1: there are none."""
+    pooled_gathered: int = 0
+    """Rows of such keys that are copied once more."""
 
     @property
     def tokens(self) -> int:
@@ -121,39 +174,82 @@ class Part:
         """Rows."""
         return self.above + self.below
 
+    @property
+    def pooled_tokens(self) -> int:
+        """Down-sampled keys of the whole image."""
+        return self.all_tokens // self.factor**2 if self.factor > 1 else 0
+
+    @property
+    def pooled_received(self) -> int:
+        """Rows of down-sampled keys: those of all other ranks."""
+        return (self.height - self.rows) // self.factor if self.factor > 1 else 0
+
+    @property
+    def pooled_sent(self) -> int:
+        """Rows of down-sampled keys: mine, to all other ranks."""
+        return (self.ranks - 1) * self.rows // self.factor if self.factor > 1 else 0
+
 
 def parts_of(request: PlanRequest, stage: Stage) -> tuple[Part, ...]:
     """The stripes of a stage."""
-    token = request.model.token
+    token, unit = request.model.token, request.down_factor
     height, columns = stage.height // token, stage.width // token
-    stripes = cut_in_stripes(height, min(request.ranks, height))
+    stripes = cut_in_stripes(height, min(request.ranks, height // unit), unit=unit)
     radius = None if request.window == "full" else min(request.window, covering_radius(height, columns))
-    return tuple(_part(plan_halos(stripes, rank, radius), stripes, columns, radius) for rank in range(len(stripes)))
+    shares = shares_of_text(
+        request.text_tokens,
+        height * columns,
+        len(stripes),
+        "stale" if lags(request, stage, len(stripes)) else "sync",
+        request.text_sharding,
+    )
+    return tuple(
+        _part(request, stripes, plan_halos(stripes, rank, radius), rank, columns, radius, shares)
+        for rank in range(len(stripes))
+    )
 
 
-def _part(plan: HaloPlan, stripes: tuple[Rows, ...], columns: int, radius: int | None) -> Part:
-    sides: tuple[list[int], list[int]] = ([], [])
-    for transfer in plan.receives:
-        sides[transfer.rows.start >= plan.own.stop].append(len(transfer.rows))
+def _part(
+    request: PlanRequest,
+    stripes: tuple[Rows, ...],
+    plan: HaloPlan,
+    rank: int,
+    columns: int,
+    radius: int | None,
+    text_shares: int,
+) -> Part:
+    above, below = _rows_from_each(plan)
+    factor = request.down_factor if radius is not None else 1
+    pooled = _rows_from_each(plan_pooled(stripes, rank, factor)) if factor > 1 else ()
     return Part(
         ranks=len(stripes),
         rows=len(plan.own),
         columns=columns,
         height=stripes[-1].stop,
         tallest=max(map(len, stripes)),
-        above=sum(sides[0]),
-        below=sum(sides[1]),
-        gathered=sum(sum(side) for side in sides if len(side) > 1),
+        above=sum(above),
+        below=sum(below),
+        gathered=sum(sum(side) for side in (above, below) if len(side) > 1),
         sent=sum(len(transfer.rows) for transfer in plan.sends),
         neighbours=(plan.own.start > 0) + (plan.own.stop < stripes[-1].stop),
         radius=radius,
+        text_shares=text_shares,
+        factor=factor,
+        pooled_gathered=sum(sum(side) for side in pooled if len(side) > 1),
     )
 
 
-def lags(request: PlanRequest, stage: Stage, part: Part) -> bool:
-    """Whether the stale schedule is in force in a stage: a stage that is all warm-up keeps nothing."""
-    stale = request.schedule == "stale" and part.ranks > 1
-    return stale and max(1, request.warmup_steps) < stage.sampling.steps
+def _rows_from_each(plan: HaloPlan) -> tuple[list[int], list[int]]:
+    """How many rows come from each owner above, and from each below."""
+    sides: tuple[list[int], list[int]] = ([], [])
+    for transfer in plan.receives:
+        sides[transfer.rows.start >= plan.own.stop].append(len(transfer.rows))
+    return sides
+
+
+def lags(request: PlanRequest, stage: Stage, ranks: int) -> bool:
+    """Whether the stale schedule is in force in a stage on so many ranks: one that is all warm-up keeps nothing."""
+    return request.schedule == "stale" and ranks > 1 and max(1, request.warmup_steps) < stage.sampling.steps
 
 
 def is_upper(stage: Stage) -> bool:

@@ -9,10 +9,9 @@ from rich.text import Text
 
 from clear_dist.geometry import cut_in_stripes
 from clear_dist.planning.fits import ERROR, Change, Plan
-from clear_dist.planning.memory import Phase, RankMemory
+from clear_dist.planning.memory import Phase, RankMemory, pinned_bytes
 from clear_dist.planning.request import PlanRequest
 from clear_dist.planning.timing import assumptions
-from clear_dist.planning.weights import pinned_bytes
 
 GB = 1e9
 LEAST_SHOWN = 5e6
@@ -37,14 +36,14 @@ def show_sweep(console: Console, plans: list[Plan]) -> None:
     first = plans[0].seconds
     for plan in plans:
         request = plan.request
-        stripes = {len(rows) for rows in cut_in_stripes(request.height // request.model.token, request.ranks)}
+        stripes = set(_heights(request))
         seconds = plan.seconds
         table.add_row(
             str(request.ranks),
             "-".join(map(str, sorted(stripes))),
             f"{plan.largest.peak / GB:.1f}",
             Text("yes", style="green") if plan.fits else Text("no", style="red"),
-            f"{(plan.traffic.halos_sent + plan.traffic.text_reduced + plan.traffic.join) / GB:.2f}",
+            f"{plan.traffic.sent / GB:.2f}",
             _seconds(plan.times[-1].step if plan.times else None),
             _seconds(seconds),
             f"{first / seconds:.1f}" if first and seconds else "-",
@@ -64,7 +63,15 @@ def _title(request: PlanRequest) -> Iterator[str]:
     where = "CPU" if request.gpu is None else f"{request.gpu.name}, {request.link.name}"
     window = "full attention" if request.window == "full" else f"radius {request.window}"
     images = f", {request.num_images} pictures at once" if request.num_images > 1 else ""
+    if request.down_factor > 1 and request.window != "full":
+        window += f" and keys of {request.down_factor}x{request.down_factor} tokens"
     yield f"{request.model.name}, {request.width}x{request.height} px, {window}, {request.dtype}{images} on {where}"
+
+
+def _heights(request: PlanRequest) -> list[int]:
+    """Of the stripes of the last stage, in rows of tokens."""
+    rows = request.height // request.model.token
+    return [len(stripe) for stripe in cut_in_stripes(rows, request.ranks, unit=request.down_factor)]
 
 
 def _request(request: PlanRequest) -> Iterator[str]:
@@ -72,7 +79,7 @@ def _request(request: PlanRequest) -> Iterator[str]:
     if len(request.stages) > 1:
         yield f"cascade: {' -> '.join(f'{stage.width}x{stage.height}' for stage in request.stages)}"
     rows, part = request.height // request.model.token, max(request.parts[-1], key=lambda part: part.received)
-    heights = [len(stripe) for stripe in cut_in_stripes(rows, request.ranks)]
+    heights = _heights(request)
     tall = f"{min(heights)} to {max(heights)}" if min(heights) < max(heights) else str(heights[0])
     halos = f"; at most {part.received} rows of halo for {part.rows} of one's own" if part.received else ""
     yield f"stripes: {request.ranks} of {tall} of the {rows} rows of tokens, {part.columns} wide{halos}"
@@ -121,10 +128,15 @@ def _times(plan: Plan) -> Iterator[Table]:
 def _bytes(plan: Plan) -> Iterator[str]:
     sent = plan.traffic
     if sent.ranks > 1:
-        yield (
-            f"sent per step and rank, in the last stage: halos {sent.halos_sent / GB:.2f} GB, "
-            f"text {sent.text_reduced / GB:.2f} GB, join {sent.join / GB:.3f} GB"
-        )
+        amounts = {
+            "halos": sent.halos_sent,
+            "pooled keys": sent.pooled_sent,
+            "text": sent.text_gathered + sent.text_reduced,
+            "weights": sent.weights_sent,
+            "join": sent.join,
+        }
+        listed = ", ".join(f"{name} {amount / GB:.3g} GB" for name, amount in amounts.items() if amount)
+        yield f"sent per step and rank, in the last stage: {listed}"
 
 
 def _pinned(request: PlanRequest) -> Iterator[str]:

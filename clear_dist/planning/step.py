@@ -32,8 +32,19 @@ class Step:
         return self.request.text_tokens
 
     @property
+    def own_text(self) -> int:
+        """Of the largest share, where ranks share the text."""
+        return ceil(self.text / self.part.text_shares)
+
+    @property
+    def text_elsewhere(self) -> int:
+        """Of all other shares."""
+        return self.text - self.own_text
+
+    @property
     def tokens(self) -> int:
-        return self.text + self.part.tokens
+        """That it takes through the blocks."""
+        return self.own_text + self.part.tokens
 
     def bytes_of(self, tokens: int, units: float = 1) -> int:
         """Of so many numbers a channel of so many tokens of each picture."""

@@ -3,6 +3,8 @@
 computing = products / rate + visited pairs / rate + passes over memory / bandwidth
 exposed   = max(0, bytes in layers / link - what computing hides) + join / link
 step      = computing + exposed
+
+Weights in shards travel beside the messages, all but the first block's behind computing.
 """
 
 from collections.abc import Iterable
@@ -10,15 +12,18 @@ from dataclasses import dataclass
 from math import ceil
 
 from clear_dist.geometry import reached_tiles
-from clear_dist.planning.counts import attended_pairs, attention_work, linear_work
+from clear_dist.planning.choice import DENSE, backend_of
+from clear_dist.planning.counts import Part as Share
+from clear_dist.planning.counts import attended_pairs, linear_work, own_text, pooled_pairs
 from clear_dist.planning.hardware import Gpu
 from clear_dist.planning.kernels import TILE
-from clear_dist.planning.request import Part, PlanRequest, is_upper, lags
+from clear_dist.planning.request import Part, PlanRequest, is_upper
 from clear_dist.planning.traffic import (
     VaeTraffic,
     counted,
     decode_traffic,
     encode_traffic,
+    schedule_of,
     share_of,
     step_traffic,
 )
@@ -36,6 +41,8 @@ MEMORY = 0.8
 """Of the bandwidth of a GPU's memory."""
 EIGHT_BITS = 1.6
 """How many times as fast products in float8 are; their peak is twice as high."""
+UNPACKING = 11
+"""Bytes read and written for a number in int8, by two kernels, until it is one of 16 bits; then products read it."""
 PASSES, PASSES_COMPILED = 110, 40
 """Numbers read and written per channel, token and block outside of products; the first one is counted."""
 HIDDEN = {"sync": 0.5, "stale": 1.0}
@@ -72,8 +79,10 @@ def stage_time(request: PlanRequest, stage: Stage, parts: tuple[Part, ...]) -> S
     part, link = parts[rank], request.link.bytes_per_second
     computing = _computing(request, gpu, stage, rank, part)
     sent = step_traffic(request, stage, rank, part)
-    hidden = HIDDEN["stale" if lags(request, stage, part) else "sync"] * computing
-    exposed = max(0.0, sent.in_layers / link - hidden) + sent.at_the_end / link
+    hidden = HIDDEN[schedule_of(request, stage, part)] * computing
+    messages, weights = sent.in_layers / link, sent.weights / link
+    first_block = weights / request.model.layers
+    exposed = max(0.0, messages - hidden, messages + weights - computing) + first_block + sent.at_the_end / link
     encode = 0.0
     if is_upper(stage):
         encode = _vae(request, gpu, part, encoder(request, part), encode_traffic(request, part))
@@ -91,18 +100,22 @@ def assumptions(request: PlanRequest) -> tuple[str, ...]:
     gpu = request.gpu
     if gpu is None or not gpu.flops:
         return (f"no time is estimated for {'CPUs' if gpu is None else gpu.name}",)
-    full = request.window == "full"
+    kernels = f"windowed attention reaches {WINDOW_KERNEL:.0%} on the tiles of {TILE[0]}x{TILE[1]} tokens it visits"
+    if request.window == "full":
+        kernels = f"full attention reaches {FULL_KERNEL:.0%}"
+    elif request.down_factor > 1:
+        kernels += f", that to down-sampled keys {FULL_KERNEL:.0%}"
+    faster = f", and {EIGHT_BITS:g} times as much in 8 bits" if eight_bit_products(request) else ""
+    unpacked = f"; unpacking weights in int8 takes {UNPACKING} bytes a number" if request.int8 else ""
+    weights = "; weights in shards behind all of it but the first block" if request.shards > 1 else ""
     return (
         f"{gpu.name}: {gpu.flops / 1e12:.0f} TFLOP/s in 16 bits, {gpu.bandwidth / 1e9:.0f} GB/s of memory (data sheet)",
-        f"products of matrices reach {PRODUCTS:.0%} of that"
-        + (f", and {EIGHT_BITS:g} times as much in 8 bits" if eight_bit_products(request) else ""),
-        f"full attention reaches {FULL_KERNEL:.0%}"
-        if full
-        else f"windowed attention reaches {WINDOW_KERNEL:.0%} on the tiles of {TILE[0]}x{TILE[1]} tokens it visits",
+        f"products of matrices reach {PRODUCTS:.0%} of that{faster}",
+        kernels,
         f"between products {passes(request)} numbers per channel, token and block pass through memory, "
-        f"at {MEMORY:.0%} of its rate",
+        f"at {MEMORY:.0%} of its rate{unpacked}",
         f"link {request.link.name}: {request.link.bytes_per_second / 1e9:g} GB/s each way; messages hide behind "
-        f"{HIDDEN[request.schedule]:.0%} of computing",
+        f"{HIDDEN[request.schedule]:.0%} of computing{weights}",
         "loading, encoding the prompt, compiling and writing files are left out",
     )
 
@@ -118,15 +131,24 @@ def passes(request: PlanRequest) -> int:
 
 def _computing(request: PlanRequest, gpu: Gpu, stage: Stage, rank: int, part: Part) -> float:
     model, share = counted(request), share_of(request, stage, rank, part)
+    schedule, asked = schedule_of(request, stage, part), request.text_sharding
+    own = own_text(model, share, schedule, asked)
     rate = gpu.flops * PRODUCTS * (EIGHT_BITS if eight_bit_products(request) else 1)
-    products = linear_work(model, share) / rate
-    visited = visited_pairs(request, part) / attended_pairs(model.text_tokens, share, own_text=model.text_tokens)
-    kernel = FULL_KERNEL if part.radius is None else WINDOW_KERNEL * visited**-1
-    attention = attention_work(model, share) / (gpu.flops * kernel)
-    tokens = part.tokens + request.text_tokens
-    moved = passes(request) * tokens * model.channels * model.layers * request.itemsize
-    times = stage.sampling.passes * request.num_images
-    return times * (products + attention + moved / (gpu.bandwidth * MEMORY))
+    products = linear_work(model, share, schedule, asked) / rate
+    memory = gpu.bandwidth * MEMORY
+    moved = passes(request) * (part.tokens + own) * model.channels * model.layers * request.itemsize / memory
+    attention = _attention_seconds(request, gpu, part, share, own)
+    for_each_picture = products + attention + moved
+    unpacked = UNPACKING * request.model.products / memory if request.int8 else 0.0
+    return stage.sampling.passes * (request.num_images * for_each_picture + unpacked)
+
+
+def _attention_seconds(request: PlanRequest, gpu: Gpu, part: Part, share: Share, own: int) -> float:
+    """Of all layers, for one picture and pass."""
+    full, rate = part.radius is None, gpu.flops / (4 * request.model.channels * request.model.layers)
+    if full:
+        return attended_pairs(request.text_tokens, share, own_text=own) / (rate * FULL_KERNEL)
+    return visited_pairs(request, part) / (rate * WINDOW_KERNEL) + pooled_pairs(share) / (rate * FULL_KERNEL)
 
 
 def visited_pairs(request: PlanRequest, part: Part) -> float:
@@ -135,8 +157,10 @@ def visited_pairs(request: PlanRequest, part: Part) -> float:
     Tiles at the border are counted as if there were more beyond it, which is up to 8 % too many.
     """
     text, tokens = request.text_tokens, part.tokens
-    if part.radius is None:
-        return (text + tokens) * (text + part.all_tokens)
+    assert part.radius is not None, "full attention visits what it wants"
+    if backend_of(request, part) in DENSE:
+        halos = sum(min(part.rows, rows) * rows for rows in (part.above, part.below)) * part.columns**2
+        return (text + tokens) * (text + tokens) + halos
     size = TILE[0] * TILE[1]
     tiles = ceil(part.rows / TILE[0]) * ceil(part.columns / TILE[1])
     keys = size * sum(map(len, reached_tiles(part.radius, TILE, TILE).values()))

@@ -24,15 +24,23 @@ class VaeTraffic:
 def step_traffic(request: PlanRequest, stage: Stage, rank: int, part: Part) -> Traffic:
     """Of all passes of a step."""
     once = traffic(
-        counted(request), share_of(request, stage, rank, part), _schedule(request, stage, part), request.text_attention
+        counted(request),
+        share_of(request, stage, rank, part),
+        schedule_of(request, stage, part),
+        request.text_attention,
+        request.text_sharding,
     )
-    times = stage.sampling.passes * request.num_images
+    passes = stage.sampling.passes
+    times = passes * request.num_images
     return Traffic(
         ranks=once.ranks,
         halos_sent=times * once.halos_sent,
         halos_received=times * once.halos_received,
+        pooled_sent=times * once.pooled_sent,
+        pooled_received=times * once.pooled_received,
         text_gathered=times * once.text_gathered,
         text_reduced=times * once.text_reduced,
+        weights_sent=passes * request.weights.sent,  # all pictures of a pass together
         join=times * once.join,
     )
 
@@ -53,7 +61,18 @@ def counted(request: PlanRequest) -> Model:
 
 def share_of(request: PlanRequest, stage: Stage, rank: int, part: Part) -> Share:
     """A rank's part as counts need it."""
-    return Share(grid=(part.height, part.columns), ranks=part.ranks, rank=rank, window=request.window)
+    return Share(
+        grid=(part.height, part.columns),
+        ranks=part.ranks,
+        rank=rank,
+        window=request.window,
+        factor=request.down_factor,
+    )
+
+
+def schedule_of(request: PlanRequest, stage: Stage, part: Part) -> Schedule:
+    """Of a stage: one that is all warm-up is in sync."""
+    return "stale" if lags(request, stage, part.ranks) else "sync"
 
 
 def decode_traffic(request: PlanRequest, part: Part) -> VaeTraffic:
@@ -64,10 +83,6 @@ def decode_traffic(request: PlanRequest, part: Part) -> VaeTraffic:
 def encode_traffic(request: PlanRequest, part: Part) -> VaeTraffic:
     """Of an encode."""
     return _vae_traffic(request, part, encoder(request, part))
-
-
-def _schedule(request: PlanRequest, stage: Stage, part: Part) -> Schedule:
-    return "stale" if lags(request, stage, part) else "sync"
 
 
 def _vae_traffic(request: PlanRequest, part: Part, layers: Iterable[Layer]) -> VaeTraffic:

@@ -1,7 +1,10 @@
 """Bytes of weights on a rank."""
 
-from clear_dist.planning.model import ModelSizes
-from clear_dist.planning.request import PlanRequest
+from collections import Counter
+from dataclasses import dataclass
+from math import ceil, prod
+
+from clear_dist.planning.model import ModelSizes, Shape
 
 SCALE_BYTES = 4
 """Of each row of quantised weights."""
@@ -9,7 +12,21 @@ BLOCKS_GATHERED = 2
 """Of sharded weights: the one that computes, and the next one on its way."""
 
 
-def weight_bytes_per_rank(
+@dataclass(frozen=True, kw_only=True)
+class WeightBytes:
+    """Of the transformer on one rank."""
+
+    held: int
+    """All the time."""
+    gathered: int
+    """While it computes, besides: blocks whose weights are in shards."""
+    sent: int
+    """What it hands over in one pass: its share of all that is in shards, once."""
+    as_stored: int
+    """Of what is held, what may still be the pages of the files that it came from."""
+
+
+def weights_per_rank(
     model: ModelSizes,
     *,
     itemsize: int,
@@ -17,49 +34,38 @@ def weight_bytes_per_rank(
     eight_bits: bool = False,
     hoisted: bool = False,
     sharded: bool = False,
-) -> int:
+) -> WeightBytes:
     """Of the transformer, where it computes.
 
     Args:
         itemsize: bytes of a number that is not quantised.
-        eight_bits: the products' weights in float8 or int8, with a scale for each row.
+        eight_bits: the products' weights in float8 or int8, with a scale for each row, which is no part of the shards.
         hoisted: AdaLN's are in host memory.
-        sharded: each rank has an equal part of every block, and gathers a block when it is needed.
+        sharded: each rank has a share of the rows of every tensor in a block, and gathers a block when it is needed.
     """
-    saved = model.modulation * hoisted * itemsize
-    whole = model.numbers * itemsize - saved
-    if eight_bits:
-        whole -= model.products * (itemsize - 1) - model.product_rows * SCALE_BYTES
-    if not sharded or ranks == 1:
-        return whole
-    share = model.in_blocks / model.numbers  # hoisted and quantised weights are in blocks, nearly all of them
-    in_blocks, largest = whole * share, whole * model.largest_block / model.numbers
-    return round(whole - in_blocks + in_blocks / ranks + BLOCKS_GATHERED * largest)
-
-
-def transformer_bytes(request: PlanRequest) -> int:
-    """Of the transformer on each rank."""
-    return weight_bytes_per_rank(
-        request.model,
-        itemsize=request.itemsize,
-        ranks=request.ranks,
-        eight_bits=request.float8 or request.int8,
-        hoisted=request.hoist_modulation and request.on_cuda,
-        sharded=request.shard_weights,
+    shards = ranks if sharded else 1
+    whole = scales = as_stored = 0
+    shares: Counter[str] = Counter()
+    for weight in model.weights:
+        if hoisted and weight.is_modulation:
+            continue
+        quantised = eight_bits and weight.is_product
+        size = 1 if quantised else itemsize
+        scales += weight.shape[0] * SCALE_BYTES * quantised
+        if shards > 1 and weight.block is not None:
+            shares[weight.block] += share_of(weight.shape, shards) * size
+            continue
+        whole += weight.numbers * size
+        as_stored += weight.numbers * size * (not quantised)
+    mine = sum(shares.values())
+    return WeightBytes(
+        held=whole + scales + mine,
+        gathered=BLOCKS_GATHERED * shards * max(shares.values(), default=0),
+        sent=mine,
+        as_stored=as_stored,
     )
 
 
-def pinned_bytes(request: PlanRequest) -> int:
-    """Of the modulation that all ranks of a machine keep in its host's memory, each its own."""
-    hoisted = request.hoist_modulation and request.on_cuda
-    return request.ranks * request.model.modulation * request.itemsize * hoisted
-
-
-def text_encoder_bytes(request: PlanRequest) -> int:
-    """Of the text encoders, which only rank 0 has."""
-    return request.model.text.numbers * request.itemsize
-
-
-def vae_bytes(request: PlanRequest) -> int:
-    """Of the VAE on each rank."""
-    return request.model.vae.numbers * request.itemsize
+def share_of(shape: Shape, ranks: int) -> int:
+    """Numbers of one rank's part of a tensor: whole rows, as many on all ranks."""
+    return ceil(shape[0] / ranks) * prod(shape[1:])

@@ -1,5 +1,6 @@
 """Whether a request fits in the memory that is free here, before anything is loaded."""
 
+from dataclasses import replace
 from math import ceil
 
 from clear_dist.comm.env import Place
@@ -29,11 +30,11 @@ def require(request: Request, facts: ModelFacts, place: Place) -> tuple[str, ...
     gpus = devices.find_gpus() if request.device == "cuda" else ()
     if request.device == "cuda" and not gpus:
         return ()
-    gpu = kind_of(gpus[0]) if gpus else None
-    plan = Plan(
-        request=planned.of_request(request, known, gpu, LINKS[ON_CPU if gpu is None else gpu.link], place),
-        room=room_of(gpus, ranks),
-    )
+    gpu, room = kind_of(gpus[0]) if gpus else None, room_of(gpus, ranks)
+    wanted = planned.of_request(request, known, gpu, LINKS[ON_CPU if gpu is None else gpu.link], place)
+    if gpus and room.sharing > 1 and wanted.text_sharding == "auto":  # through host memory text is not shared
+        wanted = replace(wanted, text_sharding="replicated")
+    plan = Plan(request=wanted, room=room)
     if plan.is_refused:
         change = nearest(plan, most_ranks=len(gpus) or 1)
         settings = change.flags if change is not None else "a smaller model"

@@ -1,20 +1,23 @@
 """What the planning room knows of the engine without importing it is what the engine says of itself."""
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clear_dist import vae as engine_vae
-from clear_dist.attention import BACKENDS, flex, tiled
+from clear_dist.attention import BACKENDS, choose_backend, dense, flex, masked, tiled
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
-from clear_dist.geometry import cut_in_stripes, plan_halos
+from clear_dist.geometry import cut_in_stripes, plan_halos, plan_pooled
 from clear_dist.models import parts, room
-from clear_dist.planning import kernels, memory, step, traffic, vae
+from clear_dist.models.cut import largest_call
+from clear_dist.planning import choice, kernels, memory, step, traffic, vae
 from clear_dist.planning.request import parts_of
 from clear_dist.stages import Sampling
-from tests.planning.sizes import flux_request
+from tests.planning.sizes import FLUX, flux_request
 from tests.planning.test_memory import requested, tiny
 from tests.ranks import run_ranks
 
@@ -28,14 +31,49 @@ def test_constants_are_the_engines() -> None:
     tilings = {"cpu": tiled.CPU_TILING, "cuda": tiled.GPU_TILING}
     assert {name: (tiling.side, tiling.bytes_per_call) for name, tiling in tilings.items()} == kernels.TILINGS
     assert kernels.KERNELS.keys() == BACKENDS.keys()
+    assert (kernels.MASK_ALIGNMENT, kernels.MASKS_KEPT) == (dense.BIAS_ALIGNMENT, masked.MASKS_KEPT)
 
 
-@given(rows=st.integers(2, 80), ranks=st.integers(2, 9), radius=st.integers(1, 40))
-@settings(deadline=None, max_examples=30)
-def test_stale_buffers_are_those_that_are_refused_without_room(rows: int, ranks: int, radius: int) -> None:
-    """models/room.py counts them before they are made."""
-    ranks = min(ranks, rows)
+@given(
+    rows=st.integers(1, 140),
+    columns=st.integers(1, 140),
+    ranks=st.integers(1, 9),
+    radius=st.integers(1, 60),
+    text=st.integers(1, 600),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    head_dim=st.sampled_from([32, 64, 128]),
+)
+@settings(deadline=None, max_examples=200)
+def test_auto_takes_the_backend_that_the_engine_takes(
+    rows: int, columns: int, ranks: int, radius: int, text: int, dtype: torch.dtype, head_dim: int
+) -> None:
+    """On a CPU, where some were measured."""
     request = flux_request(
+        model=replace(FLUX, head_dim=head_dim),
+        gpu=None,
+        height=16 * rows,
+        width=16 * columns,
+        ranks=min(ranks, rows),
+        window=radius,
+        text_tokens=text,
+        dtype=str(dtype)[6:],
+        cascade=False,
+    )
+    parts_of_ranks = parts_of(request, request.stages[0])
+    planned = {choice.backend_of(request, part) for part in parts_of_ranks}
+    call = largest_call((rows, columns), cut_in_stripes(rows, request.ranks), parts_of_ranks[0].radius)
+    assert planned == {choose_backend("auto", device="cpu", dtype=dtype, head_dim=head_dim, text=text, **call).name}
+
+
+@given(units=st.integers(2, 40), ranks=st.integers(2, 9), radius=st.integers(1, 40), factor=st.sampled_from([1, 2, 4]))
+@settings(deadline=None, max_examples=30)
+def test_stale_buffers_are_those_that_are_refused_without_room(
+    units: int, ranks: int, radius: int, factor: int
+) -> None:
+    """models/room.py counts them before they are made."""
+    ranks, rows = min(ranks, units), units * factor
+    request = flux_request(
+        down_factor=factor,
         height=16 * rows,
         width=16 * 100,
         ranks=ranks,
@@ -46,12 +84,15 @@ def test_stale_buffers_are_those_that_are_refused_without_room(rows: int, ranks:
         sampling=Sampling(true_cfg_scale=2.0),
     )
     row_bytes = 2 * 100 * 3072 * 2
-    stripes = cut_in_stripes(rows, ranks)
+    stripes = cut_in_stripes(rows, ranks, unit=factor)
     for rank, part in enumerate(parts_of(request, request.stages[0])):
-        plan = plan_halos(stripes, rank, part.radius)
+        plans = [(plan_halos(stripes, rank, part.radius), row_bytes)]
+        if factor > 1:
+            plans.append((plan_pooled(stripes, rank, factor), row_bytes // factor))
         planned = memory.exchanged(memory.step_of(request, request.stages[0], part))
-        assert planned["stale halos"] == room.received_bytes(plan, row_bytes=row_bytes, layers=2 * 57)
-        assert planned["halos on their way"] == room.sending_bytes(plan, row_bytes=row_bytes)
+        received = sum(room.received_bytes(plan, row_bytes=size, layers=2 * 57) for plan, size in plans)
+        assert planned["stale halos"] == received
+        assert planned["halos on their way"] == sum(room.sending_bytes(plan, row_bytes=size) for plan, size in plans)
 
 
 def bytes_of_the_vae(group: Group, case: dict[str, Any]) -> dict[str, tuple[int, int]]:

@@ -9,12 +9,12 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from clear_dist.comm.group import Group
-from clear_dist.geometry import Rows
+from clear_dist.geometry import Rows, plan_text
 from clear_dist.models.flux import FluxAdaptor
 from clear_dist.models.parts import Parts
 from clear_dist.planning import TextSizes, VaeSizes, blocks, vae
 from clear_dist.planning.memory import step_of
-from clear_dist.planning.weights import weight_bytes_per_rank
+from clear_dist.planning.weights import weights_per_rank
 from clear_dist.vae import decode_stripes, encode_stripes
 from tests.allocated import Allocated
 from tests.planning.sizes import FLUX, flux_request, numbers
@@ -31,6 +31,8 @@ def flux(**config: Any) -> FluxTransformer2DModel:
 def attention_of_its_output_alone() -> Any:
     return SimpleNamespace(
         parts=Parts(),
+        text_plan=plan_text(512, 1, 0),
+        start_text=lambda layer, query, key, value: None,
         start_halos=lambda layer, key, value: None,
         joint_attention=lambda layer, halos, query, key, value: torch.empty_like(query),
     )
@@ -108,13 +110,14 @@ def test_weights_of_the_transformer() -> None:
     modulation = sum(x.nbytes for norm in adaptor.modulated.values() for x in norm.linear.parameters())
     layers = [transformer.get_submodule(name) for name in adaptor.products]
     products, rows = sum(x.weight.nbytes for x in layers), sum(len(x.weight) for x in layers)
-    assert weight_bytes_per_rank(FLUX, itemsize=2) == whole
-    assert weight_bytes_per_rank(FLUX, itemsize=2, hoisted=True) == whole - modulation
-    assert weight_bytes_per_rank(FLUX, itemsize=2, eight_bits=True) == whole - products // 2 + 4 * rows
+    assert weights_per_rank(FLUX, itemsize=2).held == whole
+    assert weights_per_rank(FLUX, itemsize=2, hoisted=True).held == whole - modulation
+    assert weights_per_rank(FLUX, itemsize=2, eight_bits=True).held == whole - products // 2 + 4 * rows
     everything = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     in_blocks = [sum(x.nbytes for x in block.parameters()) for block in everything]
-    sharded = weight_bytes_per_rank(FLUX, itemsize=2, ranks=8, sharded=True)
-    assert sharded == pytest.approx(whole - sum(in_blocks) * 7 / 8 + 2 * max(in_blocks), rel=1e-6)
+    sharded = weights_per_rank(FLUX, itemsize=2, ranks=8, sharded=True)
+    assert sharded.held == whole - sum(in_blocks) * 7 // 8
+    assert (sharded.sent, sharded.gathered) == (sum(in_blocks) // 8, 2 * max(in_blocks))
     assert FLUX.modulation_outputs == sum(len(norm.linear.bias) for norm in adaptor.modulated.values())
 
 

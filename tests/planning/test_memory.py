@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -21,11 +23,12 @@ from clear_dist.stages import Sampling, Upscaling
 from tests.allocated import Allocated
 from tests.planning.sizes import sizes_of
 from tests.ranks import run_ranks
-from tests.tiny import CLIP_WIDTH, T5_WIDTH, draw_weights, make_tiny_pipeline
+from tests.tiny import CLIP_WIDTH, T5_WIDTH, draw_weights, make_clear_weights, make_tiny_pipeline
 
 TOLERANCE = 0.1
 LEAST = 2**21
 """Bytes: below, a few numbers for each picture, which are not estimated, weigh too much."""
+SETTINGS = ("window", "text_attention", "schedule", "warmup_steps", "int8")
 Peaks = dict[tuple[int, str], int]
 
 
@@ -73,7 +76,7 @@ def requested(pipe: Any, ranks: int, case: dict[str, Any]) -> PlanRequest:
         text_attention="exact",
         schedule=case.get("schedule", "sync"),
         warmup_steps=1,
-        backend="tiled",
+        **case.get("flags", {}),
     )
 
 
@@ -92,8 +95,16 @@ def counted_and_planned(group: Group, case: dict[str, Any]) -> list[tuple[str, i
             patch.setattr(module, "MOST_TOKENS", case.get("most_tokens", module.MOST_TOKENS))
         pipe = tiny(case)
         request = requested(pipe, group.size, case)
-        settings = {name: getattr(request, name) for name in ("window", "text_attention", "schedule", "warmup_steps")}
-        parallelize(pipe, group=group, **settings)
+        settings = {name: getattr(request, name) for name in SETTINGS}
+        with TemporaryDirectory() as folder:
+            parallelize(
+                pipe,
+                group=group,
+                clear_weights=checkpoint_for(pipe, request, Path(folder)),
+                text_tokens=request.text_sharding,
+                attention_backend=request.backend,
+                **settings,
+            )
         given, drawing = embeddings(pipe, request), None
         with torch.inference_mode(), Allocated() as allocated:
             watched = Watched(allocated)
@@ -114,6 +125,14 @@ def counted_and_planned(group: Group, case: dict[str, Any]) -> list[tuple[str, i
     ]
 
 
+def checkpoint_for(pipe: Any, request: PlanRequest, folder: Path) -> Path | None:
+    """CLEAR weights with down-sampled keys, where the request has such."""
+    if request.down_factor == 1:
+        return None
+    file = folder / f"clear_local_{request.window}_down_{request.down_factor}.safetensors"
+    return make_clear_weights(pipe.transformer, file, down_factor=request.down_factor)
+
+
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "one rank": (1, {"height": 1024, "width": 1024, "window": 8}),
     "bfloat16": (1, {"height": 1024, "width": 512, "window": 8, "dtype": "bfloat16"}),
@@ -132,6 +151,35 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         {"height": 1056, "width": 1024, "window": 16, "most_tokens": 500, "dtype": "bfloat16", "native": 512},
     ),
     "stripes thinner than halos": (5, {"height": 256, "width": 1024, "window": 8, "text": 300}),
+    "replicated text": (
+        5,
+        {"height": 256, "width": 1024, "window": 8, "text": 300, "flags": {"text_sharding": "replicated"}},
+    ),
+    "short text, shared": (3, {"height": 1056, "width": 1024, "window": 8, "flags": {"text_sharding": "sharded"}}),
+    "down-sampled keys": (3, {"height": 1088, "width": 1024, "window": 8, "flags": {"down_factor": 4}}),
+    "down-sampled keys of one rank": (1, {"height": 512, "width": 1024, "window": 8, "flags": {"down_factor": 2}}),
+    "down-sampled keys, stale": (
+        3,
+        {
+            "height": 1088,
+            "width": 1024,
+            "window": 8,
+            "dtype": "bfloat16",
+            "schedule": "stale",
+            "steps": 4,
+            "flags": {"down_factor": 4},
+        },
+    ),
+    "all keys under a mask": (
+        2,
+        {"height": 512, "width": 512, "window": 8, "text": 200, "flags": {"backend": "masked"}},
+    ),
+    "tiled by name": (2, {"height": 512, "width": 512, "window": 8, "text": 200, "flags": {"backend": "tiled"}}),
+    "8 bits": (1, {"height": 512, "width": 512, "window": 8, "heads": 8, "flags": {"int8": True}}),
+    "8 bits of bfloat16": (
+        2,
+        {"height": 256, "width": 256, "window": 8, "heads": 24, "dtype": "bfloat16", "flags": {"int8": True}},
+    ),
     "attention in the VAE": (2, {"height": 1024, "width": 512, "window": 4, "vae_attention": True}),
 }
 

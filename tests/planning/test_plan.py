@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clear_dist.planning import GPUS, Plan, PlanRequest, Room, changes, nearest, record
+from clear_dist.planning.counts import linear_work, pooled_pairs
 from clear_dist.planning.memory import rank_memory
+from clear_dist.planning.traffic import counted, share_of
 from clear_dist.stages import Sampling
 from tests.planning.sizes import flux_request
 
@@ -34,6 +36,9 @@ requests = st.builds(
     float8=st.booleans(),
     compile=st.booleans(),
     shard_weights=st.booleans(),
+    offload=st.booleans(),
+    keep_text_encoder=st.booleans(),
+    text_sharding=st.sampled_from(["auto", "replicated"]),
     gpu=st.sampled_from([GPUS["h100"], GPUS["rtx4090"]]),
     sampling=st.sampled_from([Sampling(), Sampling(true_cfg_scale=2.0)]),
 )
@@ -81,14 +86,27 @@ def test_ranks_that_are_computed_once_are_as_those_computed_one_by_one(request: 
     assert plan.ranks == tuple(rank_memory(request, rank) for rank in range(request.ranks))
 
 
+SAVINGS: tuple[dict[str, Any], ...] = (
+    {"hoist_modulation": True},
+    {"schedule": "sync"},
+    {"keep_text_encoder": False},
+    {"shard_weights": True},
+    {"offload": True},
+)
+
+
 @given(request=requests)
 @settings(deadline=None, max_examples=30)
 def test_savings_save(request: PlanRequest) -> None:
     request = replace(
-        request, ranks=min(request.ranks, request.height // UNIT), hoist_modulation=False, shard_weights=False
+        request,
+        ranks=min(request.ranks, request.height // UNIT),
+        hoist_modulation=False,
+        shard_weights=False,
+        offload=False,
     )
     peak = plan_of(request).largest.peak
-    for saving in ({"hoist_modulation": True}, {"schedule": "sync"}, {"keep_text_encoder": False}):
+    for saving in SAVINGS:
         assert plan_of(replace(request, **saving)).largest.peak <= peak, saving
 
 
@@ -113,6 +131,70 @@ def test_what_flux_needs_at_8192_pixels() -> None:
     denoise = next(phase for phase in stale.phases if (phase.name, phase.stage) == ("denoise", 3))
     assert denoise.items["stale halos"] / 1e9 == pytest.approx(10.8, abs=0.05)
     assert denoise.items["halos on their way"] / 1e9 == pytest.approx(1.7, abs=0.05)
+
+
+def items_of(request: PlanRequest, rank: int) -> dict[str, Any]:
+    """Items of the phases before and in the only stage, by the phase's name."""
+    return {phase.name: phase.items for phase in rank_memory(request, rank).phases}
+
+
+def test_what_is_made_smaller_on_one_gpu_is_loaded_whole() -> None:
+    """But for shards, which come from host memory block by block."""
+    for flags in ({"int8": True}, {"hoist_modulation": True}, {"float8": True, "hoist_modulation": True}):
+        small = flux_request(height=1024, width=1024, ranks=1, **flags)
+        assert items_of(small, 0)["load"]["transformer"] == 2 * 11_901_408_320
+        assert plan_of(small).needed > 2 * 11_901_408_320 > items_of(small, 0)["denoise"]["transformer"]
+        in_shards = replace(small, ranks=2, shard_weights=True)
+        assert "load" not in items_of(in_shards, 0) and plan_of(in_shards).needed < 16e9
+
+
+def test_what_is_offloaded_is_there_while_it_is_used() -> None:
+    vae, encoders = 2 * 83_819_683, 2 * 4_885_371_136
+    request = flux_request(height=2048, width=2048, ranks=2, keep_text_encoder=True, offload=True)
+    first, second = items_of(request, 0), items_of(request, 1)
+    assert first["text"]["text encoders"] == encoders and "VAE" not in first["text"]
+    for items in (first, second):
+        assert items["encode"]["VAE"] == items["decode"]["VAE"] == vae
+        assert not {"VAE", "text encoders"} & (items["denoise"].keys() | items["save"].keys())
+    stays = items_of(replace(request, offload=False), 0)
+    assert stays["denoise"]["VAE"] == vae and stays["denoise"]["text encoders"] == encoders
+    on_cpu = items_of(replace(request, gpu=None), 0)
+    assert on_cpu["denoise"]["VAE"] == vae, "no effect there"
+
+
+def test_what_changes_the_picture_is_tried_last() -> None:
+    """More ranks, then what saves memory for the same picture, then 8 bits, then smaller pictures."""
+    request = flux_request(ranks=2, gpu=GPUS["rtx4090"], keep_text_encoder=True, schedule="stale")
+    flags = [change.flags for change in changes(request, 64)]
+    assert flags[:5] == [f"--nproc {ranks}" for ranks in (4, 8, 16, 32, 64)]
+    alone = ["--schedule sync", "without --keep-text-encoder", "--hoist-modulation", "--shard-weights", "--offload"]
+    assert flags[5:10] == alone
+    bits = [any(word in each for word in ("int8", "float8")) for each in flags]
+    smaller = ["--res" in each for each in flags]
+    assert bits.index(True) > max(index for index, each in enumerate(flags) if alone[4] in each and not bits[index])
+    assert flags[bits.index(True)] == "--int8"
+    assert smaller.index(True) > max(index for index, each in enumerate(bits) if each and not smaller[index])
+
+
+def test_shards_need_rows_for_all_ranks_in_every_stage() -> None:
+    """The first one has 64."""
+    assert plan_of(flux_request(ranks=64, shard_weights=True)).fits
+    assert not plan_of(flux_request(ranks=65, shard_weights=True)).fits
+    assert plan_of(flux_request(ranks=65)).fits
+
+
+def test_down_sampled_keys_at_8192_pixels() -> None:
+    """README: 176 MB a layer and rank of 8, and nine tenths of the operations of the matrix products."""
+    request = flux_request(window=8, down_factor=4)
+    sent = plan_of(request).traffic
+    assert sent.pooled_sent / 57 == pytest.approx(176e6, rel=0.005)
+    assert sent.pooled_sent == sent.pooled_received
+    stage, part = request.stages[-1], request.parts[-1][3]
+    share, model = share_of(request, stage, 3, part), counted(request)
+    pooled = 4 * model.channels * model.layers * pooled_pairs(share)
+    assert pooled / linear_work(model, share) == pytest.approx(0.89, abs=0.02)
+    with_window = flux_request(window="full", down_factor=4).parts[-1][3]
+    assert with_window.pooled_tokens == with_window.pooled_sent == 0
 
 
 def test_a_plan_for_programs() -> None:

@@ -43,7 +43,7 @@ def test_visited_pairs_of_the_image(radius: int, share: float) -> None:
     """Of tiles of 8x16 by 8x16 tokens, counted one by one at 512 x 512 tokens; ours has some more at the border."""
     request = alone(8192, window=radius, text_tokens=1)
     part = request.parts[0][0]
-    wanted = attended_pairs(1, share_of(request, request.stages[0], 0, part))
+    wanted = attended_pairs(1, share_of(request, request.stages[0], 0, part), own_text=1)
     assert 0.92 * share < wanted / visited_pairs(request, part) < 1.01 * share
 
 
@@ -62,6 +62,41 @@ def test_slow_links_cost_time_and_stale_hides_more() -> None:
     fast = seconds_per_step(2048, ranks=8)
     slow = {"ranks": 8, "link": LINKS["25gbe"]}
     assert seconds_per_step(2048, **slow) > seconds_per_step(2048, schedule="stale", **slow) > fast
+
+
+def test_weights_in_shards_hide_behind_computing_where_there_is_enough() -> None:
+    """README: enough to compute meanwhile from 2048 px on over NVLink, from 8192 px on over PCIe 4."""
+    links = ((1024, "nvlink", False), (2048, "nvlink", True), (2048, "pcie4", False), (8192, "pcie4", True))
+    for pixels, link, hidden in links:
+        whole, sharded = (
+            seconds_per_step(pixels, ranks=8, link=LINKS[link], shard_weights=shards) for shards in (False, True)
+        )
+        arriving = 20.7e9 / LINKS[link].bytes_per_second
+        first_block = arriving / 57
+        assert whole + first_block * 0.99 < sharded <= whole + arriving * 1.01
+        assert (sharded - whole < 1.01 * first_block) == hidden, f"{pixels} px, {link}"
+
+
+def test_text_in_shares_takes_less_time_where_it_is_much() -> None:
+    """At 1024 px replicated text is half of the tokens of a rank of 8."""
+    replicated, shared = (seconds_per_step(1024, ranks=8, text_sharding=asked) for asked in ("replicated", "auto"))
+    assert 0.5 < shared / replicated < 0.75
+    assert seconds_per_step(8192, ranks=8) == seconds_per_step(8192, ranks=8, text_sharding="replicated")
+
+
+def test_down_sampled_keys_take_time() -> None:
+    """At 8192 px nine tenths of the operations of products, at a lower rate."""
+    plain, pooled = (seconds_per_step(8192, window=8, down_factor=factor) for factor in (1, 4))
+    products = 3.39e15 / (0.7 * 989e12)
+    assert pooled - plain == pytest.approx(0.9 * products * 0.7 / 0.55, rel=0.03)
+
+
+def test_int8_weights_are_unpacked_once_a_layer() -> None:
+    """8.65e9 numbers, 11 bytes each, whatever the picture."""
+    expected = 11 * 8.65e9 / (0.8 * 3350e9)
+    for pixels in (1024, 4096):
+        more = seconds_per_step(pixels, int8=True) - seconds_per_step(pixels)
+        assert more == pytest.approx(expected, rel=0.01)
 
 
 def test_gpus_are_known_by_their_drivers_names() -> None:
