@@ -15,11 +15,7 @@ import pytest
 from diffusers import FluxPipeline
 
 from clear_dist.comm import launch
-from clear_dist.comm.group import Group
-from clear_dist.config import Refusal
-from clear_dist.hub import require_same_commit
 from tests.hub_server import TOKEN, Hub, serving
-from tests.ranks import run_ranks
 from tests.tiny import make_clear_weights, make_tiny_flux
 from tests.tiny_lora import make_lora, save_lora
 
@@ -234,20 +230,6 @@ def test_of_three_ranks_one_asks(hub: Hub, folder: Path, tmp_path: Path) -> None
     assert status == 0, errors
     assert hub.requests == asked
     assert any("warning: using someone/tiny as it was downloaded before" in line for line in errors)
-
-
-def hold(group: Group, commits: list[str]) -> str:
-    try:
-        require_same_commit(group, "someone/tiny", commits[group.rank])
-    except Refusal as error:
-        return str(error)
-    return ""
-
-
-def test_machines_that_hold_different_commits_are_refused() -> None:
-    assert run_ranks(hold, 2, ["a", "a"]) == ["", ""]
-    line = "all machines must hold the same commit of someone/tiny, got a, b; nearest: --revision a"
-    assert run_ranks(hold, 3, ["a", "b", "a"]) == [line] * 3
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,7 @@ class StripedSingleBlock(FluxSingleTransformerBlock):
             both = self._with_mlp(parts, modulated(x[:, chunk])) if beside is None else beside
             both[..., : x.shape[2]] = attended[:, chunk]
             parts.add_gated(self.proj_out, x[:, chunk], both, gate, out[:, chunk])
+            del both  # before the next chunk's is made
         finite(out)
         return out[:, :text_tokens], out[:, text_tokens:]
 

@@ -60,11 +60,10 @@ def _single_block(step: Step) -> tuple[StepBytes, ...]:
             _moment("attention", step.bytes_of(tokens, 4 + beside), attention_bytes(step)),
             _moment("projection", step.bytes_of(tokens, 3 + last)),
         )
-    before = 1 + MLP  # of the chunk before, until there is the next one's
     return (
         projections,
         _moment("attention", step.bytes_of(tokens, 4), attention_bytes(step)),
-        _moment("MLP", step.bytes_of(tokens, 3) + step.bytes_of(chunk, before + widened)),
+        _moment("MLP", step.bytes_of(tokens, 3) + step.bytes_of(chunk, widened)),
         _moment("projection", step.bytes_of(tokens, 3) + step.bytes_of(chunk, last)),
     )
 

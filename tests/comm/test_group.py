@@ -4,14 +4,11 @@ import os
 import signal
 import socket
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from clear_dist import loading
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.comm.halo_exchange import HaloExchange
@@ -238,40 +235,6 @@ def test_a_rank_that_does_not_answer_counts_as_lost_after_the_timeout() -> None:
     assert time.monotonic() - began < 15
     assert "PeerLost" in failed.value.failures[0]
     assert "was killed" in failed.value.failures[1]
-
-
-@dataclass(frozen=True)
-class FromTheHub:
-    """Of a request, what `locate` looks at."""
-
-    model: str = "folder"
-    clear_weights: str = "owner/name:file"
-    from_folder: bool = True
-
-
-def fetch_for_longer_than_the_timeout(group: Group, fails: bool) -> str:
-    impatient = Group.create("cpu", timeout_seconds=2)
-
-    def fetch(*_: object, offline: bool) -> tuple[Path, str]:
-        if not offline:
-            time.sleep(5)
-            if fails:
-                raise ZeroDivisionError("the cause")
-        return Path("folder"), "offline" if offline else "online"
-
-    loading._fetch = fetch  # this process is the rank's own
-    return loading.locate(FromTheHub(), impatient, local_rank=group.rank).clear_weights  # type: ignore[arg-type]
-
-
-def test_a_slow_download_does_not_lose_the_ranks_that_wait_for_it() -> None:
-    assert run_ranks(fetch_for_longer_than_the_timeout, 2, False, timeout=40) == ["offline", "offline"]
-
-
-def test_a_failed_download_is_told_by_the_rank_that_tried() -> None:
-    with pytest.raises(RanksFailedError) as failed:
-        run_ranks(fetch_for_longer_than_the_timeout, 2, True, timeout=40)
-    assert "the cause" in failed.value.failures[0]
-    assert "PeerLost" in failed.value.failures[1]
 
 
 @pytest.mark.parametrize(("host", "world_size"), [("127.0.0.1", 1), ("127.0.0.1", 2), ("nowhere.invalid", 2)])
