@@ -1,7 +1,7 @@
 """Puts a stock diffusers pipeline on stripes, and takes it off again."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,8 @@ from clear_dist.config import Schedule, TextTokens
 from clear_dist.config.rules import WARMUP_STEPS
 from clear_dist.models import adaptor_for
 from clear_dist.models.adaptor import Adaptor
-from clear_dist.models.flux_controlnet import controlnets_of, stripe_controlnet
+from clear_dist.models.fitting import require_quantisable
+from clear_dist.models.flux_controlnet import FluxControlNetAdaptor, controlnets_of, stripe_controlnet
 from clear_dist.models.settings import Settings
 from clear_dist.models.stock import require_stock
 from clear_dist.models.striped import StripedModel
@@ -170,10 +171,26 @@ def parallelize(
     weights = {"float8": float8, "int8": int8, "shard_weights": shard_weights, "hoist_modulation": hoist_modulation}
     given |= checked_weights(**weights, compile=compile, device=device, dtype=dtype)
     choose = checked_backend(attention_backend, device, dtype, adaptor.head_dim)
-    used = group or Group.create(device)
-    models, replaced = put_on_stripes(pipe, adaptor, nets, used, clear_weights, radii, choose, given)
-    offloaded = Offloaded(pipe, device) if offload else None
+    require_quantisable(adaptor, *map(FluxControlNetAdaptor, nets), float8=float8, int8=int8)
+    with on_refusal() as undo:
+        offloaded = Offloaded(pipe, device) if offload else None
+        undo += [] if offloaded is None else [offloaded.remove]
+        used = group or Group.create(device)
+        undo += [used.close] if group is None else []
+        models, replaced = put_on_stripes(pipe, adaptor, nets, used, clear_weights, radii, choose, given)
     return Parallelized(*models, owns_group=group is None, replaced=replaced, offloaded=offloaded)
+
+
+@contextmanager
+def on_refusal() -> Iterator[list[Callable[[], None]]]:
+    """Calls what has been put in the list, the last first, where a ValueError ends what is inside."""
+    undo: list[Callable[[], None]] = []
+    try:
+        yield undo
+    except ValueError:  # and nothing else: after a lost peer no group can be closed
+        for step in reversed(undo):
+            step()
+        raise
 
 
 def put_on_stripes(
@@ -201,13 +218,12 @@ def put_on_stripes(
     pooling = None if replaced is None or radius is None else replaced.pooling
     unit = 1 if pooling is None else pooling.factor
     settings = Settings(radius=radius, choose_backend=choose_backend, pooling=pooling, unit=unit, **given)
-    with ExitStack() as on_error:
+    with on_refusal() as undo:
         models = [StripedModel(adaptor, pipe.scheduler, group, settings)]
-        on_error.callback(models[0].remove)
+        undo.append(models[0].remove)
         for net in nets:
             models.append(stripe_controlnet(net, pipe.scheduler, group, settings, radius=net_radius))
-            on_error.callback(models[-1].remove)
-        on_error.pop_all()
+            undo.append(models[-1].remove)
     return models, replaced
 
 

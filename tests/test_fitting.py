@@ -22,7 +22,7 @@ from clear_dist.models import fitting
 from clear_dist.models.flux import FluxAdaptor
 from clear_dist.offload import parts_on_host
 from clear_dist.preflight import devices
-from tests.tiny import make_tiny_flux, make_tiny_pipeline
+from tests.tiny import make_clear_weights, make_tiny_flux, make_tiny_pipeline
 
 SCRIPT = str(Path(__file__).parents[1] / "clear-dist")
 QUICK = ("--res", "64", "--steps", "2", "--seed", "5", "--device", "cpu", "--max_sequence_length", "16")
@@ -57,6 +57,20 @@ def test_shards_need_all_ranks_in_every_stage(model: Path, monkeypatch: pytest.M
     request, _ = preflight.check(on_hub, Place())
     with pytest.raises(Refusal, match=message):
         preflight.located(request, model, None)
+
+
+def test_shards_need_all_ranks_where_down_sampled_keys_bind_rows_together(model: Path, tmp_path: Path) -> None:
+    """8 rows of tokens are 2 times 4: a third rank would idle in the first stage of what has 16."""
+    transformer = make_tiny_pipeline(double_blocks=2).transformer
+    file = str(make_clear_weights(transformer, tmp_path / "clear_local_2_down_4.safetensors", down_factor=4))
+    with pytest.raises(
+        Refusal, match=r"128 x 128 pixels are 2 times 4 rows of tokens.*got 3 ranks; nearest: --nproc 2"
+    ):
+        check(model, shard_weights=True, nproc=3, res=256, clear_weights=file)
+    assert check(model, shard_weights=True, nproc=2, res=256, clear_weights=file)[0].down_factor == 4
+    assert not check(model, nproc=3, res=256, clear_weights=file)[0].shard_weights
+    full = check(model, shard_weights=True, nproc=3, res=256, clear_weights=file, window="full")
+    assert full[0].down_factor == 1
 
 
 def test_flags_without_effect_are_told(model: Path) -> None:
@@ -128,5 +142,6 @@ def test_blocks_are_quantised_and_sharded_one_by_one(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(fitting, "to_int8", quantise)
     monkeypatch.setattr(fitting, "ShardedWeights", shard)
     group: Any = SimpleNamespace(size=2, device=torch.device("cpu"))
-    fitting.fit(adaptor, group, Counters(), float8=False, int8=True, shards_weights=True, elsewhere=set())
+    settings: Any = SimpleNamespace(float8=False, int8=True, shard_weights=True)
+    fitting.fit(adaptor, group, Counters(), settings, elsewhere=set())
     assert events == [(event, index) for index in range(4) for event in ("quantised", "sharded")]

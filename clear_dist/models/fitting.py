@@ -31,14 +31,9 @@ def fit(
 
     Args:
         elsewhere: weights that stay as and where they are.
-
-    Raises:
-        ValueError: a layer that is to be quantised is not plain; nothing has been changed then.
     """
     transformer, shards = adaptor.transformer, settings.shard_weights and group.size > 1
     float8, int8 = settings.float8, settings.int8
-    if float8 or int8:
-        plain_layers(transformer, adaptor.products, "float8" if float8 else "int8")
     if shards:
         of_blocks = {tensor for block in adaptor.blocks for tensor in tensors_of(block)}
         bring(transformer, group.device, but=of_blocks | elsewhere)
@@ -56,6 +51,12 @@ def fit(
     for _ in fitted():
         pass
     return ()
+
+
+def require_quantisable(*adaptors: Adaptor, float8: bool, int8: bool) -> None:
+    """Before anything is changed, of all models: raises ValueError where a layer to be quantised is not plain."""
+    for adaptor in adaptors if float8 or int8 else ():
+        plain_layers(adaptor.transformer, adaptor.products, "float8" if float8 else "int8")
 
 
 def names_within(block: nn.Module, adaptor: Adaptor) -> list[str]:

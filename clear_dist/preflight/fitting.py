@@ -13,15 +13,16 @@ def check(config: PictureConfig) -> None:
 
 
 def check_stages(request: Request) -> None:
-    """Raises a Refusal where weights are in shards and a stage has no row of tokens for some of the ranks."""
+    """Raises a Refusal where weights are in shards and a stage has no rows, or units of rows, for some of the ranks."""
     if not request.shard_weights:
         return
     smallest = min(request.stages, key=lambda stage: stage.height)
-    rows = smallest.height // request.token_size
-    if rows < request.world_size:
+    units, together = smallest.height // request.unit, request.down_factor
+    if units < request.world_size:
+        rows = "rows of tokens" if together == 1 else f"times {together} rows of tokens, as down-sampled keys need them"
         raise Refusal(
             f"--shard-weights needs all ranks in every stage, and {smallest.width} x {smallest.height} pixels are "
-            f"{rows} rows of tokens, got {request.world_size} ranks; nearest: --nproc {rows}"
+            f"{units} {rows}, got {request.world_size} ranks; nearest: --nproc {units}"
         )
 
 

@@ -1,0 +1,102 @@
+"""Where `parallelize` refuses, the pipeline is as it was: no stripes, no hooks, no group."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from clear_dist.models.int8 import Int8Linear
+from clear_dist.parallelize import on_refusal, parallelize
+from tests.models.test_modulation_lora import adapt
+from tests.test_parallelize import run
+from tests.tiny_controlnet import make_tiny_controlled, make_tiny_controlnet, picture
+
+
+def state(pipe: Any) -> dict[str, Any]:
+    """Class, hooks and weights of every module."""
+    models = [getattr(pipe, name, None) for name in ("transformer", "controlnet", "text_encoder", "vae")]
+    return {
+        f"{number}.{name}": (
+            type(module),
+            type(getattr(module, "processor", None)),
+            len(module._forward_hooks) + len(module._forward_pre_hooks),
+            hasattr(module, "_hf_hook"),
+            [id(weight) for weight in module.parameters(recurse=False)],
+        )
+        for number, model in enumerate(models)
+        if model is not None
+        for name, module in model.named_modules()
+    }
+
+
+def offloaded_by_diffusers(pipe: Any) -> dict[str, Any]:
+    pipe.vae._hf_hook = object()
+    return {"offload": True, "hoist_modulation": True}
+
+
+def with_lora(pipe: Any) -> dict[str, Any]:
+    adapt(pipe, targets=["to_q"])
+    return {"int8": True, "hoist_modulation": True, "offload": True}
+
+
+def with_lora_on_its_controlnet(pipe: Any) -> dict[str, Any]:
+    """The transformer could be quantised, which nothing would undo."""
+    pipe.controlnet.transformer_blocks[0].attn.to_q = nn.Identity()
+    return {"int8": True, "offload": True}
+
+
+def with_another_layer_in_its_controlnet(pipe: Any) -> dict[str, Any]:
+    pipe.controlnet.transformer_blocks[0].norm1.linear = nn.Identity()
+    return {"hoist_modulation": True, "offload": True}
+
+
+REFUSED = {
+    offloaded_by_diffusers: "diffusers' own offloading exclude each other",
+    with_lora: "int8 needs plain linear layers, got a Linear for .*to_q; load LoRA after parallelize",
+    with_lora_on_its_controlnet: "int8 needs plain linear layers, got a Identity",
+    with_another_layer_in_its_controlnet: "hoist_modulation needs plain linear layers",
+}
+
+
+@pytest.mark.parametrize("prepare", REFUSED, ids=lambda prepare: prepare.__name__)
+def test_nothing_is_left_behind(prepare: Any) -> None:
+    pipe = make_tiny_controlled(make_tiny_controlnet())
+    arguments = prepare(pipe)
+    before = state(pipe)
+    with pytest.raises(ValueError, match=REFUSED[prepare]):
+        parallelize(pipe, window=4, **arguments)
+    assert state(pipe) == before
+    assert not any(isinstance(layer, Int8Linear) for layer in pipe.transformer.modules())
+    assert not dist.is_initialized()
+
+
+def test_after_a_refusal_it_can_be_asked_again() -> None:
+    pipe = make_tiny_controlled(make_tiny_controlnet())
+    control = picture(13, 11, 1)
+    stock = run(pipe, control_image=control, steps=1)
+    adapt(pipe, targets=["to_q"])
+    with pytest.raises(ValueError, match="load LoRA after parallelize"):
+        parallelize(pipe, window=4, int8=True, hoist_modulation=True)
+    pipe.transformer.delete_adapters("a")
+    handle = parallelize(pipe, window="full", hoist_modulation=True)
+    latents = run(pipe, control_image=control, steps=1)
+    handle.undo()
+    assert (latents - stock).norm() < 1e-4 * stock.norm()
+    assert torch.equal(run(pipe, control_image=control, steps=1), stock)
+
+
+def refuse(error: type[Exception], done: list[int]) -> None:
+    with on_refusal() as undo:
+        undo.append(lambda: done.append(1))
+        undo.append(lambda: done.append(2))
+        raise error
+
+
+@pytest.mark.parametrize(("error", "undone"), [(ValueError, [2, 1]), (RuntimeError, [])])
+def test_groups_are_closed_after_a_refusal_and_not_after_a_lost_peer(error: type[Exception], undone: list[int]) -> None:
+    done: list[int] = []
+    with pytest.raises(error):
+        refuse(error, done)
+    assert done == undone
