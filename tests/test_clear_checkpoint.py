@@ -72,7 +72,7 @@ def test_the_published_files_by_their_headers(
     file = sparse_checkpoint(tmp_path / name, shapes)
     assert len(shapes) == 19 * 8 + 38 * 6 + (57 if factor > 1 else 0)
     config = GenerateConfig(model=base, clear_weights=str(file), device="cpu", res=1024)
-    request, _ = preflight.check(config, ALONE)
+    request, *_ = preflight.choose(config, ALONE, device="cpu", gpus=0)
     assert (request.clear_weights, request.window, request.down_factor) == (str(file), radius, factor)
     by_folder = clear_weights.find(str(tmp_path), None, model.find(base, has_cuda=False))
     assert by_folder == str(file)

@@ -48,10 +48,7 @@ def run(work: Work, *, nproc: int, on_cuda: bool = False, traceback: bool = Fals
         on_cuda: ranks will use CUDA, which does not survive a fork after its first use.
         traceback: print the traceback of the rank that failed first, too.
     """
-    for name, level in QUIET.items():
-        os.environ.setdefault(name, level)
-    for logger in LOUD:
-        logging.getLogger(logger).setLevel(logging.ERROR)
+    hush()
     with at_once():
         if env.read().launcher is not None:
             return _leave(ends.run_rank(work, traceback=traceback))
@@ -71,6 +68,14 @@ def run(work: Work, *, nproc: int, on_cuda: bool = False, traceback: bool = Fals
                 return _run_ranks(work, places, failures, on_cuda=on_cuda, traceback=traceback)
         except KeyboardInterrupt:
             return ends.interrupted()
+
+
+def hush() -> None:
+    """Libraries say less than they like to; what the user has set stays. To be called before they are imported."""
+    for name, level in QUIET.items():
+        os.environ.setdefault(name, level)
+    for logger in LOUD:
+        logging.getLogger(logger).setLevel(logging.ERROR)
 
 
 def _run_ranks(work: Work, places: list[dict[str, str]], folder: Path, *, on_cuda: bool, traceback: bool) -> int:
