@@ -34,6 +34,29 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
     assert (status, errors) == (0, []), lines[-1]
 
 
+def test_flags_for_smaller_gpus(tmp_path: Path) -> None:
+    flags = ("--shard-weights", "--int8", "--offload", "--keep-text-encoder", "--text-tokens", "replicated")
+    weights = ("--clear-weights", "Huage001/CLEAR:clear_local_8_down_4.safetensors")
+    status, lines, _ = planned(
+        tmp_path, "--res", "8192", "--nproc", "8", "--gpu", "rtx3090", "--json", *flags, *weights
+    )
+    found = json.loads("\n".join(lines))
+    asked = {"shard_weights": True, "int8": True, "offload": True, "keep_text_encoder": True}
+    assert status == 0 and found["request"] | asked == found["request"]
+    assert (found["request"]["down_factor"], found["request"]["window"]) == (4, 8)
+    assert found["request"]["text_sharding"] == "replicated"
+    assert all(found["bytes_per_step"][name] > 0 for name in ("pooled_sent", "weights_sent", "halos_sent"))
+    first = {phase["name"]: phase["items"] for phase in found["memory"][0]["phases"]}
+    assert {"blocks gathered", "pooled keys"} <= first["denoise"].keys() and "VAE" not in first["denoise"]
+
+
+def test_a_sweep_of_weights_in_shards_ends_where_a_stage_has_no_more_rows(tmp_path: Path) -> None:
+    """The first one has 64 rows of tokens, 16 units of down-sampled ones."""
+    weights = ("--clear-weights", "Huage001/CLEAR:clear_local_8_down_4.safetensors")
+    _, lines, _ = planned(tmp_path, "--res", "4096", "--sweep", "--json", "--shard-weights", *weights)
+    assert [row["ranks"] for row in json.loads("\n".join(lines))["sweep"]][-1] == 16
+
+
 def test_for_programs(tmp_path: Path) -> None:
     status, lines, _ = planned(tmp_path, "--res", "4096", "--nproc", "3", "--json", "--schedule", "stale")
     found = json.loads("\n".join(lines))

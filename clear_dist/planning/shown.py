@@ -86,12 +86,12 @@ def _request(request: PlanRequest) -> Iterator[str]:
 
 
 def _memory(plan: Plan) -> Table:
-    """Of the rank that needs most: its phases in the stage in which it does, and their items."""
+    """Of the rank that needs most: its phases before anything is drawn, and in the stage in which it needs most."""
     memory = plan.largest
-    phases = [phase for phase in memory.phases if phase.stage in (-1, memory.largest.stage)]
+    phases = [phase for phase in memory.phases if phase.stage in (-1, memory.drawing.stage)]
     title = f"rank {memory.rank}, GB{_of_stage(plan, memory)}"
     table = Table("", *(phase.name for phase in phases), title=title, title_justify="left", title_style="", box=SIMPLE)
-    names = list(dict.fromkeys(name for phase in phases for name in phase.items))
+    names = list(dict.fromkeys(name for phase in (memory.drawing, *phases) for name in phase.items))
     for name in names:
         if max(phase.items.get(name, 0) for phase in phases) >= LEAST_SHOWN or len(names) < 2:
             table.add_row(name, *(_gb(phase.items.get(name)) for phase in phases))
@@ -105,7 +105,7 @@ def _memory(plan: Plan) -> Table:
 
 
 def _of_stage(plan: Plan, memory: RankMemory) -> str:
-    stages, number = plan.request.stages, max(0, memory.largest.stage)
+    stages, number = plan.request.stages, memory.drawing.stage
     return f", at {stages[number].width}x{stages[number].height}" if len(stages) > 1 else ""
 
 
