@@ -87,8 +87,10 @@ def test_every_flag_is_in_the_help(tmp_path: Path) -> None:
     flags = """--model --revision --res --height --width --steps --num-inference-steps --guidance-scale
         --max-sequence-length --negative-prompt --true-cfg-scale --num-images --prompts --seed --window --clear-weights
         --text-attention --text-tokens --schedule --warmup-steps --attention-backend --dtype --device --nproc --output --latents-out --report --profile
-        --cascade --base-res --strength --upscale-steps --ntk-factor --save-stages --preview-every --no-metadata"""
+        --cascade --base-res --strength --upscale-steps --ntk-factor --save-stages --preview-every --no-metadata
+        --lora --hoist-modulation --compile --float8 --int8 --shard-weights --offload --keep-text-encoder"""
     assert [flag for flag in flags.split() if flag not in text] == []
+    assert "owner/name[@revision]:file" in text, "brackets are words here, not rich's markup"
 
 
 def test_the_version(tmp_path: Path) -> None:

@@ -95,6 +95,11 @@ def test_bounds_are_told_to_the_last_digit() -> None:
 
 def test_nearest_word_always_proposes_something() -> None:
     assert nearest_word("zzz", ("one", "two")) == "one"
+    assert nearest_word("", ("one", "two")) == "one"
+
+
+def test_the_nearest_word_is_one_that_was_begun() -> None:
+    assert nearest_word("a100", ("auto", "h100", "a100-80", "a100-40")) == "a100-80"
 
 
 def test_backends_are_those_there_are() -> None:

@@ -50,7 +50,7 @@ SaveStages = Annotated[bool, _flag("write the lower stages' pictures too", LARGE
 Model = Annotated[str, _flag("auto, demo, a folder in diffusers' layout, or a hub id (auto)", MODEL)]
 Revision = Annotated[str | None, _flag("of a hub model", MODEL)]
 ClearWeights = Annotated[
-    str, _flag("auto, none, a file, a folder, or owner/name[@revision]:file on the hub (auto)", MODEL)
+    str, _flag("auto, none, a file, a folder, or owner/name\\[@revision]:file on the hub (auto)", MODEL)
 ]
 Lora = Annotated[
     list[str] | None,
@@ -69,7 +69,9 @@ Float8 = Annotated[
 KeepTextEncoder = Annotated[
     bool, _flag("encode each prompt when its turn comes, not all before the rest loads", MODEL, "--keep-text-encoder")
 ]
-Int8 = Annotated[bool, _flag("their weights in 8 bits, anywhere; needs torchao", MODEL, "--int8")]
+Int8 = Annotated[
+    bool, _flag("linear layers of the blocks with weights in 8 bits, on any device; needs torchao", MODEL, "--int8")
+]
 ShardWeights = Annotated[
     bool, _flag("each rank holds a share of every block; the next one's travel meanwhile", MODEL, "--shard-weights")
 ]

@@ -69,7 +69,8 @@ def flag(name: str) -> str:
 
 def nearest_word(word: str, choices: Sequence[str]) -> str:
     """The choice that was probably meant; the first one where none resembles it."""
-    return next(iter(difflib.get_close_matches(word, choices, n=1, cutoff=0.4)), choices[0])
+    begun = [choice for choice in choices if word and choice.startswith(word)]
+    return next(iter(begun or difflib.get_close_matches(word, choices, n=1, cutoff=0.4)), choices[0])
 
 
 def shortened(text: str) -> str:

@@ -107,7 +107,7 @@ def _without_effect(config: PictureConfig, request: Request, facts: ModelFacts) 
     if config.true_cfg_scale is not None and config.true_cfg_scale > 1 and request.negative_prompt is None:
         yield f"{WARNING}--true-cfg-scale has no effect without --negative-prompt"
     if config.revision is not None and facts.folder is not None:
-        yield f"{WARNING}--revision has no effect: {config.model} is no hub id"
+        yield f"{WARNING}--revision has no effect: {config.model} is not a hub id"
     if config.text_attention is not None and request.world_size == 1 and request.window != "full":
         yield f"{WARNING}--text-attention has no effect on one rank"
     if config.text_tokens != "auto" and request.world_size == 1:
