@@ -19,7 +19,7 @@ from clear_dist.config import FLUX_DEV, GenerateConfig, Refusal
 from clear_dist.config.request import Lora
 from clear_dist.preflight.flux import FluxShape
 from clear_dist.preflight.lora import _layers as layers_of
-from tests.test_cli_generate import generate
+from tests.test_cli_generate import generate_on_ranks
 from tests.test_parallelize import relative_error, run
 from tests.tiny import make_tiny_flux, make_tiny_pipeline
 from tests.tiny_lora import add_lora, as_kohya, make_lora, save_lora
@@ -181,7 +181,8 @@ def test_lora_of_the_text_encoder_too_on_two_ranks(
         "--latents-out",
         "x.safetensors",
     )
-    assert generate(model, *arguments, "--lora", "style.safetensors:0.5", "--lora", "./kohya.safetensors") == 0
+    loras = ("--lora", "style.safetensors:0.5", "--lora", "./kohya.safetensors")
+    assert generate_on_ranks(model, *arguments, *loras) == 0
 
     add_lora(stock.transformer, tensors, 0.5)
     add_lora(stock.text_encoder, text, 0.5, prefix="text_encoder")
