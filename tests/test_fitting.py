@@ -128,5 +128,6 @@ def test_blocks_are_quantised_and_sharded_one_by_one(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(fitting, "to_int8", quantise)
     monkeypatch.setattr(fitting, "ShardedWeights", shard)
     group: Any = SimpleNamespace(size=2, device=torch.device("cpu"))
-    fitting.fit(adaptor, group, Counters(), float8=False, int8=True, shards_weights=True, elsewhere=set())
+    settings: Any = SimpleNamespace(float8=False, int8=True, shard_weights=True)
+    fitting.fit(adaptor, group, Counters(), settings, elsewhere=set())
     assert events == [(event, index) for index in range(4) for event in ("quantised", "sharded")]
