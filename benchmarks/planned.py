@@ -7,7 +7,7 @@ from clear_dist.planning.memory import rank_memory
 from clear_dist.preflight.flux import FluxShape
 from clear_dist.stages import Sampling, Upscaling
 
-COUNTED = ("transformer", "activations", "attention", "halos", "latents")
+COUNTED = ("transformer", "activations", "attention", "masks", "halos", "text", "latents")
 
 
 def planned_bytes(model: Model, part: Part, *, device_type: str, backend: str = "auto", hoisted: bool = False) -> int:

@@ -178,7 +178,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "8 bits": (1, {"height": 512, "width": 512, "window": 8, "heads": 8, "flags": {"int8": True}}),
     "8 bits of bfloat16": (
         2,
-        {"height": 256, "width": 256, "window": 8, "heads": 24, "dtype": "bfloat16", "flags": {"int8": True}},
+        {"height": 512, "width": 384, "window": 8, "heads": 24, "dtype": "bfloat16", "flags": {"int8": True}},
     ),
     "attention in the VAE": (2, {"height": 1024, "width": 512, "window": 4, "vae_attention": True}),
 }
