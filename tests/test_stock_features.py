@@ -243,10 +243,12 @@ def test_weights_brought_group_by_group_are_those_of_the_stock_pipeline(before: 
     offload = {"onload_device": torch.device("cpu"), "offload_type": level, "num_blocks_per_group": 1}
     if before:
         pipe.transformer.enable_group_offload(**offload)
-    parallelize(pipe, window="full")
+    handle = parallelize(pipe, window="full")
     if not before:
         pipe.transformer.enable_group_offload(**offload)
     assert relative_error(draw(pipe), stock) < 1e-4
+    handle.undo()
+    assert torch.equal(draw(pipe), stock)
 
 
 def whole(pipe: FluxPipeline) -> None:

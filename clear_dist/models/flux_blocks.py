@@ -103,6 +103,9 @@ class StripedDoubleBlock(FluxTransformerBlock):
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """From image [B, R, C] and my text [B, T, C] to text and image."""
+        if type(self) is FluxTransformerBlock:  # taken off, but others' hooks have kept this forward
+            stock = FluxTransformerBlock.forward
+            return stock(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         image, text, attn = hidden_states, encoder_hidden_states, self.attn
         text_tokens, tokens = text.shape[1], text.shape[1] + image.shape[1]
         heads = Heads(attn, image, tokens, joint_attention_kwargs)
@@ -142,6 +145,9 @@ class StripedSingleBlock(FluxSingleTransformerBlock):
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """From image [B, R, C] and my text [B, T, C] to text and image."""
+        if type(self) is FluxSingleTransformerBlock:  # taken off, but others' hooks have kept this forward
+            stock = FluxSingleTransformerBlock.forward
+            return stock(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         attn, text_tokens = self.attn, encoder_hidden_states.shape[1]
         x = joined(encoder_hidden_states, hidden_states)
         heads = Heads(attn, x, x.shape[1], joint_attention_kwargs)
