@@ -25,6 +25,12 @@ def test_what_fits(tmp_path: Path) -> None:
         assert part in text
 
 
+@pytest.mark.parametrize("gpu", ["CPU", "AUTO"])
+def test_capitals_are_the_same_in_kinds_of_gpu(gpu: str, tmp_path: Path) -> None:
+    small = planned(tmp_path, "--model", "demo", "--gpu", gpu.lower())
+    assert planned(tmp_path, "--model", "demo", "--gpu", gpu)[0] == small[0] == 0
+
+
 def test_what_does_not_fit(tmp_path: Path) -> None:
     status, lines, errors = planned(tmp_path, "--res", "8192", "--model", FLUX_SCHNELL, "--gpu", "RTX4090")
     assert (status, errors) == (2, [])

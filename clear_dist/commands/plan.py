@@ -73,8 +73,9 @@ def plan(
 
 def planned_for(config: PlanConfig) -> Plan:
     """The plan of one request; raises a Refusal where it is wrong, or the sizes of its model are not known."""
-    check_choice("--gpu", config.gpu.lower(), ("auto", "cpu", *GPUS))
-    check_choice("--link", config.link.lower(), ("auto", *LINKS))
+    config = replace(config, gpu=config.gpu.lower(), link=config.link.lower())
+    check_choice("--gpu", config.gpu, ("auto", "cpu", *GPUS))
+    check_choice("--link", config.link, ("auto", *LINKS))
     found = devices.find_gpus() if config.gpu == "auto" else ()
     gpu = _gpu(config, found)
     device = "cpu" if gpu is None else "cuda"
@@ -85,7 +86,7 @@ def planned_for(config: PlanConfig) -> Plan:
         raise Refusal(
             f"--model must be in a folder, or one whose configuration is known, got {config.model}; nearest: {FLUX_DEV}"
         )
-    word = config.link.lower()
+    word = config.link
     if word == "auto":
         word = fit.ON_CPU if gpu is None else gpu.link
     whole = planned.of_request(request, known, gpu, LINKS[word], place)
@@ -98,7 +99,7 @@ def _gpu(config: PlanConfig, found: tuple[devices.FoundGpu, ...]) -> Gpu | None:
         return replace(fit.kind_of(found[0]), memory=found[0].total)
     if config.gpu == "cpu" or (config.gpu == "auto" and config.model == "demo"):
         return None
-    return next(iter(GPUS.values())) if config.gpu == "auto" else GPUS[config.gpu.lower()]
+    return next(iter(GPUS.values())) if config.gpu == "auto" else GPUS[config.gpu]
 
 
 def _room(gpu: Gpu | None, ranks: int) -> Room:
