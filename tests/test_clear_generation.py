@@ -2,20 +2,21 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from diffusers import FluxPipeline
-from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 import clear_dist
-from clear_dist import loading, preflight
+from clear_dist import hub, preflight
 from clear_dist.comm.env import Place
 from clear_dist.comm.group import Group
 from clear_dist.config import GenerateConfig, Refusal, UpscaleConfig
+from clear_dist.hub.wanted import Wanted
 from tests.ranks import run_ranks
 from tests.test_cli_generate import launch
 from tests.tiny import make_clear_weights, make_tiny_flux, make_tiny_pipeline
@@ -93,34 +94,33 @@ def test_what_was_replaced_is_told_and_reported(model: Path, tmp_path: Path, mon
 def test_a_file_of_the_hub_is_fetched_at_its_revision_and_checked(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The hub is played by a folder."""
-    other = make_tiny_pipeline(single_blocks=2).transformer
-    fetched = {"v1": model / "clear_local_2_down_4.safetensors"}
-    fetched["v2"] = make_clear_weights(other, tmp_path / "clear_local_2_down_4.safetensors", down_factor=4)
-    asked = []
+    """The hub is played by folders."""
+    file = "clear_local_2_down_4.safetensors"
+    fetched = {revision: tmp_path / revision for revision in ("v1", "v2")}
+    for folder in fetched.values():
+        folder.mkdir()
+    shutil.copy(model / file, fetched["v1"])
+    make_clear_weights(make_tiny_pipeline(single_blocks=2).transformer, fetched["v2"] / file, down_factor=4)
+    asked: list[tuple[str, str, str | None]] = []
 
-    def download(repository: str, file: str, *, revision: str | None, local_files_only: bool) -> str:
-        asked.append((repository, file, revision, local_files_only))
-        if revision not in fetched:
-            raise LocalEntryNotFoundError("no such revision")
-        return str(fetched[revision])
+    def fetch(wants: Sequence[Wanted]) -> None:
+        asked.extend((want.repository, want.needed, want.revision) for want in wants)
 
-    monkeypatch.setattr(loading, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "fetch", fetch)
+    monkeypatch.setattr(hub, "cached", lambda want: fetched[want.revision])
     requests = {
         revision: preflight.check(
-            GenerateConfig(
-                model=str(model), clear_weights=f"o/n@{revision}:clear_local_2_down_4.safetensors", device="cpu"
-            ),
+            GenerateConfig(model=str(model), clear_weights=f"o/n@{revision}:{file}", device="cpu"),
             ALONE,
         )[0]
         for revision in fetched
     }
     group = Group.create("cpu")
     try:
-        located = loading.locate(requests["v1"], group, local_rank=0)
-        assert (located.clear_weights, located.down_factor) == (str(fetched["v1"]), 4)
-        assert asked == [("o/n", "clear_local_2_down_4.safetensors", "v1", offline) for offline in (False, True)]
+        located = hub.locate(requests["v1"], group, local_rank=0)
+        assert (located.clear_weights, located.down_factor) == (str(fetched["v1"] / file), 4)
+        assert asked == [("o/n", file, "v1")]
         with pytest.raises(Refusal, match=r"unexpected tensor single_transformer_blocks\.1\.attn"):
-            loading.locate(requests["v2"], group, local_rank=0)
+            hub.locate(requests["v2"], group, local_rank=0)
     finally:
         group.close()
