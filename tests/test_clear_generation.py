@@ -16,7 +16,7 @@ from clear_dist import hub, preflight
 from clear_dist.comm.env import Place
 from clear_dist.comm.group import Group
 from clear_dist.config import GenerateConfig, Refusal, UpscaleConfig
-from clear_dist.hub import Wanted
+from clear_dist.hub.wanted import Wanted
 from tests.ranks import run_ranks
 from tests.test_cli_generate import launch
 from tests.tiny import make_clear_weights, make_tiny_flux, make_tiny_pipeline
@@ -95,31 +95,31 @@ def test_a_file_of_the_hub_is_fetched_at_its_revision_and_checked(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The hub is played by folders."""
-    other = make_tiny_pipeline(single_blocks=2).transformer
-    folders = {"v1": model, "v2": tmp_path}
-    make_clear_weights(other, tmp_path / "clear_local_2_down_4.safetensors", down_factor=4)
-    asked = []
+    file = "clear_local_2_down_4.safetensors"
+    fetched = {revision: tmp_path / revision for revision in ("v1", "v2")}
+    for folder in fetched.values():
+        folder.mkdir()
+    shutil.copy(model / file, fetched["v1"])
+    make_clear_weights(make_tiny_pipeline(single_blocks=2).transformer, fetched["v2"] / file, down_factor=4)
+    asked: list[tuple[str, str, str | None]] = []
 
     def fetch(wants: Sequence[Wanted]) -> None:
-        asked.extend((want.repository, want.revision, want.needed) for want in wants)
+        asked.extend((want.repository, want.needed, want.revision) for want in wants)
 
     monkeypatch.setattr(hub, "fetch", fetch)
-    monkeypatch.setattr(hub, "cached", lambda want: folders[want.revision])
+    monkeypatch.setattr(hub, "cached", lambda want: fetched[want.revision])
     requests = {
         revision: preflight.check(
-            GenerateConfig(
-                model=str(model), clear_weights=f"o/n@{revision}:clear_local_2_down_4.safetensors", device="cpu"
-            ),
+            GenerateConfig(model=str(model), clear_weights=f"o/n@{revision}:{file}", device="cpu"),
             ALONE,
         )[0]
-        for revision in folders
+        for revision in fetched
     }
     group = Group.create("cpu")
     try:
         located = hub.locate(requests["v1"], group, local_rank=0)
-        file = "clear_local_2_down_4.safetensors"
-        assert (located.clear_weights, located.down_factor) == (str(model / file), 4)
-        assert asked == [("o/n", "v1", file)]
+        assert (located.clear_weights, located.down_factor) == (str(fetched["v1"] / file), 4)
+        assert asked == [("o/n", file, "v1")]
         with pytest.raises(Refusal, match=r"unexpected tensor single_transformer_blocks\.1\.attn"):
             hub.locate(requests["v2"], group, local_rank=0)
     finally:
