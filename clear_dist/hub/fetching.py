@@ -27,6 +27,7 @@ from huggingface_hub.utils import (
 from clear_dist.comm.ends import say
 from clear_dist.comm.in_touch import in_background
 from clear_dist.config import Refusal, nearest_word
+from clear_dist.hub.leftovers import remove_leftovers
 from clear_dist.hub.wanted import Wanted, cause_of, explained
 
 SECONDS_BETWEEN_FIGURES = 15.0
@@ -39,6 +40,8 @@ def fetch(wants: Sequence[Wanted]) -> None:
         Refusal, Failure: as `hub.locate`.
     """
     missing = {want: size for want in wants if (size := _missing_bytes(want)) is not None}
+    for want in missing:
+        remove_leftovers(Path(HF_HUB_CACHE), _blobs(want).parent.name)
     require_room(sum(missing.values()), " and ".join(want.repository for want in missing))
     for want, size in missing.items():
         try:
