@@ -69,7 +69,7 @@ def test_torchrun_and_a_report_on_stdout() -> None:
     done = verify("--json", "-", launcher=torchrun)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["world_size"] == 2
-    assert "all 31 checks passed" in done.stderr
+    assert "all 33 checks passed" in done.stderr
 
 
 def test_one_rank_has_no_neighbours() -> None:
@@ -87,7 +87,7 @@ def test_a_failed_check_is_named_and_ends_with_1(tmp_path: Path) -> None:
     status, output, errors, _ = faulty("exchange=faults.RowsInWrongOrder", ranks=3, output=str(file))
     assert status == 1
     assert len(errors) == 1
-    assert errors[0].startswith("clear-dist: 6 of 31 checks failed: halos, radius 8, float32 (rank 1: exchange 1: keys")
+    assert errors[0].startswith("clear-dist: 6 of 33 checks failed: halos, radius 8, float32 (rank 1: exchange 1: keys")
     failures = [line for line in output if line.startswith("FAIL")]
     assert len(failures) == 6
     assert output[output.index(failures[0]) + 1].startswith("      rank 1: exchange 1: keys of row 0")
