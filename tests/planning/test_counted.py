@@ -104,7 +104,7 @@ def test_blocks_that_are_gathered(ranks: int) -> None:
 def test_flux_in_shards(
     flags: dict[str, bool], whole: float, shares: tuple[float, ...], with_blocks: tuple[float, ...]
 ) -> None:
-    """README, "Smaller GPUs": counted on tensors, in GB."""
+    """docs/models.md, "Smaller GPUs": counted on tensors, in GB."""
     assert weights_per_rank(FLUX, itemsize=2, **flags).held / 1e9 == pytest.approx(whole, abs=0.051)
     for ranks, share, together in zip((2, 4, 8), shares, with_blocks, strict=True):
         planned = weights_per_rank(FLUX, itemsize=2, ranks=ranks, sharded=True, **flags)
@@ -113,7 +113,7 @@ def test_flux_in_shards(
 
 
 def test_flux_in_shards_on_the_wire() -> None:
-    """README: 20.7 GB arrive at each of 8 ranks in every pass, 13.2 with int8."""
+    """docs/models.md: 20.7 GB arrive at each of 8 ranks in every pass, 13.2 with int8."""
     for eight_bits, arriving in ((False, 20.7), (True, 13.2)):
         planned = weights_per_rank(FLUX, itemsize=2, ranks=8, sharded=True, eight_bits=eight_bits)
         assert 7 * planned.sent / 1e9 == pytest.approx(arriving, abs=0.051)

@@ -184,7 +184,7 @@ def test_shards_need_rows_for_all_ranks_in_every_stage() -> None:
 
 
 def test_down_sampled_keys_at_8192_pixels() -> None:
-    """README: 176 MB a layer and rank of 8, and nine tenths of the operations of the matrix products."""
+    """docs/models.md: 176 MB a layer and rank of 8, and nine tenths of the operations of the matrix products."""
     request = flux_request(window=8, down_factor=4)
     sent = plan_of(request).traffic
     assert sent.pooled_sent / 57 == pytest.approx(176e6, rel=0.005)

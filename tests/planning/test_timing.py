@@ -65,7 +65,7 @@ def test_slow_links_cost_time_and_stale_hides_more() -> None:
 
 
 def test_weights_in_shards_hide_behind_computing_where_there_is_enough() -> None:
-    """README: enough to compute meanwhile from 2048 px on over NVLink, from 8192 px on over PCIe 4."""
+    """docs/models.md: enough to compute meanwhile from 2048 px on over NVLink, from 8192 px on over PCIe 4."""
     links = ((1024, "nvlink", False), (2048, "nvlink", True), (2048, "pcie4", False), (8192, "pcie4", True))
     for pixels, link, hidden in links:
         whole, sharded = (
