@@ -91,7 +91,7 @@ def test_what_the_hub_says_no_to(hub: Hub, tmp_path: Path) -> None:
         ("someone/gated", None, INDEX): (
             "Refusal",
             f"the hub gives someone/gated only to users who accepted its licence: do so on {hub.endpoint}/someone/gated, "
-            "then `hf auth login`; nearest: local files (--model FOLDER, --clear-weights FILE)",
+            "then `hf auth login`; nearest: local files (--model FOLDER, --clear-weights FILE, --lora FILE)",
         ),
         ("someone/missing", None, INDEX): (
             "Refusal",
@@ -133,7 +133,7 @@ def test_a_hub_that_does_not_answer_is_given_up_in_seconds(hub: Hub, tmp_path: P
     assert silent[0] == broken[0] == "Failure"
     assert silent[1].startswith("cannot get someone/silent from the hub (")
     assert silent[1].endswith(
-        "): check the network and HF_ENDPOINT, or pass local files (--model FOLDER, --clear-weights FILE)"
+        "): check the network and HF_ENDPOINT, or pass local files (--model FOLDER, --clear-weights FILE, --lora FILE)"
     )
     assert "(down)" in broken[1]
     assert 1.9 < seconds < 5

@@ -1,6 +1,6 @@
-"""Messages between two ranks, posted together: apart they could wait for each other."""
+"""Messages between ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,9 +10,14 @@ from clear_dist.comm.group import Group
 Message = tuple[int, torch.Tensor]
 """A peer (a rank within the group), and a buffer on the wire's side."""
 
+all_gather: Callable[..., dist.Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Of equal buffers, into one; renamed in torch 2.13."""
+
 
 def post(group: Group, incoming: Sequence[Message], outgoing: Sequence[Message]) -> list[dist.Work]:
-    """Post all messages at once; what is returned must be waited for, sends too: gloo drops a forgotten one.
+    """Post all messages at once: apart, two ranks could wait for each other.
+
+    What is returned must be waited for, sends too: gloo drops a forgotten one.
 
     Receives come first: gloo sends and receives at the same time only if the receive was posted before.
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group, telling_lost_peers
+from clear_dist.comm.messages import all_gather
 from clear_dist.comm.text_reduce import TextReduce
 from clear_dist.config import TextAttention
 from clear_dist.geometry import TextPlan
@@ -145,7 +146,3 @@ class TextScatter(TextReduce):
         """Mine from behind the others' to between them."""
         before, elsewhere = self._plan.before, self._plan.elsewhere
         return torch.cat([x_BTND[:, :before], x_BTND[:, elsewhere:], x_BTND[:, before:elsewhere]], dim=1)
-
-
-all_gather: Callable[..., dist.Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""Renamed in torch 2.13."""

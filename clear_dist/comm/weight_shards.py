@@ -21,11 +21,9 @@ from torch.distributed.tensor import DTensor
 
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group, telling_lost_peers
+from clear_dist.comm.messages import all_gather
 from clear_dist.comm.process_groups import forget_addresses, new_process_group
 from clear_dist.labels import labelled
-
-ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-"""The first is its name in later versions of torch."""
 
 
 class ShardedWeights:
@@ -132,7 +130,7 @@ class WeightGather:
             self._group.settle()
         self._counters.add("weight_bytes_sent", mine.nbytes)
         with telling_lost_peers():
-            work = ALL_GATHER(received, mine, group=self._process_group, async_op=True)
+            work = all_gather(received, mine, group=self._process_group, async_op=True)
         return Gathering(work, partial(self._finish, mine, received, everyone))
 
     def _finish(self, mine: Tensor, received: Tensor, everyone: Tensor, work: dist.Work) -> None:

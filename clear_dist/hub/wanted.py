@@ -18,7 +18,7 @@ from clear_dist.config import Refusal
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NOT_GIVEN = (401, 403)
-LOCAL_FILES = "local files (--model FOLDER, --clear-weights FILE)"
+LOCAL_FILES = "local files (--model FOLDER, --clear-weights FILE, --lora FILE)"
 
 
 @dataclass(frozen=True, kw_only=True)
