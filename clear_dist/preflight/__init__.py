@@ -28,9 +28,7 @@ def check(config: PictureConfig, place: Place) -> tuple[Request, tuple[str, ...]
     Raises:
         Refusal: see the checks; the first that fails is told.
     """
-    gpus = devices.count_gpus() if config.device != "cpu" else 0
-    if config.device == "cuda" and not gpus:
-        raise Refusal("--device cuda needs a CUDA GPU, and there is none here; nearest: cpu")
+    gpus = devices.gpus_for(config.device)
     device = "cuda" if gpus else "cpu"
     if config.compile and (missing := devices.missing_compiler(device)):
         raise Refusal(f"--compile needs {missing} on {device}, got none; nearest: without --compile")
@@ -82,7 +80,7 @@ def choose(config: PictureConfig, place: Place, *, device: str, gpus: int) -> tu
         dtype=("bfloat16" if device == "cuda" else "float32") if config.dtype == "auto" else config.dtype,
         device=device,
         warmup_steps=WARMUP_STEPS if config.warmup_steps is None else config.warmup_steps,
-        world_size=_world_size(config, place, gpus),
+        world_size=devices.world_size(config.nproc, place, otherwise=gpus or 1),
         **{name: getattr(config, name) for name in AS_GIVEN},
     )
     _check_text_attention(request)
@@ -136,16 +134,6 @@ def _window(config: PictureConfig, checkpoint: str | None) -> Window:
 
 def _down_factor(window: Window, checkpoint: str | None) -> int:
     return 1 if window == "full" else clear_weights.down_factor(checkpoint)
-
-
-def _world_size(config: PictureConfig, place: Place, gpus: int) -> int:
-    if place.launcher is None:
-        return config.nproc or gpus or 1
-    if config.nproc not in (None, place.world_size):
-        raise Refusal(
-            f"--nproc must be what torchrun started, or left out, got {config.nproc}; nearest: {place.world_size}"
-        )
-    return place.world_size
 
 
 def _check_text_attention(request: Request) -> None:

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from clear_dist.comm.env import Place
+from clear_dist.config import Refusal
+
 DRIVER = "libcuda.so.1"
 DESCRIBE = Path(__file__).with_name("describe_gpus.py")
 # In a process of its own: once a process has initialised CUDA, ranks forked from it cannot use it.
@@ -27,6 +30,27 @@ def count_gpus() -> int:
         return int(answer.stdout)
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return 0
+
+
+def gpus_for(device: str) -> int:
+    """How many ranks on `device` may use; raises a Refusal where `cuda` was asked for and there is none."""
+    gpus = count_gpus() if device != "cpu" else 0
+    if device == "cuda" and not gpus:
+        raise Refusal("--device cuda needs a CUDA GPU, and there is none here; nearest: cpu")
+    return gpus
+
+
+def world_size(nproc: int | None, place: Place, *, otherwise: int) -> int:
+    """How many ranks there will be; raises a Refusal where torchrun has started another number than asked for.
+
+    Args:
+        otherwise: where neither torchrun nor the user says.
+    """
+    if place.launcher is None:
+        return nproc or otherwise
+    if nproc not in (None, place.world_size):
+        raise Refusal(f"--nproc must be what torchrun started, or left out, got {nproc}; nearest: {place.world_size}")
+    return place.world_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clear_dist.comm.env import Place
-from clear_dist.config import Refusal
 from clear_dist.config.verification import STDOUT, VerifyConfig
 from clear_dist.preflight import devices, outputs
 
@@ -29,16 +28,10 @@ def check(config: VerifyConfig, place: Place) -> Setting:
     Raises:
         Refusal: there is no such device, torchrun has started another number of ranks, or the report cannot be written.
     """
-    gpus = devices.count_gpus() if config.device != "cpu" else 0
-    if config.device == "cuda" and not gpus:
-        raise Refusal("--device cuda needs a CUDA GPU, and there is none here; nearest: cpu")
-    if place.launcher is not None and config.nproc not in (None, place.world_size):
-        raise Refusal(
-            f"--nproc must be what torchrun started, or left out, got {config.nproc}; nearest: {place.world_size}"
-        )
+    gpus = devices.gpus_for(config.device)
+    size = devices.world_size(config.nproc, place, otherwise=gpus or RANKS_ON_CPU)
     if config.json is not None and config.json != STDOUT:
         outputs.check_file("--json", Path(config.json), (".json",))
-    size = place.world_size if place.launcher is not None else config.nproc or gpus or RANKS_ON_CPU
     here = place.local_world_size if place.launcher is not None else size
     return Setting(device="cuda" if gpus else "cpu", world_size=size, lines=tuple(_notes(config, gpus, size, here)))
 
