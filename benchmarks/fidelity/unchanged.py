@@ -30,7 +30,7 @@ DRAWN = {
     "sync": ["generate", *SMALL, "--nproc", "2"],
     "stale": ["generate", *SMALL, "--nproc", "2", "--schedule", "stale", "--warmup-steps", "2"],
     "average": ["generate", *SMALL, "--nproc", "3", "--text-attention", "average", "--text-tokens", "sharded"],
-    "exact": ["generate", *SMALL, "--nproc", "3", "--text-attention", "exact", "--window", "3"],
+    "exact": ["generate", *SMALL, "--nproc", "3", "--text-attention", "exact"],
     "full": ["generate", *SMALL, "--nproc", "2", "--window", "full", "--true-cfg-scale", "1"],
     "cascade": ["generate", *SMALL[:1], "--res", "320", "--base-res", "128", "--steps", "4", "--seed", "7",
                 "--nproc", "2", "--save-stages"],
