@@ -1,7 +1,7 @@
 """What clear_dist/planning/counts.py counts, for FLUX.1-dev and for the parts that benchmarks run."""
 
-from clear_dist.config import Window
-from clear_dist.planning.counts import (
+from clear_dist.options import Window
+from clear_dist.plan.counts import (
     Grid,
     Model,
     Part,

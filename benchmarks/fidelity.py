@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from clear_dist.observe.report import versions
 from clear_dist.pictures import replacing
-from clear_dist.report import versions
 
 STEPS = (12, 28, 50)
 IDENTICAL = 110.0

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from clear_dist import demo
-from clear_dist.comm import env, launch
 from clear_dist.demo.data import HELD_OUT_SEED
 from clear_dist.demo.grammar import random_caption
+from clear_dist.launch import env
+from clear_dist.launch import ranks as launch
 from clear_dist.pictures import replacing
 
 PROMPTS = 32
@@ -91,8 +92,9 @@ def _draw(cell: Cell, file: Path) -> None:
     """What each rank does."""
     import torch
 
-    from clear_dist import generate, loading, parallelize
+    from clear_dist import generate, parallelize
     from clear_dist.comm.group import Group
+    from clear_dist.weights import loading
 
     torch.set_num_threads(env.read().threads or len(os.sched_getaffinity(0)))
     group = Group.create("cpu")

@@ -17,9 +17,9 @@ from steps import SMALL, draw, make_pipeline
 from torch import Tensor
 
 from clear_dist.attention import BACKENDS, attend, choose_backend, window_attention
-from clear_dist.comm import launch
 from clear_dist.comm.group import Group
-from clear_dist.config import Schedule, TextTokens
+from clear_dist.launch import ranks as launch
+from clear_dist.options import Schedule, TextTokens
 
 BFLOAT16_ERROR, FLOAT32_ERROR = 1e-2, 1e-4
 """Relative, in the Euclidean norm; bfloat16 attention is right to 1e-3 to 1e-2."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from clear_dist.report import write
+from clear_dist.observe.report import write
 
 
 @dataclass

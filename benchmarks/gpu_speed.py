@@ -27,8 +27,8 @@ from torch import Tensor
 
 from clear_dist.attention import BACKENDS, attend
 from clear_dist.comm.group import Group
-from clear_dist.profiling import RECORDED_STEPS, Profile
-from clear_dist.report import peak_memory, reset_peak_memory
+from clear_dist.observe.peaks import peak_memory, reset_peak_memory
+from clear_dist.observe.profiling import RECORDED_STEPS, Profile
 
 SIDES, SMALL_SIDES = (8192, 4096, 2048, 1024), (256, 128)
 SIDES_OF_STEPS = (2048, 8192, 1024, 4096)

@@ -37,7 +37,7 @@ from gpu_session import Journal, Session
 from machine import Parser, machine, name_of, positive
 from tables import COMPILED
 
-from clear_dist.report import write
+from clear_dist.observe.report import write
 
 PARTS = {
     "correctness": ("gpu_checks", 100),

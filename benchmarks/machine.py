@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from counts import TOKEN
 
-from clear_dist.report import versions, write
+from clear_dist.observe.report import versions, write
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -101,8 +101,9 @@ def measure(arguments: argparse.Namespace, link: slow_link.Link) -> list[dict[st
     import torch
     from silent import without_communication, without_overlap
 
-    from clear_dist import demo, loading
+    from clear_dist import demo
     from clear_dist.comm.group import Group
+    from clear_dist.weights import loading
 
     torch.set_num_threads(1)
     group = Group.create("cpu")
@@ -146,7 +147,7 @@ def generate(pipe: Any, group: Any, way: Way, arguments: argparse.Namespace) -> 
     import torch
 
     from clear_dist import demo, parallelize
-    from clear_dist.parallelize import striped_of
+    from clear_dist.engine.striped import striped_of
 
     full = arguments.window == "full"
     handle = parallelize(
@@ -220,7 +221,7 @@ def show(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
 
 
 def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    from clear_dist.report import versions
+    from clear_dist.observe.report import versions
 
     contents = {
         "command": " ".join(["python", *sys.argv]),

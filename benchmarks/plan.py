@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clear_dist.commands.plan import planned_for
-from clear_dist.config.plan import PlanConfig
+from clear_dist.request.flags import PlanFlags
 
 EVERY = 0.2
 """Seconds."""
@@ -42,7 +42,7 @@ def main() -> None:
 
 def compared(res: int, ranks: int) -> dict[str, Any]:
     """One generation and its plan, in bytes."""
-    plan = planned_for(PlanConfig(model="demo", gpu="cpu", res=res, nproc=ranks, cascade="off"))
+    plan = planned_for(PlanFlags(model="demo", gpu="cpu", res=res, nproc=ranks, cascade="off"))
     peaks, together = measured(res, ranks)
     return {
         "res": res,

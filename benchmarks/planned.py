@@ -2,9 +2,9 @@
 
 from counts import TOKEN, Model, Part
 
-from clear_dist.planning import GPUS, LINKS, ModelSizes, PlanRequest, TextSizes, VaeSizes
-from clear_dist.planning.memory import rank_memory
-from clear_dist.preflight.flux import FluxShape
+from clear_dist.families.flux.card import FluxShape
+from clear_dist.plan import GPUS, LINKS, ModelSizes, PlanRequest, TextSizes, VaeSizes
+from clear_dist.plan.memory import rank_memory
 from clear_dist.stages import Sampling, Upscaling
 
 COUNTED = ("transformer", "activations", "attention", "masks", "halos", "text", "latents")

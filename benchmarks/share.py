@@ -24,10 +24,10 @@ from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.comm.halo_exchange import HaloExchange
 from clear_dist.comm.process_groups import Transport
-from clear_dist.config import Schedule
+from clear_dist.engine.cut import cut_image
+from clear_dist.engine.striped import require_striped
 from clear_dist.geometry import Rows, plan_halos
-from clear_dist.models.cut import cut_image
-from clear_dist.parallelize import require_striped
+from clear_dist.options import Schedule
 
 MESSAGE_ROWS, MESSAGE_SHAPE = 64, (64, 4, 64)
 """Of float32 keys and values, 8 MB together."""

@@ -10,9 +10,9 @@ from torch import Tensor
 from clear_dist.comm.halo_exchange import HaloExchange, Halos
 from clear_dist.comm.text_reduce import TextReduce
 from clear_dist.comm.text_shards import TextGather
+from clear_dist.engine.exchanges import Exchange, Exchanges
+from clear_dist.engine.striped import StripedModel
 from clear_dist.geometry import TextPlan
-from clear_dist.models.exchanges import Exchange, Exchanges
-from clear_dist.models.striped import StripedModel
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 from torch import Tensor
 
 from clear_dist.comm.group import Group
-from clear_dist.report import peak_memory, reset_peak_memory
+from clear_dist.observe.peaks import peak_memory, reset_peak_memory
 
 SMALL = Model(double_blocks=1, single_blocks=2, heads=4, head_dim=64, text_tokens=64, itemsize=4)
 """For CPUs."""

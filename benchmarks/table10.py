@@ -35,8 +35,9 @@ from tables import (
     windows,
 )
 
-from clear_dist.comm import env, launch
 from clear_dist.comm.group import Group
+from clear_dist.launch import env
+from clear_dist.launch import ranks as launch
 
 NVLINK = 450.0
 """GB/s each way of an H100, where nothing else is stated and there is one GPU."""

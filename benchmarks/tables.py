@@ -15,8 +15,8 @@ from machine import Parser, machine, pixels, positive, whole_number
 from rich.console import Console
 from steps import SMALL, Runs
 
-from clear_dist.config import Schedule
-from clear_dist.report import write
+from clear_dist.observe.report import write
+from clear_dist.options import Schedule
 
 Origin = Literal["measured", "projected", "too long", "too large", "not possible"]
 STEPS_IN_TABLE = 20

@@ -23,8 +23,8 @@ from rich.table import Table
 from share import on_stripes
 from steps import draw, make_pipeline
 
-from clear_dist.comm import launch
 from clear_dist.comm.group import Group
+from clear_dist.launch import ranks as launch
 
 WAYS = ("replicated", "sharded")
 Times = dict[str, list[float]]

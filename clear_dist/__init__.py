@@ -6,10 +6,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clear_dist.generation import generate, upscale
+    from clear_dist.drawing.generation import generate, upscale
+    from clear_dist.options import Options
     from clear_dist.parallelize import interrupt, parallelize
 
-__all__ = ["__version__", "generate", "interrupt", "parallelize", "upscale"]
+__all__ = ["Options", "__version__", "generate", "interrupt", "parallelize", "upscale"]
 __version__ = "0.1.0"
 
 
@@ -28,10 +29,11 @@ def _of(module: str, name: str) -> property:
 class _Package(ModuleType):
     """Properties, because a package's own `__getattr__` is not asked for names that submodules have taken."""
 
-    generate = _of("generation", "generate")
+    generate = _of("drawing.generation", "generate")
+    Options = _of("options", "Options")
     interrupt = _of("parallelize", "interrupt")
     parallelize = _of("parallelize", "parallelize")
-    upscale = _of("generation", "upscale")
+    upscale = _of("drawing.generation", "upscale")
 
 
 sys.modules[__name__].__class__ = _Package

@@ -91,7 +91,7 @@ def test_only_env_reads_the_ranks_environment() -> None:
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Constant) and node.value in names
     }
-    assert readers <= {"clear_dist.comm.env"}
+    assert readers <= {"clear_dist.launch.env"}
 
 
 def test_files_and_functions_keep_their_bounds() -> None:

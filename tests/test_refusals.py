@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from clear_dist.models.int8 import Int8Linear
 from clear_dist.parallelize import on_refusal, parallelize
-from tests.models.test_modulation_lora import adapt
+from clear_dist.weights.quantised import Int8Linear
 from tests.test_parallelize import run
 from tests.tiny_controlnet import make_tiny_controlled, make_tiny_controlnet, picture
+from tests.weights.test_hoisted_lora import adapt
 
 
 def state(pipe: Any) -> dict[str, Any]:

@@ -166,7 +166,12 @@ def run(arguments: list[str], folder: Path) -> dict[str, Any]:
 
 def told(text: str, folder: Path) -> list[str]:
     """Lines without what differs from run to run: times, amounts of free memory, and where things lie."""
-    for place, name in ((folder, "FOLDER"), (DEMO, "DEMO"), (CHECKOUT, "CHECKOUT"), (Path(tempfile.gettempdir()), "TMP")):
+    for place, name in (
+        (folder, "FOLDER"),
+        (DEMO, "DEMO"),
+        (CHECKOUT, "CHECKOUT"),
+        (Path(tempfile.gettempdir()), "TMP"),
+    ):
         text = text.replace(str(place), name)
     text = re.sub(r"seconds=[\d.]+", "seconds=", text)
     text = re.sub(r"the [\d.]+ GB that are free", "the GB that are free", text)
@@ -197,9 +202,7 @@ def draw(name: str, arguments: list[str], folder: Path) -> dict[str, Any]:
         latents = load_file(folder / f"{name}.safetensors")["latents"]
         report = json.loads((folder / f"{name}.json").read_text())
         kept = ("schema", "seed", "world_size", "settings", "clear_weights", "grid", "stripes")
-        counted = [
-            {key: value for key, value in rank.items() if key != "seconds_waiting"} for rank in report["comm"]
-        ]
+        counted = [{key: value for key, value in rank.items() if key != "seconds_waiting"} for rank in report["comm"]]
         result["latents"] = digest(latents.contiguous().numpy().tobytes())
         result["report"] = json.loads("\n".join(told(json.dumps({key: report[key] for key in kept}), folder)))
         result["comm"] = counted

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from clear_dist.comm.counters import labelled
 from clear_dist.comm.process_groups import (
     Transport,
     backends,
@@ -19,7 +20,6 @@ from clear_dist.comm.process_groups import (
     new_process_group,
     with_index,
 )
-from clear_dist.labels import labelled
 
 _SIGNS_OF_DEATH = ("closed by peer", "reset by peer", "broken pipe")
 _SIGNS_OF_LOSS = (*_SIGNS_OF_DEATH, "refused", "timed out", "timeout", "socket")

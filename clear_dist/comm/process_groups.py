@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from clear_dist.comm import env
+from clear_dist.launch import env
 
 Transport = Literal["nccl", "gloo", "host"]
 

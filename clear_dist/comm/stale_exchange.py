@@ -11,15 +11,14 @@ from typing import Literal
 
 import torch
 
-from clear_dist.clock import Clock
+from clear_dist.comm.clock import Clock
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
-from clear_dist.comm.halo_exchange import HaloExchange, PendingHalos
-from clear_dist.comm.send_buffers import SendBuffers
+from clear_dist.comm.halo_exchange import HaloExchange, PendingHalos, SendBuffers
 from clear_dist.comm.text_reduce import TextReduce
-from clear_dist.config import TextAttention
 from clear_dist.geometry import HaloPlan
 from clear_dist.merge import unweigh, weigh
+from clear_dist.options import TextAttention
 
 LARGEST_CHANGE = 60.0
 """Of a log-sum-exp from step to step that is told apart: e^60 and e^-60 are far from the ends of float32."""

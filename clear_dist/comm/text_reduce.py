@@ -12,11 +12,10 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from clear_dist.comm.counters import Counters
+from clear_dist.comm.counters import Counters, labelled
 from clear_dist.comm.group import Group, reduce_op, telling_lost_peers
-from clear_dist.config import TextAttention
-from clear_dist.labels import labelled
 from clear_dist.merge import unweigh, weigh
+from clear_dist.options import TextAttention
 
 
 class TextReduce:

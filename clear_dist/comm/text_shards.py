@@ -20,14 +20,13 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from clear_dist.comm.counters import Counters
+from clear_dist.comm.counters import Counters, labelled
 from clear_dist.comm.group import Group, telling_lost_peers
 from clear_dist.comm.messages import all_gather
 from clear_dist.comm.text_reduce import TextReduce
-from clear_dist.config import TextAttention
 from clear_dist.geometry import TextPlan
-from clear_dist.labels import labelled
 from clear_dist.merge import unweigh, weigh
+from clear_dist.options import TextAttention
 
 
 class TextGather:

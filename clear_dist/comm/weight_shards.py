@@ -19,11 +19,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from clear_dist.comm.counters import Counters
+from clear_dist.comm.counters import Counters, labelled
 from clear_dist.comm.group import Group, telling_lost_peers
 from clear_dist.comm.messages import all_gather
 from clear_dist.comm.process_groups import forget_addresses, new_process_group
-from clear_dist.labels import labelled
 
 
 class ShardedWeights:

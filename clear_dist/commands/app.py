@@ -1,19 +1,25 @@
 """The command line: a table of commands, and their errors on one line."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from clear_dist import __version__
-from clear_dist.comm import ends, env
-from clear_dist.commands.generate import generate
+from clear_dist.commands.draw import generate, upscale
+from clear_dist.commands.flags import Command, no_number
 from clear_dist.commands.plan import plan
-from clear_dist.commands.upscale import upscale
 from clear_dist.commands.verify import verify
-from clear_dist.config import Refusal, rules
+from clear_dist.launch import ends, env
+from clear_dist.options import Refusal
+from clear_dist.request.flags import GenerateFlags, PlanFlags, UpscaleFlags, VerifyFlags
 
-COMMANDS: dict[str, Callable[..., int]] = {"generate": generate, "upscale": upscale, "plan": plan, "verify": verify}
+COMMANDS = {
+    "generate": Command(record=GenerateFlags, run=generate),
+    "upscale": Command(record=UpscaleFlags, run=upscale),
+    "plan": Command(record=PlanFlags, run=plan),
+    "verify": Command(record=VerifyFlags, run=verify),
+}
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -56,7 +62,7 @@ def _app() -> typer.Typer:
     )
     app.callback(invoke_without_command=True)(_without_command)
     for name, command in COMMANDS.items():
-        app.command(name)(command)
+        app.command(name)(command.for_typer())
     return app
 
 
@@ -79,9 +85,10 @@ def _message(error: Exception, arguments: Sequence[str]) -> str | None:
     if words is None:
         return None
     parameter = getattr(error, "param", None)
-    if parameter is not None and parameter.name in rules.WHOLE_NUMBERS | rules.REAL_NUMBERS:
-        return str(rules.no_number(parameter.name, _value_of(parameter.opts, arguments)))
-    return " ".join(words().split()).rstrip(".") + f"; see clear-dist {_command(arguments)}--help"
+    flags = COMMANDS[command].flags() if (command := _command(arguments)) else {}
+    if parameter is not None and parameter.name in flags and flags[parameter.name].bounds is not None:
+        return str(no_number(parameter.name, flags[parameter.name], _value_of(parameter.opts, arguments)))
+    return " ".join(words().split()).rstrip(".") + f"; see clear-dist {command}{' ' * bool(command)}--help"
 
 
 def _value_of(flags: Sequence[str], arguments: Sequence[str]) -> str:
@@ -95,5 +102,5 @@ def _value_of(flags: Sequence[str], arguments: Sequence[str]) -> str:
 
 
 def _command(arguments: Sequence[str]) -> str:
-    """The command that was asked for, and a space; nothing where there is none of that name."""
-    return next((f"{word} " for word in arguments if word in COMMANDS), "")
+    """The command that was asked for; nothing where there is none of that name."""
+    return next((word for word in arguments if word in COMMANDS), "")

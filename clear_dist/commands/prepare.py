@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,21 +10,22 @@ from typing import Any
 import torch
 from diffusers import FluxPipeline
 
-from clear_dist import hub, loading, lora, report
-from clear_dist.comm import env
-from clear_dist.comm.ends import say
+from clear_dist import hub
 from clear_dist.comm.group import Group
 from clear_dist.comm.in_touch import in_touch
-from clear_dist.commands.encoding import encode_ahead
-from clear_dist.compile_time import CompileTime
-from clear_dist.config import Refusal, Request
-from clear_dist.offload import parts_on_host
+from clear_dist.drawing.previews import Previews
+from clear_dist.families.flux.text import NOTHING, Encoded, encode
+from clear_dist.launch import env
+from clear_dist.launch.ends import say
+from clear_dist.observe import peaks
+from clear_dist.observe.profiling import CompileTime, Profile
+from clear_dist.observe.progress import Phases
+from clear_dist.options import Options, Refusal
 from clear_dist.parallelize import Parallelized, parallelize
 from clear_dist.pictures import preview_of
-from clear_dist.previews import Previews
-from clear_dist.profiling import Profile
-from clear_dist.progress import Phases
-from clear_dist.text import Encoded
+from clear_dist.request.request import Request
+from clear_dist.weights import loading, lora
+from clear_dist.weights.offload import parts_on_host
 
 SEED_BITS = 32
 
@@ -77,7 +78,7 @@ def prepare(request: Request, began: float, phases: Phases) -> Prepared:
         lora.load(pipe, hub.local_loras(request))
     if group.rank == 0 and handle.replaced is not None and not handle.replaced.file.is_relative_to(request.model):
         say(f"CLEAR weights: {handle.replaced}")  # a model's own go without saying
-    loading_peak = report.peak_memory(device)
+    loading_peak = peaks.peak_memory(device)
     seed = group.broadcast_object(secrets.randbits(SEED_BITS) if request.seed is None else request.seed)
     torch.manual_seed(seed)
     every = request.preview_every
@@ -93,8 +94,8 @@ def prepare(request: Request, began: float, phases: Phases) -> Prepared:
         launch=launch,
         encoded=encoded,
         loading_peak_bytes=loading_peak,
-        host_memory_bytes=None if request.report is None else report.host_memory(),
-        peak_since_loading=report.reset_peak_memory(device),
+        host_memory_bytes=None if request.report is None else peaks.host_memory(),
+        peak_since_loading=peaks.reset_peak_memory(device),
         compile_time=CompileTime(),
         previews=None if every is None or group.rank != 0 else Previews(preview_of(request.output), every),
         profile=_profile(request, group, handle),
@@ -131,26 +132,52 @@ def _profile(request: Request, group: Group, handle: Parallelized) -> Profile | 
 
 def _parallelize(pipe: Any, request: Request, group: Group) -> Parallelized:
     try:
-        return parallelize(
-            pipe,
-            window=request.window,
-            clear_weights=request.clear_weights,
-            text_attention=request.text_attention,
-            text_tokens=request.text_tokens,
-            attention_backend=request.attention_backend,
-            schedule=request.schedule,
-            warmup_steps=request.warmup_steps,
-            hoist_modulation=request.hoist_modulation,
-            compile=request.compile,
-            float8=request.float8,
-            int8=request.int8,
-            shard_weights=request.shard_weights,
-            offload=request.offload,
-            group=group,
-        )
+        options = {each.name: getattr(request, each.name) for each in fields(Options)}
+        return parallelize(pipe, clear_weights=request.clear_weights, group=group, **options)
     except ValueError as error:
         raise Refusal(str(error)) from error
 
 
 def _device(kind: str, local_rank: int) -> torch.device:
     return torch.device(kind, local_rank % torch.cuda.device_count()) if kind == "cuda" else torch.device(kind)
+
+
+def encode_ahead(request: Request, device: torch.device, phases: Phases) -> list[Encoded]:
+    """Of each prompt, in host memory (FLUX.1-dev: 4.2 MB); the text encoders are gone from `device` when this returns.
+
+    Raises:
+        Refusal: weights of a text encoder are missing, or do not fit their configuration.
+    """
+    with phases.phase("load", detail=" text encoders"):
+        pipe = loading.load_text_pipeline(
+            Path(request.model), dtype=getattr(torch, request.dtype), device=device, phases=phases
+        )
+        lora.load(pipe, hub.local_loras(request))
+    with phases.phase("text", detail="s" if len(request.prompts) > 1 else ""):
+        negative = _negative(pipe, request)
+        encoded = [_positive(pipe, request, prompt) + negative for prompt in request.prompts]
+    del pipe
+    loading.free(device)
+    return encoded
+
+
+def encode_prompt(pipe: Any, request: Request, prompt: str) -> Encoded:
+    """As one of `encode_ahead`, by a pipeline that has its text encoders."""
+    return _positive(pipe, request, prompt) + _negative(pipe, request)
+
+
+def _positive(pipe: Any, request: Request, prompt: str) -> Encoded:
+    for line in loading.cut_off(pipe, prompt, request.max_sequence_length):
+        say(f"warning: {line}")
+    return _on_host(encode(pipe, [prompt], request.max_sequence_length))
+
+
+def _negative(pipe: Any, request: Request) -> Encoded:
+    guided = max(stage.sampling.passes for stage in request.stages) > 1
+    if request.negative_prompt is None or not guided:
+        return NOTHING
+    return _on_host(encode(pipe, [request.negative_prompt], request.max_sequence_length))
+
+
+def _on_host(encoded: Encoded) -> Encoded:
+    return [None if tensor is None else tensor.cpu() for tensor in encoded]

@@ -12,22 +12,20 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from clear_dist import report
-from clear_dist.cascade import Cascade, Drawing, work_of
-from clear_dist.comm import env
-from clear_dist.comm.interrupts import unwinding
-from clear_dist.commands.encoding import encode_prompt
-from clear_dist.commands.prepare import Prepared, prepare
+from clear_dist.commands.prepare import Prepared, encode_prompt, prepare
 from clear_dist.commands.saving import Saving
-from clear_dist.config import Request
-from clear_dist.config.request import Picture
-from clear_dist.generation import from_image
+from clear_dist.drawing.cascade import Cascade, Drawing, work_of
+from clear_dist.drawing.generation import from_image
+from clear_dist.families.flux.text import Encoded, share
+from clear_dist.launch import env
+from clear_dist.launch.interrupts import unwinding
+from clear_dist.observe import peaks, report
+from clear_dist.observe.profiling import Profile
+from clear_dist.observe.progress import watched
 from clear_dist.pictures import replacing
-from clear_dist.preflight.pictures import load
-from clear_dist.profiling import Profile
-from clear_dist.progress import watched
+from clear_dist.request.pictures import load
+from clear_dist.request.request import Picture, Request
 from clear_dist.stages import Stage
-from clear_dist.text import Encoded, share
 
 SAVING = 0.5
 """Of a denoising step, in time, on a CPU; for the time left only."""
@@ -147,7 +145,7 @@ class Rendering(Prepared):
 
     def _report(self, file: Path) -> None:
         figures = report.RankFigures(
-            peak_memory_bytes=report.peak_memory(self.device),
+            peak_memory_bytes=peaks.peak_memory(self.device),
             peak_since_loading=self.peak_since_loading,
             weight_bytes=self.handle.weight_bytes,
             stale_buffer_bytes=self.handle.stale_buffer_bytes,

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from clear_dist import __version__
-from clear_dist.cascade import Drawing
 from clear_dist.comm.group import Group
-from clear_dist.config import Request
-from clear_dist.generation import picture_rows
+from clear_dist.drawing.cascade import Drawing
+from clear_dist.drawing.generation import picture_rows
 from clear_dist.pictures import numbered, save_picture, stage_file
+from clear_dist.request.request import Request
 from clear_dist.stages import Size
 
 NOT_TO_BE_SHARED = ("prompts", "negative_prompt", "output", "latents_out", "report", "profile", "picture")

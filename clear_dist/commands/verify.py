@@ -1,43 +1,65 @@
 """`clear-dist verify`: whether this machine computes and communicates as it should."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import Annotated
+from pathlib import Path
 
-import typer
+from clear_dist.launch import ends, env, ranks
+from clear_dist.launch.env import Place
+from clear_dist.request import devices, outputs
+from clear_dist.request.flags import STDOUT, VerifyFlags
 
-from clear_dist.comm import ends, env, launch
-from clear_dist.commands import options
-from clear_dist.config.verification import VerifyConfig
-from clear_dist.preflight import verification
-
-Nproc = Annotated[
-    int | None,
-    typer.Option(help="ranks to start here (visible GPUs; 2 on CPU); not under torchrun", show_default=False),
-]
-Json = Annotated[
-    str | None,
-    typer.Option(help="versions, devices, every figure; - is stdout", metavar="FILE|-", show_default=False),
-]
+RANKS_ON_CPU = 2
+"""The fewest that have something to say to each other."""
 
 
-def verify(
-    nproc: Nproc = None,
-    device: options.Device = "auto",
-    json: Json = None,
-    traceback: options.Traceback = False,
-) -> int:
+def verify(flags: VerifyFlags) -> int:
     """Check this machine: halos, text reductions, attention, a tiny FLUX, and the links between ranks.
 
     Takes less than a minute and downloads nothing. Ends with 0 if all checks pass, with 1 if one fails.
     """
-    config, place = VerifyConfig(nproc=nproc, device=device, json=json, traceback=traceback), env.read()
-    setting = verification.check(config, place)
+    place = env.read()
+    setting = settled(flags, place)
     for line in setting.lines if place.rank == 0 else ():
         ends.say(line)
-    work = partial(_verify, setting.device, json)
-    return launch.run(work, nproc=setting.world_size, on_cuda=setting.device == "cuda", traceback=traceback)
+    work = partial(_verify, setting.device, flags.json)
+    return ranks.run(work, nproc=setting.world_size, on_cuda=setting.device == "cuda", traceback=flags.traceback)
 
 
 def _verify(device: str, output: str | None) -> None:
-    import_module("clear_dist.verification").verify(device, output)  # torch: not for --help, nor for a refusal
+    import_module("clear_dist.verify").verify(device, output)  # torch: not for --help, nor for a refusal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What to verify on."""
+
+    device: str
+    world_size: int
+    lines: tuple[str, ...]
+    """For the user."""
+
+
+def settled(flags: VerifyFlags, place: Place) -> Setting:
+    """The device and the number of ranks.
+
+    Raises:
+        Refusal: there is no such device, torchrun has started another number of ranks, or the report cannot be written.
+    """
+    gpus = devices.gpus_for(flags.device)
+    size = devices.world_size(flags.nproc, place, otherwise=gpus or RANKS_ON_CPU)
+    if flags.json is not None and flags.json != STDOUT:
+        outputs.check_file("--json", Path(flags.json), (".json",))
+    here = place.local_world_size if place.launcher is not None else size
+    return Setting(device="cuda" if gpus else "cpu", world_size=size, lines=tuple(_notes(flags, gpus, size, here)))
+
+
+def _notes(flags: VerifyFlags, gpus: int, size: int, here: int) -> Iterator[str]:
+    if flags.device == "auto" and not gpus:
+        yield "device: cpu (no CUDA GPU here)"
+    if gpus and here > gpus:
+        yield f"{here} ranks share {gpus} GPU{'s' * (gpus > 1)}: they exchange through host memory"
+    if size == 1:
+        yield "one rank: no halos, nothing between neighbours; for these: --nproc 2"

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from clear_dist import preflight
-from clear_dist.comm.ends import Failure, describe
+from clear_dist.cards.hub_name import HubFile
 from clear_dist.comm.group import Group
 from clear_dist.comm.in_touch import in_touch
-from clear_dist.config import FLUX_DEV, Refusal, Request
-from clear_dist.config.request import Lora
-from clear_dist.hub.fetching import cached, fetch
-from clear_dist.hub.wanted import Wanted
-from clear_dist.preflight.hub_file import HubFile
+from clear_dist.families.flux.card import FLUX_DEV
+from clear_dist.hub.fetching import Wanted, cached, fetch
+from clear_dist.launch.ends import Failure, describe
+from clear_dist.options import Refusal
+from clear_dist.request import settle as preflight
+from clear_dist.request.request import Lora, Request
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 WANTED = (

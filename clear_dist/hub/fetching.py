@@ -4,18 +4,28 @@ One request asks what there is before anything is downloaded: whether the hub an
 user, and how large they are. The libraries below ask again and again, for half a minute and longer.
 """
 
+import errno
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, snapshot_download
-from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_ETAG_TIMEOUT
-from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
+from huggingface_hub.constants import ENDPOINT, HF_HUB_CACHE, HF_HUB_ETAG_TIMEOUT
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import (
     are_progress_bars_disabled,
@@ -24,11 +34,75 @@ from huggingface_hub.utils import (
     filter_repo_objects,
 )
 
-from clear_dist.comm.ends import say
 from clear_dist.comm.in_touch import in_background
-from clear_dist.config import Refusal, nearest_word
-from clear_dist.hub.leftovers import remove_leftovers
-from clear_dist.hub.wanted import Wanted, cause_of, explained
+from clear_dist.launch.ends import Failure, describe, say
+from clear_dist.options import Refusal, nearest_word
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NOT_GIVEN = (401, 403)
+LOCAL_FILES = "local files (--model FOLDER, --clear-weights FILE, --lora FILE)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Files of one repository."""
+
+    repository: str
+    revision: str | None = None
+    """Branch, tag or commit; None: the main branch."""
+    patterns: tuple[str, ...]
+    needed: str
+    """The file without which the others are of no use."""
+    nearest: str
+    """What to ask for instead."""
+
+
+def explained(want: Wanted, error: Exception) -> Refusal | Failure:
+    """What the hub's library raised, as the line for the user."""
+    repository = want.repository
+    if isinstance(error, Refusal | Failure):
+        return error
+    if isinstance(error, HFValidationError):
+        return Refusal(f"a name on the hub must be owner/name, got {repository} ({error}); nearest: {want.nearest}")
+    if isinstance(error, GatedRepoError):
+        return Refusal(
+            f"the hub gives {repository} only to users who accepted its licence: do so on {ENDPOINT}/{repository}, "
+            f"then `hf auth login`; nearest: {LOCAL_FILES}"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return Refusal(
+            f"the revision must be a branch, tag or commit of {repository}, got {want.revision!r}; nearest: main"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return Refusal(
+            f"the hub has no {repository}, or does not show it to you (`hf auth login`); nearest: {want.nearest}"
+        )
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in NOT_GIVEN:
+        return Refusal(
+            f"the hub does not give {repository} to you ({cause_of(error)}): `hf auth login`, or unset HF_TOKEN; "
+            f"nearest: {LOCAL_FILES}"
+        )
+    if isinstance(error, OSError) and (error.errno in NO_SPACE or error.filename is not None):
+        return Refusal(
+            f"the hub's files must have a folder that can be written to and has room, got {HF_HUB_CACHE} "
+            f"({error.strerror}); nearest: HF_HOME=FOLDER"
+        )
+    return Failure(
+        f"cannot get {repository} from the hub ({cause_of(error)}): check the network and HF_ENDPOINT, or pass "
+        f"{LOCAL_FILES}"
+    )
+
+
+def cause_of(error: BaseException) -> str:
+    """Why the hub's library has failed, in a few words."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, HfHubHTTPError):
+        return error.server_message or f"status {error.response.status_code}"
+    if isinstance(error, TimeoutError) and not str(error):
+        return f"no answer within {HF_HUB_ETAG_TIMEOUT} s"
+    return describe(error)
+
 
 SECONDS_BETWEEN_FIGURES = 15.0
 
@@ -141,3 +215,26 @@ def _without_bars() -> Iterator[None]:
     finally:
         if not were_off:
             enable_progress_bars()
+
+
+SECONDS_OF_REST = 60.0
+"""Unchanged for so long it is not being written: there are file systems whose locks hold nobody back."""
+
+
+def remove_leftovers(cache: Path, folder: str) -> int:
+    """Remove a repository's partial files that nobody is writing; returns their bytes.
+
+    Args:
+        folder: the repository's, in the cache.
+    """
+    removed = 0
+    for file in (cache / folder / "blobs").glob("*.incomplete"):
+        lock = cache / ".locks" / folder / f"{file.name.split('.')[0]}.lock"
+        with suppress(OSError, Timeout):  # gone meanwhile, not ours to remove, or being written
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock, blocking=False):
+                status = file.stat()
+                if time.time() - status.st_mtime > SECONDS_OF_REST:
+                    file.unlink()
+                    removed += status.st_size
+    return removed

@@ -38,8 +38,10 @@ def save_picture(
     Raises:
         OSError: it cannot be written; then, as after whatever `rows` raises, nothing is left behind.
     """
-    from clear_dist.pictures.blocks import in_blocks  # numpy and Pillow: checks and --help do without
-    from clear_dist.pictures.thumbnail import Thumbnail
+    from clear_dist.pictures.thumbnail import (
+        Thumbnail,
+        in_blocks,  # numpy and Pillow: checks and --help do without
+    )
 
     files = files_of(file, height=height, width=width)
     blocks = in_blocks(rows, height, width)

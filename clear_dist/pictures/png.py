@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from clear_dist.pictures.blocks import CHANNELS
+from clear_dist.pictures.thumbnail import CHANNELS
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 DEPTH, RGB, DEFLATE, ADAPTIVE, NOT_INTERLACED = 8, 2, 0, 0, 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import tifffile
 
-from clear_dist.pictures.blocks import BLOCK_ROWS, CHANNELS
+from clear_dist.pictures.thumbnail import BLOCK_ROWS, CHANNELS
 
 MOST_CLASSIC_BYTES = 2**32 - 2**26
 """Of pixels: they may grow a little when compressed, and tags and metadata come on top."""

@@ -18,8 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
-from clear_dist.comm.row_halos import RowHalos
-from clear_dist.comm.stripe_join import StripeJoin
+from clear_dist.comm.rows import RowHalos, StripeJoin
 from clear_dist.geometry import Rows
 
 Pointwise = Callable[[Tensor], Tensor]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from clear_dist.comm.group import Group
-from clear_dist.models.parts import Parts
-from clear_dist.parallelize import require_striped, striped_of
+from clear_dist.engine.parts import Parts
+from clear_dist.engine.striped import require_striped, striped_of
 from tests.ranks import run_ranks
 from tests.tiny import make_tiny_pipeline
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.comm.halo_exchange import HaloExchange
-from clear_dist.comm.stripe_join import StripeJoin
+from clear_dist.comm.rows import StripeJoin
 from clear_dist.comm.text_reduce import TextReduce
 from clear_dist.geometry import cut_in_stripes, plan_halos
 from tests.ranks import RanksFailedError, run_ranks

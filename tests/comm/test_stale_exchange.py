@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from clear_dist.clock import Clock
+from clear_dist.comm.clock import Clock
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
-from clear_dist.comm.send_buffers import SendBuffers
+from clear_dist.comm.halo_exchange import SendBuffers
 from clear_dist.comm.stale_exchange import StaleHaloExchange, StaleTextReduce
 from clear_dist.geometry import cut_in_stripes, plan_halos
 from tests.comm.test_halo_exchange import marked, not_contiguous, owners_of_rows, rows_seen

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from clear_dist.comm.group import Group
-from clear_dist.comm.stripe_collect import collect_stripes
+from clear_dist.comm.rows import collect_stripes
 from tests.ranks import run_ranks
 
 WIDTH = 5

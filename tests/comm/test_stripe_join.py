@@ -7,7 +7,7 @@ import torch
 
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
-from clear_dist.comm.stripe_join import StripeJoin
+from clear_dist.comm.rows import StripeJoin
 from clear_dist.geometry import cut_in_stripes
 from tests.ranks import run_ranks
 

@@ -7,7 +7,7 @@ import torch
 
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
-from clear_dist.comm.stripe_move import move_rows
+from clear_dist.comm.rows import move_rows
 from clear_dist.geometry import Rows, cut_in_stripes, plan_moves
 from tests.ranks import RanksFailedError, run_ranks
 

@@ -6,8 +6,7 @@ import pytest
 from PIL import Image
 
 from clear_dist.pictures import save_picture
-from clear_dist.pictures.blocks import in_blocks
-from clear_dist.pictures.thumbnail import Thumbnail
+from clear_dist.pictures.thumbnail import Thumbnail, in_blocks
 from tests.pictures.rows import noise, split
 
 

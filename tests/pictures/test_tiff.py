@@ -7,7 +7,7 @@ import tifffile
 from PIL import Image
 
 from clear_dist.pictures import save_picture, tiff
-from clear_dist.pictures.blocks import in_blocks
+from clear_dist.pictures.thumbnail import in_blocks
 from tests.pictures.rows import noise, split
 
 SIZES = [(1, 1), (1, 3), (3, 1), (3, 3), (1, 333), (257, 1), (15, 17), (16, 16), (17, 15), (48, 64), (100, 1000)]

@@ -1,0 +1,41 @@
+"""`clear-dist generate` and `upscale`: check the request, start the ranks, end."""
+
+import time
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+from clear_dist.launch import ends, env, ranks
+from clear_dist.plan import fit_here
+from clear_dist.request.flags import GenerateFlags, PictureFlags, UpscaleFlags
+from clear_dist.request.request import Request
+from clear_dist.request.settle import settle
+
+
+def generate(flags: GenerateFlags) -> int:
+    """Draw pictures from a prompt, on one rank or many. No argument is required."""
+    return _run(flags)
+
+
+def upscale(flags: UpscaleFlags) -> int:
+    """Make a picture larger: enlarge it, add noise, and denoise it again, stage by stage (SDEdit)."""
+    return _run(replace(flags, output=flags.output or Path(f"{flags.image.stem}-upscaled.png")))
+
+
+def _run(flags: PictureFlags) -> int:
+    """Check the request, start its ranks, and return the exit status; notes go to stderr, once.
+
+    Raises:
+        Refusal: the request is wrong.
+    """
+    began, place = time.time(), env.read()
+    request, facts, notes = settle(flags, place)
+    for line in (*notes, *fit_here.require(request, facts, place)) if place.rank == 0 else ():
+        ends.say(line)
+    work = partial(_render, request, began)
+    return ranks.run(work, nproc=request.world_size, on_cuda=request.device == "cuda", traceback=flags.traceback)
+
+
+def _render(request: Request, began: float) -> None:
+    import_module("clear_dist.commands.render").render(request, began)  # torch: not for --help, nor for a refusal

@@ -1,0 +1,87 @@
+"""The command line, made from records of flags: a typer command for each."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, dataclass, fields
+from inspect import Parameter, Signature
+from typing import Annotated, Any, get_args, get_type_hints
+
+import typer
+
+from clear_dist.options import Flag, Flags, Refusal, flag_of, shortened, spelled
+from clear_dist.request.flags import PANELS, PlanFlags
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What is done with the flags of one command."""
+
+    record: type[Flags]
+    run: Callable[[Any], int]
+    """Takes a record, and returns the exit status."""
+
+    def flags(self) -> dict[str, Flag]:
+        """Its flags by name."""
+        return {each.name: flag_of(each) for each in _shown(self.record)}
+
+    def for_typer(self) -> Callable[..., int]:
+        """A function whose signature typer reads, with the help of `run`."""
+
+        def call(**given: Any) -> int:
+            read = {name: _read(flag, given[name]) for name, flag in self.flags().items()}
+            return self.run(self.record(**read))
+
+        hints = get_type_hints(self.record)
+        parameters = [_parameter(each, hints[each.name]) for each in _shown(self.record)]
+        call.__doc__ = self.run.__doc__
+        call.__annotations__ = {each.name: each.annotation for each in parameters}
+        vars(call)["__signature__"] = Signature(parameters)
+        return call
+
+
+def no_number(name: str, flag: Flag, text: str) -> Refusal:
+    """The Refusal for `text` as the value of a flag that takes a number."""
+    assert flag.bounds is not None, name
+    least, most = flag.bounds
+    whole = isinstance(least, int)
+    try:
+        nearest = min(max(float(text), least), most)
+    except ValueError:
+        nearest = least
+    nearest = nearest if math.isfinite(nearest) else least
+    kind, shown = ("whole number", str(round(nearest))) if whole else ("number", f"{nearest:g}")
+    bounds = f"{least} to {most}" if whole else f"{least:g} to {most:g}"
+    return Refusal(f"{spelled(name)} must be a {kind} from {bounds}, got {shortened(text)!r}; nearest: {shown}")
+
+
+def _shown(record: type[Flags]) -> list[Field]:
+    """A record's flags by panels, and in each those of its own before those that it shares with others."""
+    inherited = {name: depth for depth, kind in enumerate(reversed(record.__mro__)) for name in _declared(kind)}
+    mine = [each for each in fields(record) if record is not PlanFlags or flag_of(each).planned]
+    return sorted(mine, key=lambda each: (PANELS.index(flag_of(each).panel), -inherited[each.name]))
+
+
+def _declared(kind: type) -> Iterator[str]:
+    yield from vars(kind).get("__annotations__", {})
+
+
+def _parameter(each: Field, hint: Any) -> Parameter:
+    flag = flag_of(each)
+    default = Parameter.empty if each.default is MISSING else each.default
+    if flag.is_argument:
+        shown: Any = typer.Argument(help=flag.help, show_default=False)
+    else:
+        metavar = flag.metavar or "|".join(flag.choices) or None
+        names = flag.names or ((spelled(each.name),) if hint is bool else ())
+        shown = typer.Option(*names, help=flag.help, rich_help_panel=flag.panel, metavar=metavar, show_default=False)
+    kind = _as_text(hint) if flag.choices or flag.read else hint
+    return Parameter(each.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, shown])
+
+
+def _as_text(hint: Any) -> Any:
+    """str, or with None: what is not one of the choices is refused by us."""
+    return str | None if type(None) in get_args(hint) else str
+
+
+def _read(flag: Flag, value: Any) -> Any:
+    return value if flag.read is None or value is None else flag.read(value)

@@ -1,0 +1,219 @@
+"""A picture stage by stage: each is drawn from noise, or from the former one, enlarged and refined (SDEdit, Sec. 4.3).
+
+Every rank holds the rows of its stripe only, in pixels; latents are equal on all ranks that take part in a stage.
+
+Shapes: B pictures, C channels, R my rows, E the rows that mine are interpolated from, W columns.
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers import FluxImg2ImgPipeline
+from torch import Tensor
+
+from clear_dist.comm.group import Group
+from clear_dist.comm.rows import StripeJoin, move_rows
+from clear_dist.drawing.resize import resize_rows, rows_behind
+from clear_dist.engine.extrapolation import Extrapolation
+from clear_dist.engine.striped import require_striped
+from clear_dist.families.flux.pipeline import OnStep, denoise, refining_pipeline
+from clear_dist.geometry import Rows, cut_in_stripes
+from clear_dist.observe.peaks import give_back
+from clear_dist.observe.progress import Phases
+from clear_dist.stages import Size, Stage, Upscaling
+from clear_dist.vae import decode_stripes, encode_stripes
+
+PACKING = 2
+"""FLUX packs 2x2 latents in a token."""
+SEED_STRIDE = 0x9E3779B97F4A7C15
+"""Between the seeds of stages, so that none meets a neighbouring request's."""
+
+ENCODING, DECODING = 1.5, 3.0
+"""Passes through the transformer that take about as long, on a CPU with the embedded model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """Pictures of one size, each rank holding some of their rows."""
+
+    size: Size
+    """Height and width in pixels."""
+    rows: tuple[Rows, ...]
+    """In pixels, of each rank; none where a rank has nothing."""
+    pixels: Tensor | None
+    """My rows [B, 3, R, W], floating-point numbers in [-1, 1], or bytes."""
+    latents: Tensor | None = None
+    """[B, tokens, 64] of the whole picture, on the ranks that took part in drawing it."""
+
+
+class Cascade:
+    """The stages of one request; every rank of the group calls the same methods in the same order."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        embeddings: dict[str, Tensor],
+        *,
+        seed: int,
+        native_size: int,
+        phases: Phases | None = None,
+        on_step: OnStep | None = None,
+    ) -> None:
+        """
+        Args:
+            pipe: a FluxPipeline that `parallelize` was called on.
+            embeddings: from `encode_prompts`.
+            native_size: side in pixels of the square that the model was trained on.
+        """
+        self._pipe = pipe
+        self._striped = require_striped(pipe)
+        self._embeddings = embeddings
+        self._seed = seed
+        self._native_tokens = (native_size // token_size(pipe)) ** 2
+        self._phases = phases or Phases()
+        self._on_step = on_step
+        self._stages_drawn = 0
+
+    def draw(self, stage: Stage, before: Drawing | None = None, *, detail: str = "") -> Drawing:
+        """The pictures of one stage. A stage with fewer units of rows than there are ranks leaves some idle.
+
+        Args:
+            before: what an upper stage enlarges; None: the stage starts from noise.
+            detail: which of several stages this is, for people.
+        """
+        group, rows, unit = self._striped.group, stage.height // token_size(self._pipe), self._striped.settings.unit
+        ranks = min(group.size, rows // unit)
+        if self._striped.shards and ranks < group.size:  # idle ones would not give others their share
+            raise ValueError(
+                f"sharded weights need all ranks in every stage, and {stage.width} x {stage.height} pixels are {rows} "
+                f"rows of tokens, got {group.size} ranks; nearest: {rows // unit}"
+            )
+        stripes = cut_in_stripes(rows, ranks, unit=unit)
+        seed = (self._seed + self._stages_drawn * SEED_STRIDE) % 2**63
+        self._stages_drawn += 1
+        held = self._in_pixels(stripes)
+        part = group if ranks == group.size else group.split(ranks)
+        start = latents = pixels = None
+        if before is not None:
+            with self._phase("encode", stage, detail):
+                start = self._encode(self._enlarge(before, stage, held), part, stripes)
+        if group.rank < ranks:
+            with self._phase("denoise", stage, detail):
+                latents = self._denoise(stage, part, start, seed)
+            del start  # as large as the latents
+            with self._phase("decode", stage, detail):
+                pixels = self._decode(latents, stage, part, stripes)
+        else:
+            for _ in range(stage.sampling.steps):  # the report has an entry per step for every rank
+                self._striped.counters.begin_step()
+            self._striped.counters.pause()
+        if part is not group:
+            part.close()
+        return Drawing(size=stage.size, rows=held, pixels=pixels, latents=latents)
+
+    def _phase(self, name: str, stage: Stage, detail: str) -> AbstractContextManager[None]:
+        give_back(self._striped.group.device)
+        steps = stage.sampling.steps if name == "denoise" else None
+        return self._phases.phase(name, detail=detail, steps=steps, work=work_of(stage)[name])
+
+    def _denoise(self, stage: Stage, part: Group, start: Tensor | None, seed: int) -> Tensor:
+        """Latents of the whole picture."""
+        pipe = self._pipe if start is None else self._refining
+        extrapolation = self._extrapolation(stage)
+        with self._striped.running(group=part, scheduler=pipe.scheduler, extrapolation=extrapolation):
+            return denoise(pipe, self._embeddings, stage, seed=seed, start=start, on_step=self._on_step)
+
+    @cached_property
+    def _refining(self) -> FluxImg2ImgPipeline:
+        return refining_pipeline(self._pipe)
+
+    def _extrapolation(self, stage: Stage) -> Extrapolation | None:
+        tokens = stage.height * stage.width // token_size(self._pipe) ** 2
+        upper = stage.sampling
+        if not isinstance(upper, Upscaling) or tokens <= self._native_tokens:
+            return None
+        return Extrapolation(
+            native_tokens=self._native_tokens,
+            ntk_factor=upper.ntk_factor,
+            position_scale=(self._native_tokens / tokens) ** 0.5 if upper.interpolate_positions else 1.0,
+        )
+
+    def _enlarge(self, before: Drawing, stage: Stage, held: tuple[Rows, ...]) -> Tensor | None:
+        """My rows [B, C, R, W] of the former stage's pictures at this stage's size, in [-1, 1]; all ranks call this."""
+        group, (height, width) = self._striped.group, before.size
+        behind = tuple(rows_behind(rows, height, stage.height) for rows in held)
+        mine = None if before.pixels is None else (len(before.pixels), before.pixels.dtype)
+        batch, dtype = group.broadcast_object(mine)  # rank 0 has always taken part
+        pixels_BCEW = move_rows(
+            before.pixels,
+            group,
+            before.rows,
+            behind,
+            shape=(batch, 3, width),
+            dtype=dtype,
+            counters=self._striped.counters,
+        )
+        if not len(held[group.rank]):
+            return None
+        if dtype == torch.uint8:
+            pixels_BCEW = pixels_BCEW.float().div_(127.5).sub_(1)
+        return resize_rows(
+            pixels_BCEW, behind[group.rank].start, size=before.size, new_size=stage.size, rows=held[group.rank]
+        )
+
+    @torch.no_grad()
+    def _encode(self, pixels_BCRW: Tensor | None, group: Group, stripes: tuple[Rows, ...]) -> Tensor | None:
+        """Latents [B, 16, H, W] of the whole picture: the means, so that nothing is drawn that ranks must share."""
+        if pixels_BCRW is None:  # this rank idles
+            return None
+        vae, counters = self._pipe.vae, self._striped.counters
+        moments = encode_stripes(vae, pixels_BCRW.to(vae.dtype), group, stripes, counters=counters)
+        mean_BCRW = moments.chunk(2, dim=1)[0]
+        tokens_BLC = mean_BCRW.flatten(2).transpose(1, 2).contiguous()
+        whole_BLC = StripeJoin(group, stripes, counters).join(tokens_BLC)
+        mean = whole_BLC.transpose(1, 2).unflatten(2, (-1, mean_BCRW.shape[3]))
+        return (mean - vae.config.shift_factor) * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def _decode(self, latents: Tensor, stage: Stage, group: Group, stripes: tuple[Rows, ...]) -> Tensor:
+        """The pixels [B, 3, R, W] of my stripe."""
+        vae, mine, token = self._pipe.vae, stripes[group.rank], token_size(self._pipe)
+        tokens = mine.relative_to(0), stage.width // token
+        mine_BLC = latents.unflatten(1, (-1, tokens[1]))[:, tokens[0]].flatten(1, 2)
+        rows_BCRW = self._pipe._unpack_latents(mine_BLC, len(mine) * token, stage.width, self._pipe.vae_scale_factor)
+        scaled = rows_BCRW / vae.config.scaling_factor + vae.config.shift_factor
+        return decode_stripes(vae, scaled.to(vae.dtype), group, stripes, counters=self._striped.counters)
+
+    def _in_pixels(self, stripes: tuple[Rows, ...]) -> tuple[Rows, ...]:
+        """Rows of tokens in rows of pixels, and none for each rank that has no stripe."""
+        token, idle = token_size(self._pipe), self._striped.group.size - len(stripes)
+        return (*(Rows(token * rows.start, token * rows.stop) for rows in stripes), *(Rows(0, 0),) * idle)
+
+
+def work_of(stage: Stage) -> dict[str, float]:
+    """What the phases of a stage cost, in tokens that go through the transformer; for the time left only."""
+    tokens, upper = stage.height * stage.width, isinstance(stage.sampling, Upscaling)
+    return {
+        "encode": ENCODING * tokens * upper,
+        "denoise": tokens * stage.sampling.steps * stage.sampling.passes,
+        "decode": DECODING * tokens,
+    }
+
+
+def token_size(pipe: Any) -> int:
+    """Pixels along the side of a token."""
+    return pipe.vae_scale_factor * PACKING
+
+
+def unit_size(pipe: Any) -> int:
+    """Pixels that sides of pictures are multiples of; raises ValueError where the pipeline is not on stripes."""
+    return token_size(pipe) * require_striped(pipe).settings.unit
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """[R, B, W, 3] of bytes, from [B, 3, R, W] in [-1, 1]."""
+    scaled = pixels.float().mul(127.5).add_(127.5).clamp_(0, 255).round_()
+    return scaled.to(torch.uint8).permute(2, 0, 3, 1)

@@ -1,0 +1,182 @@
+"""From a prompt, or a picture, to pictures of any size with a parallelized pipeline: one call on every rank."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+from PIL.Image import Image, fromarray
+from torch import Tensor
+
+from clear_dist.comm.group import Group
+from clear_dist.comm.rows import collect_stripes
+from clear_dist.drawing.cascade import Cascade, Drawing, to_bytes, token_size, unit_size
+from clear_dist.engine.agreement import require_equal_settings
+from clear_dist.engine.striped import require_striped
+from clear_dist.families.flux.text import encode_prompts
+from clear_dist.geometry import Rows
+from clear_dist.stages import Sampling, Size, Stage, Upscaling, plan_cascade, plan_upscaling, refining_steps
+
+
+def generate(
+    pipe: Any,
+    prompt: str | list[str],
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int = 28,
+    guidance_scale: float = 3.5,
+    negative_prompt: str | None = None,
+    true_cfg_scale: float = 1.0,
+    max_sequence_length: int = 512,
+    num_images: int = 1,
+    seed: int = 0,
+    cascade: bool = True,
+    base_resolution: int | None = None,
+    upscaling: Upscaling | None = None,
+) -> list[Image]:
+    """Pictures of `prompt`, on rank 0; the other ranks take part and get an empty list.
+
+    Args:
+        pipe: a pipeline that `parallelize` was called on; only rank 0 needs its text encoders.
+        height, width: pixels, multiples of the token size, or of a down-sampled key's; the native size by default.
+        seed: of a CPU generator, so that it means the same noise as in `FluxPipeline` and on any number of ranks.
+        cascade: draw what is larger than the native size there first, then enlarge and refine it, about 2 times a
+            stage (paper, Sec. 4.3).
+        base_resolution: side in pixels of a square as large as the first stage; the native size by default.
+        guidance_scale, true_cfg_scale: of the first stage; `upscaling` has its own.
+        upscaling: how upper stages are refined; by default as in CLEAR's notebook, `num_inference_steps` x 0.7 steps.
+
+    Raises:
+        ValueError: the pipeline is not parallelized or no FluxPipeline, a size is no multiple of the token size, or the
+            stale schedule's buffers would not fit.
+    """
+    require_striped(pipe)
+    if not isinstance(pipe, FluxPipeline):
+        raise ValueError(f"generate draws with a FluxPipeline, got {type(pipe).__name__}; call that pipeline itself")
+    native = pipe.vae.config.sample_size
+    height, width, base = (native if size is None else size for size in (height, width, base_resolution))
+    require_whole_tokens(pipe, height=height, width=width, base_resolution=base)
+    stages = plan_cascade(
+        (height, width),
+        native=base,
+        token=unit_size(pipe),
+        sampling=Sampling(steps=num_inference_steps, guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale),
+        upscaling=upscaling or Upscaling(steps=refining_steps(num_inference_steps, Upscaling.strength)),
+        cascade=cascade,
+    )
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    embeddings = _encoded(pipe, stages, seed, prompts, negative_prompt, max_sequence_length, num_images)
+    return _pictures(pipe, embeddings, stages, seed, None)
+
+
+def upscale(
+    pipe: Any,
+    image: Image | None,
+    prompt: str = "",
+    *,
+    height: int,
+    width: int,
+    negative_prompt: str | None = None,
+    max_sequence_length: int = 512,
+    seed: int = 0,
+    upscaling: Upscaling | None = None,
+) -> list[Image]:
+    """`image` made larger and refined, stage by stage; on rank 0, which alone reads it, in a list of one.
+
+    Args:
+        image: any size and shape, on rank 0; it is stretched where `height` and `width` have another shape.
+        upscaling, and all others: as in `generate`.
+
+    Raises:
+        ValueError: the pipeline is not parallelized, a size is no multiple of the token size, or the picture is larger.
+    """
+    striped = require_striped(pipe)
+    require_whole_tokens(pipe, height=height, width=width)
+    before = from_image(image, striped.group)
+    stages = plan_upscaling(
+        before.size,
+        (height, width),
+        native=pipe.vae.config.sample_size,
+        token=unit_size(pipe),
+        upscaling=upscaling or Upscaling(),
+    )
+    embeddings = _encoded(pipe, stages, seed, [prompt], negative_prompt, max_sequence_length)
+    if height * width < before.size[0] * before.size[1]:
+        raise ValueError(f"upscale makes pictures larger, got {height} x {width} for one of {before.size} pixels")
+    return _pictures(pipe, embeddings, stages, seed, before)
+
+
+def require_whole_tokens(pipe: Any, **sizes: int) -> None:
+    """Raises ValueError where a size in pixels is no multiple of the token's, or of a down-sampled key's."""
+    unit = unit_size(pipe)
+    for name, size in sizes.items():
+        if size < unit or size % unit:
+            nearest = max(unit, round(size / unit) * unit)
+            raise ValueError(f"{name} must be a multiple of {unit} pixels, got {size}; nearest: {nearest}")
+
+
+def from_image(image: Image | None, group: Group) -> Drawing:
+    """A picture that rank 0 holds, to be enlarged; the others' is ignored. Raises ValueError where rank 0 has none."""
+    size: Size | None = group.broadcast_object(None if image is None else (image.height, image.width))
+    if size is None:
+        raise ValueError("rank 0 must be given the picture, got None")
+    pixels = None
+    if group.rank == 0 and image is not None:
+        values = torch.from_numpy(np.array(image.convert("RGB")))
+        pixels = values.permute(2, 0, 1)[None].to(group.device)
+    rows = (Rows(0, size[0]), *(Rows(0, 0),) * (group.size - 1))
+    return Drawing(size=size, rows=rows, pixels=pixels)
+
+
+def picture_rows(drawing: Drawing, index: int, group: Group) -> Iterator[np.ndarray]:
+    """Bytes [some rows, W, 3] of picture `index` from the top, on rank 0; all ranks exhaust the iterator."""
+    if drawing.pixels is None:
+        rows_RWC = torch.empty(0, drawing.size[1], 3, dtype=torch.uint8)
+    else:
+        rows_RWC = to_bytes(drawing.pixels[index : index + 1])[:, 0]
+    for stripe in collect_stripes(rows_RWC, group, tuple(map(len, drawing.rows))):
+        yield stripe.numpy()
+
+
+def _encoded(
+    pipe: Any,
+    stages: tuple[Stage, ...],
+    seed: int,
+    prompts: list[str],
+    negative_prompt: str | None,
+    max_sequence_length: int,
+    num_images: int = 1,
+) -> dict[str, Tensor]:
+    """The prompts' embeddings; raises ValueError where ranks were given different arguments, before any waits."""
+    if not prompts:
+        raise ValueError("prompt must be a text or a list of at least one, got an empty list")
+    if num_images < 1:
+        raise ValueError(f"num_images must be at least 1, got {num_images}; nearest: 1")
+    striped = require_striped(pipe)
+    require_equal_settings(striped.group, stages=stages, seed=seed, prompts=len(prompts), num_images=num_images)
+    return encode_prompts(
+        pipe,
+        striped.group,
+        striped.counters,
+        prompts,
+        negative_prompts=None if negative_prompt is None else [negative_prompt] * len(prompts),
+        max_sequence_length=max_sequence_length,
+        num_images=num_images,
+    )
+
+
+def _pictures(
+    pipe: Any, embeddings: dict[str, Tensor], stages: tuple[Stage, ...], seed: int, drawing: Drawing | None
+) -> list[Image]:
+    striped, last, batch = require_striped(pipe), stages[-1], len(embeddings["prompt_embeds"])
+    grid = last.height // token_size(pipe), last.width // token_size(pipe)
+    # Before the lower stages are drawn, rather than after.
+    striped.require_room(grid, batch=batch, passes=last.sampling.passes, steps=last.sampling.steps)
+    cascade = Cascade(pipe, embeddings, seed=seed, native_size=pipe.vae.config.sample_size)
+    for stage in stages:
+        drawing = cascade.draw(stage, drawing)
+    assert drawing is not None
+    pictures = (list(picture_rows(drawing, index, striped.group)) for index in range(batch))
+    return [fromarray(np.concatenate(rows)) for rows in pictures if rows]

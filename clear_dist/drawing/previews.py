@@ -1,0 +1,58 @@
+"""A small picture of what is being drawn, every few steps, so that a person can stop in time."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL.Image import fromarray
+from torch import Tensor
+
+from clear_dist.drawing.cascade import to_bytes
+from clear_dist.launch.ends import describe, say
+from clear_dist.pictures import replacing
+from clear_dist.stages import Stage
+from clear_dist.weights.offload import brought
+
+LONGEST_SIDE = 64
+"""Of what is decoded, in latents: 512 pixels for FLUX."""
+LEAST_SIDE = 2
+
+
+class Previews:
+    """Written on one rank, from the latents that all of them hold.
+
+    A preview shows what the step at hand takes the finished picture for. The velocity that the model predicted is the
+    difference of two steps' latents, so there is none after the first step of a stage, and keeping one is all it costs.
+    """
+
+    def __init__(self, file: Path, every: int) -> None:
+        self._file = file
+        self._every = every
+        self._before: Tensor | None = None
+
+    def after_step(self, pipe: Any, stage: Stage, done: int, latents: Tensor) -> None:
+        """Called after each step with the number of steps done and the latents [B, tokens, 64]."""
+        if done % self._every == 0 and done > 1:
+            assert self._before is not None, "kept after the step before"
+            sigmas = pipe.scheduler.sigmas
+            index = pipe.scheduler.step_index
+            velocity = (latents[:1] - self._before) / (sigmas[index] - sigmas[index - 1])
+            self._write(pipe, stage, latents[:1] - sigmas[index] * velocity)
+        self._before = latents[:1] if (done + 1) % self._every == 0 else None
+
+    @torch.no_grad()
+    def _write(self, pipe: Any, stage: Stage, clean: Tensor) -> None:
+        vae = pipe.vae
+        latents_BCHW = pipe._unpack_latents(clean, *stage.size, pipe.vae_scale_factor)
+        shrink = min(1.0, LONGEST_SIDE / max(latents_BCHW.shape[2:]))
+        size = [max(LEAST_SIDE, round(side * shrink)) for side in latents_BCHW.shape[2:]]
+        small = F.interpolate(latents_BCHW.float(), size, mode="area")
+        scaled = small / vae.config.scaling_factor + vae.config.shift_factor
+        with brought(vae):
+            pixels_HBWC = to_bytes(vae.decode(scaled.to(vae.dtype)).sample)
+        try:
+            with replacing(self._file) as partial:
+                fromarray(pixels_HBWC[:, 0].cpu().numpy()).save(partial)
+        except OSError as error:  # no reason to lose the picture itself
+            say(f"warning: no preview: {describe(error)}")

@@ -1,0 +1,105 @@
+"""What every rank holds for itself must be the same on all: else they compute different pictures, or wait for ever."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clear_dist.comm.clock import Clock
+from clear_dist.comm.counters import Counters
+from clear_dist.comm.group import Group
+
+LARGEST_WEIGHT = 8191
+
+MOST_SHAPES = 16
+"""Two numbers for each input that is compared; models have five at most, ControlNets eight."""
+
+LARGEST_DEVIATION = 0.05
+"""Of embeddings between ranks, where 1 is their length: bfloat16 rounds by 0.004, another prompt changes more."""
+
+
+class SameCall:
+    """Whether all ranks have come to the same forward, or would wait for each other.
+
+    Asked when it begins and answered before its first message, so that in the stale schedule nobody waits for it.
+    """
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
+        self._finish: Callable[[], bool] | None = None
+
+    def begin(self, group: Group, clock: Clock, inputs: Sequence[Tensor]) -> None:
+        """All ranks call this at the start of each forward."""
+        shapes = [size for x in inputs for size in (x.ndim, x.numel())]
+        padded = (shapes + [0] * MOST_SHAPES)[:MOST_SHAPES]
+        self._finish = group.start_equal([clock.step, clock.turn, *padded])
+
+    def require(self) -> None:
+        """To be called before anything is sent; raises ValueError on all ranks where they are at different passes."""
+        if self._finish is None:
+            return
+        finish, self._finish = self._finish, None
+        with self._counters.waiting("comm: agree wait", torch.device("cpu")):
+            same = finish()
+        if not same:
+            raise ValueError(
+                "every rank must call the pipeline alike, but passes, batch, prompt length or size differ; "
+                "give all ranks the same arguments"
+            )
+
+
+def require_equal_on_all_ranks(
+    drawn: list[Tensor], encoded: list[Tensor], settings: dict[str, Any], group: Group
+) -> None:
+    """Compares settings, noise and embeddings over ranks.
+
+    Args:
+        drawn: what must be the same to the bit.
+        encoded: what each rank may have computed by itself, so that it differs by rounding.
+        settings: by the name that an error gives them; pickled and compared with ==.
+
+    Raises:
+        ValueError: on all ranks, where something differs: noise drawn without a common generator, mostly.
+    """
+    everyone = group.gather_objects((settings, [shadow(x) for x in encoded]))
+    for name in settings:
+        values = [theirs[name] for theirs, _ in everyone]
+        if any(value != values[0] for value in values):
+            raise ValueError(f"every rank must be given the same {name}, got {', '.join(map(str, values))}")
+    if not group.equal([number for x in drawn for number in checksum(x)]):
+        raise ValueError(
+            "every rank must be given the same noise, pictures and step, but they differ; "
+            "pass generator=torch.Generator().manual_seed(n) with the same n on all ranks"
+        )
+    shadows = torch.tensor([theirs for _, theirs in everyone])
+    if (shadows - shadows[0]).abs().max() > LARGEST_DEVIATION:
+        raise ValueError("every rank must be given the same prompt, but their embeddings differ; pass equal prompts")
+
+
+def shadow(x: Tensor) -> list[float]:
+    """A few coordinates of a tensor, in units of its length, along directions that are the same everywhere."""
+    values = x.detach().flatten().double()
+    angles = torch.outer(torch.arange(1, 5, device=x.device).double(), torch.arange(len(values), device=x.device))
+    return (angles.cos() @ values / values.norm().clamp_min(1e-30)).nan_to_num().tolist()
+
+
+def checksum(x: Tensor) -> tuple[int, int]:
+    """Two sums over the bits of a tensor, the second with weights that tell order; the same whatever adds them up.
+
+    Sums of whole numbers, modulo 2^64: those of floating-point numbers depend on the number of threads.
+    """
+    whole_number = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    bits = x.detach().contiguous().flatten().view(whole_number).long()
+    weights = torch.arange(len(bits), device=bits.device) % LARGEST_WEIGHT + 1
+    return int(bits.sum()), int((bits * weights).sum())
+
+
+def require_equal_settings(group: Group, **settings: Any) -> None:
+    """Raises ValueError on all ranks, where they were given different arguments: each would cut its own way."""
+    everyone = group.gather_objects(settings)
+    for name in settings:
+        values = [theirs[name] for theirs in everyone]
+        if any(value != values[0] for value in values):
+            shown = "different files" if name == "clear_weights" else ", ".join(map(str, values))
+            raise ValueError(f"{name} must be the same on all ranks, got {shown}")

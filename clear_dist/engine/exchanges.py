@@ -1,0 +1,104 @@
+"""What layers exchange through: one after the other in the sync schedule, each with its own in the stale one."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from clear_dist.comm.clock import Clock
+from clear_dist.comm.counters import Counters
+from clear_dist.comm.group import Group
+from clear_dist.comm.halo_exchange import HaloExchange, SendBuffers
+from clear_dist.comm.stale_exchange import StaleHaloExchange, StaleTextReduce
+from clear_dist.comm.text_reduce import TextReduce
+from clear_dist.comm.text_shards import TextGather, TextScatter
+from clear_dist.engine.pooled_keys import PooledKeys
+from clear_dist.engine.room import SENDING_LAYERS
+from clear_dist.engine.settings import Settings
+from clear_dist.geometry import HaloPlan, Rows, TextPlan, plan_pooled
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A layer's halos, its text tokens that other ranks have, its text queries' reduction, its down-sampled keys."""
+
+    halos: HaloExchange
+    gather: TextGather
+    text: TextReduce
+    pooled: PooledKeys | None = None
+
+
+class Exchanges:
+    """Those of one cut, for one generation after another."""
+
+    def __init__(
+        self,
+        group: Group,
+        stripes: tuple[Rows, ...],
+        plan: HaloPlan,
+        settings: Settings,
+        counters: Counters,
+        *,
+        clock: Clock | None,
+    ) -> None:
+        """
+        Args:
+            clock: what the stale schedule goes by; None: the sync schedule.
+        """
+        self._group = group
+        self._plan = plan
+        self._text_attention = settings.text_attention
+        self._counters = counters
+        self._clock = clock
+        self._pooling = settings.pooling
+        factor = 1 if self._pooling is None else self._pooling.factor
+        self._pooled_plan = plan_pooled(stripes, group.rank, factor)
+        layers = 0 if clock is None else SENDING_LAYERS
+        self._sends, self._pooled_sends = (SendBuffers(group, counters, layers=layers) for _ in range(2))
+        self._made: dict[tuple[int, int, TextPlan], Exchange] = {}
+
+    def of(self, turn: int, layer: int, text: TextPlan) -> Exchange:
+        """That of a layer in one pass of a step."""
+        which = (0, 0, text) if self._clock is None else (turn, layer, text)
+        if which not in self._made:
+            self._made[which] = self._make(text)
+        return self._made[which]
+
+    def has_begun(self, turn: int) -> bool:
+        """Whether there are buffers for this pass."""
+        return any(made == turn for made, *_ in self._made)
+
+    def drain(self) -> None:
+        """Wait for what is on its way, and keep nothing of it; all ranks call this."""
+        for exchange in self._made.values():
+            exchange.halos.drain()
+            exchange.gather.drain()
+            exchange.text.drain()
+            if exchange.pooled is not None:
+                exchange.pooled.exchange.drain()
+        self._made.clear()
+
+    @property
+    def stale_bytes(self) -> int:
+        """Of what is kept from one step to the next."""
+        made = self._made.values() if self._clock is not None else ()
+        pooled = sum(exchange.pooled.exchange.received_bytes for exchange in made if exchange.pooled is not None)
+        return pooled + sum(exchange.halos.received_bytes + exchange.text.kept_bytes for exchange in made)
+
+    def _make(self, text: TextPlan) -> Exchange:
+        pooled = None
+        if self._pooling is not None:
+            pooled = PooledKeys(self._pooling, self._make_rows(self._pooled_plan, self._pooled_sends, "pooled"))
+        gather = TextGather(self._group, text, self._counters)
+        return Exchange(self._make_rows(self._plan, self._sends, "halo"), gather, self._make_text(text), pooled)
+
+    def _make_rows(self, plan: HaloPlan, sends: SendBuffers, counted_as: Literal["halo", "pooled"]) -> HaloExchange:
+        group, counters = self._group, self._counters
+        if self._clock is None:
+            return HaloExchange(group, plan, counters, sends=sends, counted_as=counted_as)
+        return StaleHaloExchange(group, plan, counters, sends=sends, clock=self._clock, counted_as=counted_as)
+
+    def _make_text(self, text: TextPlan) -> TextReduce:
+        group, mode, counters = self._group, self._text_attention, self._counters
+        if self._clock is None:
+            return TextScatter(group, text, mode, counters) if text.is_shared else TextReduce(group, mode, counters)
+        assert not text.is_shared, "nothing of the text is gathered late"
+        return StaleTextReduce(group, mode, counters, clock=self._clock)

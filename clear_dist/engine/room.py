@@ -1,0 +1,68 @@
+"""Whether the stale schedule's buffers fit in memory: found out on all ranks together, before any is made."""
+
+import socket
+
+import torch
+
+from clear_dist.comm.group import Group
+from clear_dist.geometry import HaloPlan
+from clear_dist.observe.memory import free_bytes
+from clear_dist.options import Refusal
+
+SENDING_LAYERS = 8
+"""How many layers' messages may be on their way out: a link's latency, in layers. 1, 8, all: alike on gloo."""
+
+
+def received_bytes(plan: HaloPlan, *, row_bytes: int, layers: int) -> int:
+    """Of the halos that a rank keeps from one step to the next.
+
+    Args:
+        row_bytes: keys and values of a row of the grid.
+        layers: in all passes of a step.
+    """
+    return layers * row_bytes * (len(plan.extended) - len(plan.own))
+
+
+def sending_bytes(plan: HaloPlan, *, row_bytes: int) -> int:
+    """Of the messages on their way out, and the one that is packed meanwhile."""
+    return (SENDING_LAYERS + 1) * row_bytes * sum(len(transfer.rows) for transfer in plan.sends)
+
+
+def needed_bytes(plan: HaloPlan, *, row_bytes: int, layers: int) -> int:
+    """Both together."""
+    return received_bytes(plan, row_bytes=row_bytes, layers=layers) + sending_bytes(plan, row_bytes=row_bytes)
+
+
+def require_room(needed: int, group: Group) -> None:
+    """All ranks call this with the bytes that each of them needs where its messages travel from and to.
+
+    Raises:
+        Refusal: on all ranks, where those on one device need more than it has.
+    """
+    everyone = group.gather_objects((_place(group.wire), needed, _free_bytes(group.wire)))
+    for place in {where for where, _, _ in everyone}:
+        together = sum(bytes_needed for where, bytes_needed, _ in everyone if where == place)
+        free = min(bytes_free for where, _, bytes_free in everyone if where == place)
+        if together > free:
+            raise Refusal(
+                f"the stale schedule's buffers must fit in the {_shown(free)} free on {place}, "
+                f"got {_shown(together)}; nearest: the sync schedule"
+            )
+
+
+def _place(device: torch.device) -> str:
+    host = socket.gethostname()
+    if device.type == "cpu":
+        return host
+    return f"{host}'s GPU {torch.cuda.get_device_properties(device).uuid}"
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        held_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held_by_torch
+    return free_bytes()
+
+
+def _shown(amount: int) -> str:
+    return f"{amount / 1e9:.1f} GB" if amount >= 1e8 else f"{amount / 1e6:.2f} MB"

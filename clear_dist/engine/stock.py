@@ -1,0 +1,64 @@
+"""What must still be as diffusers made it: else it would be lost on stripes, or computed past."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clear_dist.engine.striped import StripedModel
+
+
+def require_stock(*models: Any) -> None:
+    """Whether a transformer and its ControlNets can be put on stripes.
+
+    Raises:
+        ValueError: one is on stripes or compiled already, its projections are fused, or an attention processor is
+            another.
+    """
+    for model in models:
+        if any(hasattr(processor, "striped") for processor in model.attn_processors.values()):
+            raise ValueError("this pipeline is parallelized already; undo() the former first")
+        require_unfused(model)
+        require_uncompiled(model)
+        for name, module in model.named_modules():
+            stock = getattr(module, "_default_processor_cls", None)
+            if stock is not None and type(module.processor) is not stock:
+                raise ValueError(
+                    f"the processor of {name} must be {stock.__name__}, got {type(module.processor).__name__}; "
+                    "IP-Adapters (pipe.unload_ip_adapter() takes them off) and others cannot be parallelized"
+                )
+
+
+def require_unfused(model: Any) -> None:
+    """Raises ValueError where queries, keys and values are projected together."""
+    if any(getattr(module, "fused_projections", False) for module in model.modules()):
+        kind = "controlnet" if "ControlNet" in type(model).__name__ else "transformer"
+        raise ValueError(f"fused projections cannot be cut; call pipe.{kind}.unfuse_qkv_projections() first")
+
+
+def require_uncompiled(model: Any) -> None:
+    """Raises ValueError where the model, or a block of it, is compiled in its place."""
+    if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
+        raise ValueError("torch.compile cannot follow messages between ranks; pass parallelize(compile=True) instead")
+
+
+def is_striped_by(transformer: Any, striped: "StripedModel") -> bool:
+    """Whether all attention processors are those of `striped`."""
+    return all(getattr(processor, "striped", None) is striped for processor in transformer.attn_processors.values())
+
+
+def require_supported(transformer: Any, striped: "StripedModel") -> None:
+    """Raises ValueError where something has come since that would give wrong pictures, or leave ranks waiting."""
+    for name, processor in transformer.attn_processors.items():
+        if getattr(processor, "striped", None) is not striped:
+            raise ValueError(
+                f"the attention processor of {name} must stay clear_dist's, got {type(processor).__name__}; "
+                "IP-Adapters and other processors cannot be combined with parallelize"
+            )
+    require_unfused(transformer)
+    require_uncompiled(transformer)
+    if getattr(transformer, "is_cache_enabled", False):
+        raise ValueError(
+            "step caches must be off: each rank would decide from its own stripe whether to skip a step; "
+            "call pipe.transformer.disable_cache()"
+        )
+    if getattr(transformer, "_parallel_config", None) is not None:
+        raise ValueError("diffusers' own enable_parallelism cannot be combined with parallelize; use one of them")

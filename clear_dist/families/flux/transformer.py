@@ -1,0 +1,236 @@
+"""FLUX: what to cut, where to join, and its attention processor. The transformer itself stays diffusers'."""
+
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+from torch import Tensor, nn
+
+from clear_dist.comm.halo_exchange import PendingHalos
+from clear_dist.engine.cut import Cut
+from clear_dist.engine.extrapolation import Extrapolation
+from clear_dist.engine.striped import StripedModel
+from clear_dist.families.flux.blocks import Rotary, StripedBlock, require_no_mask
+from clear_dist.geometry import TextPlan
+
+PRODUCTS = re.compile(
+    r"(single_)?transformer_blocks\.\d+\."
+    r"(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)"
+)
+NORMS = re.compile(r"transformer_blocks\.\d+\.norm1(_context)?|single_transformer_blocks\.\d+\.norm|norm_out")
+
+
+class FluxStripeAttnProcessor:
+    """Projects, normalises and rotates as diffusers' FluxAttnProcessor, then attends over stripes.
+
+    A block on stripes takes from it which layer it is (`flux_blocks.py`). It is called where others have put a forward
+    of their own on a block before: hooks that bring its weights, mostly.
+    """
+
+    def __init__(self, striped: StripedModel | None = None, layer: int = 0) -> None:
+        """
+        Raises:
+            ValueError: nothing is given: `load_ip_adapter` makes processors anew, by their classes alone.
+        """
+        if striped is None:
+            raise ValueError("IP-Adapters cannot be combined with clear_dist.parallelize; undo() it first")
+        self.striped = striped
+        self.layer = layer
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Rotary | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Double blocks pass the text apart and get two outputs; single blocks pass both joined, text first.
+
+        Raises:
+            ValueError: an attention mask is given; windows and stripes have no place for it.
+        """
+        require_no_mask(attention_mask)
+        assert image_rotary_emb is not None, "FLUX rotates in every layer"
+        positions = slice(-hidden_states.shape[1], None)
+        rotary = image_rotary_emb[0][positions], image_rotary_emb[1][positions]
+        key = apply_rotary_emb(attn.norm_k(heads(attn, attn.to_k, hidden_states)), rotary, sequence_dim=1)
+        value = heads(attn, attn.to_v, hidden_states)
+        halos = self.striped.start_halos(self.layer, key, value)
+        query = attn.norm_q(heads(attn, attn.to_q, hidden_states))
+        if encoder_hidden_states is None:
+            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+            return self._attend(halos, query, key, value)
+        text_tokens = encoder_hidden_states.shape[1]
+        query_text = attn.norm_added_q(heads(attn, attn.add_q_proj, encoder_hidden_states))
+        key_text = attn.norm_added_k(heads(attn, attn.add_k_proj, encoder_hidden_states))
+        value_text = heads(attn, attn.add_v_proj, encoder_hidden_states)
+        text_positions = image_rotary_emb[0][:text_tokens], image_rotary_emb[1][:text_tokens]
+        output = self._attend(
+            halos,
+            apply_rotary_emb(torch.cat([query_text, query], dim=1), image_rotary_emb, sequence_dim=1),
+            torch.cat([apply_rotary_emb(key_text, text_positions, sequence_dim=1), key], dim=1),
+            torch.cat([value_text, value], dim=1),
+        )
+        image = attn.to_out[1](attn.to_out[0](output[:, text_tokens:]))
+        return image, attn.to_add_out(output[:, :text_tokens])
+
+    def _attend(self, halos: PendingHalos, *qkv_BLND: Tensor) -> Tensor:
+        """Output [B, L, C] of my tokens; other ranks' text tokens find room before them."""
+        elsewhere = self.striped.text_plan.elsewhere
+        joint = [torch.cat([x.new_empty(len(x), elsewhere, *x.shape[2:]), x], dim=1) for x in qkv_BLND]
+        self.striped.start_text(self.layer, *joint)
+        return self.striped.joint_attention(self.layer, halos, *joint).flatten(2)
+
+
+def heads(attn: Any, linear: nn.Module, x: Tensor) -> Tensor:
+    """`x` [B, L, C] projected, [B, L, N, D]."""
+    return linear(x).unflatten(-1, (-1, attn.head_dim))
+
+
+@dataclass(frozen=True)
+class FluxAdaptor:
+    """Cuts the inputs of FluxTransformer2DModel.forward to this rank's rows and joins its output."""
+
+    transformer: Any
+    """A FluxTransformer2DModel."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.transformer.config.attention_head_dim
+
+    @property
+    def channels(self) -> int:
+        """Of a token's key."""
+        return self.head_dim * self.transformer.config.num_attention_heads
+
+    @property
+    def products(self) -> list[str]:
+        """Names of the linear layers that all tokens go through in blocks."""
+        return [name for name, _ in self.transformer.named_modules() if PRODUCTS.fullmatch(name)]
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """In the order in which they are called."""
+        return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
+
+    def processors(self, striped: StripedModel) -> dict[str, FluxStripeAttnProcessor]:
+        names = self.transformer.attn_processors
+        return {name: FluxStripeAttnProcessor(striped, layer) for layer, name in enumerate(names)}
+
+    def striped_blocks(self) -> list[StripedBlock]:
+        """All blocks, their class changed until `remove`."""
+        return [StripedBlock.of(block) for block in self.blocks]
+
+    @property
+    def embedder(self) -> nn.Module:
+        """Of timestep, guidance and pooled prompt; every norm of `modulated` is given what it puts out, and no more."""
+        return self.transformer.time_text_embed
+
+    @property
+    def modulated(self) -> dict[str, Any]:
+        """The norms whose `linear` takes silu of the embedding, by name."""
+        return {name: norm for name, norm in self.transformer.named_modules() if NORMS.fullmatch(name)}
+
+    def embedder_inputs(self, inputs: tuple[Tensor, ...], timestep: Tensor) -> tuple[Tensor, ...]:
+        """The embedder's inputs at another timestep of the schedule, rounded as pipelines and the forward round it."""
+        like = inputs[0]
+        scaled = timestep.expand(like.shape).to(like.dtype) / 1000
+        return (scaled.to(like.device) * 1000, *inputs[1:])
+
+    def grid_of(self, inputs: dict[str, Any]) -> tuple[int, int]:
+        """Height and width in tokens, read from `img_ids` (this waits for the GPU: once per generation).
+
+        Raises:
+            ValueError: the ids are not one image in raster order (FLUX.1 Kontext's reference images, for one).
+        """
+        ids = flat_ids(inputs["img_ids"])
+        width = int((ids[:, 1] == 0).sum())
+        height = len(ids) // max(width, 1)
+        if len(ids) != height * width or not torch.equal(raster_ids(height, width, ids.device).to(ids.dtype), ids):
+            raise ValueError(
+                f"`img_ids` must be those of one image in raster order, got {len(ids)} ids that are not; "
+                "reference images (FLUX.1 Kontext) add tokens of their own, and cannot be parallelised"
+            )
+        return height, width
+
+    def text_tokens(self, inputs: dict[str, Any]) -> int:
+        """Their number."""
+        return inputs["encoder_hidden_states"].shape[1]
+
+    def cut(self, inputs: dict[str, Any], cut: Cut, text: TextPlan) -> dict[str, Any]:
+        """The inputs with the image's tokens, ids and ControlNet residuals cut, and the text's where it is shared.
+
+        Ids are made anew in float32: pipelines cast them to the prompt's dtype, and bfloat16 has no 257.
+        """
+        mine = cut.tokens
+        residuals = {
+            name: [own_tokens(name, sample, cut) for sample in inputs[name]]
+            for name in ("controlnet_block_samples", "controlnet_single_block_samples")
+            if inputs.get(name) is not None
+        }
+        ids = raster_ids(cut.height, cut.width, inputs["img_ids"].device)[mine]
+        if cut.extrapolation is not None:
+            ids = ids * cut.extrapolation.position_scale
+        return {
+            **inputs,
+            **residuals,
+            "hidden_states": inputs["hidden_states"][:, mine].contiguous(),
+            "encoder_hidden_states": inputs["encoder_hidden_states"][:, text.own],
+            "img_ids": ids,
+            "txt_ids": flat_ids(inputs["txt_ids"])[text.own].float(),
+        }
+
+    @contextmanager
+    def extrapolated(self, extrapolation: Extrapolation) -> Iterator[None]:
+        """While inside, the rotary embedding's base is `ntk_factor` times the stock one's."""
+        stock = self.transformer.pos_embed
+        # Another module, not a hook on the stock one: a compiled transformer does not look for new hooks.
+        self.transformer.pos_embed = FluxPosEmbed(theta=stock.theta * extrapolation.ntk_factor, axes_dim=stock.axes_dim)
+        try:
+            yield
+        finally:
+            self.transformer.pos_embed = stock
+
+    def replicated(self, inputs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """The inputs that must be equal on all ranks: to the bit, and but for the rounding of text encoders."""
+        drawn = [inputs[name] for name in ("hidden_states", "timestep", "guidance") if inputs.get(name) is not None]
+        return drawn, [inputs["encoder_hidden_states"], inputs["pooled_projections"]]
+
+    def named_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return dict(inspect.signature(self.transformer.forward).bind(*args, **kwargs).arguments)
+
+    def with_sample(self, output: Any, sample: Tensor) -> Any:
+        """The forward's output, a tuple or an object, with another sample in it."""
+        return (sample, *output[1:]) if isinstance(output, tuple) else Transformer2DModelOutput(sample=sample)
+
+
+def own_tokens(name: str, x_BLC: Tensor, cut: Cut) -> Tensor:
+    """This rank's tokens of the input `name`, which is whole, or cut already: by a ControlNet on stripes.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    own, whole = len(cut.plan.own) * cut.width, cut.height * cut.width
+    if x_BLC.shape[1] not in (own, whole):
+        raise ValueError(f"`{name}` must have a token for each of the {whole} latents, got {x_BLC.shape[1]}")
+    return x_BLC if x_BLC.shape[1] == own else x_BLC[:, cut.tokens]
+
+
+def flat_ids(ids: Tensor) -> Tensor:
+    """Ids [tokens, 3]; a leading batch dimension is deprecated in diffusers, but taken."""
+    return ids[0] if ids.ndim == 3 else ids
+
+
+def raster_ids(height: int, width: int, device: torch.device) -> Tensor:
+    """Position ids (0, y, x) of a grid in raster order, float32 [height x width, 3]."""
+    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+    zeros = torch.zeros(height, width, device=device)
+    return torch.stack([zeros, *torch.meshgrid(rows.float(), columns.float(), indexing="ij")], dim=-1).flatten(0, 1)

@@ -1,0 +1,170 @@
+"""How a run ends: one line from whoever knows the cause, silence from all others, and the exit status.
+
+0 done, 2 the request is wrong, 1 it failed while running, 130 interrupted.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback as tracebacks
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from clear_dist.launch import env
+from clear_dist.options import Refusal
+
+REFUSED, FAILED, INTERRUPTED = 2, 1, 130
+LONGEST_CAUSE = 600
+SHOW_CURSOR = "\x1b[?25h"
+HOW_TO_SEE_MORE = "(for the traceback: --traceback)"
+
+
+class Failure(Exception):
+    """What was done has failed, and its message tells all: nothing broke, so there is no traceback to see."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cause:
+    """Why a rank ended before its time."""
+
+    rank: int
+    status: int
+    line: str
+    traceback: str
+    seconds: float
+    """Wall clock: the first of several causes speaks."""
+
+
+def run_rank(work: Callable[[], None], *, traceback: bool) -> int:
+    """Do a rank's work; on failure tell it, or leave it to the launcher, or be silent. Returns the exit status."""
+    place = env.read()
+    try:
+        work()
+    except KeyboardInterrupt:
+        return interrupted()
+    except Refusal as error:
+        return _tell(place, _cause(place, REFUSED, str(error), error), traceback=traceback)
+    except Failure as error:
+        return _tell(place, _cause(place, FAILED, str(error), error), traceback=traceback)
+    except Exception as error:
+        lost = _lost_peer(error) if place.launcher is not None else None
+        if lost is not None and place.launcher == "clear-dist":
+            return FAILED  # the rank that has the cause tells it, or the launcher; torchrun would not
+        what = f"failed: {describe(error)}" if lost is None else f"lost contact with another rank: {lost}"
+        line = f"rank {place.rank} {what} {HOW_TO_SEE_MORE}"
+        return _tell(place, _cause(place, FAILED, line, error), traceback=traceback)
+    return 0
+
+
+def refuse(message: str) -> int:
+    """Tell that the request is wrong, once even where several ranks find it out; returns the exit status."""
+    place = env.read()
+    return _tell(place, _cause(place, REFUSED, message, None), traceback=False)
+
+
+def fail(error: Exception, *, traceback: bool) -> int:
+    """Tell of an error outside the ranks' work; returns the exit status."""
+    place = env.read()
+    cause = _cause(place, FAILED, f"failed: {describe(error)} {HOW_TO_SEE_MORE}", error)
+    return _tell(place, cause, traceback=traceback)
+
+
+def interrupted() -> int:
+    """Tell that this process was interrupted, once where several ranks were; returns the exit status."""
+    place = env.read()
+    if place.launcher is None:
+        _restore_terminal()
+    return _tell(place, _cause(place, INTERRUPTED, "interrupted", None), traceback=False)
+
+
+def causes(folder: Path) -> list[Cause]:
+    """What failed ranks have left in `folder`, the first first."""
+    found = [Cause(**json.loads(file.read_text())) for file in folder.glob("rank*.json")]
+    return sorted(found, key=lambda cause: cause.seconds)
+
+
+def conclude(statuses: Mapping[int, int | None], folder: Path, *, traceback: bool) -> int:
+    """The launcher's line and exit status, from its ranks' (None: still at work, -n: killed by signal n)."""
+    failed = {rank: status for rank, status in statuses.items() if status}
+    if not failed:
+        return 0
+    _restore_terminal()
+    killed = {rank: -status for rank, status in failed.items() if status < 0}
+    if killed:
+        rank, number = next(iter(killed.items()))
+        guess = " (out of memory?)" if number == signal.SIGKILL else ""
+        say(f"rank {rank} was killed by {signal.Signals(number).name}{guess}")
+        return FAILED
+    for cause in causes(folder)[:1]:
+        return _print(cause, traceback=traceback)
+    say(f"rank {next(iter(failed))} lost contact with the other ranks")
+    return FAILED
+
+
+def say(line: str) -> None:
+    """One line for people, on stderr: stdout is for the result."""
+    sys.stderr.write(f"clear-dist: {line}\n")  # in one piece: print would write the end of the line by itself
+    sys.stderr.flush()
+
+
+def describe(error: BaseException) -> str:
+    """Kind and message on one line."""
+    text = f"{type(error).__name__}: {error}".rstrip(": ")
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST_CAUSE else text[:LONGEST_CAUSE] + " ..."
+
+
+def _restore_terminal() -> None:
+    """A rank that was ended while it drew progress leaves the cursor hidden and its line open."""
+    if sys.stderr.isatty():
+        print(SHOW_CURSOR, file=sys.stderr)
+
+
+def _cause(place: env.Place, status: int, line: str, error: BaseException | None) -> Cause:
+    trace = "".join(tracebacks.format_exception(error)) if error is not None else ""
+    return Cause(rank=place.rank, status=status, line=line, traceback=trace, seconds=time.time())
+
+
+def _tell(place: env.Place, cause: Cause, *, traceback: bool) -> int:
+    if place.launcher == "clear-dist" and place.failures is not None:
+        # Its launcher reads this once the rank has ended, so a partial file is never seen by name.
+        partial = place.failures / f"{place.rank}.partial"
+        partial.write_text(json.dumps(asdict(cause)))
+        partial.replace(place.failures / f"rank{place.rank}.json")
+        return cause.status
+    if place.launcher == "torchrun":
+        # As soon as one rank has ended torchrun terminates the others, this one perhaps in the middle of its line.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return _print(cause, traceback=traceback) if _speaks(place, cause) else cause.status
+
+
+def _print(cause: Cause, *, traceback: bool) -> int:
+    say(cause.line)
+    if traceback and cause.traceback:
+        print(cause.traceback, file=sys.stderr, end="", flush=True)
+    return cause.status
+
+
+def _speaks(place: env.Place, cause: Cause) -> bool:
+    """Whether no other rank of this machine has spoken, or none can know."""
+    if place.failures is None or not place.failures.is_dir():
+        # Each may have a cause of its own, but all are interrupted alike.
+        return place.rank == 0 or cause.status != INTERRUPTED
+    try:
+        os.close(os.open(place.failures / "clear_dist_spoke", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _lost_peer(error: BaseException | None) -> BaseException | None:
+    """The PeerLost that `error` is or follows from."""
+    group = sys.modules.get("clear_dist.comm.group")  # not imported: nothing can have been lost
+    while group is not None and error is not None:
+        if isinstance(error, group.PeerLost):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,179 @@
+"""Starts ranks and turns their end, whatever it is, into one line and an exit status."""
+
+import ctypes
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, cast
+
+from clear_dist.launch import ends, env
+from clear_dist.launch.interrupts import ENDING, at_once, unwinding
+
+HEAVY = ("torch", "diffusers.pipelines.flux.pipeline_flux", "clear_dist.drawing.generation")
+"""Imported once, before the ranks are forked: in each of eight ranks it would cost a minute on two cores."""
+QUIET = {
+    "DIFFUSERS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+    "KINETO_LOG_LEVEL": "6",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TORCH_CPP_LOG_LEVEL": "FATAL",
+}
+"""Unless the user sets them: libraries would report every lost connection from every rank."""
+LOUD = ("torchao", "torch.utils._pytree")
+"""Loggers that tell every user, where torchao is installed, which of its kernels this torch does not load."""
+MEETING_SECONDS, FAREWELL_SECONDS = 5.0, 5.0
+_PR_SET_PDEATHSIG = 1
+
+Work = Callable[[], None]
+
+
+def run(work: Work, *, nproc: int, on_cuda: bool = False, traceback: bool = False) -> int:
+    """Do `work` in this process or, if nobody launched it and nproc > 1, in `nproc` new ones; the exit status.
+
+    Args:
+        work: what a rank does; it finds its place in `comm.env`. An interrupt ends a single rank at once, except
+            inside `interrupts.unwinding`.
+        nproc: ranks on this machine; without meaning where torchrun has started them.
+        on_cuda: ranks will use CUDA, which does not survive a fork after its first use.
+        traceback: print the traceback of the rank that failed first, too.
+    """
+    hush()
+    with at_once():
+        if env.read().launcher is not None:
+            return _leave(ends.run_rank(work, traceback=traceback))
+        if nproc == 1:
+            return ends.run_rank(work, traceback=traceback)
+        threads = _share_of_threads(nproc)
+        if not on_cuda:
+            for name in HEAVY:
+                import_module(name)  # only imports: a fork is safe as long as no parallel region of OpenMP has run
+        try:
+            with unwinding(), _reserved_port() as port, tempfile.TemporaryDirectory(prefix="clear-dist-") as folder:
+                failures = Path(folder)
+                places = [
+                    env.variables(rank=rank, size=nproc, port=port, failures=failures, threads=threads)
+                    for rank in range(nproc)
+                ]
+                return _run_ranks(work, places, failures, on_cuda=on_cuda, traceback=traceback)
+        except KeyboardInterrupt:
+            return ends.interrupted()
+
+
+def hush() -> None:
+    """Libraries say less than they like to; what the user has set stays. To be called before they are imported."""
+    for name, level in QUIET.items():
+        os.environ.setdefault(name, level)
+    for logger in LOUD:
+        logging.getLogger(logger).setLevel(logging.ERROR)
+
+
+def _run_ranks(work: Work, places: list[dict[str, str]], folder: Path, *, on_cuda: bool, traceback: bool) -> int:
+    # mypy knows no common class of contexts that has Process.
+    context: Any = multiprocessing.get_context("spawn" if on_cuda else "fork")
+    processes = [context.Process(target=_be_rank, args=(work, place, os.getpid())) for place in places]
+    try:
+        with _undisturbed():
+            for process in processes:
+                process.start()
+        _wait(processes, folder)
+    finally:
+        with _undisturbed():
+            # Read before the rest is ended: only those that ended by themselves tell what happened.
+            statuses = {rank: process.exitcode for rank, process in enumerate(processes)}
+            _end(processes)
+    return ends.conclude(statuses, folder, traceback=traceback)
+
+
+def _be_rank(work: Work, variables: dict[str, str], launcher: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides, and tells
+    for number in ENDING[1:]:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+    _die_with(launcher)
+    os.environ.update(variables)
+    _leave(ends.run_rank(work, traceback=False))
+
+
+def _leave(status: int) -> int:
+    """End a rank that failed at once: tearing down torch.distributed would wait for the others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:
+        os._exit(status)
+    return status
+
+
+def _share_of_threads(size: int) -> int | None:
+    """Of each of `size` ranks; None: the user has told OpenMP."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return None
+    threads = max(1, len(os.sched_getaffinity(0)) // size)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is imported, here or in a rank
+    return threads
+
+
+def _wait(processes: list[BaseProcess], folder: Path) -> None:
+    """Until all have ended, or one has failed and the cause is known."""
+    running = {process.sentinel: process for process in processes}
+    deadline: float | None = None
+    while running:
+        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+        for sentinel in multiprocessing.connection.wait(list(running), timeout):
+            process = running.pop(cast(int, sentinel))
+            process.join()
+        failed = [process.exitcode for process in processes if process.exitcode]
+        if any(code < 0 for code in failed) or ends.causes(folder) or (deadline and time.monotonic() >= deadline):
+            return
+        if failed and deadline is None:
+            # It lost a peer; the peer's end, which is the cause, is about to be seen.
+            deadline = time.monotonic() + MEETING_SECONDS
+
+
+def _end(processes: list[BaseProcess]) -> None:
+    started = [process for process in processes if process.pid is not None]
+    for process in started:
+        process.terminate()
+    deadline = time.monotonic() + FAREWELL_SECONDS
+    for process in started:
+        process.join(max(0.0, deadline - time.monotonic()))
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def _die_with(launcher: int) -> None:
+    """Let the kernel kill this process when the launcher dies, even by SIGKILL."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:
+        os._exit(1)
+
+
+@contextmanager
+def _reserved_port() -> Iterator[int]:
+    """A port that no other program gets: bound but not listening, so that rank 0 can still listen on it."""
+    with socket.socket() as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        yield reserved.getsockname()[1]
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Signals that end the launcher wait until it has started, or ended, all of its ranks."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)

@@ -1,0 +1,48 @@
+"""How much memory this process has taken at most, on its device and on the host."""
+
+import ctypes
+import resource
+from pathlib import Path
+
+import torch
+
+_CLEAR_HIGH_WATER_MARK = "5"
+
+
+def give_back(device: torch.device) -> None:
+    """Give memory back that lies between blocks in use, where the C library keeps it (glibc; hundreds of MB a rank)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if device.type == "cpu" else None
+    if trim is not None:
+        trim(0)
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Start measuring anew, after loading; False where the system does not let us."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text(_CLEAR_HIGH_WATER_MARK)
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: allocated by torch on CUDA, resident on CPU; the highest since the reset."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def host_memory() -> int | None:
+    """This process's proportional set size in bytes; None where the system does not tell."""
+    try:
+        rollup = Path("/proc/self/smaps_rollup").read_text()
+    except OSError:
+        return None
+    return 1024 * int(rollup.split("Pss:")[1].split()[0])

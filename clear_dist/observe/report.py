@@ -1,0 +1,124 @@
+"""The JSON report of a run (schema 1), and the figures in it that have to be measured."""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from clear_dist import __version__
+from clear_dist.observe.progress import LoadedPart, Times
+from clear_dist.pictures import replacing
+
+SCHEMA = 1
+LIBRARIES = ("torch", "diffusers", "transformers")
+STAGE_PHASES = ("encode", "denoise", "decode", "save")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFigures:
+    """What one rank measured; gathered on rank 0."""
+
+    peak_memory_bytes: int
+    peak_since_loading: bool
+    """False where the system cannot reset the high-water mark: then loading is in it too."""
+    weight_bytes: int
+    """Of the transformer, on the rank's device."""
+    stale_buffer_bytes: int
+    """Kept from one step to the next in the stale schedule, at most."""
+    compile_seconds: float
+    """That torch.compile took, in the steps that needed it."""
+    comm: Mapping[str, Sequence[float]]
+    loading_peak_bytes: int = 0
+    """As `peak_memory_bytes`, until the model was loaded."""
+    host_memory_bytes: int | None = None
+    """Its share of the host's memory once it was: pages that k ranks share count 1/k in each. None: not told here."""
+
+
+def versions() -> dict[str, str]:
+    """Of this package, what it rests on, and Python."""
+    return {"clear-dist": __version__, "python": platform.python_version()} | {
+        name: version(name) for name in LIBRARIES
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageFigures:
+    """One stage of one prompt."""
+
+    grid: tuple[int, int]
+    """Height and width in tokens."""
+    stripes: Sequence[tuple[int, int]]
+    """Rows [start, stop) of each rank that took part."""
+    times: Times
+
+
+def build(
+    *,
+    seed: int,
+    settings: Mapping[str, Any],
+    times: Times,
+    launch: float,
+    total: float,
+    stages: Sequence[StageFigures],
+    ranks: Sequence[RankFigures],
+    clear_weights: Mapping[str, Any] | None = None,
+    parts: Sequence[LoadedPart] = (),
+) -> dict[str, Any]:
+    """The report as plain JSON values.
+
+    Args:
+        times: of the whole run.
+        launch, total: seconds until the ranks were at work, and of everything.
+        stages: in the order in which they were drawn, at least one.
+        clear_weights: what a CLEAR checkpoint has replaced.
+        parts: of the model, in the order in which rank 0 loaded them.
+    """
+    listed = [_stage(stage) for stage in stages]
+    return {
+        "schema": SCHEMA,
+        "versions": versions(),
+        "seed": seed,
+        "world_size": len(ranks),
+        "settings": dict(settings),
+        "clear_weights": None if clear_weights is None else dict(clear_weights),
+        "grid": listed[-1]["grid"],
+        "stripes": listed[-1]["stripes"],
+        "seconds": {"launch": launch, **times.seconds, "total": total},
+        "seconds_per_step": times.seconds_per_step,
+        "stages": listed,
+        "peak_memory_bytes": [rank.peak_memory_bytes for rank in ranks],
+        "peak_memory_includes_loading": not all(rank.peak_since_loading for rank in ranks),
+        "weight_bytes": [rank.weight_bytes for rank in ranks],
+        "stale_buffer_bytes": [rank.stale_buffer_bytes for rank in ranks],
+        "loading": {
+            "parts": [_part(part) for part in parts],
+            "peak_memory_bytes": [rank.loading_peak_bytes for rank in ranks],
+            "host_memory_bytes": [rank.host_memory_bytes for rank in ranks],
+        },
+        "compile_seconds": [rank.compile_seconds for rank in ranks],
+        "comm": [{name: list(values) for name, values in rank.comm.items()} for rank in ranks],
+    }
+
+
+def _stage(stage: StageFigures) -> dict[str, Any]:
+    return {
+        "grid": list(stage.grid),
+        "stripes": [list(rows) for rows in stage.stripes],
+        "seconds": {name: stage.times.seconds[name] for name in STAGE_PHASES},
+        "seconds_per_step": stage.times.seconds_per_step,
+    }
+
+
+def _part(part: LoadedPart) -> dict[str, Any]:
+    """Gigabytes are 10^9 bytes."""
+    rate = part.nbytes / 1e9 / part.seconds
+    return {"name": part.name, "bytes": part.nbytes, "seconds": part.seconds, "gigabytes_per_second": rate}
+
+
+def write(report: Mapping[str, Any], file: Path) -> None:
+    """Whole or not at all."""
+    with replacing(file) as partial:
+        partial.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,0 +1,83 @@
+"""What this machine has, found out without torch."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from clear_dist.launch.env import Place
+from clear_dist.options import Refusal
+
+DRIVER = "libcuda.so.1"
+DESCRIBE = Path(__file__).with_name("describe_gpus.py")
+# In a process of its own: once a process has initialised CUDA, ranks forked from it cannot use it.
+_COUNT = f"""
+import ctypes
+driver, count = ctypes.CDLL({DRIVER!r}), ctypes.c_int()
+print(count.value if not driver.cuInit(0) and not driver.cuDeviceGetCount(ctypes.byref(count)) else 0)
+"""
+
+
+def count_gpus() -> int:
+    """CUDA devices that this process may use (the driver heeds CUDA_VISIBLE_DEVICES)."""
+    try:
+        ctypes.CDLL(DRIVER)
+        answer = subprocess.run([sys.executable, "-S", "-c", _COUNT], capture_output=True, text=True, timeout=60)
+        return int(answer.stdout)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return 0
+
+
+def gpus_for(device: str) -> int:
+    """How many ranks on `device` may use; raises a Refusal where `cuda` was asked for and there is none."""
+    gpus = count_gpus() if device != "cpu" else 0
+    if device == "cuda" and not gpus:
+        raise Refusal("--device cuda needs a CUDA GPU, and there is none here; nearest: cpu")
+    return gpus
+
+
+def world_size(nproc: int | None, place: Place, *, otherwise: int) -> int:
+    """How many ranks there will be; raises a Refusal where torchrun has started another number than asked for.
+
+    Args:
+        otherwise: where neither torchrun nor the user says.
+    """
+    if place.launcher is None:
+        return nproc or otherwise
+    if nproc not in (None, place.world_size):
+        raise Refusal(f"--nproc must be what torchrun started, or left out, got {nproc}; nearest: {place.world_size}")
+    return place.world_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundGpu:
+    """A CUDA device of this machine."""
+
+    name: str
+    total: int
+    """Bytes."""
+    free: int
+    """Bytes; `total` where NVIDIA's management library does not tell."""
+
+
+def find_gpus() -> tuple[FoundGpu, ...]:
+    """The CUDA devices that this process may use, in CUDA's order; none where the driver does not tell."""
+    try:
+        ctypes.CDLL(DRIVER)
+        answer = subprocess.run([sys.executable, "-S", str(DESCRIBE)], capture_output=True, text=True, timeout=60)
+        lines = [line.split("|") for line in answer.stdout.splitlines()]
+        return tuple(FoundGpu(name=name, total=int(total), free=int(free)) for name, total, free in lines)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return ()
+
+
+def missing_compiler(device_type: str) -> str | None:
+    """What torch.compile lacks to make kernels for a device; None: nothing."""
+    if device_type == "cuda":
+        return None if find_spec("triton") else "the package triton"
+    compiler = os.environ.get("CXX", "g++")
+    return None if shutil.which(compiler) else f"a C++ compiler ({compiler})"

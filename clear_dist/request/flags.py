@@ -1,0 +1,164 @@
+"""What a user asks for on the command line, a record for each command; it is made from these fields.
+
+A mistake that the request alone shows is a Refusal here, before anything is loaded. None: not given, and a value is
+chosen that fits the model.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from clear_dist.options import CUT, MODEL, Flags, Options, Refusal, flag
+from clear_dist.request.hardware import GPUS, LINKS
+
+DRAWN, LARGE, WRITTEN = "What to draw", "Above the native size", "What is written"
+PANELS = (DRAWN, LARGE, MODEL, CUT, WRITTEN, None)
+"""Of the help, in its order."""
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+DEVICES = ("auto", "cpu", "cuda")
+SIDES, SQUARES, STEPS = (16, 32_768), (16, 16_384), (1, 1_000)
+STDOUT = "-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept(Options):
+    """Flags that stay in a request as they were given."""
+
+    seed: int | None = flag(
+        None, "of the noise, on any number of ranks (drawn and reported)", DRAWN, bounds=(0, 2**63 - 1), planned=False
+    )
+    base_res: int | None = flag(
+        None, "side of a square as large as the first stage (the native size)", LARGE, bounds=SQUARES
+    )
+    save_stages: bool = flag(False, "write the lower stages' pictures too", LARGE, planned=False)
+    revision: str | None = flag(None, "of a hub model", MODEL, planned=False)
+    keep_text_encoder: bool = flag(
+        False, "encode each prompt when its turn comes, not all before the rest loads", MODEL
+    )
+    output: Path = flag(
+        Path("clear-dist.png"), "picture: png, jpg, webp or tiff; several are numbered (clear-dist.png)", WRITTEN,
+        metavar="FILE", planned=False,
+    )  # fmt: skip
+    preview_every: int | None = flag(
+        None, "write a small preview beside the output every so many steps", WRITTEN, metavar="STEPS", bounds=STEPS,
+        planned=False,
+    )  # fmt: skip
+    metadata: bool = flag(
+        True, "no prompt, seed and settings in the picture", WRITTEN, names=(" /--no-metadata",), planned=False
+    )
+    latents_out: Path | None = flag(None, "packed latents, safetensors", WRITTEN, metavar="FILE", planned=False)
+    report: Path | None = flag(None, "times, memory and communication, JSON", WRITTEN, metavar="FILE", planned=False)
+    profile: Path | None = flag(
+        None, "what is in flight when, in the last 3 steps: json or json.gz, one for each rank", WRITTEN,
+        metavar="FILE", planned=False,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureFlags(Kept):
+    """Flags of all commands that draw.
+
+    Raises:
+        Refusal: a value is out of its bounds, or two flags contradict each other.
+    """
+
+    res: int | None = flag(None, "height and width in pixels (the model's native size)", DRAWN, bounds=SQUARES)
+    height: int | None = flag(None, "pixels", DRAWN, bounds=SIDES)
+    width: int | None = flag(None, "pixels", DRAWN, bounds=SIDES)
+    guidance_scale: float | None = flag(
+        None, "distilled guidance (3.5; above the native size 7.5)", DRAWN, bounds=(0.0, 100.0), planned=False
+    )
+    negative_prompt: str | None = flag(None, "what to keep out; with --true-cfg-scale", DRAWN, planned=False)
+    true_cfg_scale: float | None = flag(
+        None, "classifier-free guidance; above 1: on (1; demo 3, at its native size)", DRAWN, bounds=(1.0, 100.0)
+    )
+    max_sequence_length: int | None = flag(None, "text tokens (dev 512, schnell 256)", DRAWN, bounds=(1, 512))
+    prompt: str | None = flag(None, "what the picture shows; quote it", is_argument=True, planned=False)
+    strength: float | None = flag(
+        None, "share of noise that enlarged pictures get (0.7; demo 0.3)", LARGE, bounds=(0.001, 1.0)
+    )
+    upscale_steps: int | None = flag(
+        None, "steps of each upper stage (the model's steps x strength)", LARGE, bounds=STEPS
+    )
+    ntk_factor: float | None = flag(
+        None, "of the rotary embedding's base (10)", LARGE, bounds=(1.0, 1_000.0), planned=False
+    )
+    model: str = flag("auto", "auto, demo, a folder in diffusers' layout, or a hub id (auto)", MODEL)
+    clear_weights: str = flag(
+        "auto", "auto, none, a file, a folder, or owner/name\\[@revision]:file on the hub (auto)", MODEL
+    )
+    lora: list[str] | None = flag(
+        None, "a LoRA with its weight (1); once for each", MODEL, metavar="FILE|FOLDER|HUB-ID[:WEIGHT]"
+    )
+    dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on CPU", MODEL, choices=DTYPES)
+    device: str = flag("auto", "auto: CUDA where it is", MODEL, choices=DEVICES, planned=False)
+    nproc: int | None = flag(
+        None, "ranks to start here (visible GPUs; 1 on CPU); not under torchrun", CUT, bounds=(1, 1_024)
+    )
+    traceback: bool = flag(False, "if a rank fails, show where")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.res is not None and (self.height is not None or self.width is not None):
+            given = "--height" if self.height is not None else "--width"
+            raise Refusal(f"--res is both height and width, got {given} too; leave one out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateFlags(PictureFlags):
+    """One `clear-dist generate`."""
+
+    prompts: Path | None = flag(
+        None, "one prompt a line; the model is loaded once", DRAWN, metavar="FILE", planned=False
+    )
+    steps: int | None = flag(
+        None, "denoising steps (dev 28, schnell 4)", DRAWN, names=("--steps", "--num-inference-steps"), bounds=STEPS
+    )
+    num_images: int = flag(1, "pictures of each prompt (1)", DRAWN, bounds=(1, 256))
+    cascade: str = flag(
+        "auto", "auto: draw at the native size, then enlarge and refine; off (auto)", LARGE, choices=("auto", "off")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompt is not None and self.prompts is not None:
+            raise Refusal("either a prompt or --prompts can be given, got both; leave one out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpscaleFlags(PictureFlags):
+    """One `clear-dist upscale`."""
+
+    image: Path = flag(..., "the picture to make larger", is_argument=True)
+    prompt: str | None = flag(None, "what it shows (the prompt that clear-dist wrote into it)", is_argument=True)
+    res: int | None = flag(None, "the longer side in pixels (twice the picture's)", DRAWN, bounds=SQUARES)
+    height: int | None = flag(None, "pixels; with both, the picture is cropped to their shape", DRAWN, bounds=SIDES)
+    width: int | None = flag(None, "pixels; with both, the picture is cropped to their shape", DRAWN, bounds=SIDES)
+    output: Path | None = flag(  # type: ignore[assignment]  # named after the image where it is not given
+        None, "picture: png, jpg, webp or tiff (IMAGE-upscaled.png, in this folder)", WRITTEN, metavar="FILE"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanFlags(GenerateFlags):
+    """One `clear-dist plan`: a `generate` on GPUs that need not be here."""
+
+    gpu: str = flag(
+        "auto", "kind (those of this machine; else H100, for the demo the CPU)", CUT,
+        metavar="|".join(("auto", "cpu", *GPUS)),
+    )  # fmt: skip
+    link: str = flag("auto", "between ranks (what such GPUs usually have)", CUT, metavar="|".join(("auto", *LINKS)))
+    nproc: int | None = flag(None, "ranks (the GPUs of this machine, or 1)", CUT, bounds=(1, 1_024))
+    sweep: bool = flag(False, "a table over 1 to 64 ranks", WRITTEN)
+    json: bool = flag(False, "for programs", WRITTEN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyFlags(Flags):
+    """One `clear-dist verify`."""
+
+    nproc: int | None = flag(
+        None, "ranks to start here (visible GPUs; 2 on CPU); not under torchrun", bounds=(1, 1_024)
+    )
+    device: str = flag("auto", "auto: CUDA where it is", choices=DEVICES)
+    json: str | None = flag(None, "versions, devices, every figure; - is stdout", metavar="FILE|-")
+    traceback: bool = flag(False, "if a rank fails, show where")

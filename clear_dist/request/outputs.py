@@ -1,0 +1,111 @@
+"""Whether what a request makes can be written where it is to go."""
+
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+from clear_dist.options import Refusal, nearest_word, shortened
+from clear_dist.pictures import files_of, numbered, preview_of, stage_file
+from clear_dist.request.request import PROFILE_ENDINGS, Request
+
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
+BYTES_PER_PIXEL = 3
+SHARE_OF_LOWER_STAGES = 0.5
+"""Of the last stage's pixels, at most: each has about a quarter of the next one's."""
+LATENT_BYTES_PER_PIXEL = 1
+"""64 channels of at most 4 bytes for 16 x 16 pixels."""
+
+
+def check(request: Request) -> None:
+    """Refuse an unknown ending, a folder that is missing or cannot be written, or a full disk."""
+    output, latents_out, report = request.output, request.latents_out, request.report
+    pixels, pictures = request.size[0] * request.size[1], len(request.prompts) * request.num_images
+    check_file("--output", output, PICTURE_ENDINGS)
+    kept = 1 + SHARE_OF_LOWER_STAGES * request.save_stages
+    needed = {output.parent.resolve(): round(pixels * BYTES_PER_PIXEL * pictures * kept)}
+    if latents_out is not None:
+        check_file("--latents-out", latents_out, (".safetensors",))
+        folder = latents_out.parent.resolve()
+        needed[folder] = needed.get(folder, 0) + pixels * LATENT_BYTES_PER_PIXEL * pictures
+    if report is not None:
+        check_file("--report", report, (".json",))
+    if request.profile is not None:
+        check_file("--profile", request.profile, PROFILE_ENDINGS)
+    for file in request.traces:
+        refuse_folder("--profile", file, PROFILE_ENDINGS)
+    by_products = _by_products(request, pictures)
+    for file in by_products:
+        refuse_folder("--output", file, PICTURE_ENDINGS)
+    picture = None if request.picture is None else request.picture.file
+    given = (output, latents_out, report, *request.traces, picture, *by_products)
+    files = [file.resolve() for file in given if file is not None]
+    if len(set(files)) < len(files):
+        again = next(file for index, file in enumerate(files) if file in files[:index])
+        flags = {"--report": report, "--latents-out": latents_out}
+        clashing = ((flag, file) for flag, file in flags.items() if file is not None and file.resolve() == again)
+        flag, mine = next(clashing, ("--output", output))
+        raise Refusal(
+            f"the picture to start from and all that is written must be different files, got {again.name} twice; "
+            f"nearest: {flag} {mine.with_name(f'{mine.stem}-new{mine.suffix}')}"
+        )
+    for folder, size in needed.items():
+        free = shutil.disk_usage(folder).free
+        if free < size:
+            raise Refusal(
+                f"{folder} must have {size / 1e6:.0f} MB free for this request, and has {free / 1e6:.0f} MB; "
+                f"nearest: --output {Path(tempfile.gettempdir()) / output.name}"
+            )
+
+
+def _by_products(request: Request, pictures: int) -> list[Path]:
+    """What is written beside `--output`: numbered pictures, thumbnails, lower stages, the preview; as far as known."""
+    if not (request.base_res or request.native_size):  # a hub model's stages are known once it is located
+        return []
+    stages = request.stages if request.save_stages else request.stages[-1:]
+    files: dict[Path, None] = {}
+    for index in range(pictures):
+        for stage in stages:
+            file = numbered(request.output, index, pictures)
+            file = file if stage is stages[-1] else stage_file(file, *stage.size)
+            files |= dict.fromkeys(files_of(file, height=stage.height, width=stage.width))
+    if request.preview_every is not None:
+        files[preview_of(request.output)] = None
+    return [file for file in files if file != request.output]
+
+
+def check_file(name: str, file: Path, endings: tuple[str, ...]) -> None:
+    """Raises a Refusal unless `file` has one of `endings` and can be created or replaced."""
+    refuse_folder(name, file, endings)
+    nameless = file.name.lower() in ("", *endings)
+    if nameless or not file.name.lower().endswith(endings):
+        ending = nearest_word(file.suffix.lower(), endings)
+        nearest = f"clear-dist{ending}" if nameless else file.with_suffix(ending)
+        raise Refusal(f"{name} must end in {', '.join(endings)}, got {str(file)!r}; nearest: {nearest}")
+    folder = file.parent
+    if not folder.is_dir():
+        existing = next(parent for parent in folder.absolute().parents if parent.is_dir())
+        raise Refusal(f"{name} must lie in a folder that exists, got {file}; nearest: {existing / file.name}")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()  # a superuser may write everywhere, but not on every file system
+    except OSError as error:
+        raise Refusal(
+            f"{name} must lie in a folder that can be written to, got {file} ({error.strerror}); "
+            f"nearest: {Path(tempfile.gettempdir()) / file.name}"
+        ) from error
+
+
+def refuse_folder(name: str, file: Path, endings: tuple[str, ...]) -> None:
+    """Raises a Refusal where `file` is a folder, or cannot be the name of a file."""
+    try:
+        is_folder = stat.S_ISDIR(file.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise Refusal(
+            f"{name} must be a file that can be written, got {shortened(str(file))!r} of {len(os.fsencode(file.name))} "
+            f"bytes ({error.strerror}); nearest: clear-dist{endings[0]}"
+        ) from error
+    if is_folder:
+        raise Refusal(f"{name} must be a file, got the folder {file}; nearest: {file / f'clear-dist{endings[0]}'}")

@@ -1,0 +1,173 @@
+"""What can be checked, and chosen, before weights are loaded: no torch here."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from clear_dist import demo
+from clear_dist.cards import folder as model
+from clear_dist.cards.clear import radius_of
+from clear_dist.cards.folder import ModelFacts
+from clear_dist.geometry import cut_in_stripes, require_units
+from clear_dist.launch.env import Place
+from clear_dist.options import Refusal, Window
+from clear_dist.request import clear_weights, devices, lora, notes, outputs, start
+from clear_dist.request.flags import Kept, PictureFlags
+from clear_dist.request.request import Request
+
+LONGEST_SIDE = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500}
+"""Pixels; the other formats take more than anyone asks for."""
+MOST_PIXELS = 16_384**2
+
+
+def settle(flags: PictureFlags, place: Place) -> tuple[Request, ModelFacts, tuple[str, ...]]:
+    """The request with everything chosen that can be known by now, its model, and what to tell the user about it.
+
+    Raises:
+        Refusal: see the checks; the first that fails is told.
+    """
+    gpus = devices.gpus_for(flags.device)
+    device = "cuda" if gpus else "cpu"
+    if flags.compile and (missing := devices.missing_compiler(device)):
+        raise Refusal(f"--compile needs {missing} on {device}, got none; nearest: without --compile")
+    if flags.float8 and not gpus:
+        raise Refusal("--float8 needs a CUDA GPU of compute capability 8.9, got cpu; nearest: without --float8")
+    request, facts, begin = choose(flags, place, device=device, gpus=gpus)
+    if request.height is not None:
+        outputs.check(request)
+    ranks = place.local_world_size if place.launcher else request.world_size
+    return request, facts, notes.of(flags, request, facts, prompts=begin.prompts, gpus=gpus, ranks=ranks)
+
+
+def choose(flags: PictureFlags, place: Place, *, device: str, gpus: int) -> tuple[Request, ModelFacts, start.Start]:
+    """The request with everything chosen, its model, and where it starts; nothing of this machine is looked at.
+
+    Args:
+        gpus: one rank each, where nothing else was asked for.
+
+    Raises:
+        Refusal: see the checks; the first that fails is told.
+    """
+    facts = model.find(flags.model, has_cuda=device == "cuda")
+    checkpoint = clear_weights.find(flags.clear_weights, flags.window, facts)
+    window = _window(flags, checkpoint)
+    down_factor = _down_factor(window, checkpoint)
+    begin = start.find(flags, facts, place, unit=facts.token_size * down_factor)
+    negative_prompt = facts.negative_prompt if flags.negative_prompt is None else flags.negative_prompt
+    request = Request(
+        prompts=tuple(_understood(prompt, facts) or "" for prompt in begin.prompts),
+        negative_prompt=_understood(negative_prompt, facts),
+        num_images=begin.num_images,
+        picture=begin.picture,
+        model=facts.location,
+        model_name="demo" if facts.is_demo else facts.location if facts.folder is None else facts.folder.name,
+        clear_weights=checkpoint,
+        loras=lora.find(flags.lora, facts),
+        height=begin.height,
+        width=begin.width,
+        native_size=facts.native_size,
+        token_size=facts.token_size,
+        down_factor=down_factor,
+        cascade=begin.cascade,
+        sampling=begin.sampling,
+        upscaling=start.upscaling(flags, begin.sampling, facts),
+        max_sequence_length=flags.max_sequence_length or facts.max_sequence_length,
+        dtype=("bfloat16" if device == "cuda" else "float32") if flags.dtype == "auto" else flags.dtype,
+        device=device,
+        world_size=devices.world_size(flags.nproc, place, otherwise=gpus or 1),
+        **_kept(flags.settled(window)),
+    )
+    _check_size(request)
+    return request, facts, begin
+
+
+def located(request: Request, folder: Path, checkpoint: str | None) -> Request:
+    """A hub model's request once its files are in `folder`: what could not be checked before is checked now.
+
+    Raises:
+        Refusal: as `check`.
+    """
+    facts = model.of_folder(folder)
+    native = facts.native_size
+    found = clear_weights.find(checkpoint or "none", request.window, facts)
+    settled = replace(
+        request,
+        model=str(folder),
+        clear_weights=found,
+        down_factor=_down_factor(request.window, found),
+        height=request.height or native,
+        width=request.width or native,
+        native_size=native,
+        token_size=facts.token_size,
+    )
+    lora.check_located(settled.loras, facts.flux)
+    _check_size(settled)
+    outputs.check(settled)
+    return settled
+
+
+def _kept(flags: Kept) -> dict[str, Any]:
+    """The flags that stay in a request as they are."""
+    return {each.name: getattr(flags, each.name) for each in fields(Kept)}
+
+
+def _understood(prompt: str | None, facts: ModelFacts) -> str | None:
+    """The demo has a small language of its own: its canonical spelling is what the encoders know."""
+    return demo.parse(prompt)[0] if prompt is not None and facts.is_demo else prompt
+
+
+def _window(flags: PictureFlags, checkpoint: str | None) -> Window:
+    if flags.window is not None:
+        return flags.window
+    if checkpoint is None:
+        return "full"
+    radius = radius_of(checkpoint)
+    if radius is None:
+        raise Refusal(
+            f"--window must be given where the checkpoint's name does not tell it, got {checkpoint}; "
+            "nearest: clear_local_<radius>.safetensors"
+        )
+    return radius
+
+
+def _down_factor(window: Window | None, checkpoint: str | None) -> int:
+    return 1 if window == "full" else clear_weights.down_factor(checkpoint)
+
+
+def _check_size(request: Request) -> None:
+    """Checks that need both sides in pixels; a hub model without a size has them once it is located."""
+    if request.height is None or request.width is None:
+        return
+    height, width = request.size
+    try:
+        require_units("width", width // request.token_size, request.down_factor)
+        cut_in_stripes(height // request.token_size, request.world_size, unit=request.down_factor)
+    except ValueError as error:
+        raise Refusal(f"{width} x {height} px: {error}") from error
+    if height * width > MOST_PIXELS:
+        nearest = f"{MOST_PIXELS // height // request.token_size * request.token_size} wide"
+        raise Refusal(f"a picture has at most {MOST_PIXELS} pixels, got {width} x {height}; nearest: {nearest}")
+    if request.base_res is not None and request.base_res > max(height, width):
+        most = max(height, width)
+        raise Refusal(f"--base-res must be at most the final {most} px, got {request.base_res}; nearest: {most}")
+    side, longest = max(height, width), LONGEST_SIDE.get(request.output.suffix.lower())
+    if longest is not None and side > longest:
+        raise Refusal(
+            f"a {request.output.suffix} picture is at most {longest} pixels wide and high, got {side}; nearest: .png"
+        )
+    if request.base_res or request.native_size:  # else a hub model, whose stages are known once it is located
+        _check_shards(request)
+
+
+def _check_shards(request: Request) -> None:
+    """Raises a Refusal where weights are in shards and a stage has no rows, or units of rows, for some of the ranks."""
+    if not request.shard_weights:
+        return
+    smallest = min(request.stages, key=lambda stage: stage.height)
+    units, together = smallest.height // request.unit, request.down_factor
+    if units < request.world_size:
+        rows = "rows of tokens" if together == 1 else f"times {together} rows of tokens, as down-sampled keys need them"
+        raise Refusal(
+            f"--shard-weights needs all ranks in every stage, and {smallest.width} x {smallest.height} pixels are "
+            f"{units} {rows}, got {request.world_size} ranks; nearest: --nproc {units}"
+        )

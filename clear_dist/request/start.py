@@ -1,0 +1,102 @@
+"""Where a request starts, from noise or from a picture: its prompts, its size, and how it is denoised."""
+
+import stat
+from dataclasses import dataclass, replace
+from typing import Any
+
+from clear_dist import demo
+from clear_dist.cards.folder import ModelFacts
+from clear_dist.launch.env import Place
+from clear_dist.options import Refusal, shortened, spelled
+from clear_dist.request import pictures
+from clear_dist.request.flags import GenerateFlags, PictureFlags, UpscaleFlags
+from clear_dist.request.request import Picture
+from clear_dist.stages import Sampling, Upscaling, refining_steps
+
+DEFAULT_PROMPT = "a lighthouse on a cliff at dusk, its light over a calm sea"
+GUIDANCE = ("guidance_scale", "true_cfg_scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What `generate` and `upscale` choose each in their own way."""
+
+    prompts: tuple[str, ...]
+    """As given."""
+    height: int | None
+    """Pixels; None: a hub model's native size."""
+    width: int | None
+    sampling: Sampling
+    num_images: int = 1
+    cascade: bool = True
+    picture: Picture | None = None
+
+
+def find(flags: PictureFlags, facts: ModelFacts, place: Place, *, unit: int) -> Start:
+    """Where the request starts.
+
+    Args:
+        unit: pixels that sides are multiples of: a token, or with down-sampled keys several.
+
+    Raises:
+        Refusal: prompts or picture cannot be read, or a size is no multiple of the unit.
+    """
+    for name in ("res", "height", "width", "base_res"):
+        _check_units(name, getattr(flags, name), unit, facts.token_size)
+    if isinstance(flags, UpscaleFlags):
+        return _from_picture(flags, facts, place, unit)
+    assert isinstance(flags, GenerateFlags), flags
+    height, width = flags.height or flags.res, flags.width or flags.res
+    return Start(
+        prompts=_prompts(flags, facts, place),
+        height=height or facts.native_size,
+        width=width or facts.native_size,
+        sampling=replace(facts.sampling, **_given(flags, "steps", *GUIDANCE)),
+        num_images=flags.num_images,
+        cascade=flags.cascade == "auto",
+    )
+
+
+def upscaling(flags: PictureFlags, sampling: Sampling, facts: ModelFacts) -> Upscaling:
+    """How upper stages are refined: as many steps as diffusers' img2img would take, where none were asked for."""
+    chosen = replace(facts.upscaling, **_given(flags, "strength", "ntk_factor", *GUIDANCE))
+    return replace(chosen, steps=flags.upscale_steps or refining_steps(sampling.steps, chosen.strength))
+
+
+def _given(flags: PictureFlags, *names: str) -> dict[str, Any]:
+    """The flags of these names that were given."""
+    values = {name: getattr(flags, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _from_picture(flags: UpscaleFlags, facts: ModelFacts, place: Place, unit: int) -> Start:
+    picture, (height, width), prompt = pictures.find(flags, facts, unit=unit, reads=place.local_rank == 0)
+    chosen = flags.prompt if flags.prompt is not None else prompt or ""
+    return Start(prompts=(chosen,), height=height, width=width, sampling=facts.sampling, picture=picture)
+
+
+def _check_units(name: str, size: int | None, unit: int, token: int) -> None:
+    if size is not None and size % unit:
+        below = size // unit * unit
+        nearest = " or ".join(str(near) for near in (below, below + unit) if near)
+        tokens = "one token" if unit == token else f"{unit // token} tokens, which CLEAR's down-sampled keys stand for"
+        shown = f"{spelled(name)} must be a multiple of {unit} pixels ({tokens})"
+        raise Refusal(f"{shown}, got {size}; nearest: {nearest}")
+
+
+def _prompts(flags: GenerateFlags, facts: ModelFacts, place: Place) -> tuple[str, ...]:
+    """A pipe can be read once only: not here and in the notes, and not by each of torchrun's ranks."""
+    if flags.prompts is None:
+        default = demo.DEFAULT_PROMPT if facts.is_demo else DEFAULT_PROMPT
+        return (default if flags.prompt is None else flags.prompt,)
+    try:
+        if place.world_size > 1 and stat.S_ISFIFO(flags.prompts.stat().st_mode):
+            raise Refusal(f"--prompts must be a file under torchrun, got the pipe {flags.prompts}; nearest: --nproc")
+        lines = flags.prompts.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why, shown = getattr(error, "strerror", None) or "not UTF-8", shortened(str(flags.prompts))
+        raise Refusal(f"--prompts must be a text file, one prompt a line, got {shown} ({why})") from error
+    given = tuple(line.strip() for line in lines if line.strip())
+    if not given:
+        raise Refusal(f"--prompts must hold at least one prompt, got the empty file {flags.prompts}")
+    return given

@@ -1,0 +1,166 @@
+"""What a check tells: each rank's finding, and all ranks' together."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from clear_dist.attention import BACKENDS, Backend
+from clear_dist.comm.group import Group
+from clear_dist.comm.halo_exchange import HaloExchange
+from clear_dist.comm.messages import post
+from clear_dist.comm.text_reduce import TextReduce
+from clear_dist.parallelize import parallelize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subjects:
+    """What is verified. Tests put something faulty in its place, to see that it is found."""
+
+    exchange: Callable[..., HaloExchange] = HaloExchange
+    reduction: Callable[..., TextReduce] = TextReduce
+    backends: Mapping[str, Backend] = field(default_factory=lambda: BACKENDS)
+    parallelize: Callable[..., Any] = parallelize
+    post: Callable[..., Any] = post
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What one rank found; all ranks yield findings of the same names in the same order."""
+
+    name: str
+    error: float
+    """0 where all is right; NaN and infinity are never within a tolerance."""
+    tolerance: float = 0.0
+    figure: str
+    """What was looked at, or measured, in a few words; rank 0's is shown."""
+    fault: str = ""
+    """What is wrong, where `error` exceeds the tolerance."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """This rank's figures for the JSON report, plain values."""
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance
+
+
+Check = Callable[[Group, Subjects], Iterator[Finding]]
+"""All ranks run it together. What it raises ends the run; what it yields is gathered before it goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One finding of all ranks."""
+
+    findings: Sequence[Finding]
+    """By rank."""
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        return self.findings[0].name
+
+    @property
+    def passed(self) -> bool:
+        return all(finding.passed for finding in self.findings)
+
+    @property
+    def worst(self) -> Finding:
+        """The first that failed, else the one with the largest error."""
+        failed = [finding for finding in self.findings if not finding.passed]
+        return failed[0] if failed else max(self.findings, key=lambda finding: finding.error)
+
+    @property
+    def faults(self) -> list[str]:
+        """A line for each rank that found something wrong."""
+        return [
+            f"rank {rank}: {finding.fault or f'error {finding.error:.3g}'}"
+            for rank, finding in enumerate(self.findings)
+            if not finding.passed
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the JSON report; an error that is no number is a word there."""
+        return {
+            "name": self.name,
+            "passed": self.passed,
+            "error": _plain(self.worst.error),
+            "tolerance": self.worst.tolerance,
+            "figure": self.findings[0].figure,
+            "faults": self.faults,
+            "seconds": self.seconds,
+            "ranks": [{"error": _plain(finding.error), **finding.details} for finding in self.findings],
+        }
+
+
+def gather(group: Group, finding: Finding, seconds: float) -> Result:
+    """All ranks' findings on all ranks; all call this."""
+    findings = group.gather_objects(finding)
+    names = {theirs.name for theirs in findings}
+    assert names == {finding.name}, f"ranks are at different checks: {names}"
+    return Result(findings=findings, seconds=seconds)
+
+
+def _plain(error: float) -> float | str:
+    """JSON has no NaN and no infinity."""
+    return error if abs(error) < float("inf") else str(error)
+
+
+Show = Callable[[Result], None]
+CAPTIONS = {True: "pass", False: "FAIL"}
+WIDTHS = {"": 4, "check": 52, "error": 7, "at most": 7}
+"""Of columns, equal in all rows; `figure` takes what is left, and from `check` what it lacks."""
+NARROWEST_CHECK, FIGURE = 24, 56
+
+
+@contextmanager
+def shown(*, rank: int, to_stderr: bool) -> Iterator[Show]:
+    """What to call with each result; silent on all ranks but the first.
+
+    Args:
+        to_stderr: the result proper is written to stdout.
+    """
+    stream = sys.stderr if to_stderr else sys.stdout
+    if rank != 0:
+        yield lambda result: None
+    elif stream.isatty():
+        yield coloured(stream)
+    else:
+        yield lambda result: print(plain(result), file=stream, flush=True)
+
+
+def coloured(stream: TextIO) -> Show:
+    """Rows of a table, for a terminal."""
+    console = Console(file=stream)
+    widths = WIDTHS | {"check": min(WIDTHS["check"], max(NARROWEST_CHECK, console.width - FIGURE))}
+
+    def row(*cells: Text | str) -> None:
+        table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
+        for width in widths.values():
+            table.add_column(width=width, overflow="fold")
+        table.add_column(overflow="fold")
+        table.add_row(*cells)
+        console.print(table)
+
+    row(*(Text(name, style="bold") for name in (*widths, "figure")))
+
+    def show(result: Result) -> None:
+        caption = Text(CAPTIONS[result.passed], style="green" if result.passed else "bold red")
+        worst, figure = result.worst, result.findings[0].figure
+        row(caption, result.name, f"{worst.error:.2g}", f"{worst.tolerance:g}", figure)
+        for fault in result.faults:
+            console.print(Text(f"      {fault}", style="red"))
+
+    return show
+
+
+def plain(result: Result) -> str:
+    """The same as one line, and one for each rank that found something wrong."""
+    worst = result.worst
+    head = f"{CAPTIONS[result.passed]}  {result.name}: {result.findings[0].figure}; "
+    return "\n      ".join([f"{head}error {worst.error:.2g}, at most {worst.tolerance:g}", *result.faults])

@@ -1,0 +1,138 @@
+"""CLEAR checkpoints: the image side of every attention layer, laid over a base model (paper, Sec. 3.3)."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from clear_dist.cards import clear as clear_checkpoint
+from clear_dist.cards.clear import PROJECTIONS, SPATIAL_WEIGHT
+from clear_dist.engine.agreement import checksum
+from clear_dist.engine.pooled_keys import Pooling
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplacedWeights:
+    """What a CLEAR checkpoint has replaced, and what it brings besides."""
+
+    file: Path
+    tensors: tuple[str, ...]
+    """Names of the transformer's parameters."""
+    layers: int
+    pooling: Pooling | None
+    """Of down-sampled keys, if the checkpoint has them."""
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """For the report."""
+        return {
+            "file": str(self.file),
+            "radius": clear_checkpoint.radius_of(self.file),
+            "down_factor": 1 if self.pooling is None else self.pooling.factor,
+            "tensors": len(self.tensors),
+            "layers": self.layers,
+        }
+
+    def __str__(self) -> str:
+        radius = self.figures["radius"] or "not in its name"
+        pooled = "" if self.pooling is None else f", down factor {self.pooling.factor}"
+        return (
+            f"{self.file.name} (radius {radius}{pooled}), {len(self.tensors)} tensors in {self.layers} layers replaced"
+        )
+
+    def checksums(self, transformer: Any) -> list[tuple[int, int]]:
+        """Of what it has put in, to compare ranks by."""
+        replaced = [transformer.get_parameter(name) for name in self.tensors]
+        return [checksum(tensor) for tensor in (*replaced, *(self.pooling.weights if self.pooling is not None else ()))]
+
+
+def radius_of(path: str | Path) -> int:
+    """The radius in tokens that a checkpoint was distilled for, from its name: `clear_local_16.safetensors`.
+
+    Raises:
+        ValueError: the name tells none.
+    """
+    radius = clear_checkpoint.radius_of(path)
+    if radius is None:
+        raise ValueError(
+            f"a CLEAR checkpoint is named clear_local_<radius>.safetensors, got {Path(path).name}; pass window=<radius>"
+        )
+    return radius
+
+
+def load_clear_weights(transformer: Any, path: str | Path, device: torch.device | str = "cpu") -> ReplacedWeights:
+    """Replaces the image side of attention by a checkpoint's.
+
+    Text projections, norms and everything else stay the base model's. LoRA layers stay on top of what is replaced.
+
+    Args:
+        device: where the transformer runs.
+
+    Raises:
+        ValueError: the file is none, its name and its tensors contradict each other, or a tensor is missing,
+            unexpected or of another shape; it is named, and nothing is replaced. Or a LoRA is fused in what would be.
+    """
+    require_unfused_lora(transformer)
+    parameters = dict(image_attention_parameters(transformer))
+    layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
+    with _opened(path) as file, torch.no_grad():
+        # One tensor at a time: a checkpoint for FLUX takes 3.6 GB.
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        factor = clear_checkpoint.down_factor_of(shapes, path)
+        own = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        clear_checkpoint.require_same_tensors(clear_checkpoint.with_spatial_weights(own, factor), shapes, path)
+        for name, parameter in parameters.items():
+            # On a CPU a view of the file, which ranks share, as they share the model's: a copy would be each one's own.
+            parameter.data = file.get_tensor(name).to(parameter.device).to(parameter.dtype)
+        pooling = None
+        if factor > 1:
+            weights = [file.get_tensor(f"{layer}.{SPATIAL_WEIGHT}").reshape(factor, factor) for layer in layers]
+            pooling = Pooling(weights=tuple(weight.to(device, transformer.dtype) for weight in weights))
+    return ReplacedWeights(file=Path(path), tensors=tuple(parameters), layers=len(layers), pooling=pooling)
+
+
+def require_unfused_lora(transformer: Any) -> None:
+    """Raises ValueError where weights hold a LoRA, which would be lost with them."""
+    for name, module in transformer.named_modules():
+        if clear_checkpoint.is_image_side(f"{name}.") and getattr(module, "merged", False):
+            raise ValueError(f"CLEAR weights replace {name}, a fused LoRA included; call pipe.unfuse_lora() first")
+
+
+def image_attention_parameters(transformer: Any) -> Iterable[tuple[str, nn.Parameter]]:
+    """Name in a CLEAR checkpoint and parameter, for every tensor of the transformer that a checkpoint must hold."""
+    for blocks in ("transformer_blocks", "single_transformer_blocks"):
+        for index, block in enumerate(getattr(transformer, blocks)):
+            for projection in PROJECTIONS:
+                linear = _submodule(block.attn, projection)
+                if linear is not None:
+                    prefix = f"{blocks}.{index}.attn.{projection}"
+                    yield from ((f"{prefix}.{name}", getattr(linear, name)) for name in ("weight", "bias"))
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    """A safetensors file, mapped into memory.
+
+    Raises:
+        ValueError: there is no such file, or it is truncated or of another format.
+    """
+    clear_checkpoint.refuse_pickled(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"CLEAR weights must be a complete safetensors file, got {path}: {error}") from error
+
+
+def _submodule(attn: nn.Module, name: str) -> nn.Module | None:
+    """The linear layer itself, under a LoRA's wrapping too; None where single blocks have no `to_out`."""
+    try:
+        module = attn.get_submodule(name)
+    except AttributeError:
+        return None
+    return getattr(module, "base_layer", module)

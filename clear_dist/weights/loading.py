@@ -1,0 +1,176 @@
+"""A FluxPipeline from a folder, quietly, with nothing missing from its weights."""
+
+import gc
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from transformers import CLIPTextModel, T5EncoderModel
+
+from clear_dist.cards.clear import require_same_tensors
+from clear_dist.cards.folder import WEIGHT_STEMS
+from clear_dist.cards.headers import component_files, read_component
+from clear_dist.observe.progress import Phases
+from clear_dist.options import Refusal, shortened
+from clear_dist.weights.mapped import load_mapped
+
+CUTTABLE = {"transformer": FluxTransformer2DModel, "vae": AutoencoderKL}
+TEXT = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
+
+
+def load_part(folder: Path, name: str, dtype: torch.dtype, device: torch.device, phases: Phases) -> Any:
+    """One of CUTTABLE and TEXT, from a pipeline's folder, on `device`.
+
+    Raises:
+        Refusal: weights are missing, or do not fit their configuration.
+    """
+    files = component_files(folder / name, WEIGHT_STEMS[name])
+    with phases.loading(name, sum(file.stat().st_size for file in files)) as advance:
+        if name == "transformer":
+            return _load_transformer(folder / name, files, dtype, device, advance)
+        return _load_stock(folder, name, dtype).to(device)
+
+
+def _load_transformer(
+    folder: Path, files: list[Path], dtype: torch.dtype, device: torch.device, advance: Callable[[int], None]
+) -> FluxTransformer2DModel:
+    """By ourselves: it is 24 GB of FLUX.1's 34, and all ranks have it."""
+    try:
+        with init_empty_weights():
+            transformer: Any = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(folder))
+    except Exception as error:  # as in `_load_stock`
+        raise unloadable(folder, FluxTransformer2DModel.__name__, error) from error
+    expected = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
+    require_same_tensors(expected, read_component(folder, WEIGHT_STEMS["transformer"]), folder)
+    load_mapped(transformer, files, dtype=dtype, device=device, advance=advance)
+    return transformer.eval()
+
+
+def _load_stock(folder: Path, name: str, dtype: torch.dtype) -> Any:
+    """By the part's own library, which knows the names that its tensors had in earlier versions."""
+    kind: Any = (CUTTABLE | TEXT)[name]
+    try:
+        part, info = kind.from_pretrained(
+            folder,
+            subfolder=name,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to name the tensor ourselves
+            dtype=dtype,
+        )
+    except Exception as error:  # for a damaged configuration the libraries raise what they like
+        raise unloadable(folder / name, kind.__name__, error) from error
+    for tensor in sorted(info["missing_keys"]):
+        raise Refusal(f"{folder / name} lacks {tensor}; are these the weights of another model?")
+    for tensor, got, expected in sorted(info.get("mismatched_keys", ())):
+        raise Refusal(
+            f"{tensor} must have the shape {list(expected)}, got {list(got)} in {folder / name}; "
+            "are these the weights of another model?"
+        )
+    return part
+
+
+def unloadable(folder: Path, kind: str, error: Exception) -> Refusal:
+    """What to raise where a library could not load what is in `folder`."""
+    why = " ".join(str(error).split()) or type(error).__name__
+    return Refusal(f"{folder} must hold what can be loaded as {kind}, and does not ({why}); download it again")
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """The libraries' progress bars and warnings are for those who call them themselves."""
+    verbosity = diffusers.utils.logging.get_verbosity(), transformers.utils.logging.get_verbosity()
+    bars = diffusers.utils.logging.is_progress_bar_enabled(), transformers.utils.logging.is_progress_bar_enabled()
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity(logging.ERROR)
+        library.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, level, bar in zip((diffusers, transformers), verbosity, bars, strict=True):
+            library.utils.logging.set_verbosity(level)
+            if bar:
+                library.utils.logging.enable_progress_bar()
+
+
+HOST = torch.device("cpu")
+NO_TEXT = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+
+
+def load_pipeline(
+    folder: Path,
+    *,
+    with_text_encoders: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_host: Collection[str] = (),
+    phases: Phases | None = None,
+) -> FluxPipeline:
+    """The pipeline of a folder in diffusers' layout, on `device`, its progress bars off.
+
+    Args:
+        with_text_encoders: without them the pipeline takes embeddings only.
+        on_host: names of parts that stay in host memory.
+        phases: where the parts are timed, and shown.
+
+    Raises:
+        Refusal: weights are missing, or do not fit their configuration.
+    """
+    names = (*TEXT, *CUTTABLE) if with_text_encoders else CUTTABLE
+    without = {} if with_text_encoders else NO_TEXT
+    places = {name: HOST if name in on_host else device for name in names}
+    return _assemble(folder, places, without, dtype, phases or Phases())
+
+
+def load_text_pipeline(folder: Path, *, dtype: torch.dtype, device: torch.device, phases: Phases) -> FluxPipeline:
+    """As `load_pipeline`, with all that encodes prompts and nothing else."""
+    return _assemble(folder, dict.fromkeys(TEXT, device), dict.fromkeys(CUTTABLE), dtype, phases)
+
+
+def free(device: torch.device) -> None:
+    """Give back what was dropped: to other processes, and to what is loaded next."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def cut_off(pipe: Any, prompt: str, max_sequence_length: int) -> list[str]:
+    """What the encoders do not see of a prompt, a line for each encoder that it is too long for."""
+    lines = []
+    for name, tokenizer, most in (
+        ("CLIP", pipe.tokenizer, pipe.tokenizer_max_length),
+        ("T5", pipe.tokenizer_2, max_sequence_length),
+    ):
+        ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
+        if len(ids) > most:
+            # The last place goes to the token that ends a prompt.
+            rest = tokenizer.decode(ids[most - 1 :], skip_special_tokens=True).strip()
+            lines.append(
+                f"the prompt is longer than the {most} tokens that {name} takes here; cut off: {shortened(rest)!r}"
+            )
+    return lines
+
+
+def _assemble(
+    folder: Path,
+    places: Mapping[str, torch.device],
+    without: Mapping[str, None],
+    dtype: torch.dtype,
+    phases: Phases,
+) -> FluxPipeline:
+    with quietly():
+        parts = {name: load_part(folder, name, dtype, place, phases) for name, place in places.items()}
+        try:
+            pipe: Any = FluxPipeline.from_pretrained(folder, **without, **parts, dtype=dtype, local_files_only=True)
+        except Exception as error:  # what the tokenizers' library raises is of no other class
+            raise unloadable(folder, "the tokenizers and the scheduler of a FluxPipeline", error) from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -1,0 +1,100 @@
+"""Text encoders and VAE in host memory while they are not in use.
+
+accelerate's hooks, which diffusers knows: a pipeline goes on telling the device that it runs on. But accelerate's own
+offloading moves what was used back when the next one comes; here weights do not travel back at all, since those in host
+memory are kept.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from torch import Tensor, nn
+
+from clear_dist.request.request import Request
+
+PARTS = ("text_encoder", "text_encoder_2", "vae")
+
+
+def parts_on_host(request: Request) -> tuple[str, ...]:
+    """Which parts of a pipeline `parallelize` will bring to the device, as they are needed, rather than loading."""
+    sharded = ("transformer",) if request.shard_weights and request.world_size > 1 else ()
+    return (*(PARTS if request.offload else ()), *sharded)
+
+
+class FromHost(ModelHook):
+    """Brings a module's weights to the device before its forward, and drops them there after it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.execution_device = device
+        self._held: list[tuple[nn.Module, str, Tensor]] = []
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        return module.to("cpu")
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Nothing happens where they are on the device already."""
+        if not self._held:
+            self._held = list(tensors_of(module))
+            there = {held: self._on_device(held) for _, _, held in self._held}  # once, also where modules share it
+            for owner, name, held in self._held:
+                setattr(owner, name, there[held])
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        for owner, name, held in self._held:
+            setattr(owner, name, held)
+        self._held = []
+        return output
+
+    def _on_device(self, held: Tensor) -> Tensor:
+        there = held.to(self.execution_device)
+        return nn.Parameter(there, held.requires_grad) if isinstance(held, nn.Parameter) else there
+
+    def detach_hook(self, module: nn.Module) -> nn.Module:
+        return module.to(self.execution_device)
+
+
+class Offloaded:
+    """A pipeline's text encoders and VAE, in host memory until `remove`."""
+
+    def __init__(self, pipe: Any, device: torch.device) -> None:
+        """
+        Raises:
+            ValueError: diffusers offloads them already.
+        """
+        parts = {name: part for name in PARTS if (part := getattr(pipe, name, None)) is not None}
+        for name, part in parts.items():
+            if hasattr(part, "_hf_hook"):
+                raise ValueError(f"offload and diffusers' own offloading exclude each other, got both for {name}")
+        self._parts = list(parts.values())
+        for part in self._parts:
+            add_hook_to_module(part, FromHost(device))
+
+    def remove(self) -> None:
+        """They are on the device again, all of them."""
+        for part in self._parts:
+            remove_hook_from_module(part)
+
+
+def tensors_of(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Parameters and buffers, each with the module that it belongs to and its name there."""
+    for owner in module.modules():
+        for name, tensor in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
+            yield owner, name, tensor
+
+
+@contextmanager
+def brought(module: nn.Module) -> Iterator[None]:
+    """While inside, a module of `Offloaded` is on the device: for what uses it by other ways than its forward."""
+    hook = getattr(module, "_hf_hook", None)
+    if not isinstance(hook, FromHost):
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)

@@ -1,0 +1,147 @@
+"""The command line as a user meets it: words in, one line and a status out, and no torch on the way."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clear_dist.cli import main
+from clear_dist.commands.app import with_dashes
+from clear_dist.request import settle as preflight
+
+ROOT = Path(__file__).parents[1]
+# Runs `clear-dist`, then tells what was imported and how much processor time it took.
+RUN = """
+import atexit, sys, time
+heavy = lambda: [name for name in ("torch", "diffusers", "transformers") if name in sys.modules]
+atexit.register(lambda: print(heavy(), time.process_time(), sep="|"))
+from clear_dist.cli import main
+main()
+"""
+
+
+def run(*arguments: str, cwd: Path, **environment: str) -> tuple[int, list[str], list[str]]:
+    """Exit status, lines on stdout and on stderr; nothing heavy was imported, and less than a second was spent."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    *lines, figures = done.stdout.splitlines()
+    heavy, seconds = figures.split("|")
+    assert heavy == "[]"
+    assert float(seconds) < 1.0
+    return done.returncode, lines, done.stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["generate", "--res", "1000"],
+            "--res must be a multiple of 16 pixels (one token), got 1000; nearest: 992 or 1008",
+        ),
+        (["generate", "--res", "many"], "--res must be a whole number from 16 to 16384, got 'many'; nearest: 16"),
+        (["generate", "--max_sequence_length=1.5"], "got '1.5'; nearest: 2"),
+        (["generate", "--guidance_scale", "nan"], "--guidance-scale must be a number from 0 to 100, got nan"),
+        (["generate", "--steps"], "'--steps' requires an argument"),
+        (["generate", "--rez", "64"], "No such option: --rez"),
+        (["generate", "two", "prompts"], "unexpected extra argument"),
+        (["generate", "--schedule", "late"], "--schedule must be one of sync, stale, got 'late'; nearest: stale"),
+        (["generate", "--warmup_steps", "-2"], "--warmup-steps must be from 0 to 1000, got -2; nearest: 0"),
+        (["generate", "--model", "/nowhere"], "there is no /nowhere"),
+        (["generate", "--output", "picture.gif"], "--output must end in"),
+        (["generate", "--device", "cuda"], "--device cuda needs a CUDA GPU"),
+        (["generate", "--nproc", "99"], "got 99; nearest: 16"),
+        (["generate", "--strength", "2"], "--strength must be a number from 0.001 to 1, got 2.0; nearest: 1"),
+        (["generate", "--base-res", "4096"], "--base-res must be at most the final 256 px, got 4096; nearest: 256"),
+        (["upscale"], "Missing argument 'image'"),
+        (["upscale", "nowhere.png"], "a file that can be read, got nowhere.png (No such file or directory)"),
+        (["upscale", "x.png", "--steps", "2"], "No such option: --steps"),
+        (["generat"], "Did you mean 'generate'"),
+        ([], "a command is needed"),
+    ],
+)
+def test_wrong_requests_get_one_line_and_status_2(arguments: list[str], words: str, tmp_path: Path) -> None:
+    status, output, errors = run(*arguments, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert (status, output, len(errors)) == (2, [], 1), errors
+    assert errors[0].startswith("clear-dist: ")
+    assert words in errors[0]
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["generate", "-h"], ["upscale", "--help"]])
+def test_help_is_quick(arguments: list[str], tmp_path: Path) -> None:
+    status, output, errors = run(*arguments, cwd=tmp_path)
+    assert (status, errors) == (0, [])
+    assert any("usage: clear-dist" in line.lower() for line in output)
+
+
+def test_every_flag_is_in_the_help(tmp_path: Path) -> None:
+    text = "\n".join(run("generate", "--help", cwd=tmp_path, COLUMNS="200")[1])
+    flags = """--model --revision --res --height --width --steps --num-inference-steps --guidance-scale
+        --max-sequence-length --negative-prompt --true-cfg-scale --num-images --prompts --seed --window --clear-weights
+        --text-attention --text-tokens --schedule --warmup-steps --attention-backend --dtype --device --nproc --output --latents-out --report --profile
+        --cascade --base-res --strength --upscale-steps --ntk-factor --save-stages --preview-every --no-metadata
+        --lora --hoist-modulation --compile --float8 --int8 --shard-weights --offload --keep-text-encoder"""
+    assert [flag for flag in flags.split() if flag not in text] == []
+    assert "owner/name[@revision]:file" in text, "brackets are words here, not rich's markup"
+
+
+def test_the_version(tmp_path: Path) -> None:
+    assert run("--version", cwd=tmp_path)[:2] == (0, ["clear-dist 0.1.0"])
+
+
+@pytest.mark.parametrize(
+    ("rank", "words"), [("x", "RANK must be a whole number"), ("3", "RANK must be less than WORLD_SIZE")]
+)
+def test_a_launcher_that_makes_no_sense_is_refused(rank: str, words: str, tmp_path: Path) -> None:
+    place = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    status, output, errors = run("generate", cwd=tmp_path, **place)
+    assert (status, output, len(errors)) == (2, [], 1)
+    assert words in errors[0]
+
+
+@pytest.mark.parametrize("traceback", [[], ["--traceback"]])
+def test_an_error_of_our_own_is_one_line(
+    traceback: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def break_down(*_: object) -> None:
+        raise ZeroDivisionError("by\nnothing")
+
+    monkeypatch.setattr(preflight, "check", break_down)
+    with pytest.raises(SystemExit) as ending:
+        main(["generate", *traceback])
+    first, *more = capsys.readouterr().err.splitlines()
+    assert ending.value.code == 1
+    assert first == "clear-dist: failed: ZeroDivisionError: by nothing (for the traceback: --traceback)"
+    assert bool(more) == bool(traceback)
+
+
+def test_a_refusal_on_two_ranks_is_told_once(tmp_path: Path) -> None:
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    lines = []
+    for rank in "10":
+        own = {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_ERROR_FILE": str(tmp_path / rank / "error.json")}
+        status, _, errors = run("generate", "--res", "7", cwd=tmp_path, **place, **own)
+        assert status == 2
+        lines += errors
+    assert len(lines) == 1
+
+
+def test_dashes_and_underscores_are_the_same_in_names_only() -> None:
+    given = ["generate", "a_b", "--num_images", "c_d", "--latents_out=e_f", "--", "--g_h"]
+    assert with_dashes(given) == ["generate", "a_b", "--num-images", "c_d", "--latents-out=e_f", "--", "--g_h"]
+
+
+def test_public_names_are_functions_although_a_module_has_the_same_name() -> None:
+    import clear_dist
+    from clear_dist.drawing.generation import generate
+    from clear_dist.parallelize import interrupt, parallelize
+
+    assert (clear_dist.generate, clear_dist.interrupt, clear_dist.parallelize) == (generate, interrupt, parallelize)

@@ -1,0 +1,73 @@
+"""Prompts are encoded before the rest of the model is loaded, and to the same numbers as with all of it there."""
+
+import gc
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import T5EncoderModel
+
+from clear_dist.cli import main
+from clear_dist.weights import loading
+from tests.tiny import make_tiny_flux
+
+QUICK = ("--res", "64", "--steps", "1", "--seed", "5", "--device", "cpu", "--max-sequence-length", "16")
+GUIDED = ("--negative-prompt", "dogs", "--true-cfg-scale", "3", "--num-images", "2")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_flux(tmp_path_factory.mktemp("model"))
+
+
+def encoders() -> int:
+    gc.collect()
+    return sum(type(found) is T5EncoderModel for found in gc.get_objects())
+
+
+@pytest.fixture
+def alive(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Text encoders in memory whenever the rest of a model is about to be loaded, and when it has been."""
+    counted, load, before = [], loading.load_pipeline, encoders()
+
+    def counting(*args: object, **options: object) -> object:
+        counted.append(encoders() - before)
+        pipe = load(*args, **options)  # type: ignore[arg-type]
+        counted.append(encoders() - before)
+        return pipe
+
+    monkeypatch.setattr(loading, "load_pipeline", counting)
+    return counted
+
+
+def generate(model: Path, name: str, *flags: str) -> torch.Tensor:
+    files = ("--output", f"{name}.png", "--latents-out", f"{name}.safetensors", "--report", f"{name}.json")
+    Path("prompts.txt").write_text("a red fox\ntwo dogs\n")
+    with pytest.raises(SystemExit) as ending:
+        main(["generate", "--model", str(model), "--prompts", "prompts.txt", *QUICK, *GUIDED, *files, *flags])
+    assert not ending.value.code
+    return load_file(f"{name}.safetensors")["latents"]
+
+
+def test_text_encoders_are_gone_before_the_rest_is_loaded(
+    model: Path, alive: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ahead = generate(model, "ahead")
+    assert alive == [0, 0]
+    kept = generate(model, "kept", "--keep_text_encoder")
+    assert alive[2:] == [0, 1]
+    assert len(ahead) == 4 and torch.equal(ahead, kept)
+    reports = {name: json.loads(Path(f"{name}.json").read_text()) for name in ("ahead", "kept")}
+    parts = ["text_encoder", "text_encoder_2", "transformer", "vae"]
+    for told in reports.values():
+        assert [part["name"] for part in told["loading"]["parts"]] == parts
+        part = told["loading"]["parts"][2]
+        assert part["bytes"] == (model / "transformer/diffusion_pytorch_model.safetensors").stat().st_size
+        assert part["gigabytes_per_second"] == pytest.approx(part["bytes"] / 1e9 / part["seconds"])
+        assert 0 < part["seconds"] < told["seconds"]["load"]
+        assert told["seconds"]["text"] > 0
+        assert told["loading"]["peak_memory_bytes"][0] > 50_000_000
+    assert [reports[name]["settings"]["keep_text_encoder"] for name in ("ahead", "kept")] == [False, True]

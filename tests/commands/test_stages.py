@@ -1,0 +1,114 @@
+"""`generate` above the native size and `upscale`, from the command to the files."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clear_dist.cli import main
+from tests.tiny import make_tiny_flux
+
+QUICK = ("--seed", "5", "--device", "cpu", "--max_sequence_length", "16")
+FEW = ("--upscale-steps", "2", "--strength", "0.6")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_flux(tmp_path_factory.mktemp("model"), sample_size=64)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(model: Path, *arguments: str) -> int:
+    """In this process; the exit status."""
+    with pytest.raises(SystemExit) as ending:
+        main([*arguments, "--model", str(model), *QUICK])
+    return int(ending.value.code or 0)
+
+
+def test_a_cascade_writes_stages_previews_and_a_report(
+    model: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--save-stages", "--preview-every", "2", "--report", "r.json", "--steps", "3", "--num-images", "2", *FEW)
+    assert run(model, "generate", "a fox", "--height", "256", "--width", "192", *flags) == 0
+    report = json.loads(Path("r.json").read_text())
+    sizes = [tuple(16 * side for side in stage["grid"]) for stage in report["stages"]]
+    assert sizes[-1] == (256, 192)
+    names = [
+        f"clear-dist-{index}{middle}.png"
+        for index in range(2)
+        for middle in ("", *(f".{width}x{height}" for height, width in sizes[:-1]))
+    ]
+    assert sorted(os.listdir(here)) == sorted([*names, "clear-dist.preview.png", "r.json"])
+    for height, width in sizes[:-1]:
+        with Image.open(f"clear-dist-1.{width}x{height}.png") as picture:
+            assert picture.size == (width, height)
+    assert [len(stage["seconds_per_step"]) for stage in report["stages"]] == [3] + [2] * (len(sizes) - 1)
+    assert len(report["seconds_per_step"]) == len(report["comm"][0]["halo_bytes_sent"]) == 3 + 2 * (len(sizes) - 1)
+    assert capsys.readouterr().out.count("output=") == len(names)
+
+
+def test_a_preview_is_the_picture_that_the_last_step_expects(model: Path, here: Path) -> None:
+    """After the last step nothing is left to expect: the preview is the picture itself."""
+    assert run(model, "generate", "a fox", "--res", "64", "--steps", "3", "--preview-every", "3") == 0
+    with Image.open("clear-dist.png") as picture, Image.open("clear-dist.preview.png") as preview:
+        difference = np.abs(np.asarray(picture, dtype=int) - np.asarray(preview, dtype=int))
+    assert difference.max() <= 1
+
+
+@pytest.mark.parametrize("size", [("16", "2048"), ("2048", "16")])
+def test_long_thin_pictures_have_previews_too(model: Path, here: Path, size: tuple[str, str]) -> None:
+    flags = ("--height", size[0], "--width", size[1], "--steps", "2", "--preview-every", "2")
+    assert run(model, "generate", "a fox", *flags) == 0
+    assert Path("clear-dist.preview.png").exists()
+
+
+def test_a_preview_that_cannot_be_written_loses_nothing(
+    model: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr("clear_dist.drawing.previews.replacing", fail)
+    assert run(model, "generate", "a fox", "--res", "64", "--steps", "2", "--preview-every", "2") == 0
+    assert capsys.readouterr().err.count("no preview: OSError: no room") == 1
+    assert os.listdir(here) == ["clear-dist.png"]
+
+
+def test_upscale_keeps_the_prompt_of_the_file(model: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(model, "generate", "a fox", "--res", "64", "--steps", "2", "--output", "small.png") == 0
+    assert run(model, "upscale", "small.png", *FEW) == 0
+    with Image.open("small-upscaled.png") as picture:
+        assert picture.size == (128, 128)
+        assert picture.text["prompt"] == "a fox"  # type: ignore[attr-defined]
+        settings = json.loads(picture.text["settings"])  # type: ignore[attr-defined]
+        assert settings["upscaled_from"] == [64, 64]
+        assert settings["model"] == model.name
+        assert str(here) not in picture.text["settings"]  # type: ignore[attr-defined]
+    assert (
+        run(model, "upscale", "small.png", "two dogs", "--res", "192", "--output", "other.webp", "--no-metadata") == 0
+    )
+    with Image.open("other.webp") as picture:
+        assert picture.size == (192, 192)
+        assert not picture.getexif()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["output=small.png", "output=small-upscaled.png", "output=other.webp"]
+
+
+@pytest.mark.parametrize(("strength", "steps"), [("0.001", "1"), ("1", "2")])
+def test_strength_says_how_much_of_the_picture_is_kept(model: Path, here: Path, strength: str, steps: str) -> None:
+    """Almost none leaves what the VAE makes of it; all of it leaves nothing."""
+    flat = [Image.new("RGB", (64, 64), color) for color in ("black", "white")]
+    for index, image in enumerate(flat):
+        image.save(f"{index}.png")
+        flags = ("--res", "128", "--output", f"out{index}.png", "--strength", strength, "--upscale-steps", steps)
+        assert run(model, "upscale", f"{index}.png", "x", *flags) == 0
+    dark, light = (np.asarray(Image.open(f"out{index}.png"), dtype=int) for index in range(2))
+    assert (np.abs(dark - light).max() == 0) == (strength == "1")

@@ -1,0 +1,184 @@
+"""Stages of a cascade on N ranks: against unmodified diffusers, stage by stage, and against one rank."""
+
+import math
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline
+from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+from PIL import Image
+from torch import Tensor
+
+import clear_dist
+from clear_dist.comm.group import Group
+from clear_dist.drawing.cascade import SEED_STRIDE, Cascade, Drawing
+from clear_dist.drawing.generation import from_image
+from clear_dist.engine.striped import require_striped
+from clear_dist.families.flux.text import encode_prompts
+from clear_dist.stages import Sampling, Stage, Upscaling, plan_cascade, plan_upscaling
+from tests.ranks import run_ranks
+from tests.tiny import make_tiny_pipeline
+
+NATIVE, SEED, TEXT = 64, 11, 8
+SAMPLING = Sampling(steps=2)
+UPSCALING = Upscaling(steps=2, strength=0.5, ntk_factor=10.0)
+SIZE = (192, 160)
+STAGES = plan_cascade(SIZE, native=NATIVE, token=16, sampling=SAMPLING, upscaling=UPSCALING)
+PROMPTS = ["a hill", "a lake"]
+PICTURE = np.random.default_rng(5).integers(0, 256, (76, 62, 3), dtype=np.uint8)
+
+
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    return ((result - expected).norm() / expected.norm()).item()
+
+
+def drawn(group: Group, stages: tuple[Stage, ...], from_picture: bool, **arguments: Any) -> dict[str, Any]:
+    """What one rank has after the last stage, and how much it counted."""
+    pipe = make_tiny_pipeline(sample_size=NATIVE)
+    pipe.set_progress_bar_config(disable=True)
+    parallelized = clear_dist.parallelize(pipe, group=group, **arguments)
+    counters = require_striped(pipe).counters
+    prompts = PROMPTS[:1] if from_picture else PROMPTS
+    embeddings = encode_prompts(pipe, group, counters, prompts, max_sequence_length=TEXT)
+    cascade = Cascade(pipe, embeddings, seed=SEED, native_size=NATIVE)
+    drawing: Drawing | None = from_image(Image.fromarray(PICTURE), group) if from_picture else None
+    for stage in stages:
+        drawing = cascade.draw(stage, drawing)
+    assert drawing is not None and drawing.pixels is not None
+    steps = {name: len(values) for name, values in counters.as_dict().items()}
+    theta = pipe.transformer.pos_embed.theta
+    parallelized.undo()
+    return {"latents": drawing.latents, "pixels": drawing.pixels, "steps": steps, "theta": theta}
+
+
+@cache
+def stock(from_picture: bool) -> tuple[Tensor, Tensor]:
+    """Latents and pixels by diffusers alone, put together by hand as the paper's Sec. 4.3 says."""
+    pipe = make_tiny_pipeline(sample_size=NATIVE)
+    pipe.set_progress_bar_config(disable=True)
+    static = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, use_dynamic_shifting=False)
+    refining = FluxImg2ImgPipeline(**{**pipe.components, "scheduler": static})
+    refining.set_progress_bar_config(disable=True)
+    stages = upscaling_stages() if from_picture else STAGES
+    pixels = torch.from_numpy(PICTURE).permute(2, 0, 1)[None].float() / 127.5 - 1
+    common: dict[str, Any] = {"prompt": PROMPTS[:1] if from_picture else PROMPTS, "max_sequence_length": TEXT}
+    for index, stage in enumerate(stages):
+        common |= {"height": stage.height, "width": stage.width, "output_type": "latent"}
+        common["generator"] = torch.Generator().manual_seed((SEED + index * SEED_STRIDE) % 2**63)
+        if isinstance(stage.sampling, Upscaling):
+            large = F.interpolate(pixels, stage.size, mode="bicubic", align_corners=False)
+            mean = pipe.vae.encode(large).latent_dist.mode()
+            start = (mean - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+            with_paper_changes(pipe.transformer, stage)
+            # Half of four steps.
+            settings: dict[str, Any] = {"num_inference_steps": 4, "strength": 0.5, "guidance_scale": 7.5}
+            latents = refining(image=start, **settings, **common).images
+        else:
+            latents = pipe(num_inference_steps=2, guidance_scale=3.5, **common).images
+        unpacked = pipe._unpack_latents(latents, stage.height, stage.width, pipe.vae_scale_factor)
+        scaled = unpacked / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+        pixels = pipe.vae.decode(scaled).sample
+    return latents, pixels
+
+
+def with_paper_changes(transformer: Any, stage: Stage) -> None:
+    """NTK factor 10, and scores scaled by log(n) / log(n0), through the weights that queries are linear in."""
+    transformer.pos_embed = FluxPosEmbed(theta=100_000, axes_dim=transformer.config.axes_dims_rope)
+    keys = TEXT + stage.height * stage.width // 256
+    factor = math.sqrt(math.log(keys) / math.log(TEXT + (NATIVE // 16) ** 2))
+    fresh = make_tiny_pipeline(sample_size=NATIVE).transformer.state_dict()
+    for name, weight in transformer.named_parameters():
+        if name.endswith(("norm_q.weight", "norm_added_q.weight")):
+            weight.copy_(fresh[name] * factor)
+
+
+def upscaling_stages() -> tuple[Stage, ...]:
+    return plan_upscaling((76, 62), SIZE, native=NATIVE, token=16, upscaling=UPSCALING)
+
+
+def test_the_stages_are_those_that_the_tests_below_mean() -> None:
+    assert [stage.size for stage in STAGES] == [(64, 64), (112, 96), SIZE]
+    assert [stage.size for stage in upscaling_stages()] == [(128, 96), SIZE]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("from_picture", [False, True])
+def test_full_attention_is_stock_diffusers_stage_by_stage(size: int, from_picture: bool) -> None:
+    """On 5 ranks the first stage, of 4 rows, leaves one idle."""
+    stages = upscaling_stages() if from_picture else STAGES
+    results = run_ranks(drawn, size, stages, from_picture, window="full")
+    latents, pixels = stock(from_picture)
+    for result in results:
+        assert relative_error(result["latents"], latents) < 1e-4
+        assert result["theta"] == 10_000
+    assert relative_error(torch.cat([result["pixels"] for result in results], dim=2), pixels) < 1e-4
+
+
+@pytest.mark.parametrize("size", [4, 7])
+def test_exact_windows_on_n_ranks_are_those_on_one(size: int) -> None:
+    arguments: dict[str, Any] = {"window": 3, "text_attention": "exact"}
+    alone = run_ranks(drawn, 1, STAGES, False, **arguments)[0]
+    for result in run_ranks(drawn, size, STAGES, False, **arguments):
+        assert relative_error(result["latents"], alone["latents"]) < 1e-4
+        assert result["steps"] == alone["steps"]  # idle ranks too
+        assert set(result["steps"].values()) == {6}
+
+
+def drawn_in_bfloat16(group: Group) -> set[torch.dtype]:
+    pipe = make_tiny_pipeline(sample_size=NATIVE).to(torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    clear_dist.parallelize(pipe, window=3, group=group)
+    pictures = clear_dist.generate(
+        pipe, "a hill", height=128, width=96, num_inference_steps=2, upscaling=UPSCALING, max_sequence_length=TEXT
+    )
+    assert len(pictures) == (group.rank == 0)
+    return {parameter.dtype for part in (pipe.transformer, pipe.vae) for parameter in part.parameters()}
+
+
+def test_a_pipeline_in_bfloat16_stays_one() -> None:
+    assert run_ranks(drawn_in_bfloat16, 2) == [{torch.bfloat16}] * 2
+
+
+def asked_differently(group: Group) -> str:
+    pipe = make_tiny_pipeline(sample_size=NATIVE)
+    clear_dist.parallelize(pipe, window=3, group=group)
+    size = 128 + 64 * group.rank
+    messages = []
+    for call in (
+        lambda: clear_dist.generate(pipe, "a hill", height=size, width=size, max_sequence_length=TEXT),
+        lambda: clear_dist.upscale(pipe, Image.fromarray(PICTURE), height=size, width=size, max_sequence_length=TEXT),
+    ):
+        with pytest.raises(ValueError, match="stages must be the same on all ranks") as caught:
+            call()
+        messages.append(str(caught.value))
+    with pytest.raises(ValueError, match="rank 0 must be given the picture"):
+        clear_dist.upscale(pipe, None, height=128, width=128)
+    return messages[0]
+
+
+def test_ranks_that_are_asked_differently_are_told() -> None:
+    assert len(set(run_ranks(asked_differently, 2))) == 1
+
+
+def pictures(group: Group) -> list[np.ndarray]:
+    pipe = make_tiny_pipeline(sample_size=NATIVE)
+    pipe.set_progress_bar_config(disable=True)
+    clear_dist.parallelize(pipe, window="full", group=group)
+    common: dict[str, Any] = {"height": SIZE[0], "width": SIZE[1], "max_sequence_length": TEXT, "seed": SEED}
+    large = clear_dist.generate(pipe, PROMPTS, num_inference_steps=2, upscaling=UPSCALING, **common)
+    upscaled = clear_dist.upscale(pipe, Image.fromarray(PICTURE), PROMPTS[0], upscaling=UPSCALING, **common)
+    return [np.asarray(picture) for picture in (*large, *upscaled)]
+
+
+def test_generate_and_upscale_return_pictures_on_rank_0() -> None:
+    first, *others = run_ranks(pictures, 3)
+    assert others == [[], []]
+    expected = torch.cat([stock(False)[1], stock(True)[1]]).permute(0, 2, 3, 1).clamp(-1, 1).numpy() * 127.5 + 127.5
+    assert len(first) == 3
+    for picture, values in zip(first, expected, strict=True):
+        assert picture.shape == (*SIZE, 3)
+        assert np.abs(picture - values).max() < 1.0

@@ -1,0 +1,265 @@
+"""Downloads, and all the ways in which there are none, with a hub of our own."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import FluxPipeline
+
+from clear_dist.launch import ranks as launch
+from tests.hub.server import TOKEN, Hub, serving
+from tests.tiny import make_clear_weights, make_tiny_flux
+from tests.tiny_lora import make_lora, save_lora
+
+ROOT = Path(__file__).parents[1]
+# Fetches one after the other; tells what came of each, and how long it took.
+FETCH = """
+import json, sys, time
+from clear_dist.hub import WANTED, Wanted, fetching
+
+fetching.SECONDS_BETWEEN_FIGURES = 0.4
+for repository, revision, needed in json.loads(sys.argv[1]):
+    want = Wanted(
+        repository=repository, revision=revision, needed=needed, nearest="--model demo",
+        patterns=WANTED if needed == "model_index.json" else (needed,),
+    )
+    began, told = time.monotonic(), None
+    try:
+        fetching.fetch([want])
+    except Exception as error:
+        told = [type(error).__name__, str(error)]
+    print(json.dumps([told, time.monotonic() - began]), flush=True)
+"""
+INDEX = "model_index.json"
+QUICK = ("--res", "64", "--steps", "1", "--seed", "5", "--device", "cpu", "--max-sequence-length", "16")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_tiny_flux(tmp_path_factory.mktemp("hub"))
+    transformer = FluxPipeline.from_pretrained(folder).transformer
+    make_clear_weights(transformer, folder / "clear_local_2.safetensors")
+    save_lora(make_lora(transformer, seed=1), folder / "style.safetensors")
+    return folder
+
+
+@pytest.fixture
+def hub(folder: Path) -> Iterator[Hub]:
+    with serving(folder) as running:
+        yield running
+
+
+def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
+    ours = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return kept | launch.QUIET | ours | {"HF_HUB_ETAG_TIMEOUT": "2"} | more
+
+
+def fetch(endpoint: str, home: Path, *wants: tuple[str, str | None, str], **more: str) -> tuple[list[Any], str]:
+    """For each of (repository, revision, needed file): (kind of error and message, or None; seconds); and stderr."""
+    command = [sys.executable, "-c", FETCH, json.dumps(wants)]
+    done = subprocess.run(command, env=environment(endpoint, home, **more), capture_output=True, text=True, timeout=90)
+    assert "Traceback" not in done.stderr, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+def generate(hub: Hub, home: Path, cwd: Path, *arguments: str, **more: str) -> tuple[int, list[str]]:
+    """Exit status and the lines on stderr."""
+    command = [sys.executable, str(ROOT / "clear-dist"), "generate", *QUICK, *arguments]
+    done = subprocess.run(
+        command, env=environment(hub.endpoint, home, **more), cwd=cwd, capture_output=True, text=True, timeout=110
+    )
+    return done.returncode, done.stderr.splitlines()
+
+
+def refused_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def test_what_the_hub_says_no_to(hub: Hub, tmp_path: Path) -> None:
+    wants = {
+        ("someone/gated", None, INDEX): (
+            "Refusal",
+            f"the hub gives someone/gated only to users who accepted its licence: do so on {hub.endpoint}/someone/gated, "
+            "then `hf auth login`; nearest: local files (--model FOLDER, --clear-weights FILE, --lora FILE)",
+        ),
+        ("someone/missing", None, INDEX): (
+            "Refusal",
+            "the hub has no someone/missing, or does not show it to you (`hf auth login`); nearest: --model demo",
+        ),
+        ("someone/hidden", None, INDEX): (
+            "Refusal",
+            "the hub has no someone/hidden, or does not show it to you (`hf auth login`); nearest: --model demo",
+        ),
+        ("someone/tiny", "v2", INDEX): (
+            "Refusal",
+            "the revision must be a branch, tag or commit of someone/tiny, got 'v2'; nearest: main",
+        ),
+        ("someone/tiny", None, "clear_local_16.safetensors"): (
+            "Refusal",
+            "someone/tiny on the hub must hold clear_local_16.safetensors, and does not; "
+            "nearest: --clear-weights someone/tiny:clear_local_2.safetensors",
+        ),
+        ("some--one/tiny", None, INDEX): (
+            "Refusal",
+            "a name on the hub must be owner/name, got some--one/tiny (Cannot have -- or .. in repo_id: "
+            "'some--one/tiny'.); nearest: --model demo",
+        ),
+        ("someone/other", None, INDEX): (
+            "Refusal",
+            "someone/other on the hub must hold model_index.json, and does not; nearest: --model demo",
+        ),
+    }
+    answers, errors = fetch(hub.endpoint, tmp_path, *wants)
+    assert errors == ""
+    assert [tuple(told) for told, _ in answers] == list(wants.values())
+    assert not any("/resolve/" in path for method, path in hub.requests if method == "GET"), "nothing is downloaded"
+    assert len(hub.requests) == len(wants), "one request each, two for the licence, none for what is no name"
+
+
+def test_a_hub_that_does_not_answer_is_given_up_in_seconds(hub: Hub, tmp_path: Path) -> None:
+    answers, _ = fetch(hub.endpoint, tmp_path, ("someone/silent", None, INDEX), ("someone/broken", None, INDEX))
+    (silent, seconds), (broken, soon) = answers
+    assert silent[0] == broken[0] == "Failure"
+    assert silent[1].startswith("cannot get someone/silent from the hub (")
+    assert silent[1].endswith(
+        "): check the network and HF_ENDPOINT, or pass local files (--model FOLDER, --clear-weights FILE, --lora FILE)"
+    )
+    assert "(down)" in broken[1]
+    assert 1.9 < seconds < 5
+    assert soon < 2
+    assert len(hub.requests) == 2, "nothing is asked twice"
+
+
+def test_there_is_no_hub(tmp_path: Path) -> None:
+    ((told, seconds),), _ = fetch(f"http://127.0.0.1:{refused_port()}", tmp_path, ("someone/tiny", None, INDEX))
+    assert told[0] == "Failure"
+    assert "Connection refused" in told[1]
+    assert seconds < 3
+
+
+def test_a_disk_too_small(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    ((told, _),), _ = fetch(hub.endpoint, tmp_path, ("someone/huge", None, INDEX))
+    wanted = [file for file in hub.files() if file == INDEX or "/" in file]
+    needed = len(wanted) * 10**17 / 1e9
+    assert told[0] == "Refusal"
+    assert told[1].startswith(f"{tmp_path}/hub must have {needed:.1f} GB free to download someone/huge, and has ")
+    assert told[1].endswith(" GB; nearest: HF_HOME=FOLDER on a larger disk")
+    assert not (tmp_path / "hub").exists()
+
+
+def test_a_cache_that_cannot_be_written_to(hub: Hub, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    ((told, _),), _ = fetch(hub.endpoint, file, ("someone/tiny", None, INDEX))
+    assert told == [
+        "Refusal",
+        "the hub's files must have a folder that can be written to and has room, "
+        f"got {file}/hub (Not a directory); nearest: HF_HOME=FOLDER",
+    ]
+
+
+def test_tokens(hub: Hub, tmp_path: Path) -> None:
+    ((told, _),), _ = fetch(hub.endpoint, tmp_path, ("someone/tiny", None, INDEX), HF_TOKEN="hf_expired")
+    assert told[0] == "Refusal"
+    assert told[1].startswith(
+        "the hub does not give someone/tiny to you (Invalid credentials in Authorization header): `hf auth login`"
+    )
+    ((told, _),), _ = fetch(hub.endpoint, tmp_path, ("someone/gated", None, INDEX), HF_TOKEN=TOKEN)
+    assert told is None
+
+
+def test_what_is_here_serves_without_the_hub(hub: Hub, tmp_path: Path) -> None:
+    tiny = ("someone/tiny", None, INDEX)
+    answers, errors = fetch(hub.endpoint, tmp_path, tiny, tiny)
+    assert [told for told, _ in answers] == [None, None]
+    assert errors == ""
+    downloads = [path for method, path in hub.requests if method == "GET" and "/resolve/" in path]
+    assert len(downloads) == len(set(downloads)) == len([file for file in hub.files() if file == INDEX or "/" in file])
+    warning = "clear-dist: warning: using someone/tiny as it was downloaded before; the hub did not give it: "
+    refused = f"http://127.0.0.1:{refused_port()}"
+    for endpoint, more in ((refused, {}), (hub.endpoint, {"HF_HUB_OFFLINE": "1"}), (hub.endpoint, {"HF_TOKEN": "x"})):
+        ((told, seconds),), errors = fetch(endpoint, tmp_path, tiny, **more)
+        assert told is None
+        assert seconds < 3
+        assert errors.startswith(warning)
+        assert errors.count("\n") == 1
+    ((told, _),), _ = fetch(refused, tmp_path, ("someone/tiny", "v2", INDEX))
+    assert told[0] == "Failure"
+
+
+def test_a_long_download_tells_how_far_it_is(hub: Hub, tmp_path: Path) -> None:
+    ((told, _),), errors = fetch(hub.endpoint, tmp_path, ("someone/slow", None, INDEX))
+    assert told is None
+    lines = errors.splitlines()
+    assert lines
+    figures = r"clear-dist: downloading someone/slow: \d+\.\d of \d+\.\d GB, \d\.\d\d GB/s"
+    assert all(re.fullmatch(figures, line) for line in lines), lines
+
+
+def test_of_three_ranks_one_asks(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
+    asked_for = (
+        "--model",
+        "someone/tiny",
+        "--clear-weights",
+        "someone/clear:clear_local_2.safetensors",
+        "--nproc",
+        "3",
+    )
+    status, errors = generate(hub, tmp_path / "home", tmp_path, *asked_for)
+    assert status == 0, errors
+    assert (tmp_path / "clear-dist.png").exists()
+    assert time.monotonic() - began < 100
+    asked = list(hub.requests)
+    assert len(asked) == len(set(asked)), "nothing is asked twice"
+    files = [file for file in hub.files() if file == INDEX or "/" in file]
+    downloads = [path for method, path in asked if method == "GET" and "/resolve/" in path]
+    assert len(downloads) == len(files) + 1
+    status, errors = generate(hub, tmp_path / "home", tmp_path, *asked_for, HF_HUB_OFFLINE="1")
+    assert status == 0, errors
+    assert hub.requests == asked
+    assert any("warning: using someone/tiny as it was downloaded before" in line for line in errors)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words", "requests"),
+    [
+        (("--model", "someone/gated"), 2, "only to users who accepted its licence", 2),
+        (("--model", "someone/tiny", "--revision", "v2"), 2, "got 'v2'; nearest: main", 1),
+        (("--model", "someone/silent"), 1, "cannot get someone/silent from the hub (", 1),
+        (("--clear-weights", "someone/tiny:clear_local_8.safetensors"), 2, "must hold clear_local_8.safetensors", 1),
+    ],
+)
+def test_three_ranks_tell_it_once(
+    hub: Hub, tmp_path: Path, arguments: tuple[str, ...], status: int, words: str, requests: int
+) -> None:
+    ended, errors = generate(hub, tmp_path / "home", tmp_path, *arguments, "--nproc", "3")
+    said = [line for line in errors if line.startswith("clear-dist: ") and "warning" not in line]
+    assert ended == status, errors
+    assert words in said[-1]
+    assert sum(words in line for line in errors) == 1
+    assert not any("Traceback" in line for line in errors)
+    assert len(hub.requests) == requests
+    assert not (tmp_path / "clear-dist.png").exists()
+
+
+def test_a_lora_of_the_hub_is_the_local_file(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    common = ("--model", str(folder), "--nproc", "2", "--latents-out", "latents.safetensors")
+    drawn = []
+    for source in ("someone/tiny:style.safetensors:0.5", f"{folder / 'style.safetensors'}:0.5"):
+        ended, errors = generate(hub, tmp_path / "home", tmp_path, *common, "--lora", source)
+        assert ended == 0, errors
+        drawn.append((tmp_path / "latents.safetensors").read_bytes())
+    assert drawn[0] == drawn[1]
+    assert any("style.safetensors" in path for _, path in hub.requests)

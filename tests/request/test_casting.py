@@ -1,0 +1,37 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from clear_dist.launch.env import Place
+from clear_dist.request import settle as preflight
+from clear_dist.request.flags import GenerateFlags
+from tests.stand_in import make_stand_in
+from tests.tiny import make_tiny_flux
+
+
+def warnings(folder: Path, **flags: object) -> list[str]:
+    config = GenerateFlags(model=str(folder), device="cpu", res=1024, **flags)  # type: ignore[arg-type]
+    return [line for line in preflight.check(config, Place())[1] if "casts" in line]
+
+
+def test_ranks_that_cannot_share_the_weights_are_warned_of(tmp_path: Path) -> None:
+    folder = make_stand_in(tmp_path, shards=2)
+    # One block of each kind and what is around them: 545,548,096 parameters of 4 bytes.
+    assert warnings(folder, nproc=4) == [
+        "warning: each of 4 ranks casts the weights to float32, 2.2 GB of its own; "
+        "with --dtype bfloat16 they share one copy"
+    ]
+    assert warnings(folder, nproc=4, dtype="bfloat16") == []
+    assert warnings(folder, nproc=1) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_is_stored_as_it_is_used_is_shared(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = make_stand_in(tmp_path, dtype=dtype)
+    assert warnings(folder, nproc=2, dtype=str(dtype).removeprefix("torch.")) == []
+    assert len(warnings(folder, nproc=2, dtype="bfloat16")) == 1
+
+
+def test_small_models_are_not_worth_a_word(tmp_path: Path) -> None:
+    assert warnings(make_tiny_flux(tmp_path), nproc=4, dtype="bfloat16") == []

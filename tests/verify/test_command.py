@@ -1,0 +1,160 @@
+"""`clear-dist verify` as a user meets it: ranks, tables, reports, exit status, and ranks that die or hang."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from clear_dist.launch import ranks as launch
+from clear_dist.verify.finding import Finding, Result, coloured, plain
+from tests.commands.test_app import run
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | launch.QUIET | {"PYTHONPATH": str(ROOT)}
+FAULTY = """
+import sys
+from functools import partial
+from clear_dist.comm import launch
+
+launch.hush()
+from clear_dist.verification import Subjects, verify
+from tests.verification import faults
+
+sys.exit(launch.run(partial(verify, "cpu", {output!r}, Subjects({subjects})), nproc={ranks}))
+"""
+
+
+def verify(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *launcher, str(ROOT / "clear-dist"), "verify", "--device", "cpu", *arguments]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=110)
+
+
+def faulty(subjects: str, *, ranks: int = 2, output: str | None = None) -> tuple[int, list[str], list[str], float]:
+    """Exit status, lines on stdout and on stderr, and seconds of a run in which something is wrong."""
+    began = time.monotonic()
+    script = FAULTY.format(subjects=subjects, ranks=ranks, output=output)
+    done = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True, timeout=110)
+    return done.returncode, done.stdout.splitlines(), done.stderr.splitlines(), time.monotonic() - began
+
+
+def test_three_ranks_pass_and_report(tmp_path: Path) -> None:
+    file = tmp_path / "verify.json"
+    done = verify("--nproc", "3", "--json", str(file))
+    assert (done.returncode, done.stderr) == (0, "")
+    *lines, last = done.stdout.splitlines()
+    assert all(line.startswith("pass  ") for line in lines)
+    assert last.startswith(f"all {len(lines)} checks passed in ")
+    report = json.loads(file.read_text())
+    assert (report["schema"], report["passed"], report["world_size"], report["transport"]) == (1, True, 3, "gloo")
+    checks = {check["name"]: check for check in report["checks"]}
+    assert len(checks) == len(lines)
+    assert checks["environment"]["ranks"][2]["versions"]["torch"] == report["versions"]["torch"]
+    # Rank 1's two rows see all others through a circle of 8, and rank 0's three the other four.
+    assert [rank["rows_received"] for rank in checks["halos, radius 8, float32"]["ranks"]] == [4, 5, 5]
+    largest = checks["neighbours, 94.4 MB"]["ranks"]
+    assert [rank.get("with") for rank in largest] == [1, 2, None]
+    assert largest[0]["gigabytes_per_second"] == pytest.approx(0.0944 / largest[0]["median_seconds"])
+    assert len(largest[0]["seconds"]) == 5
+    # 512 queries of 24 heads of 128 in float32; exact: the weights too, and before them their maximum.
+    sizes = [checks[f"all-reduce of FLUX's text, {mode}"]["ranks"][0]["bytes"] for mode in ("average", "exact")]
+    assert sizes == [512 * 24 * 128 * 4, 512 * 24 * (128 + 1 + 1) * 4]
+
+
+def test_torchrun_and_a_report_on_stdout() -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = verify("--json", "-", launcher=torchrun)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["world_size"] == 2
+    passed = sum(line.startswith("pass  ") for line in done.stderr.splitlines())
+    assert passed > 20 and f"all {passed} checks passed in " in done.stderr
+
+
+def test_one_rank_has_no_neighbours() -> None:
+    done = verify("--nproc", "1")
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [
+        "clear-dist: one rank: no halos, nothing between neighbours; for these: --nproc 2"
+    ]
+    assert "halos" not in done.stdout and "neighbours" not in done.stdout
+    assert "tiny FLUX" in done.stdout
+
+
+def test_a_failed_check_is_named_and_ends_with_1(tmp_path: Path) -> None:
+    file = tmp_path / "verify.json"
+    status, output, errors, _ = faulty("exchange=faults.RowsInWrongOrder", ranks=3, output=str(file))
+    assert status == 1
+    assert len(errors) == 1
+    checks = sum(line.startswith(("pass  ", "FAIL  ")) for line in output)
+    said = f"clear-dist: 6 of {checks} checks failed: halos, radius 8, float32 (rank 1: exchange 1: keys"
+    assert errors[0].startswith(said)
+    failures = [line for line in output if line.startswith("FAIL")]
+    assert len(failures) == 6
+    assert output[output.index(failures[0]) + 1].startswith("      rank 1: exchange 1: keys of row 0")
+    assert json.loads(file.read_text())["passed"] is False
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        ("KilledInAnExchange", "clear-dist: rank 1 was killed by SIGKILL (out of memory?)"),
+        ("RaisesInAnExchange", "clear-dist: rank 1 failed: RuntimeError: in the check of halos: ZeroDivisionError: by nothing (for the traceback: --traceback)"),
+        ("HangsInAnExchange", "clear-dist: rank 0 lost contact with the other ranks"),
+    ],
+)  # fmt: skip
+def test_ranks_that_die_or_hang_end_the_run(fault: str, line: str) -> None:
+    status, output, errors, seconds = faulty(f"exchange=faults.{fault}")
+    assert (status, errors) == (1, [line])
+    assert [words.split(":")[0] for words in output] == ["pass  environment"]
+    assert seconds < 60
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--nproc", "0"], "--nproc must be from 1 to 1024, got 0; nearest: 1"),
+        (["--device", "cuda"], "--device cuda needs a CUDA GPU, and there is none here; nearest: cpu"),
+        (["--device", "tpu"], "--device must be one of auto, cpu, cuda, got 'tpu'; nearest: cpu"),
+        (["--json", "x.txt"], "--json must end in .json, got 'x.txt'; nearest: x.json"),
+        (["--json", "nowhere/x.json"], "--json must lie in a folder that exists"),
+        (["--model", "demo"], "No such option: --model"),
+    ],
+)
+def test_wrong_requests(arguments: list[str], words: str, tmp_path: Path) -> None:
+    status, output, errors = run("verify", *arguments, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert (status, output, len(errors)) == (2, [], 1)
+    assert words in errors[0]
+
+
+def test_another_number_of_ranks_than_torchrun_started(tmp_path: Path) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    status, _, errors = run("verify", "--nproc", "3", cwd=tmp_path, **place)
+    assert status == 2
+    assert errors == ["clear-dist: --nproc must be what torchrun started, or left out, got 3; nearest: 2"]
+
+
+def test_help_is_quick(tmp_path: Path) -> None:
+    status, output, errors = run("verify", "--help", cwd=tmp_path)
+    assert (status, errors) == (0, [])
+    assert all(flag in "\n".join(output) for flag in ("--nproc", "--device", "--json", "--traceback"))
+
+
+def test_the_table_and_the_lines_say_the_same() -> None:
+    right = Finding(name="halos", error=0.0, figure="8 cells")
+    wrong = Finding(name="halos", error=float("nan"), figure="8 cells", fault="row 2")
+    result = Result(findings=[right, wrong], seconds=0.1)
+    assert not result.passed
+    assert plain(result) == "FAIL  halos: 8 cells; error nan, at most 0\n      rank 1: row 2"
+    terminal = io.StringIO()
+    coloured(terminal)(result)
+    words = [line.split() for line in terminal.getvalue().splitlines()]
+    assert words == [
+        ["check", "error", "at", "most", "figure"],
+        ["FAIL", "halos", "nan", "0", "8", "cells"],
+        ["rank", "1:", "row", "2"],
+    ]
+    assert result.as_dict()["error"] == "nan"

@@ -1,0 +1,148 @@
+"""The flags that make a model fit on smaller GPUs, from the command line: refused, told, and carried out."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from clear_dist.comm.counters import Counters
+from clear_dist.families.flux.transformer import FluxAdaptor
+from clear_dist.launch.env import Place
+from clear_dist.options import Refusal
+from clear_dist.request import devices
+from clear_dist.request import settle as preflight
+from clear_dist.request.flags import GenerateFlags
+from clear_dist.weights import fit as fitting
+from clear_dist.weights.loading import load_pipeline
+from clear_dist.weights.offload import parts_on_host
+from tests.tiny import make_clear_weights, make_tiny_flux, make_tiny_pipeline
+
+SCRIPT = str(Path(__file__).parents[1] / "clear-dist")
+QUICK = ("--res", "64", "--steps", "2", "--seed", "5", "--device", "cpu", "--max_sequence_length", "16")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_flux(tmp_path_factory.mktemp("tiny"), double_blocks=2)
+
+
+def check(model: Path, **flags: Any) -> tuple[Any, tuple[str, ...]]:
+    return preflight.check(GenerateFlags(model=str(model), device="cpu", **flags), Place())
+
+
+def test_what_cannot_work_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Refusal, match="either --float8 or --int8 can be given, got both"):
+        GenerateFlags(float8=True, int8=True)
+    monkeypatch.setattr(devices, "find_spec", lambda name: None)
+    with pytest.raises(Refusal, match=r"--int8 needs the package torchao .*, got none; nearest: without --int8"):
+        check(model, int8=True)
+
+
+def test_shards_need_all_ranks_in_every_stage(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model's native size is 128 pixels, 8 rows of tokens; whether files are here is found out later."""
+    message = r"128 x 128 pixels are 8 rows of tokens, got 9 ranks; nearest: --nproc 8"
+    with pytest.raises(Refusal, match=message):
+        check(model, shard_weights=True, nproc=9, res=256)
+    assert check(model, shard_weights=True, nproc=8, res=256)[0].shard_weights
+    assert not check(model, nproc=9, res=256)[0].shard_weights
+    monkeypatch.setattr(devices, "count_gpus", lambda: 0)
+    on_hub = GenerateFlags(model="someone/flux-like", clear_weights="none", nproc=9, shard_weights=True, res=256)
+    request, _ = preflight.check(on_hub, Place())
+    with pytest.raises(Refusal, match=message):
+        preflight.located(request, model, None)
+
+
+def test_shards_need_all_ranks_where_down_sampled_keys_bind_rows_together(model: Path, tmp_path: Path) -> None:
+    """8 rows of tokens are 2 times 4: a third rank would idle in the first stage of what has 16."""
+    transformer = make_tiny_pipeline(double_blocks=2).transformer
+    file = str(make_clear_weights(transformer, tmp_path / "clear_local_2_down_4.safetensors", down_factor=4))
+    with pytest.raises(
+        Refusal, match=r"128 x 128 pixels are 2 times 4 rows of tokens.*got 3 ranks; nearest: --nproc 2"
+    ):
+        check(model, shard_weights=True, nproc=3, res=256, clear_weights=file)
+    assert check(model, shard_weights=True, nproc=2, res=256, clear_weights=file)[0].down_factor == 4
+    assert not check(model, nproc=3, res=256, clear_weights=file)[0].shard_weights
+    full = check(model, shard_weights=True, nproc=3, res=256, clear_weights=file, window="full")
+    assert full[0].down_factor == 1
+
+
+def test_flags_without_effect_are_told(model: Path) -> None:
+    lines = check(model, shard_weights=True, offload=True, nproc=1)[1]
+    assert "warning: --offload has no effect on a CPU: its memory is the host's" in lines
+    assert "warning: --shard-weights has no effect on one rank" in lines
+    assert not any("--shard-weights" in line for line in check(model, shard_weights=True, nproc=2)[1])
+
+
+def test_what_comes_to_the_device_later_stays_on_the_host(model: Path) -> None:
+    """`meta` stands in for a GPU."""
+    for flags, expected in (
+        ({}, ()),
+        ({"offload": True, "nproc": 2}, ("text_encoder", "text_encoder_2", "vae")),
+        ({"shard_weights": True, "nproc": 1}, ()),
+        ({"shard_weights": True, "nproc": 2}, ("transformer",)),
+    ):
+        on_host = parts_on_host(check(model, **flags)[0])
+        assert on_host == expected
+        meta = torch.device("meta")
+        pipe = load_pipeline(model, with_text_encoders=True, dtype=torch.float32, device=meta, on_host=on_host)
+        for name in ("text_encoder", "text_encoder_2", "vae", "transformer"):
+            devices_of_part = {weight.device.type for weight in getattr(pipe, name).parameters()}
+            assert devices_of_part == {"cpu" if name in on_host else "meta"}, name
+
+
+@pytest.mark.timeout(300)
+def test_from_the_command_to_the_report(model: Path, tmp_path: Path) -> None:
+    """Two ranks with shards against one rank without."""
+    pictures, reports = {}, {}
+    for name, flags in (("whole", ()), ("sharded", ("--nproc", "2", "--shard-weights", "--offload"))):
+        files = str(tmp_path / f"{name}.png"), str(tmp_path / f"{name}.json")
+        command = [sys.executable, SCRIPT, "generate", "--model", str(model), *QUICK, *flags]
+        command += ["--output", files[0], "--report", files[1]]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=140)
+        assert done.returncode == 0, done.stderr
+        assert all(line.startswith("clear-dist: ") for line in done.stderr.splitlines()), done.stderr
+        with Image.open(files[0]) as picture:
+            pictures[name] = np.asarray(picture).astype(int)
+        reports[name] = json.loads(Path(files[1]).read_text())
+    assert np.abs(pictures["sharded"] - pictures["whole"]).max() <= 1
+    whole, sharded = reports["whole"], reports["sharded"]
+    weights = load_file(model / "transformer" / "diffusion_pytorch_model.safetensors")
+    outside = sum(weight.nbytes for name, weight in weights.items() if "transformer_blocks." not in name)
+    assert sum(sharded["weight_bytes"]) == whole["weight_bytes"][0] + outside, "of the blocks each rank has its own"
+    assert all(sharded["settings"][name] for name in ("shard_weights", "offload"))
+    assert all(sent > 0 for rank in sharded["comm"] for sent in rank["weight_bytes_sent"])
+    assert whole["comm"][0]["weight_bytes_sent"] == [0, 0]
+
+
+def test_blocks_are_quantised_and_sharded_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what comes from host memory is whole on no device, and 8-bit copies of it on no host."""
+    events: list[tuple[str, int]] = []
+    adaptor = FluxAdaptor(make_tiny_pipeline(double_blocks=2, single_blocks=2).transformer)
+    number = {block: index for index, block in enumerate(adaptor.blocks)}
+
+    def note(event: str, done: Any) -> None:
+        owner = next(index for block, index in number.items() if done in set(block.modules()))
+        events.append((event, owner))
+
+    def quantise(transformer: Any, names: list[str]) -> None:
+        note("quantised", transformer.get_submodule(names[0]))
+        assert len(names) == (12 if len(events) <= 4 else 5)
+
+    def shard(blocks: Any, *_: Any, **__: Any) -> None:
+        for block in blocks:
+            note("sharded", block)
+
+    monkeypatch.setattr(fitting, "to_int8", quantise)
+    monkeypatch.setattr(fitting, "ShardedWeights", shard)
+    group: Any = SimpleNamespace(size=2, device=torch.device("cpu"))
+    settings: Any = SimpleNamespace(float8=False, int8=True, shard_weights=True)
+    fitting.fit(adaptor, group, Counters(), settings, elsewhere=set())
+    assert events == [(event, index) for index in range(4) for event in ("quantised", "sharded")]

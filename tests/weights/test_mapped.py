@@ -1,0 +1,166 @@
+"""Weights as views of mapped files: equal to those of diffusers' own loader, and one copy for all ranks."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from clear_dist.cards import folder as model
+from clear_dist.cards.clear import is_image_side
+from clear_dist.comm.group import Group
+from clear_dist.observe import report
+from clear_dist.observe.progress import Phases
+from clear_dist.weights import components
+from clear_dist.weights.clear import load_clear_weights
+from clear_dist.weights.loading import load_pipeline
+from clear_dist.weights.mapped import load_mapped
+from tests.cards.test_damaged_models import TRANSFORMER, split
+from tests.ranks import run_ranks
+from tests.stand_in import make_stand_in, meta_transformer, write_safetensors
+from tests.tiny import make_tiny_flux
+
+CPU = torch.device("cpu")
+RANKS = 4
+SHARING = 1.1
+"""Times one copy of the weights, all ranks together (the goal is 1.2; a rank's own copy of CLEAR's would make 1.22)."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_tiny_flux(tmp_path / "tiny")
+
+
+def load_transformer(folder: Path, dtype: torch.dtype, phases: Phases | None = None) -> FluxTransformer2DModel:
+    return load_pipeline(folder, with_text_encoders=False, dtype=dtype, device=CPU, phases=phases).transformer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("files", [1, 2])
+def test_as_by_diffusers_own_loader(folder: Path, files: int, dtype: torch.dtype) -> None:
+    if files == 2:
+        split(folder)
+    stock = FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=dtype)
+    ours = load_transformer(folder, dtype)
+    assert list(ours.state_dict()) == list(stock.state_dict())
+    for name, expected in stock.state_dict().items():
+        got = ours.state_dict()[name]
+        assert got.dtype == expected.dtype == dtype and torch.equal(got, expected), name
+    assert dict(ours.config) | {"_name_or_path": stock.config["_name_or_path"]} == dict(stock.config)
+    assert not ours.training
+
+
+class WithBuffers(nn.Module):
+    """A parameter, a buffer that is saved, and one that is computed instead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(2, 3, device="meta"))
+        self.count: torch.Tensor
+        self.register_buffer("count", torch.zeros(3, dtype=torch.int64))
+        self.table: torch.Tensor
+        self.register_buffer("table", torch.arange(4.0), persistent=False)
+
+
+def test_buffers_are_loaded_or_stay_as_computed_and_whole_numbers_are_not_cast(tmp_path: Path) -> None:
+    saved = {"weight": torch.randn(2, 3), "count": torch.tensor([1, 2, 3])}
+    save_file(saved, tmp_path / "x.safetensors")
+    told: list[int] = []
+    loaded = WithBuffers()
+    load_mapped(loaded, [tmp_path / "x.safetensors"], dtype=torch.float16, device=CPU, advance=told.append)
+    assert torch.equal(loaded.weight, saved["weight"].half()) and not loaded.weight.requires_grad
+    assert torch.equal(loaded.count, saved["count"])
+    assert torch.equal(loaded.table, torch.arange(4.0))
+    assert sorted(told) == [24, 24]
+
+
+def test_what_is_written_to_a_weight_does_not_reach_the_file(folder: Path) -> None:
+    before = (folder / TRANSFORMER).read_bytes()
+    transformer = load_transformer(folder, torch.float32)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.zero_()
+    assert (folder / TRANSFORMER).read_bytes() == before
+
+
+def test_parts_are_timed_with_the_bytes_of_their_files(folder: Path) -> None:
+    phases = Phases()
+    load_transformer(folder, torch.float32, phases)
+    assert [part.name for part in phases.parts] == ["transformer", "vae"]
+    assert phases.parts[0].nbytes == (folder / TRANSFORMER).stat().st_size
+    assert all(part.seconds > 0 for part in phases.parts)
+
+
+def load_and_measure(group: Group, small: Path, large: Path) -> int:
+    """Bytes by which the rank's proportional share of the host's memory grows, all ranks holding the model."""
+    load_transformer(small, torch.float32)  # what the libraries take for themselves at first use
+    before = report.host_memory()
+    transformer = load_transformer(large, torch.bfloat16)
+    load_clear_weights(transformer, large / "clear_local_8.safetensors")
+    for parameter in transformer.parameters():
+        parameter.view(-1).view(torch.uint8)[::4096].sum()
+    group.barrier()
+    after = report.host_memory()
+    group.barrier()
+    assert before is not None and after is not None
+    return after - before
+
+
+@pytest.mark.skipif(report.host_memory() is None, reason="the system does not tell proportional set sizes")
+def test_ranks_share_one_copy_of_the_weights(folder: Path, tmp_path: Path) -> None:
+    large = make_stand_in(tmp_path / "large", shards=2, clear_radius=8)
+    files = [*large.glob("transformer/*.safetensors"), large / "clear_local_8.safetensors"]
+    weights = sum(file.stat().st_size for file in files)
+    together = sum(run_ranks(load_and_measure, RANKS, folder, large, timeout=100))
+    assert 0.95 * weights < together <= SHARING * weights
+
+
+def test_the_stand_in_has_the_names_and_shapes_of_flux_dev(tmp_path: Path) -> None:
+    whole = make_stand_in(tmp_path / "whole", double_blocks=19, single_blocks=38, shards=3)  # 24 GB of holes
+    transformer = meta_transformer()
+    assert sum(parameter.numel() for parameter in transformer.parameters()) == 11_901_408_320
+    facts = model.of_folder(whole)  # compares names and shapes
+    assert facts.flux is not None and facts.flux.guidance_embeds and facts.native_size == 1024
+    shapes = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
+    assert facts.flux.tensors() == shapes
+    index = json.loads((whole / "transformer/diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == shapes.keys()
+    assert sum(is_image_side(name) for name in shapes) == 2 * (4 * 19 + 3 * 38)
+
+
+def test_weights_go_straight_to_a_device_and_are_cast_there(tmp_path: Path) -> None:
+    """The meta device stands for a GPU: 24 GB of bfloat16 would be 48 GB of float32, had they to pass through here."""
+    whole = make_stand_in(tmp_path / "whole", double_blocks=19, single_blocks=38, shards=3)
+    phases, meta = Phases(), torch.device("meta")
+    load_transformer(make_tiny_flux(tmp_path / "tiny"), torch.float32)  # what the libraries take at first use
+    if not report.reset_peak_memory(CPU):
+        pytest.skip("the system does not let us reset the high-water mark")
+    before = report.peak_memory(CPU)
+    pipe = load_pipeline(whole, with_text_encoders=False, dtype=torch.float32, device=meta, phases=phases)
+    assert report.peak_memory(CPU) - before < 100_000_000
+    assert {(tensor.device, tensor.dtype) for tensor in pipe.transformer.state_dict().values()} == {
+        (meta, torch.float32)
+    }
+    assert phases.parts[0].nbytes > 2 * 11_901_408_320
+
+
+def test_running_out_of_memory_is_not_a_damaged_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(components, "load_mapped", exhausted)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_transformer(folder, torch.float32)
+
+
+def test_stand_ins_may_hold_numbers(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "x.safetensors", {"a": (3, 5), "b": (7,)}, torch.bfloat16, sparse=False)
+    tensors = load_file(tmp_path / "x.safetensors")
+    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} == {
+        "a": ((3, 5), torch.bfloat16),
+        "b": ((7,), torch.bfloat16),
+    }
+    assert all(tensor.float().std() > 0.001 for tensor in tensors.values())
