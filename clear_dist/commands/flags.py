@@ -1,7 +1,7 @@
 """The command line, made from records of flags: a typer command for each."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields
 from inspect import Parameter, Signature
 from typing import Annotated, Any, get_args, get_type_hints
@@ -56,13 +56,10 @@ def no_number(name: str, flag: Flag, text: str) -> Refusal:
 
 def _shown(record: type[Flags]) -> list[Field]:
     """A record's flags by panels, and in each those of its own before those that it shares with others."""
-    inherited = {name: depth for depth, kind in enumerate(reversed(record.__mro__)) for name in _declared(kind)}
-    mine = [each for each in fields(record) if record is not PlanFlags or flag_of(each).planned]
-    return sorted(mine, key=lambda each: (PANELS.index(flag_of(each).panel), -inherited[each.name]))
-
-
-def _declared(kind: type) -> Iterator[str]:
-    yield from vars(kind).get("__annotations__", {})
+    names = dict.fromkeys(name for kind in record.__mro__ for name in vars(kind).get("__annotations__", ()))
+    by_name = {each.name: each for each in fields(record)}
+    shown = [by_name[name] for name in names if record is not PlanFlags or flag_of(by_name[name]).planned]
+    return sorted(shown, key=lambda each: PANELS.index(flag_of(each).panel))
 
 
 def _parameter(each: Field, hint: Any) -> Parameter:

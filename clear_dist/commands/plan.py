@@ -48,7 +48,7 @@ def planned_for(flags: PlanFlags) -> Plan:
     known = sizes.find(facts)
     if known is None:
         raise Refusal(
-            f"--model must be in a folder, or one whose flagsuration is known, got {flags.model}; nearest: {FLUX_DEV}"
+            f"--model must be in a folder, or one whose configuration is known, got {flags.model}; nearest: {FLUX_DEV}"
         )
     word = flags.link
     if word == "auto":
