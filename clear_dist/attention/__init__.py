@@ -17,11 +17,11 @@ from torch import Tensor
 
 from clear_dist.attention import flex, masked, reference, tiled, triton_window
 from clear_dist.attention.backend import Backend, Request, WindowCall
-from clear_dist.attention.dense import attend
+from clear_dist.attention.dense import attend, attend_masked
 from clear_dist.attention.measured import nearest
 from clear_dist.geometry import Rows, reach
 
-__all__ = ["BACKENDS", "Backend", "attend", "choose_backend", "window_attention"]
+__all__ = ["BACKENDS", "Backend", "attend", "attend_masked", "choose_backend", "window_attention"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ BACKENDS = {
     )
 }
 """By name, in the order in which `auto` tries them where none was measured. A new kernel is one file and one row here,
-and its name in `config.ATTENTION_BACKENDS`."""
+and its name in `options.ATTENTION_BACKENDS`."""
 
 
 def window_attention(

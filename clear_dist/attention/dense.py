@@ -45,6 +45,22 @@ def attend(
     return heads_last(*fused(query_BLND.transpose(1, 2), key_BSND.transpose(1, 2), value_BSND.transpose(1, 2), scale))
 
 
+def attend_masked(
+    query_BLND: Tensor, key_BSND: Tensor, value_BSND: Tensor, scale: float | None, mask_BS: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `attend`, where keys at False of the mask count for nothing."""
+    batch, keys = mask_BS.shape
+    if query_BLND.numel() == 0 or keys == 0:
+        return attend(query_BLND, key_BSND, value_BSND, scale)
+    bias_B11S = query_BLND.new_zeros(batch, 1, 1, keys + -keys % BIAS_ALIGNMENT)[..., :keys]
+    bias_B11S.masked_fill_(~mask_BS[:, None, None], -torch.inf)
+    bias_B1LS = bias_B11S.expand(-1, -1, query_BLND.shape[1], -1)
+    results = fused(query_BLND.transpose(1, 2), key_BSND.transpose(1, 2), value_BSND.transpose(1, 2), scale, bias_B1LS)
+    out_BLND, lse_BLN = heads_last(*results)
+    hidden_B1 = ~mask_BS.any(dim=1, keepdim=True)  # the kernels return anything where no key is seen
+    return out_BLND.masked_fill(hidden_B1[..., None, None], 0), lse_BLN.masked_fill(hidden_B1[..., None], -torch.inf)
+
+
 def _pieces(query_BLND: Tensor, key_BSND: Tensor) -> int:
     """How many pieces of keys fill the device's processors."""
     if query_BLND.device.type != "cuda":
@@ -89,8 +105,8 @@ def fused(
     """(out, lse) from the kernel that serves this device and dtype.
 
     Args:
-        bias_LS: is added to the scores, in the dtype of the queries; some key of each query must not be at -inf. On
-            CUDA its rows must begin at multiples of BIAS_ALIGNMENT elements.
+        bias_LS: is added to the scores, in the dtype of the queries; [L, S] or [B, 1, L, S]. On CUDA its rows must
+            begin at multiples of BIAS_ALIGNMENT elements.
     """
     aten = torch.ops.aten
     device_type, dtype = query_BNLD.device.type, query_BNLD.dtype

@@ -1,4 +1,4 @@
-"""What makes a model fit on smaller GPUs: fewer bits, and a share of its blocks on each rank."""
+"""Blocks on smaller GPUs: in fewer bits, and a share of them on each rank."""
 
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
@@ -10,17 +10,16 @@ from torch import Tensor, nn
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.comm.weight_shards import ShardedWeights
-from clear_dist.engine.family import Adaptor
-from clear_dist.engine.settings import Settings
+from clear_dist.engine.family import Family
 from clear_dist.options import Options
 from clear_dist.weights.quantised import plain_layers, to_float8, to_int8
 
 
-def fit(
-    adaptor: Adaptor,
+def quantise_and_shard(
+    family: Family,
     group: Group,
     counters: Counters,
-    settings: Settings,
+    options: Options,
     *,
     elsewhere: AbstractSet[Tensor],
 ) -> tuple[ShardedWeights, ...]:
@@ -32,37 +31,36 @@ def fit(
     Args:
         elsewhere: weights that stay as and where they are.
     """
-    transformer, shards = adaptor.transformer, settings.options.shard_weights and group.size > 1
-    float8, int8 = settings.options.float8, settings.options.int8
+    transformer, shards = family.transformer, options.shard_weights and group.size > 1
     if shards:
-        of_blocks = {tensor for block in adaptor.blocks for tensor in tensors_of(block)}
+        of_blocks = {tensor for block in family.blocks for tensor in tensors_of(block)}
         bring(transformer, group.device, but=of_blocks | elsewhere)
 
-    def fitted() -> Iterator[nn.Module]:
-        for block in adaptor.blocks:
+    def ready() -> Iterator[nn.Module]:
+        for block in family.blocks:
             if shards:
                 bring(block, group.device, but=elsewhere)
-            if float8 or int8:
-                (to_float8 if float8 else to_int8)(transformer, names_within(block, adaptor))
+            if options.float8 or options.int8:
+                (to_float8 if options.float8 else to_int8)(transformer, names_within(block, family))
             yield block
 
     if shards:
-        return (ShardedWeights(fitted(), group, counters, whole=elsewhere),)
-    for _ in fitted():
+        return (ShardedWeights(ready(), group, counters, whole=elsewhere),)
+    for _ in ready():
         pass
     return ()
 
 
-def require_quantisable(*adaptors: Adaptor, options: Options) -> None:
+def require_quantisable(*families: Family, options: Options) -> None:
     """Before anything is changed, of all models: raises ValueError where a layer to be quantised is not plain."""
-    for adaptor in adaptors if options.float8 or options.int8 else ():
-        plain_layers(adaptor.transformer, adaptor.products, "float8" if options.float8 else "int8")
+    for family in families if options.float8 or options.int8 else ():
+        plain_layers(family.transformer, family.products, "float8" if options.float8 else "int8")
 
 
-def names_within(block: nn.Module, adaptor: Adaptor) -> list[str]:
+def names_within(block: nn.Module, family: Family) -> list[str]:
     """Of the products of one block."""
     modules = set(block.modules())
-    return [name for name in adaptor.products if adaptor.transformer.get_submodule(name) in modules]
+    return [name for name in family.products if family.transformer.get_submodule(name) in modules]
 
 
 def bring(module: nn.Module, device: torch.device, *, but: AbstractSet[Tensor]) -> None:
