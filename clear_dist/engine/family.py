@@ -129,6 +129,9 @@ class Family(Modulated, Protocol):
     def cut(self, inputs: Inputs, cut: Cut, text: TextPlan) -> Inputs:
         """The inputs of this rank: its rows of the image, its share of the text, positions of the whole image."""
 
+    def adapted(self, pipe: Any) -> "PipelineAdapter":
+        """How a pipeline with this transformer draws."""
+
     def joined(self, output: Any, cut: Cut) -> Any:
         """The forward's output for all rows, by `cut.join`; as it is where what follows takes stripes."""
 
@@ -143,10 +146,10 @@ class OnStep(Protocol):
 
 
 Encoded = list[Tensor | None]
-"""Embeddings of texts, a row for each; as many tensors as half of `Drawing.arguments`."""
+"""Embeddings of texts, a row for each; as many tensors as half of `PipelineAdapter.arguments`."""
 
 
-class Drawing(Protocol):
+class PipelineAdapter(Protocol):
     """How a family's pipeline draws; all but `encode` and `too_long` need the pipeline on stripes."""
 
     arguments: tuple[str, ...]

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from clear_dist.engine.family import Family
+from clear_dist.engine.family import Family, PipelineAdapter
 from clear_dist.families.flux.controlnet import FluxControlNet
+from clear_dist.families.flux.pipeline import FluxPipelineAdapter
 from clear_dist.families.flux.transformer import Flux
 
+PIPELINES: Mapping[str, Callable[[Any], PipelineAdapter]] = {"FluxPipeline": FluxPipelineAdapter}
 TRANSFORMERS: Mapping[str, Callable[[Any], Family]] = {"FluxTransformer2DModel": Flux}
 CONTROLNETS: Mapping[str, Callable[[Any], Family]] = {"FluxControlNetModel": FluxControlNet}
 SEVERAL_CONTROLNETS = ("FluxMultiControlNetModel",)
@@ -24,6 +26,12 @@ def family_of(transformer: Any) -> Family:
     if name not in TRANSFORMERS:
         raise ValueError(f"the transformer must be one of {', '.join(TRANSFORMERS)}, got {name}")
     return TRANSFORMERS[name](transformer)
+
+
+def adapter_of(pipe: Any) -> PipelineAdapter:
+    """How a pipeline draws, with a transformer or without."""
+    kinds = [kind.__name__ for kind in type(pipe).__mro__]
+    return next(PIPELINES[name] for name in kinds if name in PIPELINES)(pipe)
 
 
 def controlnets_of(pipe: Any) -> list[Family]:

@@ -18,7 +18,7 @@ from clear_dist.cards.clear import require_same_tensors
 from clear_dist.cards.folder import WEIGHT_STEMS
 from clear_dist.cards.headers import component_files, read_component
 from clear_dist.observe.progress import Phases
-from clear_dist.options import Refusal, shortened
+from clear_dist.options import Refusal
 from clear_dist.weights.mapped import load_mapped
 
 CUTTABLE = {"transformer": FluxTransformer2DModel, "vae": AutoencoderKL}
@@ -140,23 +140,6 @@ def free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def cut_off(pipe: Any, prompt: str, max_sequence_length: int) -> list[str]:
-    """What the encoders do not see of a prompt, a line for each encoder that it is too long for."""
-    lines = []
-    for name, tokenizer, most in (
-        ("CLIP", pipe.tokenizer, pipe.tokenizer_max_length),
-        ("T5", pipe.tokenizer_2, max_sequence_length),
-    ):
-        ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
-        if len(ids) > most:
-            # The last place goes to the token that ends a prompt.
-            rest = tokenizer.decode(ids[most - 1 :], skip_special_tokens=True).strip()
-            lines.append(
-                f"the prompt is longer than the {most} tokens that {name} takes here; cut off: {shortened(rest)!r}"
-            )
-    return lines
 
 
 def _assemble(

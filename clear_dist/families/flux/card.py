@@ -12,6 +12,8 @@ from clear_dist.options import Refusal, shortened
 FLUX_DEV = "black-forest-labs/FLUX.1-dev"
 FLUX_SCHNELL = "black-forest-labs/FLUX.1-schnell"
 CLEAR_REPOSITORY = "Huage001/CLEAR"
+PACKING = 2
+"""Latents along the side of a token."""
 TIME_CHANNELS = 256
 MLP_RATIO = 4
 ROPE_AXES = (16, 56, 56)

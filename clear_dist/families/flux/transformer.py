@@ -18,6 +18,7 @@ from clear_dist.engine.family import Inputs, Removable, Stripes
 from clear_dist.engine.stock import attention_layers
 from clear_dist.families.flux.attention import FluxStripeAttnProcessor
 from clear_dist.families.flux.blocks import StripedBlock
+from clear_dist.families.flux.pipeline import FluxPipelineAdapter
 from clear_dist.geometry import TextPlan
 
 PRODUCTS = re.compile(
@@ -146,6 +147,9 @@ class Flux:
 
     def text_mask(self, inputs: Inputs) -> None:
         """Padded text is seen, as in stock FLUX."""
+
+    def adapted(self, pipe: Any) -> FluxPipelineAdapter:
+        return FluxPipelineAdapter(pipe)
 
     def joined(self, output: Any, cut: Cut) -> Any:
         """A tuple or an object, as the forward gave it."""
