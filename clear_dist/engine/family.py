@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from clear_dist.comm.halo_exchange import PendingHalos
@@ -200,3 +201,20 @@ class PipelineAdapter(Protocol):
 
     def from_vae(self, mean_BCHW: Tensor) -> Tensor:
         """Latents for image-to-image, from the means that the VAE's encoder gives."""
+
+
+class Sample(Protocol):
+    """A tiny random pipeline of a family, for `clear-dist verify`."""
+
+    name: str
+    """The family's, for people."""
+    steps: int
+    """Denoising steps of a drawing."""
+    text_shape: tuple[int, ...]
+    """Text queries of the real model in one layer: batch, tokens, heads, head dim."""
+
+    def pipeline(self, device: torch.device, dtype: torch.dtype) -> Any:
+        """Transformer and scheduler; equal weights in every process."""
+
+    def draw(self, pipe: Any, grid: tuple[int, int]) -> Tensor:
+        """Latents of an image of `grid` tokens, always from the same noise."""

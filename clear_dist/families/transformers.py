@@ -3,14 +3,16 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from clear_dist.engine.family import Family, PipelineAdapter
+from clear_dist.engine.family import Family, PipelineAdapter, Sample
 from clear_dist.families.flux.controlnet import FluxControlNet
 from clear_dist.families.flux.pipeline import FluxPipelineAdapter
+from clear_dist.families.flux.sample import FluxSample
 from clear_dist.families.flux.transformer import Flux
 
 PIPELINES: Mapping[str, Callable[[Any], PipelineAdapter]] = {"FluxPipeline": FluxPipelineAdapter}
 TRANSFORMERS: Mapping[str, Callable[[Any], Family]] = {"FluxTransformer2DModel": Flux}
 CONTROLNETS: Mapping[str, Callable[[Any], Family]] = {"FluxControlNetModel": FluxControlNet}
+SAMPLES: tuple[Sample, ...] = (FluxSample(),)
 SEVERAL_CONTROLNETS = ("FluxMultiControlNetModel",)
 
 
