@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from clear_dist.attention import Backend, attend, choose_backend, window_attention
-from clear_dist.attention.backend import Request
+from clear_dist.attention.backend import CallShape
 
 SHORTEST = 0.02
 """Seconds: what takes less is timed several times in a row."""
@@ -45,11 +45,11 @@ class Layer:
     side: int
     text: int
 
-    def request(self, radius: int) -> Request:
+    def request(self, radius: int) -> CallShape:
         """What backends are asked."""
         heads, head_dim = self.query.shape[2:]
         sizes = self.side, self.side, self.side, self.text, radius
-        return Request(self.query.device.type, self.query.dtype, head_dim, heads, *sizes)
+        return CallShape(self.query.device.type, self.query.dtype, head_dim, heads, *sizes)
 
     def split(self, x_BLND: Tensor) -> tuple[Tensor, Tensor]:
         """Views [B, T, N, D] and [B, R, W, N, D]."""

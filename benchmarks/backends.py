@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clear_dist.attention import BACKENDS, window_attention
-from clear_dist.attention.backend import Request
+from clear_dist.attention.backend import CallShape
 from clear_dist.attention.measured import TABLE
 
 RESULTS = Path(__file__).parent / "results"
@@ -92,7 +92,7 @@ def timed(shape: tuple[int, int], radius: int, text: int, head_dim: int, options
     query, key, value = (torch.randn(1, *shape, *tail, device=device, dtype=dtype) for _ in range(3))
     texts = [torch.randn(1, text, *tail, device=device, dtype=dtype) for _ in range(2)]
     rows, columns = shape
-    request = Request(device.type, dtype, *tail[::-1], rows, rows, columns, text, radius)
+    request = CallShape(device.type, dtype, *tail[::-1], rows, rows, columns, text, radius)
     names = [name for name in options.backends or CANDIDATES[device.type] if BACKENDS[name].why_not(request) is None]
     calls = [
         partial(window_attention, query, key, value, *texts, radius=radius, row_offset=0, backend=BACKENDS[name])
@@ -102,7 +102,7 @@ def timed(shape: tuple[int, int], radius: int, text: int, head_dim: int, options
     return row_of(request, seconds)
 
 
-def row_of(request: Request, seconds: dict[str, float]) -> dict[str, Any]:
+def row_of(request: CallShape, seconds: dict[str, float]) -> dict[str, Any]:
     """As files of results hold it; gpu_suite.py writes it too."""
     sizes = {name: getattr(request, name) for name in ("rows", "columns", "radius", "text", "head_dim")}
     return {"device_type": request.device_type, "dtype": str(request.dtype), **sizes, "seconds": seconds}

@@ -85,7 +85,8 @@ def pictures_of(cell: Cell, folder: Path) -> np.ndarray:
 
 
 def _launch(cell: Cell, file: Path) -> None:
-    os._exit(launch.run(partial(_draw, cell, file), nproc=cell.ranks, traceback=True))
+    preload = ("torch", "clear_dist.drawing.generation")
+    os._exit(launch.run(partial(_draw, cell, file), nproc=cell.ranks, traceback=True, preload=preload))
 
 
 def _draw(cell: Cell, file: Path) -> None:

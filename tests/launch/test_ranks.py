@@ -17,10 +17,9 @@ from clear_dist.launch import ranks as launch
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import os, signal, sys, time
-from clear_dist.comm import env, launch
-from clear_dist.config import Refusal
-
-launch.HEAVY = ()  # nothing to import before the fork: these ranks do no work
+from clear_dist.launch import env
+from clear_dist.launch import ranks as launch
+from clear_dist.options import Refusal
 
 def work():
     rank = env.read().rank
