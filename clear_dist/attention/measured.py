@@ -1,4 +1,4 @@
-"""Which backend was the fastest where it was measured: `measured.json`, a table that `benchmarks/backends.py` makes.
+"""Which backend was the fastest where it was measured: `measured.json`, made by `benchmarks/speed/backends.py`.
 
 Its rows are seconds of one call on each of several backends that took turns; `sources` tells device and date of the
 result file that a row was taken from. Only their order within a row matters.
