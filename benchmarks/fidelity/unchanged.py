@@ -1,7 +1,7 @@
 """Does a change leave what commands draw and say as it was, to the bit and to the word?
 
-    python benchmarks/fidelity/unchanged.py record before.json                    in the old checkout
-    python benchmarks/fidelity/unchanged.py compare before.json                   in the new one, on the same machine
+    python -m benchmarks.fidelity.unchanged record before.json         in the old checkout
+    python -m benchmarks.fidelity.unchanged compare before.json        in the new one, on the same machine
 
 Twelve commands with the embedded model, and some sixty wrong requests: exit status, lines, latents, pixels, metadata
 and the report's settings. Times are left out; one thread per rank, so that sums are added up in one order.

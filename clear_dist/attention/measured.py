@@ -1,4 +1,4 @@
-"""Backends by measured speed: `measured.json`, a table made by `benchmarks/backends.py`.
+"""Backends by measured speed: `measured.json`, a table made by `benchmarks/speed/backends.py`.
 
 A row holds seconds of one call on each of several backends that took turns; only their order within the row matters.
 `sources` gives device and date of the result file that a row was taken from.

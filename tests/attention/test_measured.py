@@ -92,9 +92,7 @@ def test_the_embedded_models_own_size_was_measured() -> None:
 
 def test_the_table_is_what_the_results_say() -> None:
     """Made anew from the files that it names, it is the same; each of its rows is among theirs."""
-    script = (
-        "import sys; sys.path.insert(0, 'benchmarks'); import backends as b; print(b.table_of(b.results()), end='')"
-    )
+    script = "from benchmarks.speed import backends as b; print(b.table_of(b.results()), end='')"
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-c", script]
     made = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
