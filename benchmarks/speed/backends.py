@@ -103,7 +103,7 @@ def timed(shape: tuple[int, int], radius: int, text: int, head_dim: int, options
     return row_of(request, seconds)
 
 
-def row_of(request: Request, seconds: dict[str, float]) -> dict[str, Any]:
+def row_of(request: CallShape, seconds: dict[str, float]) -> dict[str, Any]:
     """The row of a shape in files of results; gpu/speed.py writes it too."""
     sizes = {name: getattr(request, name) for name in ("rows", "columns", "radius", "text", "head_dim")}
     return {"device_type": request.device_type, "dtype": str(request.dtype), **sizes, "seconds": seconds}
