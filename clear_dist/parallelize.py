@@ -24,7 +24,7 @@ from clear_dist.options import Options, Refusal, Window, check_window
 from clear_dist.parallelized import Parallelized
 from clear_dist.request.devices import missing_compiler
 from clear_dist.weights.blocks import quantise_and_shard, require_quantisable
-from clear_dist.weights.clear import ReplacedWeights, load_clear_weights
+from clear_dist.weights.clear import ReplacedWeights, load_clear_weights, require_radius
 from clear_dist.weights.hoisted import HoistedModulation
 from clear_dist.weights.offload import Offloaded
 from clear_dist.weights.quantised import why_not_float8
