@@ -45,7 +45,7 @@ class Exchanges:
         """
         self._group = group
         self._plan = plan
-        self._text_attention = settings.text_attention
+        self._reduction = settings.reduction
         self._counters = counters
         self._clock = clock
         self._pooling = settings.pooling
@@ -97,8 +97,8 @@ class Exchanges:
         return StaleHaloExchange(group, plan, counters, sends=sends, clock=self._clock, counted_as=counted_as)
 
     def _make_text(self, text: TextPlan) -> TextReduce:
-        group, mode, counters = self._group, self._text_attention, self._counters
+        how = self._group, self._reduction, self._counters
         if self._clock is None:
-            return TextScatter(group, text, mode, counters) if text.is_shared else TextReduce(group, mode, counters)
+            return TextScatter(*how, plan=text) if text.is_shared else TextReduce(*how)
         assert not text.is_shared, "nothing of the text is gathered late"
-        return StaleTextReduce(group, mode, counters, clock=self._clock)
+        return StaleTextReduce(*how, clock=self._clock)

@@ -95,7 +95,7 @@ def stripe_controlnet(
     adaptor = FluxControlNetAdaptor(net)
     choose_backend = partial(settings.choose_backend, dtype=net.dtype, head_dim=adaptor.head_dim)
     choose_backend()
-    text_attention = "exact" if window == "full" else settings.text_attention
+    text_attention = "exact" if window == "full" else settings.options.text_attention
     options = replace(settings.options, window=window, text_attention=text_attention, text_tokens="replicated")
     own = replace(settings, options=options, choose_backend=choose_backend, pooling=None)
     return StripedControlNet(adaptor, scheduler, group, own)
