@@ -1,7 +1,7 @@
 """The stale schedule: a layer uses what was sent during the step before, and sends its own for the next.
 
-So each layer, and each pass of a step, has an exchange and a reduction of its own, which keep what they received. In
-the warm-up, and wherever a layer holds nothing of the step before, they do what their parents do: exchange and wait.
+So each layer in each pass of a step has its own exchange and reduction, which keep what they received. In the warm-up,
+and where a layer holds nothing from the step before, they exchange and wait as their parents do.
 
 Shapes: as in halo_exchange.py and text_reduce.py.
 """
@@ -55,7 +55,7 @@ class StaleHaloExchange(HaloExchange):
 
 
 class StaleTextReduce(TextReduce):
-    """The text queries' reduction of one layer in one pass. It lags on all ranks alike, so text tokens stay equal."""
+    """The text queries' reduction of one layer in one pass; it lags on all ranks alike, so text tokens stay equal."""
 
     def __init__(self, group: Group, reduction: Reduction, counters: Counters, *, clock: Clock) -> None:
         super().__init__(group, reduction, counters)

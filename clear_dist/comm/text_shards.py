@@ -1,4 +1,4 @@
-"""TEXT TOKENS ARE EXCHANGED HERE, where each rank has a share of them (`TextPlan`) instead of all.
+"""TEXT TOKENS ARE EXCHANGED HERE where each rank has a share of them (`TextPlan`) instead of all.
 
     gather.start(query, key, value)          my tokens to all ranks, as soon as they are projected
     ...                                      meanwhile keys, values and queries of the image
@@ -7,10 +7,10 @@
     ...                                      meanwhile my rows attend to my keys
     out = pending.wait()                     all parts of my tokens, merged: by log-sum-exp, or their mean (Eq. 7)
 
-So a layer has two collectives of a fixed size. The second sends parts as they are, to be merged where they arrive: one
-message in the model's dtype, for `exact` too; a reduce-scatter would need the maximum of the log-sum-exps first, and
-sums in float32. With FLUX's 512 text tokens one of 8 ranks receives 8.3 MB and 2.8 MB a layer in bfloat16; where text
-is replicated its all-reduce brings 5.5 MB (`average`) or 11.2 MB (`exact`).
+A layer has two collectives of a fixed size. The second sends parts as they are and merges them on arrival: one message
+in the model's dtype, for `Exact` too, where a reduce-scatter would need the maximum of the log-sum-exps first, and sums
+in float32. With 512 text tokens of 3072 channels in bfloat16, one of 8 ranks receives 8.3 MB and 2.8 MB a layer; the
+all-reduce of replicated text brings 5.5 MB (`Average`) or 11.2 MB (`Exact`).
 
 Shapes: P ranks, B batch, T text tokens (of all ranks), S of my share, L = T + image tokens, N heads, D head dim.
 """
@@ -29,7 +29,7 @@ from clear_dist.geometry import TextPlan
 
 
 class TextGather:
-    """Everyone's text tokens on all ranks, used for one layer after the other; where all have all, nothing is sent."""
+    """Everyone's text tokens on all ranks, for one layer after the other; nothing is sent where text is replicated."""
 
     def __init__(self, group: Group, plan: TextPlan, counters: Counters) -> None:
         self.plan = plan
@@ -46,8 +46,8 @@ class TextGather:
         """Send my share of each; all ranks call this, in the same order, where text is shared.
 
         Args:
-            tensors_BLND: queries, keys and values, [B, L, N, D] on the group's device: T - S tokens that `wait` fills
-                in, then my S, then the image's.
+            tensors_BLND: queries, keys and values, [B, L, N, D] on the group's device: T - S text tokens for `wait` to
+                fill in, then my S, then the image's.
 
         Raises:
             PeerLost: a rank went away.
@@ -113,7 +113,7 @@ class TextScatter(TextReduce):
 
     @labelled("comm: text start")
     def _post_parts(self, part_BTND: torch.Tensor) -> None:
-        """Send each rank the part of its own tokens; a message's first dimension is what may differ in length."""
+        """Send each rank the part of its own tokens: the first dimension, the only one that may differ in length."""
         sent = self.hold("sent", self._in_order_of_ranks(part_BTND).transpose(0, 1))
         received = self._buffers["received"] = self.group.wire_buffer(
             (self.group.size * self._own, *sent.shape[1:]), sent.dtype, reuse=self._buffers.get("received")
@@ -130,6 +130,6 @@ class TextScatter(TextReduce):
             )
 
     def _in_order_of_ranks(self, x_BTND: torch.Tensor) -> torch.Tensor:
-        """Mine from behind the others' to between them."""
+        """Move my tokens from behind the others' to between them."""
         before, elsewhere = self._plan.before, self._plan.elsewhere
         return torch.cat([x_BTND[:, :before], x_BTND[:, elsewhere:], x_BTND[:, before:elsewhere]], dim=1)
