@@ -20,12 +20,7 @@ class Clock:
         self._latents: object = object()
 
     def tick(self, generation: object, latents: object) -> None:
-        """A forward begins.
-
-        Args:
-            generation: an object that the pipeline makes once per generation.
-            latents: one that it makes once per step, and gives to all passes of it.
-        """
+        """A forward begins, with objects that the pipeline makes once per generation and once per step."""
         self.begins = generation is not self._generation
         if self.begins:
             self.step = self.turn = 0

@@ -7,7 +7,8 @@
     pending.release()
 
 The `HaloPlan` (geometry.py) says which rows those are. In full attention all rows are halos; so are the pooled rows of
-down-sampled keys. The stale schedule uses the halos of the step before (stale_exchange.py).
+down-sampled keys. The stale schedule uses the halos of the step before (stale_exchange.py). Where a neighbour went away
+both raise PeerLost.
 
 Shapes: B batch, R my rows, W columns, N heads, D head dim. A halo of h rows is [2, B, h, W, N, D]: keys, then values.
 """
@@ -59,9 +60,6 @@ class HaloExchange:
         Args:
             key_BRWND: keys of this rank's rows, [B, R, W, N, D] on the group's device; need not be contiguous.
             value_BRWND: values, of the same shape and dtype.
-
-        Raises:
-            PeerLost: a neighbour went away.
         """
         assert self._pending is None, "start: the previous exchange was not waited for"
         assert key_BRWND.shape == value_BRWND.shape and key_BRWND.dtype == value_BRWND.dtype
@@ -164,9 +162,6 @@ class PendingHalos:
         Returns:
             Two tensors [2, B, rows, W, N, D], keys and values, rows in ascending order, 0 rows at the border of the
             grid; valid until `release`.
-
-        Raises:
-            PeerLost: a neighbour went away.
         """
         assert self._exchange._pending is self, "wait: these halos were waited for already"
         return self._exchange._finish()
@@ -179,13 +174,9 @@ class PendingHalos:
 
 
 class SendBuffers:
-    """Messages of the last few layers on their way out."""
+    """Messages of the last few layers on their way out; `limit` leaves those of `layers` layers there."""
 
     def __init__(self, group: Group, counters: Counters, *, layers: int) -> None:
-        """
-        Args:
-            layers: how many layers' messages `limit` leaves on their way.
-        """
         self._group = group
         self._counters = counters
         self._layers = layers
@@ -201,7 +192,6 @@ class SendBuffers:
         self._leaving.append((buffers, works))
 
     def limit(self) -> None:
-        """Wait for the oldest until no more than `layers` are on their way."""
         while len(self._leaving) > self._layers:
             self._wait_for_oldest()
 

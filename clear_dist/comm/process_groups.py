@@ -37,8 +37,7 @@ def backends(device: torch.device) -> str:
 def initialise_torch(device: torch.device, timeout: timedelta) -> None:
     """Make torch.distributed's default group, of torchrun's ranks or of this process alone.
 
-    Raises:
-        ConnectionError: the ranks cannot meet.
+    Raises ConnectionError: the ranks cannot meet.
     """
     meeting = env.read().meeting
     if meeting is None:
@@ -55,8 +54,7 @@ def initialise_torch(device: torch.device, timeout: timedelta) -> None:
 def new_process_group(parts: Sequence[tuple[int, ...]], backend: str, timeout: timedelta) -> dist.ProcessGroup:
     """The group of the part (global ranks) that this process is in; the ranks of all parts call this, no others.
 
-    Args:
-        parts: disjoint, in the same order on all ranks.
+    Parts are disjoint, and in the same order on all ranks.
     """
     # Where everyone is here, groups are numbered alike on all ranks. Else local synchronisation: ranks outside need
     # not take part, so that others may use them at will. Its groups are found by their ranks and by how many groups

@@ -5,6 +5,8 @@
     RowHalos.fill          one border row from each neighbour, before a convolution
     collect_stripes        all stripes to rank 0, one at a time
 
+All raise PeerLost where a rank went away.
+
 Shapes: B batch, C channels, H rows, R my rows, E = R + 2 with a halo row on each side, W columns.
 """
 
@@ -40,9 +42,6 @@ class StripeJoin:
 
         Returns:
             A new tensor [B, H*W, C], equal on all ranks.
-
-        Raises:
-            PeerLost: a rank went away.
         """
         group, heights = self._group, [len(stripe) for stripe in self._stripes]
         batch, tokens, channels = local.shape
@@ -82,9 +81,6 @@ def move_rows(
 
     Returns:
         A new tensor [B, C, len(want[rank]), W] on the group's device.
-
-    Raises:
-        PeerLost: a rank went away.
     """
     batch, channels, width = shape
     mine, wanted = have[group.rank], want[group.rank]
@@ -126,11 +122,7 @@ class RowHalos:
         """Fill the first and the last row with the neighbours' rows; all ranks call this, in the same order.
 
         Args:
-            stripe_BCEW: on the group's device, at least one row besides the halos. A halo beyond the border of the
-                picture is left as it is.
-
-        Raises:
-            PeerLost: a neighbour went away.
+            stripe_BCEW: on the group's device, at least one row besides the halos; those beyond the picture stay.
         """
         group = self._group
         shape, dtype = stripe_BCEW[:, :, 0].shape, stripe_BCEW.dtype
@@ -154,9 +146,6 @@ def collect_stripes(local: Tensor, group: Group, heights: tuple[int, ...]) -> It
     Args:
         local: this rank's stripe [rows, ...] on the group's device; equal on all ranks but for the number of rows.
         heights: each rank's rows, 0 where there is no stripe.
-
-    Raises:
-        PeerLost: a rank went away.
     """
     assert len(local) == heights[group.rank], f"{len(local)} rows for {heights[group.rank]}"
     if group.rank == 0:

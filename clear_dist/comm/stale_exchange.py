@@ -20,7 +20,7 @@ from clear_dist.geometry import HaloPlan
 
 
 class StaleHaloExchange(HaloExchange):
-    """The halos of one layer in one pass."""
+    """The halos of one layer in one pass; all layers share `sends`."""
 
     def __init__(
         self,
@@ -32,10 +32,6 @@ class StaleHaloExchange(HaloExchange):
         clock: Clock,
         counted_as: Literal["halo", "pooled"] = "halo",
     ) -> None:
-        """
-        Args:
-            sends: shared by all layers.
-        """
         super().__init__(group, plan, counters, sends=sends, counted_as=counted_as)
         self._clock = clock
         self._step_held: int | None = None

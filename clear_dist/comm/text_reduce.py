@@ -1,8 +1,8 @@
-"""Attention of the text queries, which see all stripes: the ranks' parts of it become one.
+"""Attention of the text queries, which see all stripes: the ranks' parts become one.
 
-`Average` and `Exact` are the two ways, `TextReduce` the messages that they post. Three forms of each: reduced over all
-ranks (`post`, `finish`), a step late (`post_late`; stale_exchange.py), and to the ranks whose text tokens they are
-(`packed`, `merged`; text_shards.py).
+`Average` and `Exact` are the two ways, `TextReduce` the messages that they post. Each has three forms: reduced over all
+ranks (`post`, `finish`), a step late (`post_late`; stale_exchange.py), and each rank its own text tokens (`packed`,
+`merged`; text_shards.py). All raise PeerLost where a rank went away.
 
 Shapes: P ranks, B batch, T text, S text of one rank, N heads, D head dim.
 """
@@ -47,7 +47,6 @@ class Average:
         return before_BTND.div_(ranks.group.size)
 
     def packed(self, out_BTND: Tensor, lse_BTN: Tensor) -> Tensor:
-        """What is sent of a part: the output."""
         return out_BTND
 
     def merged(self, parts_PBSND: Tensor, head_dim: int) -> Tensor:
@@ -101,7 +100,7 @@ class Exact:
         return unweigh(before_BTND1, out_BTND.dtype)
 
     def packed(self, out_BTND: Tensor, lse_BTN: Tensor) -> Tensor:
-        """What is sent of a part: the output, then the bits of the float32 log-sum-exp in the output's dtype."""
+        """The output, then the bits of the float32 log-sum-exp in the output's dtype."""
         return torch.cat([out_BTND, lse_BTN.unsqueeze(-1).view(out_BTND.dtype)], dim=-1)
 
     def merged(self, parts_PBSND: Tensor, head_dim: int) -> Tensor:
@@ -131,12 +130,8 @@ class TextReduce:
         """Begin to reduce; all ranks call this, in the same order and after the layer's halos were started.
 
         Args:
-            out_BTND: this rank's part, [B, T, N, D]: attention to its stripe, and to the text where the reduction's
-                `counts_text_keys` says so.
+            out_BTND: this rank's part, [B, T, N, D]: attention to its stripe, and to the text if `counts_text_keys`.
             lse_BTN: log-sum-exp of the part's scores, [B, T, N] float32.
-
-        Raises:
-            PeerLost: a rank went away.
         """
         assert self._pending is None, "start: the previous reduction was not waited for"
         assert lse_BTN.shape == out_BTND.shape[:-1] and lse_BTN.dtype == torch.float32
@@ -193,9 +188,6 @@ class PendingText:
         """The text queries' output, [B, T, N, D] in the parts' dtype, equal on all ranks; to be called once.
 
         From a `TextScatter`: [B, S, N, D] of this rank's share. On NCCL the current stream waits, the host does not.
-
-        Raises:
-            PeerLost: a rank went away.
         """
         assert self._reduce._pending is self, "wait: this reduction was waited for already"
         self._reduce._pending = None

@@ -7,6 +7,8 @@
     ...                                      meanwhile my rows attend to my keys
     out = pending.wait()                     all parts of my tokens, merged: by log-sum-exp, or their mean (Eq. 7)
 
+Where a rank went away all raise PeerLost.
+
 A layer has two collectives of a fixed size. The second sends parts as they are and merges them on arrival: one message
 in the model's dtype, for `Exact` too, where a reduce-scatter would need the maximum of the log-sum-exps first, and sums
 in float32. With 512 text tokens of 3072 channels in bfloat16, one of 8 ranks receives 8.3 MB and 2.8 MB a layer; the
@@ -48,9 +50,6 @@ class TextGather:
         Args:
             tensors_BLND: queries, keys and values, [B, L, N, D] on the group's device: T - S text tokens for `wait` to
                 fill in, then my S, then the image's.
-
-        Raises:
-            PeerLost: a rank went away.
         """
         assert self.plan.is_shared, "start: the text is not shared"
         assert self._posted is None, "start: the previous tokens were not waited for"
@@ -70,11 +69,7 @@ class TextGather:
 
     @torch.no_grad()
     def wait(self) -> None:
-        """Fill in the others' tokens. On NCCL the current stream waits, the host does not.
-
-        Raises:
-            PeerLost: a rank went away.
-        """
+        """Fill in the others' tokens. On NCCL the current stream waits, the host does not."""
         if not self.plan.is_shared:
             return
         assert self._posted is not None and self._all is not None, "wait: no tokens were sent"

@@ -27,7 +27,7 @@ class Exchange:
 
 
 class Exchanges:
-    """Exchanges of one cut, for one generation after another."""
+    """Exchanges of one cut, for one generation after another; a clock makes them stale."""
 
     def __init__(
         self,
@@ -39,10 +39,6 @@ class Exchanges:
         *,
         clock: Clock | None,
     ) -> None:
-        """
-        Args:
-            clock: the stale schedule's; None: the sync schedule.
-        """
         self._group = group
         self._plan = plan
         self._reduction = settings.reduction

@@ -2,7 +2,7 @@
 
 As in the official code, keys and values are pooled after norm and rotation, with d x d weights that all heads share;
 pooled keys have no positions of their own, and text queries do not see them. Every rank pools its own rows, whole units
-of d, and gets all others' by the exchange of halos on a grid of pooled rows.
+of d, and gets all others' by the exchange of halos on a grid of pooled rows (PeerLost where a rank went away).
 
 Shapes: B batch, R my rows, W columns, N heads, D head dim; Y = R / d, X = W / d; P pooled keys of the whole image.
 """
@@ -32,10 +32,6 @@ class PooledKeys:
     """Pooled keys and values of the whole image, for one layer after the other."""
 
     def __init__(self, pooling: Pooling, exchange: HaloExchange) -> None:
-        """
-        Args:
-            exchange: of pooled rows, where every rank needs all.
-        """
         self.exchange = exchange
         self._pooling = pooling
         self._under_way: tuple[Tensor, Tensor, PendingHalos] | None = None
@@ -46,20 +42,13 @@ class PooledKeys:
 
         Args:
             layer: its number among the transformer's attention processors.
-
-        Raises:
-            PeerLost: a rank went away.
         """
         key, value = (pool(x, self._pooling.weights[layer]) for x in (key_BRWND, value_BRWND))
         self._under_way = key, value, self.exchange.start(key, value)
 
     @torch.no_grad()
     def wait(self) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, P, N, D] in raster order; to be called once.
-
-        Raises:
-            PeerLost: a rank went away.
-        """
+        """Keys and values [B, P, N, D] in raster order; to be called once."""
         assert self._under_way is not None, "wait: nothing was started"
         (*mine, pending), self._under_way = self._under_way, None
         above, below = pending.wait()
