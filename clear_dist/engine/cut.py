@@ -107,7 +107,7 @@ def cut_image(
     shared: dict[str, Any] = {
         "plan": plan,
         "width": width,
-        "counts_text_keys": settings.text_attention == "average" or group.rank == 0,
+        "counts_text_keys": settings.reduction.counts_text_keys(group.rank),
         "extrapolation": extrapolation,
     }
     joint_attention: JointAttention = FullJointAttention(**shared)

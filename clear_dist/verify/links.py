@@ -11,9 +11,9 @@ from torch import Tensor
 
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group, telling_lost_peers
+from clear_dist.comm.text_reduce import REDUCTIONS, Reduction
 from clear_dist.engine.family import Sample
 from clear_dist.families.transformers import SAMPLES
-from clear_dist.options import TEXT_ATTENTION, TextAttention
 from clear_dist.verify.dense import largest_error
 from clear_dist.verify.finding import Finding, Subjects
 
@@ -44,8 +44,8 @@ def check(group: Group, subjects: Subjects) -> Iterator[Finding]:
         if too_slow:  # on all ranks alike: they have the same figures
             break
     for sample in SAMPLES:
-        for mode in TEXT_ATTENTION:
-            yield _text(group, subjects, sample, mode)
+        for reduction in REDUCTIONS:
+            yield _text(group, subjects, sample, reduction)
 
 
 def _between_neighbours(group: Group, size: int, post: Callable[..., Any]) -> tuple[list[float], dict[int, int]]:
@@ -92,21 +92,21 @@ class _Exchange:
         self._receiving.to(self._group.device, non_blocking=True)
 
 
-def _text(group: Group, subjects: Subjects, sample: Sample, mode: TextAttention) -> Finding:
+def _text(group: Group, subjects: Subjects, sample: Sample, reduction: Reduction) -> Finding:
     """The mean of the ranks' numbers, which is what both reductions give where all log-sum-exps are equal."""
     dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32
     counters = Counters()
-    reduction = subjects.reduction(group, mode, counters)
+    reduce = subjects.reduction(group, reduction, counters)
     out = torch.full(sample.text_shape, group.rank + 1.0, device=group.device, dtype=dtype)
     lse = torch.zeros(sample.text_shape[:-1], device=group.device)
     results: list[Tensor] = []
     counters.begin_step()
-    seconds = _timed(lambda: results.append(reduction.start(out, lse).wait()), group, REPETITIONS)
+    seconds = _timed(lambda: results.append(reduce.start(out, lse).wait()), group, REPETITIONS)
     taken = max(median(theirs) for theirs in group.gather_objects(seconds))
     size = int(counters.as_dict()["text_bytes_reduced"][0]) // (REPETITIONS + WARM_UP_RUNS)
     error = largest_error(results[-1], torch.full(sample.text_shape, (group.size + 1) / 2))
     return Finding(
-        name=f"all-reduce of {sample.name}'s text, {mode}",
+        name=f"all-reduce of {sample.name}'s text, {reduction.word}",
         error=error,
         tolerance=1e-2 if dtype == torch.bfloat16 else 1e-5,
         figure=f"{_megabytes(size)} in {1e3 * taken:.3g} ms",
