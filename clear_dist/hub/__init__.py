@@ -14,8 +14,8 @@ from clear_dist.families.flux.card import FLUX_DEV
 from clear_dist.hub.fetching import Wanted, cached, fetch
 from clear_dist.launch.ends import Failure, describe
 from clear_dist.options import Refusal
-from clear_dist.request import settle as preflight
 from clear_dist.request.request import Lora, Request
+from clear_dist.request.settle import located
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 WANTED = (
@@ -41,10 +41,10 @@ def locate(request: Request, group: Group, *, local_rank: int) -> Request:
     _raise_together(group, in_touch(group, partial(_failure_of, wants) if local_rank == 0 else lambda: None))
     file = request.clear_weights if checkpoint is None else str(_held(checkpoint) / checkpoint.needed)
     if model is None:
-        return preflight.located(request, Path(request.model), file)
+        return located(request, Path(request.model), file)
     folder = _held(model)
     require_same_commit(group, model.repository, folder.name)
-    return preflight.located(request, folder, file)
+    return located(request, folder, file)
 
 
 def wanted_model(request: Request) -> Wanted | None:

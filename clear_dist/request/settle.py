@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from clear_dist import demo
-from clear_dist.cards import folder as model
 from clear_dist.cards.clear import radius_of
-from clear_dist.cards.folder import ModelFacts
+from clear_dist.cards.folder import ModelFacts, find, of_folder
 from clear_dist.geometry import cut_in_stripes, require_units
 from clear_dist.launch.env import Place
 from clear_dist.options import Refusal, Window
@@ -48,7 +47,7 @@ def choose(flags: PictureFlags, place: Place, *, device: str, gpus: int) -> tupl
     Raises:
         Refusal: see the checks; the first that fails is told.
     """
-    facts = model.find(flags.model, has_cuda=device == "cuda")
+    facts = find(flags.model, has_cuda=device == "cuda")
     checkpoint = clear_weights.find(flags.clear_weights, flags.window, facts)
     window = _window(flags, checkpoint)
     down_factor = _down_factor(window, checkpoint)
@@ -75,7 +74,7 @@ def choose(flags: PictureFlags, place: Place, *, device: str, gpus: int) -> tupl
         dtype=("bfloat16" if device == "cuda" else "float32") if flags.dtype == "auto" else flags.dtype,
         device=device,
         world_size=devices.world_size(flags.nproc, place, otherwise=gpus or 1),
-        **_kept(flags.settled(window)),
+        **_kept(flags.settled(window)) | {"output": begin.output},
     )
     _check_size(request)
     return request, facts, begin
@@ -87,7 +86,7 @@ def located(request: Request, folder: Path, checkpoint: str | None) -> Request:
     Raises:
         Refusal: as `check`.
     """
-    facts = model.of_folder(folder)
+    facts = of_folder(folder)
     native = facts.native_size
     found = clear_weights.find(checkpoint or "none", request.window, facts)
     settled = replace(

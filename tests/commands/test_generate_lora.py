@@ -16,10 +16,10 @@ from torch import Tensor
 from clear_dist.families.flux.card import FLUX_DEV, FluxShape
 from clear_dist.launch.env import Place
 from clear_dist.options import Refusal
-from clear_dist.request import settle as preflight
 from clear_dist.request.flags import GenerateFlags
-from clear_dist.request.lora import _layers as layers_of
+from clear_dist.request.lora import _layers, check_located
 from clear_dist.request.request import Lora
+from clear_dist.request.settle import settle
 from clear_dist.weights import lora
 from tests.commands.test_generate import generate_on_ranks
 from tests.test_parallelize import relative_error, run
@@ -40,8 +40,8 @@ def tensors() -> Tensors:
     return make_lora(make_tiny_pipeline().transformer, seed=1)
 
 
-def check(model: Path | str, *loras: str) -> tuple[Lora, ...]:
-    request, _ = preflight.check(GenerateFlags(model=str(model), lora=list(loras), device="cpu"), Place())
+def loras_of(model: Path | str, *loras: str) -> tuple[Lora, ...]:
+    request, *_ = settle(GenerateFlags(model=str(model), lora=list(loras), device="cpu"), Place())
     return request.loras
 
 
@@ -84,7 +84,7 @@ def test_lora_for_another_model_is_refused(model: Path, tensors: Tensors, tmp_pa
     file = tmp_path / "style.safetensors"
     save_file(change(tensors), file)
     with pytest.raises(Refusal, match=message) as refused:
-        check(model, str(file))
+        loras_of(model, str(file))
     assert "\n" not in str(refused.value)
 
 
@@ -107,21 +107,21 @@ def test_files_that_are_none_are_refused(model: Path, tensors: Tensors, tmp_path
         (f"{file}:nan", "got nan; nearest: 1"),
     ):
         with pytest.raises(Refusal, match=message):
-            check(model, word)
+            loras_of(model, word)
 
 
 def test_words_that_name_a_lora(model: Path, tensors: Tensors, tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     file = save_lora(tensors, tmp_path / "one" / "style.safetensors")
     default = "someone/style:pytorch_lora_weights.safetensors"
-    assert check(model, str(file), f"{file}:0.5", f"{file.parent}:-1", "someone/style", "someone/style:.5") == (
+    assert loras_of(model, str(file), f"{file}:0.5", f"{file.parent}:-1", "someone/style", "someone/style:.5") == (
         Lora(source=str(file)),
         Lora(source=str(file), weight=0.5),
         Lora(source=str(file), weight=-1.0),
         Lora(source=default),
         Lora(source=default, weight=0.5),
     )
-    assert check(model, "someone/style:more/x.safetensors:2")[0] == Lora(
+    assert loras_of(model, "someone/style:more/x.safetensors:2")[0] == Lora(
         source="someone/style:more/x.safetensors", weight=2
     )
     assert Lora(source=default).without_folders() == Lora(source=default)
@@ -130,16 +130,16 @@ def test_words_that_name_a_lora(model: Path, tensors: Tensors, tmp_path: Path) -
 
 def test_a_hub_model_is_compared_as_far_as_it_is_known(tensors: Tensors, tmp_path: Path) -> None:
     file = save_lora(tensors, tmp_path / "style.safetensors")
-    assert check("someone/flux", str(file))
+    assert loras_of("someone/flux", str(file))
     with pytest.raises(Refusal, match="must have 3072 inputs, got 32"):
-        check(FLUX_DEV, str(file))
+        loras_of(FLUX_DEV, str(file))
     with pytest.raises(Refusal, match="must have 48 inputs, got 32"):
-        preflight.lora.check_located([Lora(source=str(file))], FluxShape(attention_head_dim=16, num_attention_heads=3))
+        check_located([Lora(source=str(file))], FluxShape(attention_head_dim=16, num_attention_heads=3))
 
 
 def test_the_original_names_have_the_sizes_of_what_diffusers_makes_of_them() -> None:
     """Fused projections are those of their parts together."""
-    sizes = dict(layers_of(FluxShape(guidance_embeds=True)))
+    sizes = dict(_layers(FluxShape(guidance_embeds=True)))
     double, single = "transformer_blocks_18", "single_transformer_blocks_37"
     together = {
         "double_blocks_18_img_attn_qkv": [f"{double}_attn_to_{x}" for x in "qkv"],
@@ -217,7 +217,7 @@ def test_xlabs_names_are_understood_once_diffusers_has_changed_them(model: Path,
     down, up = torch.randn(3, 32), torch.randn(96, 3) / 3
     name = "double_blocks.0.processor.qkv_lora1"
     file = save_lora({f"{name}.down.weight": down, f"{name}.up.weight": up}, tmp_path / "style.safetensors")
-    assert check(model, f"{file}:-0.5") == (Lora(source=str(file), weight=-0.5),)
+    assert loras_of(model, f"{file}:-0.5") == (Lora(source=str(file), weight=-0.5),)
     ours, theirs = make_tiny_pipeline(), make_tiny_pipeline()
     lora.load(ours, [Lora(source=str(file), weight=-0.5)])
     with torch.no_grad():

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from diffusers import FluxPipeline
 
-from clear_dist.launch import ranks as launch
+from clear_dist.launch import ranks
 from tests.hub.server import TOKEN, Hub, serving
 from tests.tiny import make_clear_weights, make_tiny_flux
 from tests.tiny_lora import make_lora, save_lora
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Fetches one after the other; tells what came of each, and how long it took.
 FETCH = """
 import json, sys, time
@@ -60,7 +60,7 @@ def hub(folder: Path) -> Iterator[Hub]:
 def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
     ours = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    return kept | launch.QUIET | ours | {"HF_HUB_ETAG_TIMEOUT": "2"} | more
+    return kept | ranks.QUIET | ours | {"HF_HUB_ETAG_TIMEOUT": "2"} | more
 
 
 def fetch(endpoint: str, home: Path, *wants: tuple[str, str | None, str], **more: str) -> tuple[list[Any], str]:

@@ -9,12 +9,12 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from clear_dist.cards import folder as model
 from clear_dist.cards.clear import is_image_side
+from clear_dist.cards.folder import of_folder
 from clear_dist.comm.group import Group
 from clear_dist.observe import report
 from clear_dist.observe.progress import Phases
-from clear_dist.weights import components
+from clear_dist.weights import loading
 from clear_dist.weights.clear import load_clear_weights
 from clear_dist.weights.loading import load_pipeline
 from clear_dist.weights.mapped import load_mapped
@@ -122,7 +122,7 @@ def test_the_stand_in_has_the_names_and_shapes_of_flux_dev(tmp_path: Path) -> No
     whole = make_stand_in(tmp_path / "whole", double_blocks=19, single_blocks=38, shards=3)  # 24 GB of holes
     transformer = meta_transformer()
     assert sum(parameter.numel() for parameter in transformer.parameters()) == 11_901_408_320
-    facts = model.of_folder(whole)  # compares names and shapes
+    facts = of_folder(whole)  # compares names and shapes
     assert facts.flux is not None and facts.flux.guidance_embeds and facts.native_size == 1024
     shapes = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
     assert facts.flux.tensors() == shapes
@@ -151,7 +151,7 @@ def test_running_out_of_memory_is_not_a_damaged_folder(folder: Path, monkeypatch
     def exhausted(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(components, "load_mapped", exhausted)
+    monkeypatch.setattr(loading, "load_mapped", exhausted)
     with pytest.raises(torch.OutOfMemoryError):
         load_transformer(folder, torch.float32)
 
