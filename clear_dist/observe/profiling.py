@@ -1,6 +1,7 @@
 """`--profile`: a trace of torch's profiler for each rank, for ui.perfetto.dev; and the time of compilation.
 
-Besides every operation a trace shows the labels of comm and engine: "layer 12", "comm: ..." and "compute: ...".
+Besides every operation a trace shows the labels of comm, engine and families: "layer 12", "comm: ..."
+and "compute: ...".
 """
 
 import gzip
