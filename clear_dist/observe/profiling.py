@@ -55,7 +55,6 @@ class Profile:
         self._profiler.stop()
 
     def after_step(self) -> None:
-        """To be called after each step of any stage."""
         if not self._is_under_way:
             return
         if self._profiler.step_num == self._last:
@@ -64,7 +63,6 @@ class Profile:
         self._profiler.step()
 
     def write(self) -> None:
-        """Write the trace, whole or not at all."""
         with replacing(self._file) as partial, TemporaryDirectory() as folder:
             raw = Path(folder) / "trace.json"
             self._profiler.export_chrome_trace(str(raw))

@@ -24,8 +24,6 @@ WHOLE = "all in all"
 
 @dataclass
 class Times:
-    """Seconds of each phase and of each denoising step."""
-
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     seconds_per_step: list[float] = field(default_factory=list)
 

@@ -37,7 +37,6 @@ class RankFigures:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package, its libraries and Python."""
     return {"clear-dist": __version__, "python": platform.python_version()} | {
         name: version(name) for name in LIBRARIES
     }
@@ -45,8 +44,6 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class StageFigures:
-    """A stage of one prompt."""
-
     grid: tuple[int, int]
     """Height and width in tokens."""
     stripes: Sequence[tuple[int, int]]
@@ -118,6 +115,5 @@ def _part(part: LoadedPart) -> dict[str, Any]:
 
 
 def write(report: Mapping[str, Any], file: Path) -> None:
-    """Write a report, whole or not at all."""
     with replacing(file) as partial:
         partial.write_text(json.dumps(report, indent=1) + "\n")

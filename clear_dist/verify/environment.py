@@ -55,7 +55,6 @@ def facts(group: Group) -> dict[str, Any]:
 
 
 def differences(everyone: Sequence[dict[str, Any]], rank: int) -> list[str]:
-    """Versions of `rank` that are not rank 0's."""
     mine, first = everyone[rank]["versions"], everyone[0]["versions"]
     return [
         f"{name} {mine.get(name, 'missing')} here, {first.get(name, 'missing')} on rank 0"

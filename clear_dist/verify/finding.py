@@ -131,7 +131,6 @@ def shown(*, rank: int, to_stderr: bool) -> Iterator[Show]:
 
 
 def coloured(stream: TextIO) -> Show:
-    """Rows of a table, for a terminal."""
     console = Console(file=stream)
     widths = WIDTHS | {"check": min(WIDTHS["check"], max(NARROWEST_CHECK, console.width - FIGURE))}
 
