@@ -23,8 +23,6 @@ from clear_dist.geometry import half_widths
 
 @dataclass(frozen=True)
 class Tiling:
-    """Size of the pieces that are computed at once."""
-
     side: int
     """Rows and columns of a tile of queries: small tiles gather fewer masked keys, large ones copy less."""
     bytes_per_call: int
@@ -50,7 +48,6 @@ class Span:
     tiles: int = 1
 
     def starts_at(self, tile: int, side: int) -> tuple[int, int]:
-        """First query and first key of the span's `tile`-th tile."""
         return self.query_start + tile * side, self.key_start + tile * side
 
 

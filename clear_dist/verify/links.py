@@ -1,4 +1,4 @@
-"""How fast tensors travel: between neighbours, as halos do, and in the all-reduce of a model's text."""
+"""Speed of tensors between neighbours, as halos travel, and in the all-reduce of the text's attention."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,12 +23,12 @@ REPETITIONS, MORE_REPETITIONS, WARM_UP_RUNS = 5, 20, 1
 SMALL = 1_000_000
 """Bytes; up to here there are more repetitions, below no bandwidth is told."""
 MOST_SECONDS = 10.0
-"""For all pairs and repetitions of one size; those that would take longer are left out."""
+"""Limit for all pairs and repetitions of one size; larger sizes are left out."""
 BYTES_PER_NUMBER = 4
 
 
-def check(group: Group, subjects: Subjects) -> Iterator[Finding]:
-    """Each pair of neighbours alone, both ways at once; passes if what arrives is what was sent."""
+def measure_links(group: Group, subjects: Subjects) -> Iterator[Finding]:
+    """Each pair of neighbours alone, both ways at once; passes if data arrive as sent."""
     for size, following in pairwise((*HALO_BYTES, HALO_BYTES[-1])) if group.size > 1 else ():
         timed, wrong = _between_neighbours(group, size, subjects.post)
         pairs = group.gather_objects(timed)[:-1]  # by the lower rank of each
@@ -49,7 +49,7 @@ def check(group: Group, subjects: Subjects) -> Iterator[Finding]:
 
 
 def _between_neighbours(group: Group, size: int, post: Callable[..., Any]) -> tuple[list[float], dict[int, int]]:
-    """Seconds of each exchange with the next rank, and how many numbers from which peer are wrong."""
+    """Seconds of each exchange with the next rank, and counts of wrong numbers by peer."""
     numbers = size // BYTES_PER_NUMBER
     mine = torch.full((numbers,), float(group.rank + 1), device=group.device)
     sending = group.wire_buffer(mine.shape, mine.dtype) if group.copies_to_wire else mine
@@ -70,7 +70,7 @@ def _between_neighbours(group: Group, size: int, post: Callable[..., Any]) -> tu
 
 
 class _Exchange:
-    """One message each way, from where it is computed to where it is read."""
+    """One message each way, from device memory to device memory."""
 
     def __init__(
         self, group: Group, peer: int, mine: Tensor, sending: Tensor, receiving: Tensor, post: Callable[..., Any]
@@ -128,7 +128,7 @@ def _timed(work: Callable[[], object], group: Group, repetitions: int) -> list[f
 
 
 def _speeds(pairs: Sequence[Sequence[float]], size: int) -> str:
-    """The slowest pair, which is what a step waits for; of several also the fastest."""
+    """Speed of the slowest pair, for which a step waits; of several also the fastest."""
     medians = [median(seconds) for seconds in pairs]
     slowest, fastest = max(medians), min(medians)
     lower = medians.index(slowest)
@@ -137,13 +137,13 @@ def _speeds(pairs: Sequence[Sequence[float]], size: int) -> str:
 
 
 def _speed(seconds: float, size: int) -> str:
-    """What matters of a small message is how late it is."""
+    """Latency, with the bandwidth of large messages."""
     late = f"{1e6 * seconds:.0f} us" if seconds < 1e-3 else f"{1e3 * seconds:.3g} ms"
     return f"{late}, {size / seconds / 1e9:.3g} GB/s each way" if size >= SMALL else late
 
 
 def _details(group: Group, seconds: Sequence[float], size: int) -> dict[str, Any]:
-    """Of the pair of this rank and the next; the last rank has none."""
+    """Figures of this rank and the next; none on the last rank."""
     if not seconds:
         return {}
     taken = median(seconds)

@@ -1,4 +1,4 @@
-"""Whether both reductions of the text queries give the softmax that they stand for, computed in one place.
+"""Whether both reductions of the text queries give what they stand for, computed in one place.
 
 Shapes: B batch, T text, N heads, D head dim.
 """
@@ -17,10 +17,10 @@ from clear_dist.verify.finding import Finding, Subjects
 BATCH, TEXT, HEADS, HEAD_DIM = 2, 7, 3, 16
 IMAGE_TOKENS_PER_RANK = 11
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-"""bfloat16 has 8 bits: each part is rounded by up to 2^-9 of its size, and so is what comes of them."""
+"""bfloat16 has 8 bits: each part is rounded by up to 2^-9 of its size, and so is the result."""
 
 
-def check(group: Group, subjects: Subjects) -> Iterator[Finding]:
+def check_reductions(group: Group, subjects: Subjects) -> Iterator[Finding]:
     """Every rank holds some of the image's keys, as many as the others or one fewer."""
     query, keys, values = _inputs(group.size)
     for reduction in REDUCTIONS:
@@ -42,7 +42,7 @@ def check(group: Group, subjects: Subjects) -> Iterator[Finding]:
 
 
 def _inputs(size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [B, T, N, D], keys and values [B, T + image, N, D], the text's first; equal on all ranks."""
+    """Queries [B, T, N, D], keys and values [B, T + image, N, D] with the text first; equal on all ranks."""
     image = size * IMAGE_TOKENS_PER_RANK - (size > 1)
     generator = torch.Generator().manual_seed(size)
     query, key, value = (
