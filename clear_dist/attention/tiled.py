@@ -52,11 +52,7 @@ class Span:
 
 
 def run(call: WindowCall, tiling: Tiling | None = None) -> tuple[Tensor, Tensor]:
-    """Windowed attention (out, lse), for inference only: autograd refuses buffers that are reused.
-
-    Args:
-        tiling: None: what suits the device.
-    """
+    """Windowed attention (out, lse), for inference only: autograd refuses buffers that are reused."""
     if tiling is None:
         tiling = CPU_TILING if call.query.device.type == "cpu" else GPU_TILING
     out_BRWND = call.query.new_empty(call.query.shape)
@@ -73,8 +69,7 @@ def run(call: WindowCall, tiling: Tiling | None = None) -> tuple[Tensor, Tensor]
 def cut_in_spans(queries: int, offset: int, keys: int, side: int, radius: int) -> list[Span]:
     """One dimension in tiles of `side` (the last may be shorter), neighbours that are cut off alike joined.
 
-    Args:
-        offset: query i is key i + offset. Tiles that reach no key have a rectangle of length 0.
+    Query i is key i + offset. Tiles that reach no key have a rectangle of length 0.
     """
     spans: list[Span] = []
     for start in range(0, queries, side):

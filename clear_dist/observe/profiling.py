@@ -30,11 +30,7 @@ class Profile:
     """The last steps of a stage on one rank: those of the stale schedule's warm-up are not typical."""
 
     def __init__(self, file: Path, rank: int, *, steps: int, drain: Callable[[], None]) -> None:
-        """
-        Args:
-            steps: all steps of the stage.
-            drain: waits for all messages that are on their way.
-        """
+        """`steps`: those of the stage; `drain` waits for all messages that are on their way."""
         self.steps = min(RECORDED_STEPS, steps)
         """Recorded steps."""
         self._file = file

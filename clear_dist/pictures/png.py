@@ -51,10 +51,7 @@ def _filtered(lines: np.ndarray, above: np.ndarray) -> np.ndarray:
 
     Each byte is reduced by the one of its left (a), upper (b) and upper left (c) neighbours that is nearest to
     a + b - c, in a tie the first one. That is c only where it lies between a and b, and all distances fit in a byte.
-
-    Args:
-        lines: uint8 [rows, bytes].
-        above: the line before them, [bytes].
+    `lines` are uint8 [rows, bytes], `above` is the line before them.
     """
     filtered = np.empty((len(lines), 1 + lines.shape[1]), np.uint8)
     filtered[:, 0] = PAETH

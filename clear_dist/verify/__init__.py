@@ -44,7 +44,6 @@ def verify(device_type: str, output: str | None, subjects: Subjects | None = Non
 
     Args:
         output: file of the JSON report, or `-` for stdout; None: no report.
-        subjects: None: this package.
 
     Raises:
         Failure: a check failed; on all ranks.
