@@ -15,19 +15,16 @@ from clear_dist.engine.parts import chunks_of
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines of all positions, text first, [L, D] each."""
 Projections = tuple[nn.Module, nn.Module, nn.Module, nn.Module, nn.Module]
-"""To queries, keys and values; the norms of queries and of keys."""
+"""Projections to queries, keys and values; norms of queries and keys."""
 
 
 class FluxStripeAttnProcessor:
-    """The recipe of the blocks (`blocks.py`), for those that keep a forward of others.
-
-    Hooks that bring a block's weights put such a forward on it, mostly.
-    """
+    """Recipe of `blocks.py` for blocks whose forward others have replaced: mostly hooks that bring weights."""
 
     def __init__(self, striped: Stripes | None = None, layer: int = 0) -> None:
         """
         Raises:
-            ValueError: nothing is given: `load_ip_adapter` makes processors anew, by their classes alone.
+            ValueError: there are no arguments: `load_ip_adapter` makes processors anew from their classes.
         """
         if striped is None:
             raise ValueError("IP-Adapters cannot be combined with clear_dist.parallelize; undo() it first")
@@ -45,7 +42,7 @@ class FluxStripeAttnProcessor:
         """Double blocks pass the text apart and get two outputs; single blocks pass both joined, text first.
 
         Raises:
-            ValueError: an attention mask is given; windows and stripes have no place for it.
+            ValueError: an attention mask is given, for which windows and stripes have no place.
         """
         assert image_rotary_emb is not None, "FLUX rotates in every layer"
         text_tokens = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
@@ -63,11 +60,7 @@ class FluxStripeAttnProcessor:
 
 
 def heads_of(attn: Any, like_BLC: Tensor, tokens: int, mask: Tensor | None = None) -> Heads:
-    """Room for an attention layer's queries, keys and values.
-
-    Raises:
-        ValueError: there is a mask.
-    """
+    """Buffers for an attention layer's queries, keys and values; raises ValueError where there is a mask."""
     if mask is not None:
         raise ValueError("an attention mask cannot be combined with clear_dist.parallelize; pass none")
     processor = attn.processor
@@ -86,7 +79,7 @@ def of_text(attn: Any) -> Projections:
 
 
 def unmodulated(x_BLC: Tensor) -> Tensor:
-    """What the stock block has modulated already."""
+    """`x_BLC`, which the stock block has modulated already."""
     return x_BLC
 
 
@@ -102,8 +95,8 @@ def fill(
     """Compute queries, keys and values of `x_BLC`; halos leave with the image's, which ends where all tokens do.
 
     Args:
-        modulated: what is projected of a chunk.
-        first: where `x_BLC` begins among my tokens.
+        modulated: applied to each chunk before its projection.
+        first: start of `x_BLC` among my tokens.
 
     Returns:
         The last chunk [B, L, C], modulated.
