@@ -10,14 +10,14 @@ from math import ceil, log2, sqrt
 Size = tuple[int, int]
 
 SPARE_DOUBLINGS = 0.1
-"""A stage enlarges 2 times, or up to 2.14 times where rounding to whole tokens asks for it."""
+"""Stages enlarge 2 times, or up to 2.14 times where rounding to whole tokens asks for it."""
 LEAST_SHARE_OF_NATIVE = 0.5
 """Shorter side of a long, thin base picture, in native sizes: models don't draw slivers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Settings of a stage's denoising; raises ValueError for less than a step."""
+    """Denoising of a stage; raises ValueError for less than a step."""
 
     steps: int = 28
     guidance_scale: float = 3.5
@@ -27,7 +27,6 @@ class Sampling:
 
     @property
     def passes(self) -> int:
-        """Passes through the transformer in each step."""
         return 2 if self.true_cfg_scale > 1 else 1
 
     def __post_init__(self) -> None:
@@ -81,7 +80,7 @@ def refining_steps(steps: int, strength: float) -> int:
 def plan_cascade(
     size: Size, *, native: int, token: int, sampling: Sampling, upscaling: Upscaling, cascade: bool = True
 ) -> tuple[Stage, ...]:
-    """Stages from noise to `size`; one alone up to the native size, or without `cascade`.
+    """Stages from noise to `size`; only one up to the native size, or without `cascade`.
 
     Args:
         native: side in pixels of a square picture at the native size.
