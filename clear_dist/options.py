@@ -81,17 +81,13 @@ def spelled(name: str) -> str:
 
 def read_window(text: str) -> Window | str:
     """Radius where the text is a number; else the text, which `Options` refuses unless it is `full`."""
-    digits = text[: LONGEST_SHOWN + 1]  # Python converts no more than some thousand
+    digits = text[: LONGEST_SHOWN + 1]  # Python converts only some thousand digits
     return int(digits) if text.isascii() and text.removeprefix("-").isdecimal() else text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """A record whose fields are made by `flag`.
-
-    Raises:
-        Refusal: a number is out of its bounds, or a word is not one of the choices.
-    """
+    """A record whose fields are made by `flag`; raises a Refusal for values out of bounds or not among the choices."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -101,11 +97,7 @@ class Flags:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Flags):
-    """Settings with which a transformer is put on stripes. None: from the checkpoint, or the usual value.
-
-    Raises:
-        Refusal: a value is out of its bounds, or two contradict each other.
-    """
+    """Settings of a transformer on stripes (None: the checkpoint's or usual one); a Refusal where two contradict."""
 
     window: Window | None = flag(
         None, "radius in tokens, or full (the CLEAR weights'; full without)", MODEL, metavar="RADIUS|full",

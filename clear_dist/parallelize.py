@@ -122,11 +122,7 @@ def put_on_stripes(
     clear_weights: str | Path | None,
     net_window: Window | None,
 ) -> tuple[list[StripedModel], ReplacedWeights | None]:
-    """Put the transformer and its ControlNets on stripes, or none of them where one refuses.
-
-    Returns:
-        The models, and the weights that CLEAR's have replaced.
-    """
+    """Put the transformer and its ControlNets on stripes, or none where one refuses; with CLEAR's weights."""
     transformer, options = family.transformer, settings.options
     assert options.window is not None, "settled"
     windows = [net_window or options.window] * len(nets)
@@ -161,13 +157,10 @@ def put_model_on_stripes(family: Family, scheduler: Any, group: Group, settings:
 
 
 def of_controlnet(settings: Settings, net: Family, window: Window) -> Settings:
-    """Settings of a ControlNet; its text attention is `exact` where it sees all.
+    """Settings of a ControlNet, `exact` where it sees all; raises ValueError where its backend cannot compute it.
 
     Down-sampled keys and shares of the text are for the transformer alone: CLEAR has keys for no other, and a
     ControlNet may put a token of its own before the text.
-
-    Raises:
-        ValueError: the backend cannot compute its attention.
     """
     choose = partial(settings.choose_backend, dtype=net.transformer.dtype, head_dim=net.head_dim)
     choose()

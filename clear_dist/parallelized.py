@@ -45,7 +45,6 @@ class Parallelized:
 
     @property
     def window(self) -> int | Literal["full"]:
-        """Radius in tokens, or `full`."""
         return self._striped.settings.options.radius or "full"
 
     @property
@@ -54,7 +53,7 @@ class Parallelized:
 
     @property
     def stale_buffer_bytes(self) -> int:
-        """Most bytes that this rank kept from one step to the next in the stale schedule; see the README."""
+        """Most bytes kept from one step to the next in the stale schedule, on this rank (`docs/slow_links.md`)."""
         return sum(model.stale_bytes for model in (self._striped, *self._controlnets))
 
     @property
@@ -78,10 +77,6 @@ class Parallelized:
 
     def require_room(self, height: int, width: int, *, steps: int, batch: int = 1, passes: int = 1) -> None:
         """Check that the stale schedule's buffers fit for images of `height` x `width` tokens; all ranks call this.
-
-        Args:
-            steps: of the generation; one that is all warm-up needs no buffers.
-            passes: through the transformer in each step; classifier-free guidance takes two.
 
         Raises:
             ValueError: on all ranks, where they do not. Generations raise it too, when they begin.

@@ -36,11 +36,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Upscaling(Sampling):
-    """Refinement of an enlarged picture; the defaults are those of CLEAR's official notebook.
-
-    Raises:
-        ValueError: less than a step, or a strength outside (0, 1].
-    """
+    """Refinement, by default as in CLEAR's notebook; raises ValueError for a strength outside (0, 1]."""
 
     steps: int = 20
     """Steps of every stage: `strength` decides where they begin, not how many there are."""
@@ -82,9 +78,7 @@ def plan_cascade(
 ) -> tuple[Stage, ...]:
     """Stages from noise to `size`; only one up to the native size, or without `cascade`.
 
-    Args:
-        native: side in pixels of a square picture at the native size.
-        token: side of a token in pixels; every size is a multiple.
+    `native` is the side in pixels of a square at the native size; `token` is a token's, and all sizes are multiples.
     """
     base = base_size(size, native=native, token=token) if cascade else size
     first = Stage(height=base[0], width=base[1], sampling=sampling)

@@ -166,10 +166,7 @@ def saving_work(stage: Stage) -> float:
 
 
 def render(request: Request, began: float) -> None:
-    """Make the pictures of `request` together with the other ranks.
-
-    Args:
-        began: wall clock when the command was given, for the time that starting took.
+    """Make the pictures of `request`, given at wall clock `began`, together with the other ranks.
 
     Raises:
         Refusal: the request is wrong in a way that only the loaded model could tell.

@@ -34,11 +34,7 @@ class Saving:
     """Start of its work, by `time.perf_counter`."""
 
     def save(self, drawing: Drawing, *, last: bool) -> None:
-        """Save all pictures of a stage; a lower stage's have its size in their names.
-
-        Raises:
-            OSError: one cannot be written; then nothing of it is left behind.
-        """
+        """Save all pictures of a stage, a lower one's named by size; raises OSError, and leaves no part of a file."""
         request = self.request
         height, width = drawing.size
         for index in range(request.num_images):

@@ -59,11 +59,7 @@ class Cascade:
         phases: Phases | None = None,
         on_step: OnStep | None = None,
     ) -> None:
-        """
-        Args:
-            pipe: a parallelized pipeline.
-            embeddings: from `encode_prompts`.
-        """
+        """`pipe` is parallelized, `embeddings` are from `encode_prompts`."""
         self._pipe = pipe
         self._striped = require_striped(pipe)
         self._adapter = self._striped.family.adapted(pipe)
@@ -82,12 +78,7 @@ class Cascade:
         detail: str = "",
         around: Callable[[int], AbstractContextManager[None]] = lambda number: nullcontext(),
     ) -> Iterator[Drawing]:
-        """Draw the pictures of one stage after the other, of which only one stage's are held.
-
-        Args:
-            before: pictures that the first stage enlarges; None: it starts from noise.
-            detail: which of several prompts this is, for people.
-            around: context of drawing the stage of this number.
+        """Pictures of one stage after the other, the first drawn from `before` or noise, each inside `around(number)`.
 
         Raises:
             Refusal: before any is drawn, where the stale schedule's buffers of the last stage would not fit.
@@ -104,12 +95,7 @@ class Cascade:
             yield before
 
     def draw(self, stage: Stage, before: Drawing | None = None, *, detail: str = "") -> Drawing:
-        """Pictures of one stage; where its units of rows are fewer than the ranks, some ranks are idle.
-
-        Args:
-            before: pictures that are enlarged; None: noise.
-            detail: which of several stages this is, for people.
-        """
+        """Pictures of one stage, from `before` or noise; with fewer units of rows than ranks some ranks are idle."""
         group, rows, unit = self._striped.group, stage.height // self._adapter.token_size, self._striped.settings.unit
         ranks = min(group.size, rows // unit)
         if self._striped.shards and ranks < group.size:  # idle ones would not give others their share

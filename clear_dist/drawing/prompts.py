@@ -17,14 +17,10 @@ def encode_prompts(
     max_sequence_length: int = 512,
     num_images: int = 1,
 ) -> dict[str, Tensor]:
-    """Arguments `adapter.arguments` of the pipeline: embeddings with a row per picture.
+    """Embeddings with a row per picture, by name in `adapter.arguments`; only rank 0 uses its text encoders.
 
-    Args:
-        adapter: its pipeline's text encoders are used on rank 0 only, and may be None elsewhere.
-        negative_prompts: as many as prompts, for classifier-free guidance.
-        max_sequence_length: tokens that every prompt is padded or cut to.
-        counters: count the broadcast as `other_bytes`.
-        num_images: pictures of each prompt.
+    Prompts are padded or cut to `max_sequence_length` tokens; there are as many negative prompts, or none.
+    `counters` count the broadcast as `other_bytes`.
     """
     encoded: Encoded = []
     if group.rank == 0:

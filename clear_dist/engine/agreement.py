@@ -85,10 +85,7 @@ def shadow(x: Tensor) -> list[float]:
 
 
 def checksum(x: Tensor) -> tuple[int, int]:
-    """Two integer sums over the bits of a tensor, modulo 2^64, the second weighted by position.
-
-    Floating-point sums would depend on the number of threads.
-    """
+    """Two integer sums over a tensor's bits, one weighted by position: sums of floats would depend on threads."""
     whole_number = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     bits = x.detach().contiguous().flatten().view(whole_number).long()
     weights = torch.arange(len(bits), device=bits.device) % LARGEST_WEIGHT + 1

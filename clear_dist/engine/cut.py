@@ -88,7 +88,7 @@ def stale_bytes(size: tuple[int, int], group: Group, settings: Settings, *, row_
 def largest_call(size: tuple[int, int], stripes: tuple[Rows, ...], radius: int) -> dict[str, int]:
     """Sizes that no attention call of any rank exceeds; equal on all ranks, so that all choose one backend."""
     rows = max(map(len, stripes))
-    # A halo has a call of its own; its rows of keys and one's own are no more than this.
+    # Own rows and each halo have a call of their own, with no more rows of keys than this.
     key_rows = min(size[0], rows + 2 * (radius - 1))
     return {"rows": rows, "key_rows": key_rows, "columns": size[1], "radius": radius}
 

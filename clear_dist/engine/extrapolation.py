@@ -9,11 +9,7 @@ POOLED_COUNT = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Extrapolation:
-    """How a transformer runs above its native size; equal on all ranks.
-
-    Raises:
-        ValueError: fewer than 2 native tokens, or a factor that is not above 0 and finite.
-    """
+    """How a transformer runs above its native size, equally on all ranks; raises ValueError for values out of range."""
 
     native_tokens: int
     """Image tokens at the native size, such as 64 x 64."""
@@ -36,13 +32,8 @@ def attention_scale(
 ) -> float | None:
     """Factor of the scores, sqrt(log_n0(n) / d), which keeps the entropy of more keys ("proportional attention").
 
-    n counts all text and image keys, whatever the window and the ranks; n0 does at the native size. None without an
-    extrapolation: attention's own 1 / sqrt(d).
-
-    Args:
-        text_tokens: the same at both sizes.
-        image_tokens: of the whole grid.
-        pooled: whether there are down-sampled keys too.
+    n counts all text and image keys of the whole grid, whatever the window and the ranks; n0 does at the native size.
+    None without an extrapolation: attention's own 1 / sqrt(d).
     """
     if extrapolation is None:
         return None

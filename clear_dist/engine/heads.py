@@ -18,12 +18,7 @@ class Heads:
     def __init__(
         self, striped: Stripes, layer: int, like: Tensor, *, tokens: int, heads: int, head_dim: int, alone: bool = False
     ) -> None:
-        """
-        Args:
-            like: [B, ...], of the result's dtype and device.
-            tokens: text and image tokens of this rank.
-            alone: whether the layer sees the image alone.
-        """
+        """Room for `tokens` of this rank, text and image (image only: `alone`), in the dtype of `like` [B, ...]."""
         self.striped = striped
         self.layer = layer
         self._alone = alone

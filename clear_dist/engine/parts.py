@@ -55,12 +55,7 @@ def add_attention_and_mlp(
     modulation_BC: Sequence[Tensor],
     out_BLC: Tensor,
 ) -> None:
-    """Residual steps after the attention, where the MLP follows it.
-
-    Args:
-        layers: the attention's output projection, the norm, the MLP.
-        modulation_BC: gate of the attention; shift, scale and gate of the MLP.
-    """
+    """Gated attention output, then gated MLP; `modulation_BC`: gate of the one, shift, scale and gate of the other."""
     to_out, norm, mlp = layers
     attention_gate, shift, scale, gate = modulation_BC
     x_BLC = x_BLC + attention_gate[:, None] * to_out(attended_BLC)
@@ -97,7 +92,7 @@ def _compiled(part: Callable[..., Any], options: dict[str, Any]) -> Callable[...
 
 def alone(x: Tensor) -> Tensor:
     """View of `x` that looks like a tensor of its own: dynamo would compile anew for each kind of view."""
-    # One picture's stride may be that of a larger tensor: it gets its own.
+    # A single picture may keep the stride of a larger tensor: it is indexed anew.
     return torch.from_dlpack(x[0][None] if len(x) == 1 else x)
 
 
@@ -112,7 +107,7 @@ def joined(first_BLC: Tensor, second_BLC: Tensor) -> Tensor:
     """`torch.cat` along the tokens, without a copy where they follow each other in memory already."""
     (batch, length, channels), tokens = first_BLC.shape, first_BLC.shape[1] + second_BLC.shape[1]
     strides = (tokens * channels, channels, 1)
-    matters = slice(batch == 1, None)  # a single picture's stride is anything
+    matters = slice(batch == 1, None)  # a single picture's stride is arbitrary
     adjacent = (
         first_BLC.untyped_storage()._cdata == second_BLC.untyped_storage()._cdata
         and second_BLC.storage_offset() == first_BLC.storage_offset() + length * channels

@@ -14,10 +14,7 @@ SENDING_LAYERS = 8
 
 
 def halo_bytes_kept(plan: HaloPlan, *, row_bytes: int, layers: int) -> int:
-    """Bytes of halos kept from one step to the next, for `layers` in all passes of a step.
-
-    `row_bytes` are those of the keys and values of a row of the grid.
-    """
+    """Bytes of halos kept between steps, for `layers` in all passes, with `row_bytes` of keys and values per row."""
     return layers * row_bytes * (len(plan.extended) - len(plan.own))
 
 
@@ -31,11 +28,7 @@ def needed_bytes(plan: HaloPlan, *, row_bytes: int, layers: int) -> int:
 
 
 def require_room(needed: int, group: Group) -> None:
-    """Compare the bytes needed by each rank with the memory on its wire's side; all ranks call this.
-
-    Raises:
-        Refusal: on all ranks, where those on one device need more than it has free.
-    """
+    """All ranks call this; raises Refusal on all where those on one device need more bytes than it has free."""
     everyone = group.gather_objects((_place(group.wire), needed, _free_bytes(group.wire)))
     for place in {where for where, _, _ in everyone}:
         together = sum(bytes_needed for where, bytes_needed, _ in everyone if where == place)

@@ -14,11 +14,7 @@ def attention_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def require_stock(*models: Any) -> None:
-    """Check that a transformer and its ControlNets can be put on stripes.
-
-    Raises:
-        ValueError: one is on stripes or compiled already, its projections are fused, or a processor is not stock.
-    """
+    """Raises ValueError where a model is on stripes, compiled or fused already, or a processor is not stock."""
     for model in models:
         if any(isinstance(layer.processor, StripeProcessor) for layer in attention_layers(model).values()):
             raise ValueError("this pipeline is parallelized already; undo() the former first")

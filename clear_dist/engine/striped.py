@@ -50,11 +50,7 @@ class StripedModel:
         modulation: Modulation | None = None,
         shards: Sequence[ShardedWeights] = (),
     ) -> None:
-        """
-        Args:
-            counters: shared with `shards`.
-            modulation, shards: earlier changes of the weights, undone by `remove`.
-        """
+        """`counters` are shared with `shards`; `remove` undoes `shards` and `modulation`."""
         self.family = family
         self.scheduler = scheduler
         self.group = group
@@ -97,10 +93,7 @@ class StripedModel:
     def start_halos(self, layer: int, key_BLND: Tensor, value_BLND: Tensor, *, alone: bool = False) -> PendingHalos:
         """Send my border rows, as soon as there are keys and values.
 
-        Args:
-            layer: index among the attention layers on stripes.
-            key_BLND: my rows' tokens last, as in `value_BLND`; text before them is left out.
-            alone: whether the layer sees the image alone, without down-sampled keys.
+        My rows' tokens are the last; text before them is left out. `alone`: no text, no down-sampled keys.
         """
         cut = self.running_cut
         image = slice(-len(cut.plan.own) * cut.width, None)
@@ -124,12 +117,7 @@ class StripedModel:
         *,
         alone: bool = False,
     ) -> Tensor:
-        """Attention's output of my tokens [B, L, N, D], text tokens first as in all arguments.
-
-        Args:
-            halos: from `start_halos` of this layer.
-            alone: whether there are image tokens only; otherwise `start_text` came before.
-        """
+        """Attention's output of my tokens [B, L, N, D], text first as in all arguments; after this layer's starts."""
         cut = self.running_cut
         with labelled(f"layer {layer}"):
             self._same_call.require()
@@ -225,11 +213,7 @@ class StripedModel:
         return joined
 
     def require_room(self, size: tuple[int, int], *, batch: int, passes: int, steps: int) -> None:
-        """Check the memory for an image of `size` tokens, before its buffers are made; all ranks call this.
-
-        Raises:
-            Refusal: on all ranks, where the stale schedule's buffers do not fit on one of them.
-        """
+        """All ranks call this before buffers are made; raises Refusal on all where they do not fit on one."""
         if not self._is_stale(steps):
             return
         if not self._forward_is_under_way:  # buffers of the last image make room

@@ -27,9 +27,7 @@ def quantise_and_shard(
 
     Sharded blocks may be in host memory. They come to the group's device one by one and are quantised there, so that
     neither memory has to hold all of them. All else that changes weights (CLEAR's, a LoRA to be fused) comes first.
-
-    Args:
-        elsewhere: weights that stay as and where they are.
+    Weights `elsewhere` stay as and where they are.
     """
     transformer, shards = family.transformer, options.shard_weights and group.size > 1
     if shards:

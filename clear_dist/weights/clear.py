@@ -61,11 +61,7 @@ class ReplacedWeights:
 
 
 def require_radius(path: str | Path) -> int:
-    """Radius in tokens from a checkpoint's name, such as `clear_local_16.safetensors`.
-
-    Raises:
-        ValueError: the name has none.
-    """
+    """Radius in tokens from a name such as `clear_local_16.safetensors`; raises ValueError where it has none."""
     radius = radius_of(path)
     if radius is None:
         raise ValueError(
@@ -78,9 +74,6 @@ def load_clear_weights(transformer: Any, path: str | Path, device: torch.device 
     """Replace the image side of attention by a checkpoint's.
 
     Text projections, norms and everything else stay the base model's; LoRA layers stay on top.
-
-    Args:
-        device: where the transformer runs.
 
     Raises:
         ValueError: before anything is replaced: the file is unreadable, its name and tensors contradict each other, a
@@ -96,7 +89,7 @@ def load_clear_weights(transformer: Any, path: str | Path, device: torch.device 
         own = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         require_same_tensors(with_spatial_weights(own, factor), shapes, path)
         for name, parameter in parameters.items():
-            # On a CPU a view of the file, which ranks share, as they share the model's: a copy would be each one's own.
+            # On a CPU a view of the file, which ranks share, as they share the model's; a copy is not shared.
             parameter.data = file.get_tensor(name).to(parameter.device).to(parameter.dtype)
         pooling = None
         if factor > 1:
@@ -122,11 +115,7 @@ def image_attention_parameters(transformer: nn.Module) -> Iterator[tuple[str, nn
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Any]:
-    """A memory-mapped safetensors file.
-
-    Raises:
-        ValueError: there is no such file, or it is truncated or of another format.
-    """
+    """A memory-mapped safetensors file; raises ValueError where it is missing, truncated or of another format."""
     refuse_pickled(path)
     try:
         with safe_open(path, framework="pt") as file:

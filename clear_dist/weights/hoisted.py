@@ -74,11 +74,7 @@ class HoistedPlace:
             self.norm.linear = layer
 
     def weights(self, device: torch.device) -> tuple[Any, ...]:
-        """Versions of the weights, which tell whether they have changed; LoRA's additions stay on the device.
-
-        Raises:
-            ValueError: an adapter does more than add to the output.
-        """
+        """Versions of the weights; raises ValueError where an adapter does more than add to the output."""
         outer = self.norm.linear
         versions = tuple(None if held.is_inference() else held._version for held in self.hoisted.parameters())
         if outer is self.hoisted:
@@ -88,10 +84,10 @@ class HoistedPlace:
         if kind != LORA or variants or not self.holds(self.hoisted):
             got = "a variant of LoRA such as DoRA" if variants else kind
             raise ValueError(f"hoist_modulation takes LoRA and nothing else on {self.name}.linear, got {got}")
-        if outer.merged and outer.disable_adapters:  # peft takes them out of the weights in the midst of the forward
+        if outer.merged and outer.disable_adapters:  # peft unmerges them within the forward
             raise ValueError(f"a fused LoRA on {self.name}.linear is disabled; call pipe.unfuse_lora() instead")
         for added in () if outer.merged else (outer.lora_A, outer.lora_B):
-            if any(held.device != device for held in added.parameters()):  # peft puts them where the layer's are
+            if any(held.device != device for held in added.parameters()):  # peft puts them on the layer's device
                 added.to(device)
         return *versions, *outer.merged_adapters
 
@@ -125,10 +121,7 @@ class HoistedModulation:
     """A model's modulation in host memory, until `undo`."""
 
     def __init__(self, model: Modulated) -> None:
-        """
-        Raises:
-            ValueError: a layer is not a plain linear one with weights; nothing has been changed then.
-        """
+        """Raises ValueError, before any change, where a layer is not a plain linear one with weights."""
         self._model = model
         self._places = [HoistedPlace.of(name, norm) for name, norm in model.modulated.items()]
         for place in self._places:
@@ -145,12 +138,7 @@ class HoistedModulation:
         return {held for place in self._places for held in place.hoisted.parameters()}
 
     def begin(self, turn: int, scheduler: Any, *, generation: bool) -> None:
-        """Start a forward, which may start a `generation` too.
-
-        Args:
-            turn: number of the pass within the step.
-            scheduler: gives the steps still to come.
-        """
+        """Start a forward, pass `turn` of its step; steps to come are the scheduler's."""
         if generation:
             self.forget()
         self._turn, self._scheduler = turn, scheduler
@@ -184,8 +172,8 @@ class HoistedModulation:
 
     @torch.no_grad()
     def _computed(self, inputs: tuple[Tensor, ...], embedding_BC: Tensor, weights: list[tuple[Any, ...]]) -> Table:
-        """Outputs for the current embedding and, as far as they are known, for those of later steps."""
-        # Not by a call, which would come back here.
+        """Outputs for the current embedding and, as far as known, for those of later steps."""
+        # Without a call, whose hook would come back here.
         embed, at_step = self._model.embedder.forward, self._model.embedder_inputs
         embeddings = [embedding_BC, *(embed(*at_step(inputs, step)) for step in to_come(self._scheduler))]
         seen = [functional.silu(x) for x in embeddings]
@@ -197,10 +185,7 @@ class HoistedModulation:
 
 
 def to_come(scheduler: Any) -> list[Tensor]:
-    """Timesteps after the current one; none where no schedule was set.
-
-    If the schedule changes, a step does not find itself in the table and computes its own: slower, and right.
-    """
+    """Timesteps after the current one; where they turn out wrong, steps compute their own: slower, and right."""
     if getattr(scheduler, "num_inference_steps", None) is None:
         return []
     index = getattr(scheduler, "step_index", None)  # None on the first step of a run

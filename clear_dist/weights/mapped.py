@@ -22,12 +22,9 @@ def load_mapped(
     device: torch.device,
     advance: Callable[[int], None],
 ) -> None:
-    """Load the weights of a model on the meta device, and bring its buffers to them.
+    """Load a model on the meta device from `files`, which hold all its tensors and no others, and bring its buffers.
 
-    Args:
-        files: safetensors that together hold all tensors of the model, and no others.
-        dtype: of floating-point parameters and buffers.
-        advance: called with the bytes of each tensor once it is loaded.
+    Floating-point tensors become `dtype`; `advance` is called with the bytes of each tensor.
 
     Raises:
         SafetensorError: a file is damaged.

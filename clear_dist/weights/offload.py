@@ -59,10 +59,7 @@ class Offloaded:
     """Text encoders and VAE of a pipeline, in host memory until `remove`."""
 
     def __init__(self, pipe: Any, device: torch.device) -> None:
-        """
-        Raises:
-            ValueError: diffusers offloads them already.
-        """
+        """Raises ValueError where diffusers offloads them already."""
         parts = {name: part for name in PARTS if (part := getattr(pipe, name, None)) is not None}
         for name, part in parts.items():
             if hasattr(part, "_hf_hook"):

@@ -47,11 +47,7 @@ def rounded(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_int8(transformer: Any, names: list[str]) -> None:
-    """Quantise the layers of these names in place; the originals are not kept.
-
-    Raises:
-        ValueError: see `plain_layers`; nothing has been changed then.
-    """
+    """Quantise the layers of these names in place, for good; raises as `plain_layers`, before any change."""
     for name, layer in plain_layers(transformer, names, "int8").items():
         transformer.set_submodule(name, Int8Linear(layer))
 
@@ -91,7 +87,6 @@ def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_float8(transformer: Any, names: list[str]) -> None:
-    """As `to_int8`."""
     for name, layer in plain_layers(transformer, names, "float8").items():
         transformer.set_submodule(name, Float8Linear(layer))
 

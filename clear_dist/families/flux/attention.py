@@ -22,10 +22,7 @@ class FluxStripeAttnProcessor:
     """Recipe of `blocks.py` for blocks whose forward others have replaced: mostly hooks that bring weights."""
 
     def __init__(self, striped: Stripes | None = None, layer: int = 0) -> None:
-        """
-        Raises:
-            ValueError: there are no arguments: `load_ip_adapter` makes processors anew from their classes.
-        """
+        """Raises ValueError without arguments: `load_ip_adapter` makes processors anew from their classes."""
         if striped is None:
             raise ValueError("IP-Adapters cannot be combined with clear_dist.parallelize; undo() it first")
         self.striped = striped
@@ -39,11 +36,7 @@ class FluxStripeAttnProcessor:
         attention_mask: Tensor | None = None,
         image_rotary_emb: Rotary | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Double blocks pass the text apart and get two outputs; single blocks pass both joined, text first.
-
-        Raises:
-            ValueError: an attention mask is given, for which windows and stripes have no place.
-        """
+        """Double blocks pass text apart and get two outputs, single blocks pass all joined; masks raise ValueError."""
         assert image_rotary_emb is not None, "FLUX rotates in every layer"
         text_tokens = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         heads = heads_of(attn, hidden_states, text_tokens + hidden_states.shape[1], attention_mask)
@@ -92,19 +85,14 @@ def fill(
     *,
     first: int = 0,
 ) -> Tensor:
-    """Compute queries, keys and values of `x_BLC`; halos leave with the image's, which ends where all tokens do.
+    """Compute queries, keys and values of `x_BLC`, my tokens from `first` on; returns the last chunk, `modulated`.
 
-    Args:
-        modulated: applied to each chunk before its projection.
-        first: start of `x_BLC` among my tokens.
-
-    Returns:
-        The last chunk [B, L, C], modulated.
+    Halos leave with the image's keys and values; the image ends where all tokens do.
     """
     to_q, to_k, to_v, norm_q, norm_k = projections
     parts = heads.striped.parts
     query, key, value = heads.own
-    normed = x_BLC  # of no token, on a rank whose share of the text is empty
+    normed = x_BLC  # returned where there are no tokens: an empty share of the text
     for chunk in chunks_of(x_BLC):
         place = slice(first + chunk.start, first + chunk.stop)
         turns = rotary[0][place], rotary[1][place]

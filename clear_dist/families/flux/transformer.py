@@ -73,11 +73,7 @@ class Flux:
         return (scaled.to(like.device) * 1000, *inputs[1:])
 
     def grid_of(self, inputs: Inputs) -> tuple[int, int]:
-        """Height and width in tokens, read from `img_ids` (waits for the GPU, once per generation).
-
-        Raises:
-            ValueError: the ids are not one image in raster order (FLUX.1 Kontext's reference images, for one).
-        """
+        """Height and width from `img_ids` (waits for the GPU); raises ValueError for ids of reference images."""
         ids = flat_ids(inputs["img_ids"])
         width = int((ids[:, 1] == 0).sum())
         height = len(ids) // max(width, 1)
@@ -152,11 +148,7 @@ class Flux:
 
 
 def own_tokens(name: str, x_BLC: Tensor, cut: Cut) -> Tensor:
-    """My tokens of the input `name`, which is whole, or cut already by a ControlNet on stripes.
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """My tokens of the input `name`, whole or cut already by a ControlNet on stripes; raises ValueError for others."""
     own, whole = len(cut.plan.own) * cut.width, cut.height * cut.width
     if x_BLC.shape[1] not in (own, whole):
         raise ValueError(f"`{name}` must have a token for each of the {whole} latents, got {x_BLC.shape[1]}")
