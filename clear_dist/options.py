@@ -17,9 +17,6 @@ TextAttention = Literal["average", "exact"]
 TextTokens = Literal["auto", "replicated", "sharded"]
 Schedule = Literal["sync", "stale"]
 
-TEXT_ATTENTION: tuple[TextAttention, ...] = get_args(TextAttention)
-TEXT_TOKENS: tuple[TextTokens, ...] = get_args(TextTokens)
-SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 ATTENTION_BACKENDS = ("auto", "reference", "masked", "tiled", "flex", "flash", "triton")
 WARMUP_STEPS = 4
 LONGEST_SHOWN = 80
@@ -115,16 +112,17 @@ class Options(Flags):
     shard_weights: bool = flag(False, "each rank holds a share of every block; the next one's travel meanwhile", MODEL)
     offload: bool = flag(False, "text encoders and VAE in host memory while not in use; no effect on a CPU", MODEL)
     text_attention: TextAttention | None = flag(
-        None, "average: the paper's; exact: independent of the ranks (average)", CUT, choices=TEXT_ATTENTION
+        None, "average: the paper's; exact: independent of the ranks (average)", CUT, choices=get_args(TextAttention)
     )
     """`average`: Eq. 7 of the paper; `exact`: N ranks compute what one computes."""
     text_tokens: TextTokens = flag(
         "auto", "text tokens' linear layers: on all ranks, or a share on each (auto: by size)", CUT,
-        choices=TEXT_TOKENS,
+        choices=get_args(TextTokens),
     )  # fmt: skip
     schedule: Schedule = flag(
-        "sync", "sync: this step's halos; stale: the step before's, for slow links (sync)", CUT, choices=SCHEDULES
-    )
+        "sync", "sync: this step's halos; stale: the step before's, for slow links (sync)", CUT,
+        choices=get_args(Schedule),
+    )  # fmt: skip
     warmup_steps: int | None = flag(
         None, "synchronous steps before --schedule stale sets in (4)", CUT, bounds=(0, 1_000)
     )
