@@ -1,7 +1,7 @@
-"""What a user can choose of how a picture is drawn on many ranks: one record, from the command line to the report.
+"""Options of drawing a picture on many ranks: one record, from the command line to the report.
 
-`Options` is what `parallelize` takes, the engine goes by, and `plan` counts. A new choice is a field here, with its
-help, its bounds and its rule, and a line where the engine acts on it; the command line is made from these fields.
+`Options` is taken by `parallelize`, obeyed by the engine and counted by `plan`. A new option is a field here, with its
+help, bounds and rule, and a line where the engine acts on it; the command line is made from these fields.
 """
 
 import difflib
@@ -17,37 +17,34 @@ TextAttention = Literal["average", "exact"]
 TextTokens = Literal["auto", "replicated", "sharded"]
 Schedule = Literal["sync", "stale"]
 
-TEXT_ATTENTION: tuple[TextAttention, ...] = get_args(TextAttention)
-TEXT_TOKENS: tuple[TextTokens, ...] = get_args(TextTokens)
-SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 ATTENTION_BACKENDS = ("auto", "reference", "masked", "tiled", "flex", "flash", "triton")
 WARMUP_STEPS = 4
 LONGEST_SHOWN = 80
-"""Characters of a value that a message repeats."""
+"""Most characters of a value that a message repeats."""
 MODEL, CUT = "Model", "How it is cut"
 """Panels of the help."""
 
 
 class Refusal(ValueError):
-    """The request is wrong: the rule, the value given and the nearest valid value, on one line."""
+    """A wrong request: the rule, the value given and the nearest valid value, on one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flag:
-    """How a field is shown and read on the command line, and what values it takes."""
+    """Help, spelling and values of a field on the command line."""
 
     help: str
     panel: str | None = None
     choices: tuple[str, ...] = ()
     bounds: tuple[float, float] | None = None
-    """From and to, both allowed; whole numbers where both are."""
+    """Smallest and largest value; whole numbers where both bounds are."""
     metavar: str | None = None
     names: tuple[str, ...] = ()
-    """Other spellings; by default the field's own."""
+    """Other spellings than the field's own."""
     read: Callable[[str], Any] | None = None
-    """Text to value; by default what the field's type says."""
+    """Text to value; by default according to the field's type."""
     is_argument: bool = False
-    """Whether it stands without a name."""
+    """Whether it is positional."""
     planned: bool = True
     """Whether `plan` takes it too."""
 
@@ -65,34 +62,29 @@ class Flag:
 
 
 def flag(default: Any, text: str, panel: str | None = None, **rest: Any) -> Any:
-    """A field of a record of flags; `rest` as in `Flag`. Without a default (`...`) it must be given."""
+    """Field of a record of flags, `rest` as in `Flag`; required where the default is `...`."""
     metadata = {"flag": Flag(help=text, panel=panel, **rest)}
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
 
 
 def flag_of(each: Field) -> Flag:
-    """How a field is shown and checked."""
     return each.metadata["flag"]
 
 
 def spelled(name: str) -> str:
-    """A field's name as the command line has it."""
+    """Flag of a field: `--text-attention` for `text_attention`."""
     return f"--{name.replace('_', '-')}"
 
 
 def read_window(text: str) -> Window | str:
-    """A number where the text is one; else the text, which `Options` refuses unless it is `full`."""
-    digits = text[: LONGEST_SHOWN + 1]  # Python converts no more than some thousand
+    """Radius where the text is a number; else the text, which `Options` refuses unless it is `full`."""
+    digits = text[: LONGEST_SHOWN + 1]  # Python converts only some thousand digits
     return int(digits) if text.isascii() and text.removeprefix("-").isdecimal() else text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """A record whose fields are made by `flag`.
-
-    Raises:
-        Refusal: a number is out of its bounds, or a word is not one of the choices.
-    """
+    """A record whose fields are made by `flag`; raises a Refusal for values out of bounds or not among the choices."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -102,17 +94,13 @@ class Flags:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Flags):
-    """How a transformer is put on stripes. None: chosen from the checkpoint, or the usual value.
-
-    Raises:
-        Refusal: a value is out of its bounds, or two contradict each other.
-    """
+    """Settings of a transformer on stripes (None: the checkpoint's or usual one); a Refusal where two contradict."""
 
     window: Window | None = flag(
         None, "radius in tokens, or full (the CLEAR weights'; full without)", MODEL, metavar="RADIUS|full",
         read=read_window,
     )  # fmt: skip
-    """Radius in tokens of what an image token sees (paper, Sec. 3.2), or `full`."""
+    """Radius in tokens that an image token sees (paper, Sec. 3.2), or `full`."""
     hoist_modulation: bool = flag(
         False, "AdaLN's weights (about a quarter of all) in host memory; no effect on a CPU", MODEL
     )
@@ -124,16 +112,17 @@ class Options(Flags):
     shard_weights: bool = flag(False, "each rank holds a share of every block; the next one's travel meanwhile", MODEL)
     offload: bool = flag(False, "text encoders and VAE in host memory while not in use; no effect on a CPU", MODEL)
     text_attention: TextAttention | None = flag(
-        None, "average: the paper's; exact: independent of the ranks (average)", CUT, choices=TEXT_ATTENTION
+        None, "average: the paper's; exact: independent of the ranks (average)", CUT, choices=get_args(TextAttention)
     )
     """`average`: Eq. 7 of the paper; `exact`: N ranks compute what one computes."""
     text_tokens: TextTokens = flag(
         "auto", "text tokens' linear layers: on all ranks, or a share on each (auto: by size)", CUT,
-        choices=TEXT_TOKENS,
+        choices=get_args(TextTokens),
     )  # fmt: skip
     schedule: Schedule = flag(
-        "sync", "sync: this step's halos; stale: the step before's, for slow links (sync)", CUT, choices=SCHEDULES
-    )
+        "sync", "sync: this step's halos; stale: the step before's, for slow links (sync)", CUT,
+        choices=get_args(Schedule),
+    )  # fmt: skip
     warmup_steps: int | None = flag(
         None, "synchronous steps before --schedule stale sets in (4)", CUT, bounds=(0, 1_000)
     )
@@ -155,15 +144,11 @@ class Options(Flags):
 
     @property
     def radius(self) -> int | None:
-        """The window in tokens; None: full attention."""
+        """Window in tokens; None: full attention."""
         return None if self.window in (None, "full") else index(self.window)  # type: ignore[arg-type]
 
     def settled(self, window: Window) -> Self:
-        """With everything chosen that was left open.
-
-        Args:
-            window: for where none was given.
-        """
+        """Options with everything chosen that was left open; `window` serves where none was given."""
         chosen = window if self.window is None else self.window
         default: TextAttention = "exact" if chosen == "full" else "average"
         return replace(
@@ -185,18 +170,17 @@ def check_window(window: object) -> None:
 
 
 def nearest_word(word: str, choices: Sequence[str]) -> str:
-    """The choice that was probably meant; the first one where none resembles it."""
+    """Choice that was probably meant; the first one where none resembles the word."""
     begun = [choice for choice in choices if word and choice.startswith(word)]
     return next(iter(begun or difflib.get_close_matches(word, choices, n=1, cutoff=0.4)), choices[0])
 
 
 def shortened(text: str) -> str:
-    """`text`, its end left out where it is too long to be repeated in a message."""
+    """`text`, without its end where it is too long for a message."""
     return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
 
 
 def check_choice(name: str, word: str, choices: Sequence[str]) -> None:
-    """Raises a Refusal for a word that is not one of `choices`."""
     if word not in choices:
         shown = shortened(str(word))
         nearest = nearest_word(str(word), choices)
@@ -204,7 +188,7 @@ def check_choice(name: str, word: str, choices: Sequence[str]) -> None:
 
 
 def check_whole_number(name: str, value: Any, least: int, most: int) -> None:
-    """Raises a Refusal for what is no whole number from `least` to `most`."""
+    """Raises a Refusal for anything but a whole number from `least` to `most`."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise Refusal(f"{name} must be a whole number from {least} to {most}, got {value!r}; nearest: {least}")
     if not least <= value <= most:
@@ -213,14 +197,14 @@ def check_whole_number(name: str, value: Any, least: int, most: int) -> None:
 
 
 def check_real_number(name: str, value: float, low: float, high: float) -> None:
-    """Raises a Refusal for a number outside of [low, high], or none."""
+    """Raises a Refusal for a number outside [low, high], or NaN."""
     if not low <= value <= high:
         nearest = low if math.isnan(value) else min(max(value, low), high)
         raise Refusal(f"{name} must be a number from {low:g} to {high:g}, got {value}; nearest: {nearest:g}")
 
 
 def check_encoding(name: str, value: object) -> None:
-    """Raises a Refusal for words or file names of bytes that are not UTF-8: no tokenizer, nor metadata, takes them."""
+    """Raises a Refusal for text that is not UTF-8, which no tokenizer and no metadata takes."""
     text = str(value)
     if not isinstance(value, str | Path) or text.isprintable():
         return

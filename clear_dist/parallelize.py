@@ -1,4 +1,4 @@
-"""Puts a stock diffusers pipeline on stripes, and takes it off again."""
+"""Puts a stock diffusers pipeline on stripes."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -38,15 +38,15 @@ def parallelize(
     group: Group | None = None,
     **options: Any,
 ) -> Parallelized:
-    """Cuts the transformer of `pipe`, and its ControlNets, in stripes, one per rank; all else stays diffusers'.
+    """Cut the transformer of `pipe`, and its ControlNets, in stripes, one per rank; all else stays diffusers'.
 
-    Call it on every rank, then use the pipeline as ever, with equal arguments and equally seeded generators.
+    Called on every rank. The pipeline is then used as ever, with equal arguments and equally seeded generators.
 
     Args:
         pipe: a diffusers pipeline, on the device where it is to run.
         clear_weights: a CLEAR checkpoint; without one a window draws noise, unless `pipe` was trained with it.
-        controlnet_window: of ControlNets, which CLEAR has not distilled; by default the transformer's.
-        group: the ranks that share an image; by default all of torch.distributed's, without it this process alone.
+        controlnet_window: window of ControlNets, which CLEAR has not distilled; by default the transformer's.
+        group: ranks that share an image; by default all of torch.distributed's, without it this process alone.
         options: fields of `clear_dist.Options`, such as window=16, text_attention="exact", schedule="stale".
 
     Raises:
@@ -56,8 +56,8 @@ def parallelize(
     family, nets = family_of(getattr(pipe, "transformer", None)), controlnets_of(pipe)
     require_stock(family.transformer, *(net.transformer for net in nets))
     with as_arguments():
-        chosen, net_window = settled(Options(**options), clear_weights), controlnet_window
-        check_window(net_window)
+        chosen = settled(Options(**options), clear_weights)
+        check_window(controlnet_window)
     device = group.device if group is not None else pipe._execution_device  # also where its parts are on the host
     dtype = family.transformer.dtype
     require_machine(chosen, device, dtype)
@@ -70,13 +70,13 @@ def parallelize(
         used = group or Group.create(device)
         undo += [used.close] if group is None else []
         settings = Settings(options=chosen, choose_backend=choose)
-        models, replaced = put_on_stripes(pipe, family, nets, used, settings, clear_weights, net_window)
+        models, replaced = put_on_stripes(pipe, family, nets, used, settings, clear_weights, controlnet_window)
     return Parallelized(*models, owns_group=group is None, replaced=replaced, offloaded=offloaded)
 
 
 @contextmanager
 def as_arguments() -> Iterator[None]:
-    """Inside, a Refusal names arguments rather than flags: `text_attention` for `--text-attention`."""
+    """Context in which a Refusal names arguments rather than flags: `text_attention` for `--text-attention`."""
     try:
         yield
     except Refusal as error:
@@ -85,7 +85,7 @@ def as_arguments() -> Iterator[None]:
 
 
 def settled(options: Options, clear_weights: str | Path | None) -> Options:
-    """With everything chosen; a window that was not given is the checkpoint's, or full attention."""
+    """Options with everything chosen; without a window, the checkpoint's or full attention."""
     if options.window is None and clear_weights is not None:
         return options.settled(require_radius(clear_weights))
     if clear_weights is not None:
@@ -94,7 +94,7 @@ def settled(options: Options, clear_weights: str | Path | None) -> Options:
 
 
 def require_machine(options: Options, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises ValueError where this machine cannot do what was chosen."""
+    """Raises ValueError where this machine lacks something that the options need."""
     if options.float8 and (needed := why_not_float8(device, dtype)):
         raise ValueError(f"float8 needs {needed}; nearest: float8=False")
     if options.compile and (missing := missing_compiler(device.type)):
@@ -103,7 +103,7 @@ def require_machine(options: Options, device: torch.device, dtype: torch.dtype) 
 
 @contextmanager
 def on_refusal() -> Iterator[list[Callable[[], None]]]:
-    """Calls what has been put in the list, the last first, where a ValueError ends what is inside."""
+    """Context that calls the functions of its list, last first, where it ends with a ValueError."""
     undo: list[Callable[[], None]] = []
     try:
         yield undo
@@ -122,11 +122,7 @@ def put_on_stripes(
     clear_weights: str | Path | None,
     net_window: Window | None,
 ) -> tuple[list[StripedModel], ReplacedWeights | None]:
-    """The transformer and its ControlNets, or none of them where one refuses; and what CLEAR's weights have replaced.
-
-    Args:
-        net_window: of the ControlNets; None: the transformer's.
-    """
+    """Put the transformer and its ControlNets on stripes, or none where one refuses; with CLEAR's weights."""
     transformer, options = family.transformer, settings.options
     assert options.window is not None, "settled"
     windows = [net_window or options.window] * len(nets)
@@ -150,7 +146,7 @@ def put_on_stripes(
 
 
 def put_model_on_stripes(family: Family, scheduler: Any, group: Group, settings: Settings) -> StripedModel:
-    """One transformer or ControlNet, its weights changed as the options say."""
+    """Put one transformer or ControlNet on stripes, its weights changed as the options say."""
     counters, options = Counters(), settings.options
     with on_refusal() as undo:
         modulation = HoistedModulation(family) if options.hoist_modulation else None
@@ -161,13 +157,10 @@ def put_model_on_stripes(family: Family, scheduler: Any, group: Group, settings:
 
 
 def of_controlnet(settings: Settings, net: Family, window: Window) -> Settings:
-    """A ControlNet's settings; its text tokens are reduced fully where it sees all.
+    """Settings of a ControlNet, `exact` where it sees all; raises ValueError where its backend cannot compute it.
 
-    Down-sampled keys and shares of the text are for the transformer alone: CLEAR's weights are, and a ControlNet may
-    put a token of its own before the text.
-
-    Raises:
-        ValueError: the backend cannot compute its attention.
+    Down-sampled keys and shares of the text are for the transformer alone: CLEAR has keys for no other, and a
+    ControlNet may put a token of its own before the text.
     """
     choose = partial(settings.choose_backend, dtype=net.transformer.dtype, head_dim=net.head_dim)
     choose()
@@ -177,10 +170,10 @@ def of_controlnet(settings: Settings, net: Family, window: Window) -> Settings:
 
 
 def interrupt(pipe: Any, when: bool = True) -> bool:
-    """Stops a generation after the step at hand, on all ranks, if `when` is true on any of them.
+    """Stop a generation after this step, on all ranks, if `when` is true on any of them; returns the decision.
 
-    Ranks that decided alone would wait for each other for ever: call this on every rank at the same step, from
-    `callback_on_step_end`. Returns what was decided.
+    Called on every rank at the same step, from `callback_on_step_end`: ranks that decided alone would wait for each
+    other for ever.
     """
     striped = striped_of(pipe)
     stop = striped.group.agree(when) if striped is not None else when

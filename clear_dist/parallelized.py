@@ -1,4 +1,4 @@
-"""A pipeline on stripes, as `parallelize` returns it."""
+"""Pipelines on stripes, as `parallelize` returns them."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ from clear_dist.weights.offload import Offloaded
 
 
 class Parallelized:
-    """A pipeline on stripes: what it runs on, what it has counted, and the way back."""
+    """A pipeline on stripes: its group and counters, and the way back."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class Parallelized:
         self._controlnets = controlnets
         self._owns_group = owns_group
         self.replaced = replaced
-        """What a CLEAR checkpoint has replaced."""
+        """Weights replaced by a CLEAR checkpoint's."""
         self._offloaded = offloaded
 
     @property
@@ -35,17 +35,16 @@ class Parallelized:
 
     @property
     def counters(self) -> Counters:
-        """Of the transformer."""
+        """Counters of the transformer."""
         return self._striped.counters
 
     @property
     def controlnet_counters(self) -> list[Counters]:
-        """Of each ControlNet, in the pipeline's order."""
+        """Counters of each ControlNet, in the pipeline's order."""
         return [controlnet.counters for controlnet in self._controlnets]
 
     @property
     def window(self) -> int | Literal["full"]:
-        """Radius in tokens, or `full`."""
         return self._striped.settings.options.radius or "full"
 
     @property
@@ -54,19 +53,19 @@ class Parallelized:
 
     @property
     def stale_buffer_bytes(self) -> int:
-        """Of what this rank kept from one step to the next in the stale schedule, at most; see the README."""
+        """Most bytes kept from one step to the next in the stale schedule, on this rank (`docs/slow_links.md`)."""
         return sum(model.stale_bytes for model in (self._striped, *self._controlnets))
 
     @property
     def weight_bytes(self) -> int:
-        """Of the transformer's weights that this rank holds on its device: its shards only, where they are sharded."""
+        """Bytes of the transformer's weights on this rank's device; only its shards, where they are sharded."""
         modulation = self._striped.modulation
         elsewhere = set() if modulation is None else modulation.weights
         return weight_bytes(self._striped.family.transformer, but=elsewhere)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Height and width in tokens of the last image."""
+        """Height and width of the last image in tokens."""
         assert self._striped.cut is not None, "known once a forward has run"
         return self._striped.cut.height, self._striped.cut.width
 
@@ -77,11 +76,7 @@ class Parallelized:
         return [(rows.start, rows.stop) for rows in self._striped.cut.stripes]
 
     def require_room(self, height: int, width: int, *, steps: int, batch: int = 1, passes: int = 1) -> None:
-        """Whether the stale schedule's buffers fit for images of so many tokens; every rank calls this, or none.
-
-        Args:
-            steps: of the generation; one that is all warm-up needs no buffers.
-            passes: through the transformer in each step; classifier-free guidance takes two.
+        """Check that the stale schedule's buffers fit for images of `height` x `width` tokens; all ranks call this.
 
         Raises:
             ValueError: on all ranks, where they do not. Generations raise it too, when they begin.
@@ -89,15 +84,15 @@ class Parallelized:
         self._striped.require_room((height, width), batch=batch, passes=passes, steps=steps)
 
     def drain(self) -> None:
-        """Waits for what the stale schedule has on its way, as the next generation would; every rank calls this."""
+        """Wait for the stale schedule's messages, as the next generation would; every rank calls this."""
         for model in (self._striped, *self._controlnets):
             model.drain()
 
     def undo(self) -> None:
-        """Restores processors, hooks and where weights are.
+        """Restore processors, hooks and the places of weights.
 
-        Weights that a CLEAR checkpoint replaced stay replaced; down-sampled keys that came with it go. Weights in
-        shards are gathered: all ranks call this, and each must have the memory for all of them.
+        Weights that a CLEAR checkpoint replaced stay replaced; its down-sampled keys go. Weights in shards are
+        gathered: all ranks call this, and each must have the memory for all of them.
         """
         for model in (*self._controlnets, self._striped):
             model.remove()
@@ -108,7 +103,7 @@ class Parallelized:
             self._owns_group = False
 
     def close(self) -> None:
-        """What the ranks share ends with the program; nothing is restored, the pipeline is of no use afterwards."""
+        """End everything that the ranks share; the pipeline is of no use afterwards."""
         for model in (self._striped, *self._controlnets):
             for shards in model.shards:
                 shards.close()

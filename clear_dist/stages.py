@@ -10,14 +10,14 @@ from math import ceil, log2, sqrt
 Size = tuple[int, int]
 
 SPARE_DOUBLINGS = 0.1
-"""A stage enlarges 2 times, or up to 2.14 times where rounding to whole tokens asks for it."""
+"""Stages enlarge 2 times, or up to 2.14 times where rounding to whole tokens asks for it."""
 LEAST_SHARE_OF_NATIVE = 0.5
 """Shorter side of a long, thin base picture, in native sizes: models don't draw slivers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Settings of a stage's denoising; raises ValueError for less than a step."""
+    """Denoising of a stage; raises ValueError for less than a step."""
 
     steps: int = 28
     guidance_scale: float = 3.5
@@ -27,7 +27,6 @@ class Sampling:
 
     @property
     def passes(self) -> int:
-        """Passes through the transformer in each step."""
         return 2 if self.true_cfg_scale > 1 else 1
 
     def __post_init__(self) -> None:
@@ -37,11 +36,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Upscaling(Sampling):
-    """Refinement of an enlarged picture; the defaults are those of CLEAR's official notebook.
-
-    Raises:
-        ValueError: less than a step, or a strength outside (0, 1].
-    """
+    """Refinement, by default as in CLEAR's notebook; raises ValueError for a strength outside (0, 1]."""
 
     steps: int = 20
     """Steps of every stage: `strength` decides where they begin, not how many there are."""
@@ -81,11 +76,9 @@ def refining_steps(steps: int, strength: float) -> int:
 def plan_cascade(
     size: Size, *, native: int, token: int, sampling: Sampling, upscaling: Upscaling, cascade: bool = True
 ) -> tuple[Stage, ...]:
-    """Stages from noise to `size`; one alone up to the native size, or without `cascade`.
+    """Stages from noise to `size`; only one up to the native size, or without `cascade`.
 
-    Args:
-        native: side in pixels of a square picture at the native size.
-        token: side of a token in pixels; every size is a multiple.
+    `native` is the side in pixels of a square at the native size; `token` is a token's, and all sizes are multiples.
     """
     base = base_size(size, native=native, token=token) if cascade else size
     first = Stage(height=base[0], width=base[1], sampling=sampling)

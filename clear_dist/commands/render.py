@@ -1,4 +1,4 @@
-"""What each rank does for `generate` and `upscale`: load, encode, draw stage by stage, save, report."""
+"""Work of each rank in `generate` and `upscale`: load, encode, draw stage by stage, save, report."""
 
 import json
 import shlex
@@ -26,21 +26,21 @@ from clear_dist.observe.profiling import Profile
 from clear_dist.observe.progress import watched
 from clear_dist.pictures import replacing
 from clear_dist.request.pictures import load
-from clear_dist.request.request import Picture, Request
+from clear_dist.request.request import Request
 from clear_dist.stages import Stage
 
 SAVING = 0.5
-"""Of a denoising step, in time, on a CPU; for the time left only."""
+"""Share of a denoising step, in time, on a CPU; for the time left only."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rendering(Prepared):
-    """One request on one rank, its model loaded, at work."""
+    """One request on one rank, with its model loaded."""
 
     stages: list[report.StageFigures] = field(default_factory=list)
 
     def run(self) -> None:
-        """All pictures of the request, and its report."""
+        """Draw and save all pictures, and write the report."""
         request = self.request
         stages = request.stages
         saved = stages if request.save_stages else stages[-1:]
@@ -58,13 +58,8 @@ class Rendering(Prepared):
         if request.report is not None:
             self._report(request.report)
 
-    def _grid(self, stage: Stage) -> tuple[int, int]:
-        """Height and width in tokens."""
-        token = self.request.token_size
-        return stage.height // token, stage.width // token
-
     def _render_prompt(self, index: int) -> Drawing:
-        """All stages of one prompt, their pictures saved; returns the last one."""
+        """Draw and save all stages of one prompt; returns the last one."""
         request, began, count = self.request, time.perf_counter(), len(self.request.prompts)
         saving = Saving(
             request=request, settings=self._settings(), seed=self.seed, group=self.group, prompt=index, began=began
@@ -79,7 +74,9 @@ class Rendering(Prepared):
         def around(number: int) -> AbstractContextManager[None]:
             return profile.recording() if profile is not None and number == last else nullcontext()
 
-        drawing = None if request.picture is None else self._user_picture(request.picture)
+        drawing = None
+        if request.picture is not None:
+            drawing = from_image(load(request.picture) if self.group.rank == 0 else None, self.group)
         for number, drawn in enumerate(cascade.run(stages, drawing, detail=detail, around=around)):
             drawing, stage = drawn, stages[number]
             of_several = f", stage {number + 1} of {len(stages)}" if len(stages) > 1 else ""
@@ -94,7 +91,7 @@ class Rendering(Prepared):
         return drawing
 
     def _write_profile(self, profile: Profile) -> None:
-        """Each rank its own; told in one line, once all are there."""
+        """Write each rank's own; one line tells, once all are there."""
         profile.write()
         self.group.barrier()
         if self.group.rank == 0:
@@ -102,7 +99,7 @@ class Rendering(Prepared):
             print(f"profile={first} ranks={self.group.size} steps={profile.steps}", flush=True)
 
     def _encode(self, index: int) -> dict[str, Tensor]:
-        """The pipeline's arguments for a prompt."""
+        """Arguments of the pipeline for a prompt."""
         encoded: Encoded = []
         if self.encoded is not None:
             encoded = self.encoded[index]
@@ -111,12 +108,9 @@ class Rendering(Prepared):
         adapter, counters = adapter_of(self.pipe), self.handle.counters
         return share(adapter, self.group, counters, encoded, num_images=self.request.num_images)
 
-    def _user_picture(self, picture: Picture) -> Drawing:
-        return from_image(load(picture) if self.group.rank == 0 else None, self.group)
-
     def _end_step(self, pipe: Any, stage: Stage, done: int, latents: Tensor) -> None:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # else the launch of the step's kernels is timed, not the step
+            torch.cuda.synchronize(self.device)  # else only the launch of the step's kernels is timed
         self.phases.end_step(done)
         if self.profile is not None:
             self.profile.after_step()
@@ -124,17 +118,17 @@ class Rendering(Prepared):
             self.previews.after_step(pipe, stage, done, latents)
 
     def _note(self, stage: Stage, drawing: Drawing) -> None:
-        """Keep what the report tells of a stage."""
+        """Keep a stage's figures for the report."""
         token = self.request.token_size
         figures = report.StageFigures(
-            grid=self._grid(stage),
+            grid=(stage.height // token, stage.width // token),
             stripes=[(rows.start // token, rows.stop // token) for rows in drawing.rows if len(rows)],
             times=self.phases.stages[-1],
         )
         self.stages.append(figures)
 
     def _settings(self) -> dict[str, Any]:
-        """The request as plain values, with what this run has chosen: settings that make the picture again."""
+        """The request as plain values, with this run's choices: settings that make the picture again."""
         chosen = {"seed": self.seed, "text_attention": self.handle.text_attention, "transport": self.group.transport}
         return json.loads(json.dumps(asdict(self.request), default=str)) | chosen
 
@@ -167,18 +161,15 @@ class Rendering(Prepared):
 
 
 def saving_work(stage: Stage) -> float:
-    """As `work_of`."""
+    """Cost of saving, in the unit of `work_of`."""
     return SAVING * stage.height * stage.width
 
 
 def render(request: Request, began: float) -> None:
-    """Make the pictures of `request` together with the other ranks, if there are any.
-
-    Args:
-        began: wall clock at which the command was given, for the time that starting took.
+    """Make the pictures of `request`, given at wall clock `began`, together with the other ranks.
 
     Raises:
-        Refusal: only the loaded model could tell that the request is wrong.
+        Refusal: the request is wrong in a way that only the loaded model could tell.
     """
     with watched(rank=env.read().rank) as phases, torch.inference_mode():
         rendering = Rendering(**vars(prepare(request, began, phases)))

@@ -1,4 +1,4 @@
-"""The pictures of one prompt on disk, with what made them in their metadata."""
+"""Pictures of one prompt on disk, with their settings as metadata."""
 
 import json
 import shlex
@@ -17,12 +17,12 @@ from clear_dist.request.request import Request
 from clear_dist.stages import Size
 
 NOT_TO_BE_SHARED = ("prompts", "negative_prompt", "output", "latents_out", "report", "profile", "picture")
-"""Other prompts, and files of this machine."""
+"""Settings of other prompts, and files of this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:
-    """Every rank has one and calls `save`; rank 0 writes, row by row as stripes arrive."""
+    """Called alike on every rank; rank 0 writes, row by row as stripes arrive."""
 
     request: Request
     settings: Mapping[str, Any]
@@ -31,14 +31,10 @@ class Saving:
     prompt: int
     """Index of the prompt."""
     began: float
-    """When work on it began, by `time.perf_counter`."""
+    """Start of its work, by `time.perf_counter`."""
 
     def save(self, drawing: Drawing, *, last: bool) -> None:
-        """All pictures of a stage; a lower stage's have its size in their names.
-
-        Raises:
-            OSError: one cannot be written; then nothing of it is left behind.
-        """
+        """Save all pictures of a stage, a lower one's named by size; raises OSError, and leaves no part of a file."""
         request = self.request
         height, width = drawing.size
         for index in range(request.num_images):
@@ -56,7 +52,7 @@ class Saving:
                     pass
 
     def _tell(self, written: list[Path], size: Size) -> None:
-        """One line on stdout for each picture, for people and for scripts."""
+        """Print a line per picture, for people and for scripts."""
         names = ("output", "thumbnail")
         fields = {name: shlex.quote(str(file)) for name, file in zip(names, written, strict=False)}
         fields |= {
@@ -68,7 +64,7 @@ class Saving:
         print(" ".join(f"{name}={value}" for name, value in fields.items()), flush=True)
 
     def _metadata(self, index: int) -> dict[str, str]:
-        """What made one picture, and may be shared with it: no other prompts, no folders of this machine."""
+        """Settings of one picture that may be shared with it: no other prompts, no folders of this machine."""
         settings = {name: value for name, value in self.settings.items() if name not in NOT_TO_BE_SHARED}
         settings["model"] = settings.pop("model_name")
         if settings["clear_weights"] is not None and Path(settings["clear_weights"]).exists():

@@ -1,6 +1,6 @@
-"""A picture stage by stage: each is drawn from noise, or from the former one, enlarged and refined (SDEdit, Sec. 4.3).
+"""Pictures stage by stage: each is drawn from noise, or from the former one, enlarged and refined (SDEdit, Sec. 4.3).
 
-Every rank holds the rows of its stripe only, in pixels; latents are equal on all ranks that take part in a stage.
+Every rank holds the pixel rows of its stripe only; latents are equal on all ranks that take part in a stage.
 
 Shapes: B pictures, C channels, R my rows, E the rows that mine are interpolated from, W columns.
 """
@@ -27,10 +27,10 @@ from clear_dist.stages import Size, Stage, Upscaling
 from clear_dist.vae import decode_stripes, encode_stripes
 
 SEED_STRIDE = 0x9E3779B97F4A7C15
-"""Between the seeds of stages, so that none meets a neighbouring request's."""
+"""Distance between the seeds of stages, so that none meets a neighbouring request's."""
 
 ENCODING, DECODING = 1.5, 3.0
-"""Passes through the transformer that take about as long, on a CPU with the embedded model."""
+"""Passes through the transformer that take equally long, on a CPU with the embedded model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +40,15 @@ class Drawing:
     size: Size
     """Height and width in pixels."""
     rows: tuple[Rows, ...]
-    """In pixels, of each rank; none where a rank has nothing."""
+    """Pixel rows of each rank; none where a rank has nothing."""
     pixels: Tensor | None
     """My rows [B, 3, R, W], floating-point numbers in [-1, 1], or bytes."""
     latents: Tensor | None = None
-    """[B, tokens, 64] of the whole picture, on the ranks that took part in drawing it."""
+    """Whole pictures [B, tokens, 64], on the ranks that took part in drawing them."""
 
 
 class Cascade:
-    """The stages of one request; every rank of the group calls the same methods in the same order."""
+    """Stages of one request; every rank of the group calls the same methods in the same order."""
 
     def __init__(
         self,
@@ -59,11 +59,7 @@ class Cascade:
         phases: Phases | None = None,
         on_step: OnStep | None = None,
     ) -> None:
-        """
-        Args:
-            pipe: a pipeline that `parallelize` was called on.
-            embeddings: from `encode_prompts`.
-        """
+        """`pipe` is parallelized, `embeddings` are from `encode_prompts`."""
         self._pipe = pipe
         self._striped = require_striped(pipe)
         self._adapter = self._striped.family.adapted(pipe)
@@ -82,15 +78,10 @@ class Cascade:
         detail: str = "",
         around: Callable[[int], AbstractContextManager[None]] = lambda number: nullcontext(),
     ) -> Iterator[Drawing]:
-        """The pictures of one stage after the other; only one stage's are held.
-
-        Args:
-            before: what the first stage enlarges; None: it starts from noise.
-            detail: which of several prompts this is, for people.
-            around: entered while a stage of this number is drawn.
+        """Pictures of one stage after the other, the first drawn from `before` or noise, each inside `around(number)`.
 
         Raises:
-            Refusal: the stale schedule's buffers of the last stage would not fit: before the lower ones are drawn.
+            Refusal: before any is drawn, where the stale schedule's buffers of the last stage would not fit.
         """
         last, token = stages[-1], self._adapter.token_size
         batch = len(self._embeddings[self._adapter.arguments[0]])
@@ -104,12 +95,7 @@ class Cascade:
             yield before
 
     def draw(self, stage: Stage, before: Drawing | None = None, *, detail: str = "") -> Drawing:
-        """The pictures of one stage. A stage with fewer units of rows than there are ranks leaves some idle.
-
-        Args:
-            before: what an upper stage enlarges; None: the stage starts from noise.
-            detail: which of several stages this is, for people.
-        """
+        """Pictures of one stage, from `before` or noise; with fewer units of rows than ranks some ranks are idle."""
         group, rows, unit = self._striped.group, stage.height // self._adapter.token_size, self._striped.settings.unit
         ranks = min(group.size, rows // unit)
         if self._striped.shards and ranks < group.size:  # idle ones would not give others their share
@@ -146,7 +132,6 @@ class Cascade:
         return self._phases.phase(name, detail=detail, steps=steps, work=work_of(stage)[name])
 
     def _denoise(self, stage: Stage, part: Group, start: Tensor | None, seed: int) -> Tensor:
-        """Latents of the whole picture."""
         pipe = self._pipe if start is None else self._refining
         extrapolation = self._extrapolation(stage)
         with self._striped.running(group=part, scheduler=pipe.scheduler, extrapolation=extrapolation):
@@ -168,7 +153,7 @@ class Cascade:
         )
 
     def _enlarge(self, before: Drawing, stage: Stage, held: tuple[Rows, ...]) -> Tensor | None:
-        """My rows [B, C, R, W] of the former stage's pictures at this stage's size, in [-1, 1]; all ranks call this."""
+        """My rows [B, C, R, W] of the former pictures at this stage's size, in [-1, 1]; all ranks call this."""
         group, (height, width) = self._striped.group, before.size
         behind = tuple(rows_behind(rows, height, stage.height) for rows in held)
         mine = None if before.pixels is None else (len(before.pixels), before.pixels.dtype)
@@ -192,7 +177,7 @@ class Cascade:
 
     @torch.no_grad()
     def _encode(self, pixels_BCRW: Tensor | None, group: Group, stripes: tuple[Rows, ...]) -> Tensor | None:
-        """Latents [B, 16, H, W] of the whole picture: the means, so that nothing is drawn that ranks must share."""
+        """Latents [B, 16, H, W] of whole pictures: the means, so that ranks need not share any noise."""
         if pixels_BCRW is None:  # this rank idles
             return None
         vae, counters = self._pipe.vae, self._striped.counters
@@ -204,19 +189,19 @@ class Cascade:
 
     @torch.no_grad()
     def _decode(self, latents: Tensor, stage: Stage, group: Group, stripes: tuple[Rows, ...]) -> Tensor:
-        """The pixels [B, 3, R, W] of my stripe."""
+        """Pixels [B, 3, R, W] of my stripe."""
         vae, mine = self._pipe.vae, stripes[group.rank]
         rows_BCRW = self._adapter.for_vae(self._adapter.unpacked(latents, mine.relative_to(0), stage.size))
         return decode_stripes(vae, rows_BCRW.to(vae.dtype), group, stripes, counters=self._striped.counters)
 
     def _in_pixels(self, stripes: tuple[Rows, ...]) -> tuple[Rows, ...]:
-        """Rows of tokens in rows of pixels, and none for each rank that has no stripe."""
+        """Rows of pixels for rows of tokens, and none for each rank without a stripe."""
         token, idle = self._adapter.token_size, self._striped.group.size - len(stripes)
         return (*(Rows(token * rows.start, token * rows.stop) for rows in stripes), *(Rows(0, 0),) * idle)
 
 
 def work_of(stage: Stage) -> dict[str, float]:
-    """What the phases of a stage cost, in tokens that go through the transformer; for the time left only."""
+    """Cost of a stage's phases, in tokens that go through the transformer; for the time left only."""
     tokens, upper = stage.height * stage.width, isinstance(stage.sampling, Upscaling)
     return {
         "encode": ENCODING * tokens * upper,
@@ -226,12 +211,12 @@ def work_of(stage: Stage) -> dict[str, float]:
 
 
 def unit_size(pipe: Any) -> int:
-    """Pixels that sides of pictures are multiples of; raises ValueError where the pipeline is not on stripes."""
+    """Pixels that sides of pictures are multiples of; raises ValueError where the pipeline is not parallelized."""
     striped = require_striped(pipe)
     return striped.family.adapted(pipe).token_size * striped.settings.unit
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
-    """[R, B, W, 3] of bytes, from [B, 3, R, W] in [-1, 1]."""
+    """Bytes [R, B, W, 3] from [B, 3, R, W] in [-1, 1]."""
     scaled = pixels.float().mul(127.5).add_(127.5).clamp_(0, 255).round_()
     return scaled.to(torch.uint8).permute(2, 0, 3, 1)

@@ -1,4 +1,4 @@
-"""From a prompt, or a picture, to pictures of any size with a parallelized pipeline: one call on every rank."""
+"""Pictures of any size from a prompt or a picture, with a parallelized pipeline: one call on every rank."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -39,14 +39,14 @@ def generate(
     """Pictures of `prompt`, on rank 0; the other ranks take part and get an empty list.
 
     Args:
-        pipe: a pipeline that `parallelize` was called on; only rank 0 needs its text encoders.
+        pipe: a parallelized pipeline; only rank 0 needs its text encoders.
         height, width: pixels, multiples of the token size, or of a down-sampled key's; the native size by default.
-        seed: of a CPU generator, so that it means the same noise as in `FluxPipeline` and on any number of ranks.
-        cascade: draw what is larger than the native size there first, then enlarge and refine it, about 2 times a
-            stage (paper, Sec. 4.3).
+        seed: of a CPU generator: the same noise as in the stock pipeline, on any number of ranks.
+        cascade: draw sizes above the native one there first, then enlarge and refine about 2 times a stage (paper,
+            Sec. 4.3).
         base_resolution: side in pixels of a square as large as the first stage; the native size by default.
         guidance_scale, true_cfg_scale: of the first stage; `upscaling` has its own.
-        upscaling: how upper stages are refined; by default as in CLEAR's notebook, `num_inference_steps` x 0.7 steps.
+        upscaling: refinement of upper stages; by default as in CLEAR's notebook, `num_inference_steps` x 0.7 steps.
 
     Raises:
         ValueError: the pipeline is not parallelized or of another kind, a size is no multiple of the token size, or the
@@ -84,10 +84,10 @@ def upscale(
     seed: int = 0,
     upscaling: Upscaling | None = None,
 ) -> list[Image]:
-    """`image` made larger and refined, stage by stage; on rank 0, which alone reads it, in a list of one.
+    """`image` enlarged and refined, stage by stage; a list of one on rank 0, empty on the others.
 
     Args:
-        image: any size and shape, on rank 0; it is stretched where `height` and `width` have another shape.
+        image: any size and shape, read on rank 0 only; stretched where `height` and `width` have another shape.
         upscaling, and all others: as in `generate`.
 
     Raises:
@@ -119,7 +119,7 @@ def require_whole_tokens(pipe: Any, **sizes: int) -> None:
 
 
 def from_image(image: Image | None, group: Group) -> Drawing:
-    """A picture that rank 0 holds, to be enlarged; the others' is ignored. Raises ValueError where rank 0 has none."""
+    """Rank 0's picture, to be enlarged; raises ValueError where it has none."""
     size: Size | None = group.broadcast_object(None if image is None else (image.height, image.width))
     if size is None:
         raise ValueError("rank 0 must be given the picture, got None")
@@ -150,7 +150,7 @@ def _encoded(
     max_sequence_length: int,
     num_images: int = 1,
 ) -> dict[str, Tensor]:
-    """The prompts' embeddings; raises ValueError where ranks were given different arguments, before any waits."""
+    """Embeddings of the prompts; raises ValueError where ranks' arguments differ, before any waits."""
     if not prompts:
         raise ValueError("prompt must be a text or a list of at least one, got an empty list")
     if num_images < 1:

@@ -1,4 +1,4 @@
-"""A small picture of what is being drawn, every few steps, so that a person can stop in time."""
+"""Small pictures of the generation under way, every few steps, so that a person can stop in time."""
 
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,15 @@ from clear_dist.stages import Stage
 from clear_dist.weights.offload import brought
 
 LONGEST_SIDE = 64
-"""Of what is decoded, in latents: 512 pixels where the VAE scales by 8."""
+"""Longest side that is decoded, in latents: 512 pixels where the VAE scales by 8."""
 LEAST_SIDE = 2
 
 
 class Previews:
-    """Written on one rank, from the latents that all of them hold.
+    """Writes, on one rank, the finished picture as the current step expects it.
 
-    A preview shows what the step at hand takes the finished picture for. The velocity that the model predicted is the
-    difference of two steps' latents, so there is none after the first step of a stage, and keeping one is all it costs.
+    The velocity that the model predicted is the difference of two steps' latents, so there is none after the first
+    step of a stage, and keeping one step's latents is all it costs.
     """
 
     def __init__(self, file: Path, every: int) -> None:
@@ -33,7 +33,6 @@ class Previews:
         self._before: Tensor | None = None
 
     def after_step(self, pipe: Any, stage: Stage, done: int, latents: Tensor) -> None:
-        """Called after each step with the number of steps done and the latents."""
         if done % self._every == 0 and done > 1:
             assert self._before is not None, "kept after the step before"
             sigmas = pipe.scheduler.sigmas

@@ -1,4 +1,4 @@
-"""Prompts are encoded on rank 0 and broadcast: the other ranks need no text encoders."""
+"""Prompts, encoded on rank 0 and broadcast: the other ranks need no text encoders."""
 
 from torch import Tensor
 
@@ -17,14 +17,10 @@ def encode_prompts(
     max_sequence_length: int = 512,
     num_images: int = 1,
 ) -> dict[str, Tensor]:
-    """The pipeline's arguments for embeddings, a row for each picture; their names are `adapter.arguments`.
+    """Embeddings with a row per picture, by name in `adapter.arguments`; only rank 0 uses its text encoders.
 
-    Args:
-        adapter: its pipeline's text encoders are used on rank 0 only, and may be None elsewhere.
-        negative_prompts: as many as prompts, for classifier-free guidance.
-        max_sequence_length: tokens that every prompt is padded or cut to.
-        counters: where what is broadcast counts, as `other_bytes`.
-        num_images: pictures of each prompt.
+    Prompts are padded or cut to `max_sequence_length` tokens; there are as many negative prompts, or none.
+    `counters` count the broadcast as `other_bytes`.
     """
     encoded: Encoded = []
     if group.rank == 0:
@@ -36,14 +32,14 @@ def encode_prompts(
 
 
 def nothing(adapter: PipelineAdapter) -> Encoded:
-    """In the place of negative prompts, where there are none."""
+    """Placeholders for negative prompts."""
     return [None] * (len(adapter.arguments) // 2)
 
 
 def share(
     adapter: PipelineAdapter, group: Group, counters: Counters, encoded: Encoded, *, num_images: int
 ) -> dict[str, Tensor]:
-    """As `encode_prompts`, from what `encode` gave on rank 0 for prompts, then for negative prompts or `nothing`."""
+    """`encode_prompts` from rank 0's embeddings: of prompts, then of negative prompts or `nothing`."""
     received = group.broadcast_tensors(encoded)
     counters.add("other_bytes", sum(tensor.nbytes for tensor in received if tensor is not None))
     return {

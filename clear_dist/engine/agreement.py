@@ -1,4 +1,4 @@
-"""What every rank holds for itself must be the same on all: else they compute different pictures, or wait for ever."""
+"""Checks that all ranks hold the same values; otherwise they compute different pictures, or wait for ever."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,16 +13,16 @@ from clear_dist.comm.group import Group
 LARGEST_WEIGHT = 8191
 
 MOST_SHAPES = 16
-"""Two numbers for each input that is compared; models have five at most, ControlNets eight."""
+"""Two numbers per compared input; models have at most five inputs, ControlNets eight."""
 
 LARGEST_DEVIATION = 0.05
-"""Of embeddings between ranks, where 1 is their length: bfloat16 rounds by 0.004, another prompt changes more."""
+"""Distance between ranks' embeddings of length 1: bfloat16 rounds by 0.004, another prompt changes more."""
 
 
 class SameCall:
-    """Whether all ranks have come to the same forward, or would wait for each other.
+    """Check that all ranks have reached the same forward; otherwise they would wait for each other.
 
-    Asked when it begins and answered before its first message, so that in the stale schedule nobody waits for it.
+    Started with the forward and finished before its first message, so that the stale schedule never waits for it.
     """
 
     def __init__(self, counters: Counters) -> None:
@@ -30,13 +30,13 @@ class SameCall:
         self._finish: Callable[[], bool] | None = None
 
     def begin(self, group: Group, clock: Clock, inputs: Sequence[Tensor]) -> None:
-        """All ranks call this at the start of each forward."""
+        """Start the check; all ranks call this at the start of each forward."""
         shapes = [size for x in inputs for size in (x.ndim, x.numel())]
         padded = (shapes + [0] * MOST_SHAPES)[:MOST_SHAPES]
         self._finish = group.start_equal([clock.step, clock.turn, *padded])
 
     def require(self) -> None:
-        """To be called before anything is sent; raises ValueError on all ranks where they are at different passes."""
+        """Raises ValueError on all ranks at different passes; called before anything is sent."""
         if self._finish is None:
             return
         finish, self._finish = self._finish, None
@@ -52,15 +52,15 @@ class SameCall:
 def require_equal_on_all_ranks(
     drawn: list[Tensor], encoded: list[Tensor], settings: dict[str, Any], group: Group
 ) -> None:
-    """Compares settings, noise and embeddings over ranks.
+    """Compare settings, noise and embeddings over ranks.
 
     Args:
-        drawn: what must be the same to the bit.
-        encoded: what each rank may have computed by itself, so that it differs by rounding.
-        settings: by the name that an error gives them; pickled and compared with ==.
+        drawn: equal to the bit.
+        encoded: equal up to rounding, since each rank may have computed its own.
+        settings: by their names in error messages; pickled and compared with ==.
 
     Raises:
-        ValueError: on all ranks, where something differs: noise drawn without a common generator, mostly.
+        ValueError: on all ranks, where something differs; mostly noise drawn without a common generator.
     """
     everyone = group.gather_objects((settings, [shadow(x) for x in encoded]))
     for name in settings:
@@ -78,17 +78,14 @@ def require_equal_on_all_ranks(
 
 
 def shadow(x: Tensor) -> list[float]:
-    """A few coordinates of a tensor, in units of its length, along directions that are the same everywhere."""
+    """Four coordinates of a tensor along fixed directions, in units of its length."""
     values = x.detach().flatten().double()
     angles = torch.outer(torch.arange(1, 5, device=x.device).double(), torch.arange(len(values), device=x.device))
     return (angles.cos() @ values / values.norm().clamp_min(1e-30)).nan_to_num().tolist()
 
 
 def checksum(x: Tensor) -> tuple[int, int]:
-    """Two sums over the bits of a tensor, the second with weights that tell order; the same whatever adds them up.
-
-    Sums of whole numbers, modulo 2^64: those of floating-point numbers depend on the number of threads.
-    """
+    """Two integer sums over a tensor's bits, one weighted by position: sums of floats would depend on threads."""
     whole_number = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     bits = x.detach().contiguous().flatten().view(whole_number).long()
     weights = torch.arange(len(bits), device=bits.device) % LARGEST_WEIGHT + 1
@@ -96,7 +93,7 @@ def checksum(x: Tensor) -> tuple[int, int]:
 
 
 def require_equal_settings(group: Group, **settings: Any) -> None:
-    """Raises ValueError on all ranks, where they were given different arguments: each would cut its own way."""
+    """Raises ValueError on all ranks where their arguments differ: each would cut its own way."""
     everyone = group.gather_objects(settings)
     for name in settings:
         values = [theirs[name] for theirs in everyone]

@@ -1,4 +1,4 @@
-"""How one image is cut over a group: its stripes, and what they exchange in every layer and once per step."""
+"""One image cut over a group: its stripes, and what they exchange."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -32,16 +32,16 @@ from clear_dist.options import TextTokens
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """An image of `height` x `width` tokens on a group's stripes; it serves one such image after another."""
+    """An image of `height` x `width` tokens on a group's stripes, reused for further images of its size."""
 
     height: int
     width: int
     text_tokens: int
-    """That its attention backend was chosen for."""
+    """Text tokens that the attention backend was chosen for."""
     group: Group
     extrapolation: Extrapolation | None
     stale: bool
-    """Whether its exchanges are those of the stale schedule."""
+    """Whether the exchanges follow the stale schedule."""
     stripes: tuple[Rows, ...]
     plan: HaloPlan
     joint_attention: JointAttention
@@ -62,25 +62,20 @@ class Cut:
         text_tokens: int,
         stale: bool,
     ) -> bool:
-        """Whether it is what `cut_image` would make for these."""
+        """Whether `cut_image` would make an equal cut from these."""
         mine = self.height, self.width, self.extrapolation, self.text_tokens, self.stale
         return self.group is group and (*size, extrapolation, text_tokens, stale) == mine
 
 
 def plan_image(size: tuple[int, int], group: Group, radius: int | None, unit: int) -> tuple[tuple[Rows, ...], HaloPlan]:
-    """All stripes of an image of `size` tokens, and the halos of this rank's; raises ValueError as `cut_image`."""
+    """All stripes of an image of `size` tokens, and this rank's halos; raises ValueError as `cut_image` does."""
     stripes = cut_in_stripes(size[0], group.size, unit=unit)
     require_units("width", size[1], unit)
     return stripes, plan_halos(stripes, group.rank, radius)
 
 
 def stale_bytes(size: tuple[int, int], group: Group, settings: Settings, *, row_bytes: int, layers: int) -> int:
-    """Bytes that the stale schedule's buffers take on this rank, for an image of `size` tokens.
-
-    Args:
-        row_bytes: keys and values of a row of the grid.
-        layers: in all passes of a step.
-    """
+    """Bytes of the stale schedule's buffers on this rank for an image of `size` tokens, as in `halo_bytes_kept`."""
     stripes, plan = plan_image(size, group, settings.options.radius, settings.unit)
     needed = needed_bytes(plan, row_bytes=row_bytes, layers=layers)
     if settings.pooling is not None:
@@ -91,9 +86,9 @@ def stale_bytes(size: tuple[int, int], group: Group, settings: Settings, *, row_
 
 
 def largest_call(size: tuple[int, int], stripes: tuple[Rows, ...], radius: int) -> dict[str, int]:
-    """Sizes that no call of any rank exceeds, for `choose_backend`; equal on all ranks, which so choose alike."""
+    """Sizes that no attention call of any rank exceeds; equal on all ranks, so that all choose one backend."""
     rows = max(map(len, stripes))
-    # A halo has a call of its own; its rows of keys and one's own are no more than this.
+    # Own rows and each halo have a call of their own, with no more rows of keys than this.
     key_rows = min(size[0], rows + 2 * (radius - 1))
     return {"rows": rows, "key_rows": key_rows, "columns": size[1], "radius": radius}
 
@@ -108,15 +103,11 @@ def cut_image(
     clock: Clock | None,
     counters: Counters,
 ) -> Cut:
-    """Cuts an image for this rank; nothing is sent.
-
-    Args:
-        size: height and width in tokens.
-        clock: what the stale schedule goes by; None: the sync schedule.
+    """Cut an image of `size` tokens for this rank; nothing is sent. No clock: the sync schedule.
 
     Raises:
-        ValueError: there are more ranks than rows, or units of rows; a side is no multiple of the unit; or the backend
-            cannot serve this image.
+        ValueError: more ranks than rows, or units of rows; a side that is no multiple of the unit; or an image that the
+            backend cannot serve.
     """
     height, width = size
     # A wider circle than the image holds the same keys.
@@ -148,13 +139,13 @@ def cut_image(
 
 
 def others_first(x_BT: Tensor, text: TextPlan) -> Tensor:
-    """`x`, one entry for each text token, in the order of `Heads`: other ranks' tokens, then mine."""
+    """`x_BT`, one entry per text token, in the order of `Heads`: other ranks' tokens, then mine."""
     own = text.own
     return torch.cat([x_BT[:, : own.start], x_BT[:, own.stop :], x_BT[:, own]], dim=1)
 
 
 def choose_text_plan(asked: TextTokens, text_tokens: int, cut: Cut) -> TextPlan:
-    """The text tokens that this rank takes through the blocks; `auto` decides from what is equal on all ranks."""
+    """Text tokens that this rank takes through the blocks; `auto` decides from what is equal on all ranks."""
     group = cut.group
     # The stale schedule and transport through host memory are for slow links, where work is cheaper than messages.
     fast = group.transport != "host" and not cut.stale

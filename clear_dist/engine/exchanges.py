@@ -1,4 +1,4 @@
-"""The layers' exchanges: one for all layers in the sync schedule, one for each layer and pass in the stale one."""
+"""Exchanges of attention layers: one for all in the sync schedule, one per layer and pass in the stale one."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -27,7 +27,7 @@ class Exchange:
 
 
 class Exchanges:
-    """Exchanges of one cut, for one generation after another; a clock makes them stale."""
+    """Exchanges of one cut, reused by its generations; stale where there is a clock."""
 
     def __init__(
         self,
@@ -52,18 +52,18 @@ class Exchanges:
         self._made: dict[tuple[int, int, TextPlan], Exchange] = {}
 
     def of(self, turn: int, layer: int, text: TextPlan) -> Exchange:
-        """The exchange of a layer in pass `turn` of a step."""
+        """Exchange of a layer in pass `turn` of a step."""
         which = (0, 0, text) if self._clock is None else (turn, layer, text)
         if which not in self._made:
             self._made[which] = self._make(text)
         return self._made[which]
 
     def has_begun(self, turn: int) -> bool:
-        """Whether there are buffers for this pass."""
+        """Whether this pass has buffers."""
         return any(made == turn for made, *_ in self._made)
 
     def drain(self) -> None:
-        """Wait for all messages, and keep no buffer; all ranks call this."""
+        """Wait for all messages and drop all buffers; all ranks call this."""
         for exchange in self._made.values():
             exchange.halos.drain()
             exchange.gather.drain()

@@ -1,26 +1,22 @@
-"""A transformer above its native size, in the upper stages of a cascade (paper, Sec. 4.3)."""
+"""Transformers above their native size, in the upper stages of a cascade (paper, Sec. 4.3)."""
 
 from dataclasses import dataclass
 from math import isfinite, log, sqrt
 
 POOLED_COUNT = 10
-"""What n counts for where there are down-sampled keys: the official code takes 10 n, whatever their factor."""
+"""Factor of n where there are down-sampled keys: 10 in the official code, whatever their own factor."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extrapolation:
-    """How a transformer runs above its native size; equal on all ranks.
-
-    Raises:
-        ValueError: fewer than 2 native tokens, or a factor that is not above 0 and finite.
-    """
+    """How a transformer runs above its native size, equally on all ranks; raises ValueError for values out of range."""
 
     native_tokens: int
-    """Image tokens at the native size: 64 x 64 for FLUX."""
+    """Image tokens at the native size, such as 64 x 64."""
     ntk_factor: float = 1.0
-    """Of the base (theta) of the rotary embedding; the paper takes 10."""
+    """Factor of the rotary embedding's base (theta); 10 in the paper."""
     position_scale: float = 1.0
-    """Of the image's position ids: native side / this side interpolates them in the native range."""
+    """Factor of the image's position ids; native side / this side: in the native range."""
 
     def __post_init__(self) -> None:
         if self.native_tokens < 2:
@@ -34,18 +30,10 @@ class Extrapolation:
 def attention_scale(
     extrapolation: Extrapolation | None, *, head_dim: int, text_tokens: int, image_tokens: int, pooled: bool = False
 ) -> float | None:
-    """Factor of the scores, sqrt(log_n0(n) / d): "proportional attention", which keeps the entropy of more keys.
+    """Factor of the scores, sqrt(log_n0(n) / d), which keeps the entropy of more keys ("proportional attention").
 
-    n is the number of all text and image keys, whatever the window and however many ranks hold them; n0 is that
-    number at the native size.
-
-    Args:
-        text_tokens: the same at both sizes.
-        image_tokens: of the whole grid.
-        pooled: whether there are down-sampled keys as well.
-
-    Returns:
-        None without an extrapolation: attention's own 1 / sqrt(d).
+    n counts all text and image keys of the whole grid, whatever the window and the ranks; n0 does at the native size.
+    None without an extrapolation: attention's own 1 / sqrt(d).
     """
     if extrapolation is None:
         return None

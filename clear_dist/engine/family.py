@@ -1,7 +1,7 @@
-"""What a model family answers the engine, and what its processors, blocks and hooks may ask of it.
+"""A model family as the engine sees it, and the engine as a family's processors, blocks and hooks see it.
 
 A family is a folder under `families/`. The engine cuts a forward's inputs, joins its output and runs joint attention
-between; all that differs from model to model is a method here. Some differences need no method:
+between; differences between models are methods here. Some need no method:
 
 - The order of text and image in a model's own sequence: `engine/heads.py` lays both out, each is filled by name.
 - Rotary or absolute positions: `cut` gives each rank those of its rows, or a hook does where they are added.
@@ -31,7 +31,7 @@ Inputs = dict[str, Any]
 
 
 class Removable(Protocol):
-    """A hook, or what else is put on a model for a while."""
+    """A hook, or another temporary change of a model."""
 
     def remove(self) -> None: ...
 
@@ -61,11 +61,9 @@ class Stripes(Protocol):
 
 @runtime_checkable
 class StripeProcessor(Protocol):
-    """An attention processor of ours."""
-
     striped: Stripes
     layer: int
-    """Number of its attention layer among those on stripes, in the order of calls."""
+    """Index among the attention layers on stripes, in the order of calls."""
 
 
 class Modulated(Protocol):
@@ -73,11 +71,11 @@ class Modulated(Protocol):
 
     @property
     def embedder(self) -> Any:
-        """Module whose output, [B, C], is all that the norms of `modulated` see."""
+        """Module whose output [B, C] is all that the norms of `modulated` are conditioned on."""
 
     @property
     def modulated(self) -> Mapping[str, Any]:
-        """Norms whose `linear` takes silu of the embedding, by name; none: nothing can be hoisted."""
+        """Norms whose `linear` takes silu of the embedding, by name; empty where nothing can be hoisted."""
 
     def embedder_inputs(self, inputs: tuple[Tensor, ...], timestep: Tensor) -> tuple[Tensor, ...]:
         """The embedder's inputs at another timestep of the schedule, rounded as pipeline and forward round it."""
@@ -96,25 +94,25 @@ class Family(Modulated, Protocol):
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """Blocks in the order of calls: what is sharded and quantised."""
+        """Blocks in the order of calls, for sharding and quantisation."""
 
     @property
     def products(self) -> Sequence[str]:
-        """Names of the linear layers in blocks that all tokens go through: what is quantised."""
+        """Names of the blocks' linear layers that all tokens go through, for quantisation."""
 
     def processors(self, striped: Stripes) -> Mapping[str, StripeProcessor]:
-        """Processors for attention layers that see the image, by the layers' names, in the order of calls."""
+        """Processors of attention layers that see the image, by layer name, in the order of calls."""
 
     def hooks(self, striped: Stripes) -> Sequence[Removable]:
-        """What else is put on the model, blocks of other classes among it."""
+        """Other changes of the model, such as blocks of another class."""
 
     def named_inputs(self, args: tuple[Any, ...], kwargs: Inputs) -> Inputs: ...
 
     def generation(self, inputs: Inputs) -> object:
-        """The object that a pipeline makes once for each generation, and passes to all forwards of it."""
+        """An object that a pipeline makes once per generation and passes to all its forwards."""
 
     def latents(self, inputs: Inputs) -> Tensor:
-        """The latents [B, ...]: an object that a pipeline makes once for each step, for all passes of it."""
+        """Latents [B, ...], an object that a pipeline makes once per step for all its passes."""
 
     def grid_of(self, inputs: Inputs) -> tuple[int, int]:
         """Height and width of the image in tokens; may wait for the GPU. Raises ValueError where it is no grid."""
@@ -122,43 +120,42 @@ class Family(Modulated, Protocol):
     def text_tokens(self, inputs: Inputs) -> int: ...
 
     def text_mask(self, inputs: Inputs) -> Tensor | None:
-        """True [B, T] where a text token is no padding; None: all are seen."""
+        """True [B, T] for text tokens, False for padding; None: no text is padding."""
 
     def replicated(self, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
         """Inputs that must be equal on all ranks: to the bit, and up to the rounding of text encoders."""
 
     def cut(self, inputs: Inputs, cut: Cut, text: TextPlan) -> Inputs:
-        """The inputs of this rank: its rows of the image, its share of the text, positions of the whole image."""
+        """Inputs of this rank: its rows of the image, its share of the text, positions in the whole image."""
 
-    def adapted(self, pipe: Any) -> "PipelineAdapter":
-        """How a pipeline with this transformer draws."""
+    def adapted(self, pipe: Any) -> "PipelineAdapter": ...
 
     def joined(self, output: Any, cut: Cut) -> Any:
-        """The forward's output for all rows, by `cut.join`; as it is where what follows takes stripes."""
+        """Output for all rows, by `cut.join`; unchanged where whatever follows takes stripes."""
 
     def extrapolated(self, extrapolation: Extrapolation) -> AbstractContextManager[None]:
-        """While inside, positions are those of a model above its native size."""
+        """Context in which positions are those of a model above its native size."""
 
 
 class OnStep(Protocol):
-    """Called after each denoising step with the number of steps done and the latents, as the pipeline returns them."""
+    """Callback after each denoising step: the number of steps done, and the latents as the pipeline returns them."""
 
     def __call__(self, pipe: Any, stage: Stage, done: int, latents: Tensor) -> None: ...
 
 
 Encoded = list[Tensor | None]
-"""Embeddings of texts, a row for each; as many tensors as half of `PipelineAdapter.arguments`."""
+"""Embeddings with a row per text; half as many tensors as `PipelineAdapter.arguments`."""
 
 
 class PipelineAdapter(Protocol):
     """How a family's pipeline draws; all but `encode` and `too_long` need the pipeline on stripes."""
 
     arguments: tuple[str, ...]
-    """The pipeline's arguments for embeddings: those of prompts, then as many of negative prompts."""
+    """The pipeline's arguments for embeddings of prompts, then for those of negative prompts."""
 
     @property
     def token_size(self) -> int:
-        """Pixels along the side of a token."""
+        """Side of a token in pixels."""
 
     @property
     def native_size(self) -> int:
@@ -167,7 +164,7 @@ class PipelineAdapter(Protocol):
     def encode(self, texts: list[str], max_sequence_length: int) -> Encoded: ...
 
     def too_long(self, prompt: str, max_sequence_length: int) -> list[str]:
-        """A line for each text encoder that does not see all of the prompt."""
+        """A line per text encoder that does not see all of the prompt."""
 
     def refining(self) -> Any:
         """An image-to-image pipeline of the same parts; raises ValueError where it would leave one out."""
@@ -187,29 +184,29 @@ class PipelineAdapter(Protocol):
         Args:
             pipe: the pipeline, or `refining()` where there is a start.
             seed: of a CPU generator.
-            start: what `from_vae` returned for the picture that is to be refined; None: noise.
+            start: latents from `from_vae` that are refined; None: noise.
 
         Raises:
-            RuntimeError: the latents are not finite: on all ranks, which hold the same.
+            RuntimeError: on all ranks, where the latents are not finite.
         """
 
     def unpacked(self, latents: Tensor, rows: slice, size: Size) -> Tensor:
-        """Rows of tokens of the latents, [B, C, R, W] in the VAE's layout; `size` is the picture's in pixels."""
+        """Rows of tokens [B, C, R, W] in the VAE's layout, for pictures of `size` pixels."""
 
     def for_vae(self, latents_BCRW: Tensor) -> Tensor:
-        """Latents as the VAE's decoder takes them."""
+        """Latents for the VAE's decoder."""
 
     def from_vae(self, mean_BCHW: Tensor) -> Tensor:
-        """Latents for image-to-image, from the means that the VAE's encoder gives."""
+        """Latents for image-to-image, from the means of the VAE's encoder."""
 
 
 class Sample(Protocol):
     """A tiny random pipeline of a family, for `clear-dist verify`."""
 
     name: str
-    """The family's, for people."""
+    """Name of the family, as people write it."""
     steps: int
-    """Denoising steps of a drawing."""
+    """Denoising steps of `draw`."""
     text_shape: tuple[int, ...]
     """Text queries of the real model in one layer: batch, tokens, heads, head dim."""
 
@@ -217,4 +214,4 @@ class Sample(Protocol):
         """Transformer and scheduler; equal weights in every process."""
 
     def draw(self, pipe: Any, grid: tuple[int, int]) -> Tensor:
-        """Latents of an image of `grid` tokens, always from the same noise."""
+        """Latents of an image of `grid` tokens, from fixed noise."""

@@ -13,17 +13,12 @@ from clear_dist.engine.family import Stripes
 
 
 class Heads:
-    """Filled by a block or a processor in its own order; each start is called once, when its tokens are there."""
+    """Buffers that a block or processor fills in its own order; each start comes once, when its tokens are there."""
 
     def __init__(
         self, striped: Stripes, layer: int, like: Tensor, *, tokens: int, heads: int, head_dim: int, alone: bool = False
     ) -> None:
-        """
-        Args:
-            like: [B, ...], of the dtype and on the device of the result.
-            tokens: of this rank, text and image.
-            alone: the layer sees the image alone.
-        """
+        """Room for `tokens` of this rank, text and image (image only: `alone`), in the dtype of `like` [B, ...]."""
         self.striped = striped
         self.layer = layer
         self._alone = alone
@@ -34,23 +29,23 @@ class Heads:
 
     @property
     def own(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of my tokens, [B, L, N, D] each, to be written to."""
+        """Queries, keys and values of my tokens, [B, L, N, D] each, to write to."""
         query, key, value = (x[:, self._elsewhere :] for x in self._qkv_BLND)
         return query, key, value
 
     def start_halos(self) -> None:
-        """The image's keys and values are there: border rows leave. Queries may follow."""
+        """Send border rows, once the image's keys and values are there; queries may follow."""
         _, key, value = self.own
         self._halos = self.striped.start_halos(self.layer, key, value, alone=self._alone)
 
     def start_text(self) -> None:
-        """The text's queries, keys and values are there: they leave, if they are needed elsewhere."""
+        """Send the text, once its queries, keys and values are there; nothing where all ranks have all of it."""
         self.striped.start_text(self.layer, *self._qkv_BLND)
 
     def attend(self) -> Tensor:
         """Attention's output of my tokens [B, L, N x D]; called once, when all are there."""
         assert self._halos is not None, "attend: halos were not started"
-        # Not held any longer than it takes: neither these, nor halos, which may hold keys and values.
+        # Released as early as possible, halos too: they may hold keys and values.
         (query_BLND, key_BLND, value_BLND), halos = self._qkv_BLND, self._halos
         self._qkv_BLND, self._halos = [], None
         return self.striped.attend(self.layer, halos, query_BLND, key_BLND, value_BLND, alone=self._alone).flatten(2)

@@ -26,7 +26,7 @@ from clear_dist.merge import RowsPart, merge, merge_rows
 class WindowJointAttention:
     """CLEAR's attention over stripes: image queries see text and circle (Sec. 3.2), text queries see all (Eq. 7).
 
-    With down-sampled keys image queries see those of the whole image as well, text queries don't.
+    Image queries also see the down-sampled keys of the whole image, where there are any; text queries don't.
     """
 
     plan: HaloPlan
@@ -35,7 +35,7 @@ class WindowJointAttention:
     radius: int
     backend: Backend
     counts_text_keys: bool
-    """Whether this rank's part of the text queries' attention holds the text keys: in `exact`, on one rank only."""
+    """Whether this rank's part of the text queries' attention holds the text keys (`exact`: on one rank only)."""
     extrapolation: Extrapolation | None
 
     def __call__(
@@ -68,7 +68,7 @@ class WindowJointAttention:
         return output_BLND
 
     def alone(self, halos: PendingHalos, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor) -> Tensor:
-        """Where a layer sees the image alone: to the circle, without text and down-sampled keys."""
+        """Attention of a layer that sees the image alone: no text, no down-sampled keys."""
         query, scale = self._split(query_BLND, 0)[1], self._scale(query_BLND, 0)
         parts = self._image_parts(halos, query, (key_BLND, value_BLND), 0, scale, None)
         output_BLND = torch.empty_like(query_BLND)
@@ -85,11 +85,7 @@ class WindowJointAttention:
         scale: float | None,
         text_mask_BT: Tensor | None,
     ) -> list[RowsPart]:
-        """Attention of my rows to the text and their own keys, and to halos once they have arrived.
-
-        Args:
-            keys_BLND: keys and values, text first.
-        """
+        """Attention of my rows to text and own keys, and to halos once they arrive; `keys_BLND` are keys and values."""
         (key_text, key), (value_text, value) = (self._split(x, text_tokens) for x in keys_BLND)
         no_text = key_text[:, :0]
 
@@ -143,12 +139,12 @@ class WindowJointAttention:
 
 @dataclass(frozen=True, kw_only=True)
 class FullJointAttention:
-    """Full attention over stripes: the whole grid is the halo, and every rank computes the text tokens alike."""
+    """Full attention over stripes: the whole grid is the halo, and every rank computes all text tokens."""
 
     plan: HaloPlan
     width: int
     counts_text_keys: bool
-    """As above; for halos that lag only."""
+    """As in `WindowJointAttention`; used only where halos lag."""
     extrapolation: Extrapolation | None
 
     def __call__(
@@ -173,7 +169,6 @@ class FullJointAttention:
         return output_BLND
 
     def alone(self, halos: PendingHalos, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor) -> Tensor:
-        """Where a layer sees the image alone."""
         return self._to_all(halos, query_BLND, (key_BLND, value_BLND), 0, None)[0]
 
     def _to_all(
@@ -184,7 +179,7 @@ class FullJointAttention:
         text_tokens: int,
         text_mask_BT: Tensor | None,
     ) -> tuple[Tensor, float | None]:
-        """Attention to the text and to all rows, and the factor of its scores."""
+        """Attention to the text and all rows, and the scale of its scores."""
         above, below = halos.wait()
         key_BSND, value_BSND = (
             torch.cat([x[:, :text_tokens], above[i].flatten(1, 2), x[:, text_tokens:], below[i].flatten(1, 2)], dim=1)
@@ -208,7 +203,7 @@ class FullJointAttention:
 
 
 JointAttention = WindowJointAttention | FullJointAttention
-"""(exchange, halos, q, k, v, mask of padded text) -> output; tensors are [B, L, N, D], with the text tokens first."""
+"""(exchange, halos, q, k, v, mask of padded text) -> output; tensors are [B, L, N, D], text tokens first."""
 
 
 def text_part(
@@ -219,11 +214,7 @@ def text_part(
     text_tokens: tuple[int, int],
     text_mask_BT: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """This rank's part (out, lse) of the text queries' attention: to my rows, and to the text where it counts here.
-
-    Args:
-        text_tokens: how many there are, and how many of them count.
-    """
+    """Text queries' attention (out, lse) to my rows and the text; `text_tokens`: all, and those that count here."""
     count, seen = text_tokens
     if text_mask_BT is None or not seen:
         return attend(query_BTND, key_BLND[:, count - seen :], value_BLND[:, count - seen :], scale)

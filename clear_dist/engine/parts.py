@@ -1,8 +1,8 @@
-"""The parts of a block between communications, as functions of tensors and of the block's own layers.
+"""Parts of a block between communications, as functions of tensors and of the block's own layers.
 
-Each can be compiled by itself, which fuses what lies between matrix products: norm with modulation, a projection's norm
-with its rotation, gate with residual. Results are written where they belong: compiled, that takes no pass over memory
-of its own. Layers are called, whatever they are: with LoRA, quantised, in another place.
+Each can be compiled alone, which fuses everything between matrix products: norm with modulation, a projection's norm
+with its rotation, gate with residual. Results go straight to their destination: compiled, that takes no extra pass over
+memory. Layers are called as they are: with LoRA, quantised, in another place.
 
 Shapes: B batch, L tokens, C channels, H hidden channels of an MLP, N heads, D head dim.
 """
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 MOST_TOKENS = 40_960
-"""Of a chunk. FLUX at 8192 px on 8 ranks is one: cutting it would not lower a peak, and the links have the MLP to hide
-behind."""
+"""Largest chunk, all pictures together. A picture of 8192 px on 8 ranks is one: cutting it would not lower a peak, and
+the links have the MLP to hide behind.
+"""
 
 
 def modulate(norm: nn.Module, x_BLC: Tensor, shift_BC: Tensor, scale_BC: Tensor) -> Tensor:
@@ -28,18 +29,17 @@ def modulate(norm: nn.Module, x_BLC: Tensor, shift_BC: Tensor, scale_BC: Tensor)
 
 
 def project(linear: nn.Module, x_BLC: Tensor, out_BLND: Tensor) -> None:
-    """Values."""
     out_BLND.copy_(linear(x_BLC).unflatten(-1, out_BLND.shape[-2:]))
 
 
 def rotate(linear: nn.Module, norm: nn.Module, x_BLC: Tensor, cos_LD: Tensor, sin_LD: Tensor, out_BLND: Tensor) -> None:
-    """Queries or keys: projected, normalised, turned by their positions in float32."""
+    """Queries or keys: projected, normalised, rotated by position in float32."""
     heads_BLND = norm(linear(x_BLC).unflatten(-1, out_BLND.shape[-2:]))
     out_BLND.copy_(apply_rotary_emb(heads_BLND, (cos_LD, sin_LD), sequence_dim=1))
 
 
 def widen(linear: nn.Module, activation: nn.Module, x_BLC: Tensor, out_BLH: Tensor) -> None:
-    """The first half of an MLP."""
+    """First half of an MLP."""
     out_BLH.copy_(activation(linear(x_BLC)))
 
 
@@ -55,12 +55,7 @@ def add_attention_and_mlp(
     modulation_BC: Sequence[Tensor],
     out_BLC: Tensor,
 ) -> None:
-    """What follows the attention where the MLP does.
-
-    Args:
-        layers: the attention's output projection, the norm, the MLP.
-        modulation_BC: gate of the attention; shift, scale and gate of the MLP.
-    """
+    """Gated attention output, then gated MLP; `modulation_BC`: gate of the one, shift, scale and gate of the other."""
     to_out, norm, mlp = layers
     attention_gate, shift, scale, gate = modulation_BC
     x_BLC = x_BLC + attention_gate[:, None] * to_out(attended_BLC)
@@ -80,11 +75,7 @@ class Parts:
 
     @classmethod
     def compiled(cls, **options: Any) -> "Parts":
-        """A graph of each for any number of tokens, shared by all blocks; stages, stripes and chunks differ in length.
-
-        Args:
-            options: torch.compile's.
-        """
+        """A graph of each (torch.compile's `options`) for any number of tokens, shared by all blocks."""
         plain = cls()
         return cls(**{part.name: _compiled(getattr(plain, part.name), options) for part in fields(cls)})
 
@@ -100,23 +91,23 @@ def _compiled(part: Callable[..., Any], options: dict[str, Any]) -> Callable[...
 
 
 def alone(x: Tensor) -> Tensor:
-    """The same memory as a tensor that is part of none: for each way to be part of one, dynamo would compile anew."""
-    # One picture's stride may be that of a larger tensor: it gets its own.
+    """View of `x` that looks like a tensor of its own: dynamo would compile anew for each kind of view."""
+    # A single picture may keep the stride of a larger tensor: it is indexed anew.
     return torch.from_dlpack(x[0][None] if len(x) == 1 else x)
 
 
 def chunks_of(x_BLC: Tensor) -> list[slice]:
-    """The tokens of each chunk: as few chunks as MOST_TOKENS allow, of about one length; none without tokens."""
+    """Slices of nearly equal length, as few as MOST_TOKENS allows; none without tokens."""
     batch, tokens = x_BLC.shape[:2]
     count = ceil(batch * tokens / MOST_TOKENS)
     return [slice(tokens * i // count, tokens * (i + 1) // count) for i in range(count)]
 
 
 def joined(first_BLC: Tensor, second_BLC: Tensor) -> Tensor:
-    """`torch.cat` along the tokens, but without a copy where they follow each other in memory already."""
+    """`torch.cat` along the tokens, without a copy where they follow each other in memory already."""
     (batch, length, channels), tokens = first_BLC.shape, first_BLC.shape[1] + second_BLC.shape[1]
     strides = (tokens * channels, channels, 1)
-    matters = slice(batch == 1, None)  # a single picture's stride is anything
+    matters = slice(batch == 1, None)  # a single picture's stride is arbitrary
     adjacent = (
         first_BLC.untyped_storage()._cdata == second_BLC.untyped_storage()._cdata
         and second_BLC.storage_offset() == first_BLC.storage_offset() + length * channels

@@ -1,8 +1,8 @@
 """Down-sampled keys (CLEAR's `..._down_4` checkpoints): each d x d tokens make one more key for all image queries.
 
 As in the official code, keys and values are pooled after norm and rotation, with d x d weights that all heads share;
-pooled keys have no positions of their own, and text queries do not see them. Every rank pools its own rows, whole units
-of d, and gets all others' by the exchange of halos on a grid of pooled rows (PeerLost where a rank went away).
+pooled keys have no positions, and text queries do not see them. Every rank pools its own rows, whole units of d, and
+exchanges them as halos on a grid of pooled rows (PeerLost where a rank went away).
 
 Shapes: B batch, R my rows, W columns, N heads, D head dim; Y = R / d, X = W / d; P pooled keys of the whole image.
 """
@@ -17,19 +17,16 @@ from clear_dist.comm.halo_exchange import HaloExchange, PendingHalos
 
 @dataclass(frozen=True, kw_only=True)
 class Pooling:
-    """A checkpoint's down-sampled keys."""
-
     weights: tuple[Tensor, ...]
-    """[d, d] for each layer, in the order of the transformer's attention processors."""
+    """[d, d] for each attention layer, in the transformer's order."""
 
     @property
     def factor(self) -> int:
-        """The d of d x d."""
         return len(self.weights[0])
 
 
 class PooledKeys:
-    """Pooled keys and values of the whole image, for one layer after the other."""
+    """Pooled keys and values of the whole image, of one layer at a time."""
 
     def __init__(self, pooling: Pooling, exchange: HaloExchange) -> None:
         self.exchange = exchange
@@ -38,17 +35,13 @@ class PooledKeys:
 
     @torch.no_grad()
     def start(self, layer: int, key_BRWND: Tensor, value_BRWND: Tensor) -> None:
-        """Pool my rows and begin to exchange; all ranks call this, in the same order.
-
-        Args:
-            layer: its number among the transformer's attention processors.
-        """
+        """Pool my rows of attention layer `layer` and start their exchange; all ranks call this in the same order."""
         key, value = (pool(x, self._pooling.weights[layer]) for x in (key_BRWND, value_BRWND))
         self._under_way = key, value, self.exchange.start(key, value)
 
     @torch.no_grad()
     def wait(self) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, P, N, D] in raster order; to be called once."""
+        """Keys and values [B, P, N, D] in raster order; called once per `start`."""
         assert self._under_way is not None, "wait: nothing was started"
         (*mine, pending), self._under_way = self._under_way, None
         above, below = pending.wait()
@@ -58,7 +51,7 @@ class PooledKeys:
 
 
 def pool(x_BRWND: Tensor, weight_dd: Tensor) -> Tensor:
-    """Weighted sums over d x d tokens, [B, Y, X, N, D], added up in float32."""
+    """Weighted sums over d x d tokens, [B, Y, X, N, D], accumulated in float32."""
     factor = len(weight_dd)
     tiles_BYdXdND = x_BRWND.unflatten(2, (-1, factor)).unflatten(1, (-1, factor))
     # Row by row: the products of all rows at once would be as large as the keys.

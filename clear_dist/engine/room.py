@@ -1,4 +1,4 @@
-"""Memory of the stale schedule's buffers, which all ranks check together before any is made."""
+"""Memory of the stale schedule's buffers, checked by all ranks before any is made."""
 
 import socket
 
@@ -10,21 +10,16 @@ from clear_dist.observe.memory import free_bytes
 from clear_dist.options import Refusal
 
 SENDING_LAYERS = 8
-"""Layers whose messages may be on their way out: a link's latency, in layers. 1, 8 and all are equally fast on gloo."""
+"""Layers whose messages may be in flight: a link's latency, in layers. 1, 8 and all are equally fast on gloo."""
 
 
 def halo_bytes_kept(plan: HaloPlan, *, row_bytes: int, layers: int) -> int:
-    """Bytes of the halos that a rank keeps from one step to the next.
-
-    Args:
-        row_bytes: keys and values of a row of the grid.
-        layers: in all passes of a step.
-    """
+    """Bytes of halos kept between steps, for `layers` in all passes, with `row_bytes` of keys and values per row."""
     return layers * row_bytes * (len(plan.extended) - len(plan.own))
 
 
 def halo_bytes_in_flight(plan: HaloPlan, *, row_bytes: int) -> int:
-    """Bytes of the messages on their way out, and of the layer that is packed meanwhile."""
+    """Bytes of outgoing messages, and of the layer that is packed meanwhile."""
     return (SENDING_LAYERS + 1) * row_bytes * sum(len(transfer.rows) for transfer in plan.sends)
 
 
@@ -33,11 +28,7 @@ def needed_bytes(plan: HaloPlan, *, row_bytes: int, layers: int) -> int:
 
 
 def require_room(needed: int, group: Group) -> None:
-    """All ranks call this with the bytes that each needs on its wire's side.
-
-    Raises:
-        Refusal: on all ranks, where those on one device need more than it has free.
-    """
+    """All ranks call this; raises Refusal on all where those on one device need more bytes than it has free."""
     everyone = group.gather_objects((_place(group.wire), needed, _free_bytes(group.wire)))
     for place in {where for where, _, _ in everyone}:
         together = sum(bytes_needed for where, bytes_needed, _ in everyone if where == place)

@@ -1,4 +1,4 @@
-"""What must still be as diffusers made it: else it would be lost on stripes, or computed past."""
+"""Checks that a model is still as diffusers made it: on stripes, changes would be lost or bypassed."""
 
 from collections.abc import Collection
 from typing import Any
@@ -9,17 +9,12 @@ from clear_dist.engine.family import StripeProcessor
 
 
 def attention_layers(model: nn.Module) -> dict[str, Any]:
-    """Modules with an attention processor, by name, in the order in which the model holds them."""
+    """Modules with an attention processor, by name, in the model's order."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "get_processor")}
 
 
 def require_stock(*models: Any) -> None:
-    """Whether a transformer and its ControlNets can be put on stripes.
-
-    Raises:
-        ValueError: one is on stripes or compiled already, its projections are fused, or an attention processor is
-            another.
-    """
+    """Raises ValueError where a model is on stripes, compiled or fused already, or a processor is not stock."""
     for model in models:
         if any(isinstance(layer.processor, StripeProcessor) for layer in attention_layers(model).values()):
             raise ValueError("this pipeline is parallelized already; undo() the former first")
@@ -42,17 +37,13 @@ def require_unfused(model: Any) -> None:
 
 
 def require_uncompiled(model: Any) -> None:
-    """Raises ValueError where the model, or a block of it, is compiled in its place."""
+    """Raises ValueError where the model or one of its blocks is compiled in place."""
     if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
         raise ValueError("torch.compile cannot follow messages between ranks; pass parallelize(compile=True) instead")
 
 
 def require_supported(transformer: Any, striped: object, layers: Collection[str]) -> None:
-    """Raises ValueError where something has come since that would give wrong pictures, or leave ranks waiting.
-
-    Args:
-        striped: what the processors of `layers` must belong to.
-    """
+    """Raises ValueError for later changes that would give wrong pictures, or leave ranks waiting."""
     for name, layer in attention_layers(transformer).items():
         if name in layers and getattr(layer.processor, "striped", None) is not striped:
             raise ValueError(

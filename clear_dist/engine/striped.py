@@ -25,7 +25,7 @@ from clear_dist.geometry import plan_text
 
 
 class Modulation(Protocol):
-    """A model's modulation in host memory (`weights/hoisted.py`)."""
+    """Modulation in host memory (`weights/hoisted.py`)."""
 
     @property
     def weights(self) -> AbstractSet[Tensor]:
@@ -37,7 +37,7 @@ class Modulation(Protocol):
 
 
 class StripedModel:
-    """Puts a family's processors and hooks on a transformer, and two of its own."""
+    """A transformer with its family's processors and hooks, and two hooks that cut and join."""
 
     def __init__(
         self,
@@ -50,11 +50,7 @@ class StripedModel:
         modulation: Modulation | None = None,
         shards: Sequence[ShardedWeights] = (),
     ) -> None:
-        """
-        Args:
-            counters: those that `shards` count in too.
-            modulation, shards: what was done to the weights; undone by `remove`.
-        """
+        """`counters` are shared with `shards`; `remove` undoes `shards` and `modulation`."""
         self.family = family
         self.scheduler = scheduler
         self.group = group
@@ -66,7 +62,7 @@ class StripedModel:
         self.parts = Parts.compiled() if settings.options.compile else Parts()
         self.cut: Cut | None = None
         self.text_plan = plan_text(0, 1, 0)
-        """Which text tokens of the forward under way are this rank's."""
+        """Text tokens of the running forward that are this rank's."""
         self._text_mask: Tensor | None = None
         self._clock = Clock(warmup_steps=settings.warmup_steps)
         self._forward_is_under_way = False
@@ -88,7 +84,7 @@ class StripedModel:
         ]
 
     def start_text(self, layer: int, *qkv_BLND: Tensor) -> None:
-        """Send my share of the text tokens; they stand behind room for other ranks'. Nothing where all have all."""
+        """Send my share of the text, which follows room for other ranks'; nothing where all have all of it."""
         if self.text_plan.is_shared:
             with labelled(f"layer {layer}"):
                 self._same_call.require()
@@ -97,10 +93,7 @@ class StripedModel:
     def start_halos(self, layer: int, key_BLND: Tensor, value_BLND: Tensor, *, alone: bool = False) -> PendingHalos:
         """Send my border rows, as soon as there are keys and values.
 
-        Args:
-            layer: number among the attention layers on stripes.
-            key_BLND: tokens of my rows last, as in `value_BLND`; text before them is left out.
-            alone: whether the layer sees the image alone, without down-sampled keys.
+        My rows' tokens are the last; text before them is left out. `alone`: no text, no down-sampled keys.
         """
         cut = self.running_cut
         image = slice(-len(cut.plan.own) * cut.width, None)
@@ -124,12 +117,7 @@ class StripedModel:
         *,
         alone: bool = False,
     ) -> Tensor:
-        """Attention's output of my tokens [B, L, N, D], text tokens first as in all arguments.
-
-        Args:
-            halos: what `start_halos` gave for this layer.
-            alone: whether there are image tokens only; else `start_text` came before.
-        """
+        """Attention's output of my tokens [B, L, N, D], text first as in all arguments; after this layer's starts."""
         cut = self.running_cut
         with labelled(f"layer {layer}"):
             self._same_call.require()
@@ -143,23 +131,22 @@ class StripedModel:
 
     @property
     def running_cut(self) -> Cut:
-        """How the image at hand is cut."""
         assert self.cut is not None, "the cut comes before the first layer"
         return self.cut
 
     @property
     def stale_bytes(self) -> int:
-        """Bytes of the largest buffers that the stale schedule has kept from step to step."""
+        """Largest number of bytes that the stale schedule has kept from step to step."""
         return max(self._most_stale_bytes, self.cut.exchanges.stale_bytes if self.cut is not None else 0)
 
     @contextmanager
     def running(
         self, *, group: Group | None = None, scheduler: Any = None, extrapolation: Extrapolation | None = None
     ) -> Iterator[None]:
-        """While inside, the model runs on another group, with another scheduler, above its native size.
+        """Context in which the model runs on another group, with another scheduler, above its native size.
 
-        The ranks of `group` enter together, with equal arguments; the others don't call the model meanwhile. None
-        leaves things as they are. The caller closes the group, and gives the scheduler to the pipeline.
+        The ranks of `group` enter together, with equal arguments; the others don't call the model meanwhile. None: as
+        before. The caller closes the group, and gives the scheduler to the pipeline.
         """
         before = self.group, self.scheduler, self.extrapolation
         try:
@@ -169,7 +156,7 @@ class StripedModel:
             self._run_on(*before)
 
     def _run_on(self, group: Group, scheduler: Any, extrapolation: Extrapolation | None) -> None:
-        if not self._forward_is_under_way:  # else what is on its way may never arrive
+        if not self._forward_is_under_way:  # else messages in flight may never arrive
             self.drain()
         self.group, self.scheduler, self.extrapolation = group, scheduler, extrapolation
         self._clock.forget()
@@ -180,7 +167,7 @@ class StripedModel:
             self._extrapolated.enter_context(self.family.extrapolated(extrapolation))
 
     def remove(self) -> None:
-        """Restores the processors and takes the hooks off, unless others have taken their place; ends `running`."""
+        """Restore processors and take hooks off, unless others have taken their place; ends `running`."""
         self._run_on(*self._given, None)
         for hook in self._hooks:
             hook.remove()
@@ -193,7 +180,7 @@ class StripedModel:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         inputs = self.family.named_inputs(args, kwargs)
-        if self._forward_is_under_way:  # the last one was broken off
+        if self._forward_is_under_way:  # the last one was interrupted
             self._clock.forget()
         self._clock.tick(self.family.generation(inputs), self.family.latents(inputs))
         self._forward_is_under_way = True
@@ -226,36 +213,32 @@ class StripedModel:
         return joined
 
     def require_room(self, size: tuple[int, int], *, batch: int, passes: int, steps: int) -> None:
-        """All ranks call this before buffers are made for an image of `size` tokens.
-
-        Raises:
-            Refusal: on all ranks, where the stale schedule's do not fit in what memory is free on any.
-        """
+        """All ranks call this before buffers are made; raises Refusal on all where they do not fit on one."""
         if not self._is_stale(steps):
             return
-        if not self._forward_is_under_way:  # what the last image has kept makes room
+        if not self._forward_is_under_way:  # buffers of the last image make room
             self.drain()
         itemsize, layers = self.family.transformer.dtype.itemsize, passes * len(self._stock_processors)
         row_bytes = 2 * batch * size[1] * self.family.channels * itemsize
         require_room(stale_bytes(size, self.group, self.settings, row_bytes=row_bytes, layers=layers), self.group)
 
     def _is_stale(self, steps: int) -> bool:
-        """Whether anything lags in a generation of so many steps. One rank waits for nobody."""
+        """Whether a run of `steps` steps has any stale step; a single rank waits for nobody."""
         return self.settings.options.schedule == "stale" and self.group.size > 1 and self._clock.lags_within(steps)
 
     @property
     def _steps(self) -> int:
-        """Of the generation that begins; image-to-image leaves the first ones out."""
+        """Steps of the generation that begins; image-to-image leaves the first ones out."""
         return len(self.scheduler.timesteps) - (getattr(self.scheduler, "begin_index", None) or 0)
 
     def drain(self) -> None:
-        """Waits for what is on its way; all ranks call this, after a step. What follows it is in sync."""
+        """Wait for messages in flight, after a step; all ranks call this. The next step is synchronous."""
         if self.cut is not None:
             self._most_stale_bytes = self.stale_bytes
             self.cut.exchanges.drain()
 
     def _begin_generation(self, inputs: dict[str, Any]) -> None:
-        """Checks what a generation brings, and cuts anew where the last cut is not for it."""
+        """Check a generation's inputs and settings, and cut anew unless the last cut serves."""
         require_supported(self.family.transformer, self, self._stock_processors)
         if (found := self.family.latents(inputs).device) != self.group.device:
             raise ValueError(
@@ -282,7 +265,7 @@ class StripedModel:
 
 
 def striped_of(pipe: Any) -> StripedModel | None:
-    """What `parallelize` put on the pipeline's transformer; shared by pipelines made with `from_pipe`."""
+    """The model that `parallelize` put on stripes; shared by pipelines made with `from_pipe`."""
     for layer in attention_layers(pipe.transformer).values():
         if isinstance(striped := getattr(layer.processor, "striped", None), StripedModel):
             return striped
@@ -290,7 +273,7 @@ def striped_of(pipe: Any) -> StripedModel | None:
 
 
 def require_striped(pipe: Any) -> StripedModel:
-    """As `striped_of`; raises ValueError where there is none."""
+    """`striped_of`; raises ValueError where there is none."""
     striped = striped_of(pipe)
     if striped is None:
         raise ValueError("the pipeline must be on stripes: call clear_dist.parallelize(pipe) first")

@@ -1,4 +1,4 @@
-"""Which family a transformer, a ControlNet or a pipeline belongs to: a row each."""
+"""Families of transformers, ControlNets and pipelines: a row each."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,11 +17,7 @@ SEVERAL_CONTROLNETS = ("FluxMultiControlNetModel",)
 
 
 def family_of(transformer: Any) -> Family:
-    """The family of a transformer.
-
-    Raises:
-        ValueError: there is none for its class.
-    """
+    """Family of a transformer; raises ValueError where its class has none."""
     if hasattr(transformer, "_orig_mod"):
         raise ValueError("torch.compile cannot follow messages between ranks; pass parallelize(compile=True) instead")
     name = type(transformer).__name__
@@ -31,17 +27,13 @@ def family_of(transformer: Any) -> Family:
 
 
 def adapter_of(pipe: Any) -> PipelineAdapter:
-    """How a pipeline draws, with a transformer or without."""
+    """Adapter of a pipeline, with a transformer or without."""
     kinds = [kind.__name__ for kind in type(pipe).__mro__]
     return next(PIPELINES[name] for name in kinds if name in PIPELINES)(pipe)
 
 
 def controlnets_of(pipe: Any) -> list[Family]:
-    """The ControlNets of a pipeline, each once; none where it has none.
-
-    Raises:
-        ValueError: one of them is of another class.
-    """
+    """ControlNets of a pipeline, each once; raises ValueError where one is of another class."""
     controlnet = getattr(pipe, "controlnet", None)
     nets = [] if controlnet is None else list(getattr(controlnet, "nets", [controlnet]))
     for net in nets:

@@ -1,4 +1,4 @@
-"""Blocks on smaller GPUs: in fewer bits, and a share of them on each rank."""
+"""Blocks for smaller GPUs: quantised, and sharded over ranks."""
 
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
@@ -23,13 +23,11 @@ def quantise_and_shard(
     *,
     elsewhere: AbstractSet[Tensor],
 ) -> tuple[ShardedWeights, ...]:
-    """Quantises the linear layers of the blocks, for good, and puts blocks in shards, for a while: none on one rank.
+    """Quantise the blocks' linear layers, for good, and shard the blocks, until undone; one rank shards nothing.
 
-    What is sharded may be in host memory. It comes to the group's device block by block, where it is quantised, so that
-    neither has to hold all of it. All else that changes weights (CLEAR's, a LoRA that is to be fused) comes before.
-
-    Args:
-        elsewhere: weights that stay as and where they are.
+    Sharded blocks may be in host memory. They come to the group's device one by one and are quantised there, so that
+    neither memory has to hold all of them. All else that changes weights (CLEAR's, a LoRA to be fused) comes first.
+    Weights `elsewhere` stay as and where they are.
     """
     transformer, shards = family.transformer, options.shard_weights and group.size > 1
     if shards:
@@ -52,36 +50,31 @@ def quantise_and_shard(
 
 
 def require_quantisable(*families: Family, options: Options) -> None:
-    """Before anything is changed, of all models: raises ValueError where a layer to be quantised is not plain."""
+    """Raises ValueError where a layer to be quantised, of any model, is not plain; before any is changed."""
     for family in families if options.float8 or options.int8 else ():
         plain_layers(family.transformer, family.products, "float8" if options.float8 else "int8")
 
 
 def names_within(block: nn.Module, family: Family) -> list[str]:
-    """Of the products of one block."""
+    """Names of a block's products."""
     modules = set(block.modules())
     return [name for name in family.products if family.transformer.get_submodule(name) in modules]
 
 
 def bring(module: nn.Module, device: torch.device, *, but: AbstractSet[Tensor]) -> None:
-    """Moves parameters and buffers, but for some."""
+    """Move parameters and buffers to the device, except `but`."""
     for tensor in tensors_of(module):
         if tensor not in but:
             tensor.data = tensor.data.to(device)
 
 
 def weight_bytes(transformer: nn.Module, *, but: AbstractSet[Tensor]) -> int:
-    """Of the parameters and buffers that this rank holds; of what is in shards, its own.
-
-    Args:
-        but: those that do not count.
-    """
+    """Bytes of this rank's parameters and buffers, except `but`; of sharded ones, its own share."""
     tensors: Iterator[Any] = tensors_of(transformer)
     mine = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors if tensor not in but)
     return sum(tensor.nbytes for tensor in mine)
 
 
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """Its parameters and buffers."""
     yield from module.parameters()
     yield from module.buffers()

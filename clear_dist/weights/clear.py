@@ -1,4 +1,4 @@
-"""CLEAR checkpoints: the image side of every attention layer, laid over a base model (paper, Sec. 3.3)."""
+"""CLEAR checkpoints, which replace the image side of every attention layer (paper, Sec. 3.3)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,18 +27,18 @@ from clear_dist.engine.stock import attention_layers
 
 @dataclass(frozen=True, kw_only=True)
 class ReplacedWeights:
-    """What a CLEAR checkpoint has replaced, and what it brings besides."""
+    """Weights replaced by a CLEAR checkpoint's, and its down-sampled keys."""
 
     file: Path
     tensors: tuple[str, ...]
     """Names of the transformer's parameters."""
     layers: int
     pooling: Pooling | None
-    """Of down-sampled keys, if the checkpoint has them."""
+    """Down-sampled keys, if the checkpoint has any."""
 
     @property
     def figures(self) -> dict[str, Any]:
-        """For the report."""
+        """Entries of the report."""
         return {
             "file": str(self.file),
             "radius": radius_of(self.file),
@@ -55,17 +55,13 @@ class ReplacedWeights:
         )
 
     def checksums(self, transformer: Any) -> list[tuple[int, int]]:
-        """Of what it has put in, to compare ranks by."""
+        """Checksums of the new weights, to compare ranks by."""
         replaced = [transformer.get_parameter(name) for name in self.tensors]
         return [checksum(tensor) for tensor in (*replaced, *(self.pooling.weights if self.pooling is not None else ()))]
 
 
 def require_radius(path: str | Path) -> int:
-    """The radius in tokens that a checkpoint was distilled for, from its name: `clear_local_16.safetensors`.
-
-    Raises:
-        ValueError: the name tells none.
-    """
+    """Radius in tokens from a name such as `clear_local_16.safetensors`; raises ValueError where it has none."""
     radius = radius_of(path)
     if radius is None:
         raise ValueError(
@@ -75,16 +71,13 @@ def require_radius(path: str | Path) -> int:
 
 
 def load_clear_weights(transformer: Any, path: str | Path, device: torch.device | str = "cpu") -> ReplacedWeights:
-    """Replaces the image side of attention by a checkpoint's.
+    """Replace the image side of attention by a checkpoint's.
 
-    Text projections, norms and everything else stay the base model's. LoRA layers stay on top of what is replaced.
-
-    Args:
-        device: where the transformer runs.
+    Text projections, norms and everything else stay the base model's; LoRA layers stay on top.
 
     Raises:
-        ValueError: the file is none, its name and its tensors contradict each other, or a tensor is missing,
-            unexpected or of another shape; it is named, and nothing is replaced. Or a LoRA is fused in what would be.
+        ValueError: before anything is replaced: the file is unreadable, its name and tensors contradict each other, a
+            tensor is missing, unexpected or of another shape, or a LoRA is fused in the weights.
     """
     require_unfused_lora(transformer)
     parameters = dict(image_attention_parameters(transformer))
@@ -96,7 +89,7 @@ def load_clear_weights(transformer: Any, path: str | Path, device: torch.device 
         own = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         require_same_tensors(with_spatial_weights(own, factor), shapes, path)
         for name, parameter in parameters.items():
-            # On a CPU a view of the file, which ranks share, as they share the model's: a copy would be each one's own.
+            # On a CPU a view of the file, which ranks share, as they share the model's; a copy is not shared.
             parameter.data = file.get_tensor(name).to(parameter.device).to(parameter.dtype)
         pooling = None
         if factor > 1:
@@ -106,14 +99,14 @@ def load_clear_weights(transformer: Any, path: str | Path, device: torch.device 
 
 
 def require_unfused_lora(transformer: Any) -> None:
-    """Raises ValueError where weights hold a LoRA, which would be lost with them."""
+    """Raises ValueError where a LoRA is fused in the weights, and would be lost with them."""
     for name, module in transformer.named_modules():
         if is_image_side(f"{name}.") and getattr(module, "merged", False):
             raise ValueError(f"CLEAR weights replace {name}, a fused LoRA included; call pipe.unfuse_lora() first")
 
 
 def image_attention_parameters(transformer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Name in a CLEAR checkpoint and parameter, for every tensor of the transformer that a checkpoint must hold."""
+    """Name in a CLEAR checkpoint and parameter, for every tensor that a checkpoint must hold."""
     for name, module in transformer.named_modules():
         if name.endswith(tuple(f".attn.{projection}" for projection in PROJECTIONS)):
             linear = getattr(module, "base_layer", module)  # under a LoRA's wrapping
@@ -122,11 +115,7 @@ def image_attention_parameters(transformer: nn.Module) -> Iterator[tuple[str, nn
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Any]:
-    """A safetensors file, mapped into memory.
-
-    Raises:
-        ValueError: there is no such file, or it is truncated or of another format.
-    """
+    """A memory-mapped safetensors file; raises ValueError where it is missing, truncated or of another format."""
     refuse_pickled(path)
     try:
         with safe_open(path, framework="pt") as file:

@@ -1,8 +1,8 @@
-"""A model's weights from memory-mapped safetensors: one copy in host memory, however many ranks there are.
+"""Weights from memory-mapped safetensors: one copy in host memory, however many ranks there are.
 
 On a CPU parameters are views of the files, whose pages all ranks of a machine share; a rank that writes to one gets a
-copy of that page, and the file stays as it is. To a GPU tensors go one by one, as they are stored, and are cast there.
-Only a cast on a CPU takes memory of its own in each rank.
+copy of that page, and the file stays as it is. Tensors go to a GPU one by one, as they are stored, and are cast there.
+Only a cast on a CPU takes memory in each rank.
 """
 
 import mmap
@@ -22,12 +22,9 @@ def load_mapped(
     device: torch.device,
     advance: Callable[[int], None],
 ) -> None:
-    """Give a model whose parameters are on the meta device its weights, and bring its buffers to them.
+    """Load a model on the meta device from `files`, which hold all its tensors and no others, and bring its buffers.
 
-    Args:
-        files: safetensors that hold all tensors of the model together, and no others.
-        dtype: of parameters and buffers that are floating-point numbers.
-        advance: told of the bytes of each tensor once it is where it belongs.
+    Floating-point tensors become `dtype`; `advance` is called with the bytes of each tensor.
 
     Raises:
         SafetensorError: a file is damaged.
@@ -42,14 +39,14 @@ def load_mapped(
 
 
 def _views(file: Path) -> list[tuple[str, Tensor]]:
-    """Of all tensors, in the order in which they lie in the file; the mapping lasts as long as any of them."""
+    """Names and views of a file's tensors, in the file's order; the mapping lasts as long as any view."""
     with safe_open(file, framework="pt") as opened:
         views = [(name, opened.get_tensor(name)) for name in opened.keys()]  # noqa: SIM118 (no mapping)
     return sorted(views, key=lambda named: named[1].data_ptr())
 
 
 def _placed(view: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    placed = view.to(device)  # and not to the dtype at once: that would be done on this side
+    placed = view.to(device)  # to the dtype later: both at once would cast on the host
     if view.is_floating_point():
         placed = placed.to(dtype)
     if placed is view:
@@ -58,5 +55,5 @@ def _placed(view: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _read(view: Tensor) -> None:
-    """Touch each page: what is not read while loading would be read in the first step, from the disk."""
+    """Touch each page; otherwise the first step would read it from disk."""
     view.view(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()

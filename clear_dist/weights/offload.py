@@ -1,8 +1,7 @@
 """Text encoders and VAE in host memory while they are not in use.
 
-accelerate's hooks, which diffusers knows: a pipeline goes on telling the device that it runs on. But accelerate's own
-offloading moves what was used back when the next one comes; here weights do not travel back at all, since those in host
-memory are kept.
+Made of accelerate's hooks, which diffusers knows, so that a pipeline still reports the device that it runs on. Unlike
+accelerate's own offloading, weights never travel back: those in host memory are kept.
 """
 
 from collections.abc import Iterator
@@ -19,13 +18,13 @@ PARTS = ("text_encoder", "text_encoder_2", "vae")
 
 
 def parts_on_host(request: Request) -> tuple[str, ...]:
-    """Which parts of a pipeline `parallelize` will bring to the device, as they are needed, rather than loading."""
+    """Parts of a pipeline that `parallelize` brings to the device when needed, rather than loading."""
     sharded = ("transformer",) if request.shard_weights and request.world_size > 1 else ()
     return (*(PARTS if request.offload else ()), *sharded)
 
 
 class FromHost(ModelHook):
-    """Brings a module's weights to the device before its forward, and drops them there after it."""
+    """Brings a module's weights to the device before its forward, and drops them there afterwards."""
 
     def __init__(self, device: torch.device) -> None:
         self.execution_device = device
@@ -35,7 +34,6 @@ class FromHost(ModelHook):
         return module.to("cpu")
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Nothing happens where they are on the device already."""
         if not self._held:
             self._held = list(tensors_of(module))
             there = {held: self._on_device(held) for _, _, held in self._held}  # once, also where modules share it
@@ -58,13 +56,10 @@ class FromHost(ModelHook):
 
 
 class Offloaded:
-    """A pipeline's text encoders and VAE, in host memory until `remove`."""
+    """Text encoders and VAE of a pipeline, in host memory until `remove`."""
 
     def __init__(self, pipe: Any, device: torch.device) -> None:
-        """
-        Raises:
-            ValueError: diffusers offloads them already.
-        """
+        """Raises ValueError where diffusers offloads them already."""
         parts = {name: part for name in PARTS if (part := getattr(pipe, name, None)) is not None}
         for name, part in parts.items():
             if hasattr(part, "_hf_hook"):
@@ -74,13 +69,13 @@ class Offloaded:
             add_hook_to_module(part, FromHost(device))
 
     def remove(self) -> None:
-        """They are on the device again, all of them."""
+        """Bring all of them back to the device."""
         for part in self._parts:
             remove_hook_from_module(part)
 
 
 def tensors_of(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Parameters and buffers, each with the module that it belongs to and its name there."""
+    """Owner, name and tensor of each parameter and buffer."""
     for owner in module.modules():
         for name, tensor in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
             yield owner, name, tensor
@@ -88,7 +83,7 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 @contextmanager
 def brought(module: nn.Module) -> Iterator[None]:
-    """While inside, a module of `Offloaded` is on the device: for what uses it by other ways than its forward."""
+    """Context in which a module of `Offloaded` is on the device, for uses other than its forward."""
     hook = getattr(module, "_hf_hook", None)
     if not isinstance(hook, FromHost):
         yield

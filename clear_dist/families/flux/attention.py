@@ -15,20 +15,14 @@ from clear_dist.engine.parts import chunks_of
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines of all positions, text first, [L, D] each."""
 Projections = tuple[nn.Module, nn.Module, nn.Module, nn.Module, nn.Module]
-"""To queries, keys and values; the norms of queries and of keys."""
+"""Projections to queries, keys and values; norms of queries and keys."""
 
 
 class FluxStripeAttnProcessor:
-    """The recipe of the blocks (`blocks.py`), for those that keep a forward of others.
-
-    Hooks that bring a block's weights put such a forward on it, mostly.
-    """
+    """Recipe of `blocks.py` for blocks whose forward others have replaced: mostly hooks that bring weights."""
 
     def __init__(self, striped: Stripes | None = None, layer: int = 0) -> None:
-        """
-        Raises:
-            ValueError: nothing is given: `load_ip_adapter` makes processors anew, by their classes alone.
-        """
+        """Raises ValueError without arguments: `load_ip_adapter` makes processors anew from their classes."""
         if striped is None:
             raise ValueError("IP-Adapters cannot be combined with clear_dist.parallelize; undo() it first")
         self.striped = striped
@@ -42,11 +36,7 @@ class FluxStripeAttnProcessor:
         attention_mask: Tensor | None = None,
         image_rotary_emb: Rotary | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Double blocks pass the text apart and get two outputs; single blocks pass both joined, text first.
-
-        Raises:
-            ValueError: an attention mask is given; windows and stripes have no place for it.
-        """
+        """Double blocks pass text apart and get two outputs, single blocks pass all joined; masks raise ValueError."""
         assert image_rotary_emb is not None, "FLUX rotates in every layer"
         text_tokens = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         heads = heads_of(attn, hidden_states, text_tokens + hidden_states.shape[1], attention_mask)
@@ -63,11 +53,7 @@ class FluxStripeAttnProcessor:
 
 
 def heads_of(attn: Any, like_BLC: Tensor, tokens: int, mask: Tensor | None = None) -> Heads:
-    """Room for an attention layer's queries, keys and values.
-
-    Raises:
-        ValueError: there is a mask.
-    """
+    """Buffers for an attention layer's queries, keys and values; raises ValueError where there is a mask."""
     if mask is not None:
         raise ValueError("an attention mask cannot be combined with clear_dist.parallelize; pass none")
     processor = attn.processor
@@ -86,7 +72,7 @@ def of_text(attn: Any) -> Projections:
 
 
 def unmodulated(x_BLC: Tensor) -> Tensor:
-    """What the stock block has modulated already."""
+    """`x_BLC`, which the stock block has modulated already."""
     return x_BLC
 
 
@@ -99,19 +85,14 @@ def fill(
     *,
     first: int = 0,
 ) -> Tensor:
-    """Compute queries, keys and values of `x_BLC`; halos leave with the image's, which ends where all tokens do.
+    """Compute queries, keys and values of `x_BLC`, my tokens from `first` on; returns the last chunk, `modulated`.
 
-    Args:
-        modulated: what is projected of a chunk.
-        first: where `x_BLC` begins among my tokens.
-
-    Returns:
-        The last chunk [B, L, C], modulated.
+    Halos leave with the image's keys and values; the image ends where all tokens do.
     """
     to_q, to_k, to_v, norm_q, norm_k = projections
     parts = heads.striped.parts
     query, key, value = heads.own
-    normed = x_BLC  # of no token, on a rank whose share of the text is empty
+    normed = x_BLC  # returned where there are no tokens: an empty share of the text
     for chunk in chunks_of(x_BLC):
         place = slice(first + chunk.start, first + chunk.stop)
         turns = rotary[0][place], rotary[1][place]

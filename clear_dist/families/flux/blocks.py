@@ -1,10 +1,10 @@
-"""FLUX's blocks on stripes: diffusers' arithmetic in an order of our own, in chunks of tokens where there are many.
+"""FLUX's blocks on stripes: diffusers' arithmetic in our own order, in chunks where there are many tokens.
 
 A block keeps its layers, their names and its hooks; only its class changes, and changes back. Halos leave as soon as
 there are keys and values. With few tokens a single block's MLP is computed while they travel; with many its hidden
-state would be the peak of memory, so that it is computed chunk by chunk after the attention. Then a block holds at most
-five tensors of all tokens at once: its input, queries, keys, values and what the attention gives. Text tokens, where
-ranks share them, leave before the image is projected in a double block, and before the MLP in a single one.
+state would be the peak of memory, so that it follows the attention, chunk by chunk. A block then holds at most five
+tensors of all tokens: input, queries, keys, values and the attention's output. Shared text tokens leave before the
+image is projected in a double block, and before the MLP in a single one.
 
 Shapes: B batch, L tokens, T text tokens and R image tokens of this rank, C channels, N heads, D head dim.
 """
@@ -25,7 +25,7 @@ LARGEST_FLOAT16 = 65_504
 
 
 class StripedDoubleBlock(FluxTransformerBlock):
-    """Text and image are apart, but for the attention."""
+    """Block with text and image apart, except in the attention."""
 
     def forward(
         self,
@@ -35,7 +35,7 @@ class StripedDoubleBlock(FluxTransformerBlock):
         image_rotary_emb: Rotary,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """From image [B, R, C] and my text [B, T, C] to text and image."""
+        """Image [B, R, C] and my text [B, T, C] to text and image."""
         if type(self) is FluxTransformerBlock:  # taken off, but others' hooks have kept this forward
             stock = FluxTransformerBlock.forward
             return stock(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
@@ -65,7 +65,7 @@ class StripedDoubleBlock(FluxTransformerBlock):
 
 
 class StripedSingleBlock(FluxSingleTransformerBlock):
-    """Text and image are one sequence; the MLP stands beside the attention."""
+    """Block with text and image as one sequence; its MLP is parallel to the attention."""
 
     def forward(
         self,
@@ -75,7 +75,7 @@ class StripedSingleBlock(FluxSingleTransformerBlock):
         image_rotary_emb: Rotary,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """From image [B, R, C] and my text [B, T, C] to text and image."""
+        """Image [B, R, C] and my text [B, T, C] to text and image."""
         if type(self) is FluxSingleTransformerBlock:  # taken off, but others' hooks have kept this forward
             stock = FluxSingleTransformerBlock.forward
             return stock(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
@@ -102,7 +102,7 @@ class StripedSingleBlock(FluxSingleTransformerBlock):
         return out[:, :text_tokens], out[:, text_tokens:]
 
     def _with_mlp(self, parts: Parts, normed_BLC: Tensor) -> Tensor:
-        """What the block's output is projected from, [B, L, C + hidden]; the first C are for the attention's."""
+        """Input of the output projection, [B, L, C + hidden], its first C left for the attention's output."""
         batch, tokens, channels = normed_BLC.shape
         both = normed_BLC.new_empty(batch, tokens, channels + self.mlp_hidden_dim)
         parts.widen(self.proj_mlp, self.act_mlp, normed_BLC, both[..., channels:])
@@ -123,7 +123,7 @@ class StripedBlock:
 
     @classmethod
     def of(cls, block: nn.Module) -> "StripedBlock":
-        """As FSDP does it: the block stays the same object, with all that others have put on it."""
+        """Change the class, as FSDP does: the block stays the same object, with everything attached to it."""
         block.__class__ = STRIPED.get(type(block), type(block))
         return cls(block)
 
@@ -138,5 +138,5 @@ def adaptive(norm: Any, temb_BC: Tensor, count: int) -> Sequence[Tensor]:
 
 
 def finite(x: Tensor) -> Tensor:
-    """`x`, clipped in its place where it is float16, as diffusers does."""
+    """`x`, clipped in place where it is float16, as in diffusers."""
     return x.clip_(-LARGEST_FLOAT16, LARGEST_FLOAT16) if x.dtype == torch.float16 else x

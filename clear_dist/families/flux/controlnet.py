@@ -1,7 +1,7 @@
-"""FLUX's ControlNets on the transformer's stripes: the same blocks and exchanges; what they put out stays cut.
+"""FLUX's ControlNets on the transformer's stripes: the same blocks and exchanges; outputs stay cut.
 
-A ControlNet adds a tensor of all tokens to each block of the transformer. On stripes it computes those of its own rows,
-with keys and values of its own that travel as the transformer's do, and the transformer takes them as they are.
+A ControlNet adds a tensor of all tokens to each block of the transformer. On stripes it computes its own rows of them,
+with keys and values that travel as the transformer's do, and the transformer takes them as they are.
 
 Shapes: B batch, R my rows, W columns, C channels, P patch size of a hint.
 """
@@ -22,10 +22,10 @@ from clear_dist.geometry import TextPlan
 
 @dataclass(frozen=True)
 class FluxControlNet(Flux):
-    """Cuts the inputs of FluxControlNetModel.forward to this rank's rows."""
+    """A FluxControlNetModel, its inputs cut to this rank's rows."""
 
     def cut(self, inputs: Inputs, cut: Cut, text: TextPlan) -> Inputs:
-        """As a transformer's, with the condition [B, H x W, C]; pixels are cut behind the network that reads them."""
+        """Transformer inputs, with the condition [B, H x W, C]; pixels are cut after the network that reads them."""
         condition = inputs["controlnet_cond"]
         if self.transformer.input_hint_block is None:
             condition = own_tokens("controlnet_cond", condition, cut)
@@ -43,11 +43,11 @@ class FluxControlNet(Flux):
         return [*super().hooks(striped), hint_block.register_forward_hook(partial(self._cut_hint, striped))]
 
     def joined(self, output: Any, cut: Cut) -> Any:
-        """Nothing is joined: the transformer's stripes are the same."""
+        """Output as it is: the transformer's stripes are the same."""
         return output
 
     def _cut_hint(self, striped: Stripes, block: nn.Module, args: tuple[Any, ...], hint_BCHW: Tensor) -> Tensor:
-        """My rows [B, C, R x P, W x P] of what was computed from the pixels of the whole picture."""
+        """My rows [B, C, R x P, W x P] of the features of the whole picture."""
         cut, patch = striped.running_cut, self.transformer.config.patch_size
         expected, got = (cut.height * patch, cut.width * patch), tuple(hint_BCHW.shape[2:])
         if got != expected:

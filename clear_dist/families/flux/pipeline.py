@@ -1,4 +1,4 @@
-"""How FLUX's pipelines draw: diffusers' own, on a transformer that is on stripes.
+"""FLUX's pipelines: diffusers' own, on a transformer that is on stripes.
 
 Latents are packed: 2x2 of the VAE's are the 64 channels of a token. Shapes: B pictures, T text tokens, C channels,
 R rows and W columns in the VAE's layout.
@@ -20,8 +20,6 @@ from clear_dist.stages import Sampling, Size, Stage, Upscaling
 
 
 class FluxPipelineAdapter:
-    """A FluxPipeline, or one of its relatives."""
-
     arguments: tuple[str, ...] = (
         "prompt_embeds",
         "pooled_prompt_embeds",
@@ -42,7 +40,7 @@ class FluxPipelineAdapter:
 
     @torch.no_grad()
     def encode(self, texts: list[str], max_sequence_length: int) -> Encoded:
-        """[B, T, C] of T5 and [B, C] of CLIP."""
+        """T5's [B, T, C] and CLIP's [B, C]."""
         embeddings = self._pipe.encode_prompt(prompt=texts, prompt_2=None, max_sequence_length=max_sequence_length)
         return list(embeddings[:2])
 
@@ -60,7 +58,7 @@ class FluxPipelineAdapter:
         return lines
 
     def refining(self) -> FluxImg2ImgPipeline:
-        """With the scheduler's static shift (paper, Sec. 4.3).
+        """Image-to-image pipeline with the scheduler's static shift (paper, Sec. 4.3).
 
         The dynamic shift grows with the size, until every step is taken in pure noise.
         """
@@ -87,7 +85,7 @@ class FluxPipelineAdapter:
         start: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Packed latents [B, tokens, 64], as `FluxPipeline(output_type="latent")` returns them."""
+        """Packed latents [B, tokens, 64], as from `FluxPipeline(output_type="latent")`."""
         sampling = stage.sampling
 
         def end_step(pipeline: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -130,6 +128,6 @@ class FluxPipelineAdapter:
 def refined_from(start: Tensor, sampling: Sampling | Upscaling) -> dict[str, Any]:
     """Arguments of the image-to-image pipeline for a start [B, 16, R, W]."""
     assert isinstance(sampling, Upscaling), sampling
-    # The sigmas that diffusers takes for num_inference_steps = steps / strength; so stated, every step counts.
+    # diffusers' sigmas for num_inference_steps = steps / strength; stated like this, every step counts.
     sigmas = np.linspace(sampling.strength, sampling.strength / sampling.steps, sampling.steps)
     return {"image": start, "strength": 1.0, "sigmas": sigmas.tolist()}

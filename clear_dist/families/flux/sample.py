@@ -1,4 +1,4 @@
-"""A tiny random FLUX, made here: what `clear-dist verify` draws with, on one rank and on many."""
+"""A tiny random FLUX for `clear-dist verify` to draw with, on one rank and on many."""
 
 import math
 from typing import Any
@@ -12,8 +12,6 @@ HEADS, HEAD_DIM, TEXT_WIDTH, POOLED_WIDTH, TEXT_TOKENS = 2, 16, 24, 16, 8
 
 
 class FluxSample:
-    """As `clear_dist.engine.family.Sample`."""
-
     name = "FLUX"
     steps = STEPS
     text_shape: tuple[int, ...] = (1, 512, 24, 128)
@@ -52,7 +50,7 @@ class FluxSample:
 
 
 def _drawn_weight(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
-    """At a scale at which attention and modulation matter: outputs of order 1, scores with a spread of about 2."""
+    """Noise of a scale at which attention and modulation matter: outputs of order 1, scores with a spread of 2."""
     noise = torch.randn(like.shape, generator=generator)
     if like.ndim > 1:
         return (3.0 if ".to_v." in name else 1.0) * noise / math.sqrt(like.shape[1])

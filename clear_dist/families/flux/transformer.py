@@ -1,4 +1,4 @@
-"""FLUX: what to cut, where to join, and its attention processor. The transformer itself stays diffusers'."""
+"""FLUX: where to cut and join, and its attention processor. The transformer itself stays diffusers'."""
 
 import inspect
 import re
@@ -30,10 +30,9 @@ NORMS = re.compile(r"transformer_blocks\.\d+\.norm1(_context)?|single_transforme
 
 @dataclass(frozen=True)
 class Flux:
-    """Cuts the inputs of FluxTransformer2DModel.forward to this rank's rows and joins its output."""
+    """A FluxTransformer2DModel, its inputs cut to this rank's rows and its output joined."""
 
     transformer: Any
-    """A FluxTransformer2DModel."""
 
     @property
     def head_dim(self) -> int:
@@ -41,17 +40,14 @@ class Flux:
 
     @property
     def channels(self) -> int:
-        """Of a token's key."""
         return self.head_dim * self.transformer.config.num_attention_heads
 
     @property
     def products(self) -> list[str]:
-        """Names of the linear layers that all tokens go through in blocks."""
         return [name for name, _ in self.transformer.named_modules() if PRODUCTS.fullmatch(name)]
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """In the order in which they are called."""
         return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
 
     def processors(self, striped: Stripes) -> dict[str, FluxStripeAttnProcessor]:
@@ -64,26 +60,20 @@ class Flux:
 
     @property
     def embedder(self) -> nn.Module:
-        """Of timestep, guidance and pooled prompt; every norm of `modulated` is given what it puts out, and no more."""
+        """Embedder of timestep, guidance and pooled prompt."""
         return self.transformer.time_text_embed
 
     @property
     def modulated(self) -> dict[str, Any]:
-        """The norms whose `linear` takes silu of the embedding, by name."""
         return {name: norm for name, norm in self.transformer.named_modules() if NORMS.fullmatch(name)}
 
     def embedder_inputs(self, inputs: tuple[Tensor, ...], timestep: Tensor) -> tuple[Tensor, ...]:
-        """The embedder's inputs at another timestep of the schedule, rounded as pipelines and the forward round it."""
         like = inputs[0]
         scaled = timestep.expand(like.shape).to(like.dtype) / 1000
         return (scaled.to(like.device) * 1000, *inputs[1:])
 
     def grid_of(self, inputs: Inputs) -> tuple[int, int]:
-        """Height and width in tokens, read from `img_ids` (this waits for the GPU: once per generation).
-
-        Raises:
-            ValueError: the ids are not one image in raster order (FLUX.1 Kontext's reference images, for one).
-        """
+        """Height and width from `img_ids` (waits for the GPU); raises ValueError for ids of reference images."""
         ids = flat_ids(inputs["img_ids"])
         width = int((ids[:, 1] == 0).sum())
         height = len(ids) // max(width, 1)
@@ -95,11 +85,10 @@ class Flux:
         return height, width
 
     def text_tokens(self, inputs: Inputs) -> int:
-        """Their number."""
         return inputs["encoder_hidden_states"].shape[1]
 
     def cut(self, inputs: Inputs, cut: Cut, text: TextPlan) -> Inputs:
-        """The inputs with the image's tokens, ids and ControlNet residuals cut, and the text's where it is shared.
+        """Inputs with the image's tokens, ids and ControlNet residuals cut, and the text's where it is shared.
 
         Ids are made anew in float32: pipelines cast them to the prompt's dtype, and bfloat16 has no 257.
         """
@@ -123,7 +112,7 @@ class Flux:
 
     @contextmanager
     def extrapolated(self, extrapolation: Extrapolation) -> Iterator[None]:
-        """While inside, the rotary embedding's base is `ntk_factor` times the stock one's."""
+        """Context in which the rotary embedding's base is `ntk_factor` times the stock one's."""
         stock = self.transformer.pos_embed
         # Another module, not a hook on the stock one: a compiled transformer does not look for new hooks.
         self.transformer.pos_embed = FluxPosEmbed(theta=stock.theta * extrapolation.ntk_factor, axes_dim=stock.axes_dim)
@@ -146,24 +135,20 @@ class Flux:
         return inputs["hidden_states"]
 
     def text_mask(self, inputs: Inputs) -> None:
-        """Padded text is seen, as in stock FLUX."""
+        """None: padded text is seen, as in stock FLUX."""
 
     def adapted(self, pipe: Any) -> FluxPipelineAdapter:
         return FluxPipelineAdapter(pipe)
 
     def joined(self, output: Any, cut: Cut) -> Any:
-        """A tuple or an object, as the forward gave it."""
+        """Output of the forward's own type: a tuple or an object."""
         if isinstance(output, tuple):
             return cut.join.join(output[0]), *output[1:]
         return Transformer2DModelOutput(sample=cut.join.join(output.sample))
 
 
 def own_tokens(name: str, x_BLC: Tensor, cut: Cut) -> Tensor:
-    """This rank's tokens of the input `name`, which is whole, or cut already: by a ControlNet on stripes.
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """My tokens of the input `name`, whole or cut already by a ControlNet on stripes; raises ValueError for others."""
     own, whole = len(cut.plan.own) * cut.width, cut.height * cut.width
     if x_BLC.shape[1] not in (own, whole):
         raise ValueError(f"`{name}` must have a token for each of the {whole} latents, got {x_BLC.shape[1]}")
@@ -171,7 +156,7 @@ def own_tokens(name: str, x_BLC: Tensor, cut: Cut) -> Tensor:
 
 
 def flat_ids(ids: Tensor) -> Tensor:
-    """Ids [tokens, 3]; a leading batch dimension is deprecated in diffusers, but taken."""
+    """Ids [tokens, 3], without the batch dimension that diffusers still takes."""
     return ids[0] if ids.ndim == 3 else ids
 
 
