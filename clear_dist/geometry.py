@@ -172,8 +172,8 @@ def plan_text(tokens: int, ranks: int, rank: int) -> TextPlan:
 def sharing_text_pays(tokens: int, image_tokens: int, ranks: int) -> bool:
     """Whether a share of the text on each rank is expected to take less time than all of it on all.
 
-    True of FLUX's 512 text tokens at 1024 px from 2 ranks on, at 2048 px from 4, at 4096 px from 15. The bound comes
-    from counts of operations; it was tried on CPUs only.
+    True of 512 text tokens at 1024 px from 2 ranks on, at 2048 px from 4, at 4096 px from 15. The bound comes from
+    counts of operations; it was tried on CPUs only.
 
     Args:
         image_tokens: of the whole image.

@@ -1,23 +1,22 @@
 """`clear-dist plan`: what a `generate` would take, before anything is loaded and without a GPU."""
 
-import json as json_format
+import json
 from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
 
-from clear_dist.families.flux.card import FLUX_DEV
+from clear_dist.families.cards import CARDS
 from clear_dist.launch import env
 from clear_dist.options import Refusal, check_choice
-from clear_dist.plan import GPUS, LINKS, Gpu, Plan, Room, nearest, planned, record, sizes
-from clear_dist.plan import fit_here as fit
+from clear_dist.plan import GPUS, LINKS, Gpu, Plan, Room, fit_here, nearest, planned, record, sizes
 from clear_dist.plan.shown import show_plan, show_sweep
 from clear_dist.request import devices
 from clear_dist.request.flags import PlanFlags
 from clear_dist.request.settle import choose
 
 NO_FIT = 2
-"""As for any request that is wrong."""
+"""Exit status, as for any wrong request."""
 SWEPT = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
 """Numbers of ranks."""
 
@@ -44,30 +43,31 @@ def planned_for(flags: PlanFlags) -> Plan:
     gpu = _gpu(flags, found)
     device = "cpu" if gpu is None else "cuda"
     place = env.read()
-    request, facts, _ = choose(flags, place, device=device, gpus=len(found))
+    request, facts, _ = choose(flags, place, CARDS, device=device, gpus=len(found))
     known = sizes.find(facts)
     if known is None:
         raise Refusal(
-            f"--model must be in a folder, or one whose flagsuration is known, got {flags.model}; nearest: {FLUX_DEV}"
+            "--model must be in a folder, or one whose configuration is known, "
+            f"got {flags.model}; nearest: {CARDS.default}"
         )
     word = flags.link
     if word == "auto":
-        word = fit.ON_CPU if gpu is None else gpu.link
+        word = fit_here.ON_CPU if gpu is None else gpu.link
     whole = planned.of_request(request, known, gpu, LINKS[word], place)
     return Plan(request=whole, room=_room(gpu, whole.ranks))
 
 
 def _gpu(flags: PlanFlags, found: tuple[devices.FoundGpu, ...]) -> Gpu | None:
-    """The kind that was asked for, or that is here; None: a CPU."""
+    """The kind of GPU that was asked for, or is here; None: a CPU."""
     if found:
-        return replace(fit.kind_of(found[0]), memory=found[0].total)
+        return replace(fit_here.kind_of(found[0]), memory=found[0].total)
     if flags.gpu == "cpu" or (flags.gpu == "auto" and flags.model == "demo"):
         return None
     return next(iter(GPUS.values())) if flags.gpu == "auto" else GPUS[flags.gpu]
 
 
 def _room(gpu: Gpu | None, ranks: int) -> Room:
-    return fit.room_of((), ranks) if gpu is None else Room(bytes=gpu.memory, where=gpu.name)
+    return fit_here.room_of((), ranks) if gpu is None else Room(bytes=gpu.memory, where=gpu.name)
 
 
 def _with_ranks(first: Plan, ranks: int) -> Plan:
@@ -77,7 +77,7 @@ def _with_ranks(first: Plan, ranks: int) -> Plan:
 def _tell(flags: PlanFlags, shown: Any, recorded: Any, *about: Any, fits: bool) -> int:
     """On stdout, for people or for programs; returns the exit status."""
     if flags.json:
-        print(json_format.dumps(recorded(*about), indent=1))
+        print(json.dumps(recorded(*about), indent=1))
     else:
         shown(Console(highlight=False), *about)
     return 0 if fits else NO_FIT

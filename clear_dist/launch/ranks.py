@@ -24,6 +24,7 @@ HEAVY = ("torch", "diffusers.pipelines.flux.pipeline_flux", "clear_dist.drawing.
 """Imported once, before the ranks are forked: in each of eight ranks it would cost a minute on two cores."""
 QUIET = {
     "DIFFUSERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_VERBOSITY": "error",
     "KINETO_LOG_LEVEL": "6",
     "TRANSFORMERS_VERBOSITY": "error",

@@ -14,9 +14,8 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextModel, T5EncoderModel
 
-from clear_dist.cards.clear import require_same_tensors
-from clear_dist.cards.folder import WEIGHT_STEMS
-from clear_dist.cards.headers import component_files, read_component
+from clear_dist.cards.card import Card
+from clear_dist.cards.headers import component_files
 from clear_dist.observe.progress import Phases
 from clear_dist.options import Refusal, shortened
 from clear_dist.weights.mapped import load_mapped
@@ -25,13 +24,13 @@ CUTTABLE = {"transformer": FluxTransformer2DModel, "vae": AutoencoderKL}
 TEXT = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
 
 
-def load_part(folder: Path, name: str, dtype: torch.dtype, device: torch.device, phases: Phases) -> Any:
+def load_part(folder: Path, card: Card, name: str, dtype: torch.dtype, device: torch.device, phases: Phases) -> Any:
     """One of CUTTABLE and TEXT, from a pipeline's folder, on `device`.
 
     Raises:
         Refusal: weights are missing, or do not fit their configuration.
     """
-    files = component_files(folder / name, WEIGHT_STEMS[name])
+    files = component_files(folder / name, card.weights[name])
     with phases.loading(name, sum(file.stat().st_size for file in files)) as advance:
         if name == "transformer":
             return _load_transformer(folder / name, files, dtype, device, advance)
@@ -47,8 +46,6 @@ def _load_transformer(
             transformer: Any = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(folder))
     except Exception as error:  # as in `_load_stock`
         raise unloadable(folder, FluxTransformer2DModel.__name__, error) from error
-    expected = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
-    require_same_tensors(expected, read_component(folder, WEIGHT_STEMS["transformer"]), folder)
     load_mapped(transformer, files, dtype=dtype, device=device, advance=advance)
     return transformer.eval()
 
@@ -102,11 +99,11 @@ def quietly() -> Iterator[None]:
 
 
 HOST = torch.device("cpu")
-NO_TEXT = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
 
 
 def load_pipeline(
     folder: Path,
+    card: Card,
     *,
     with_text_encoders: bool,
     dtype: torch.dtype,
@@ -116,6 +113,8 @@ def load_pipeline(
 ) -> FluxPipeline:
     """The pipeline of a folder in diffusers' layout, on `device`, its progress bars off.
 
+    The transformer's tensors are not compared with its configuration here: `cards.folder` has done so by headers.
+
     Args:
         with_text_encoders: without them the pipeline takes embeddings only.
         on_host: names of parts that stay in host memory.
@@ -124,15 +123,17 @@ def load_pipeline(
     Raises:
         Refusal: weights are missing, or do not fit their configuration.
     """
-    names = (*TEXT, *CUTTABLE) if with_text_encoders else CUTTABLE
-    without = {} if with_text_encoders else NO_TEXT
+    names = (*card.text_encoders, *CUTTABLE) if with_text_encoders else tuple(CUTTABLE)
+    without = () if with_text_encoders else (*card.text_encoders, *card.tokenizers)
     places = {name: HOST if name in on_host else device for name in names}
-    return _assemble(folder, places, without, dtype, phases or Phases())
+    return _assemble(folder, card, places, without, dtype, phases or Phases())
 
 
-def load_text_pipeline(folder: Path, *, dtype: torch.dtype, device: torch.device, phases: Phases) -> FluxPipeline:
+def load_text_pipeline(
+    folder: Path, card: Card, *, dtype: torch.dtype, device: torch.device, phases: Phases
+) -> FluxPipeline:
     """As `load_pipeline`, with all that encodes prompts and nothing else."""
-    return _assemble(folder, dict.fromkeys(TEXT, device), dict.fromkeys(CUTTABLE), dtype, phases)
+    return _assemble(folder, card, dict.fromkeys(card.text_encoders, device), tuple(CUTTABLE), dtype, phases)
 
 
 def free(device: torch.device) -> None:
@@ -161,15 +162,17 @@ def cut_off(pipe: Any, prompt: str, max_sequence_length: int) -> list[str]:
 
 def _assemble(
     folder: Path,
+    card: Card,
     places: Mapping[str, torch.device],
-    without: Mapping[str, None],
+    without: Collection[str],
     dtype: torch.dtype,
     phases: Phases,
 ) -> FluxPipeline:
     with quietly():
-        parts = {name: load_part(folder, name, dtype, place, phases) for name, place in places.items()}
+        parts = {name: load_part(folder, card, name, dtype, place, phases) for name, place in places.items()}
         try:
-            pipe: Any = FluxPipeline.from_pretrained(folder, **without, **parts, dtype=dtype, local_files_only=True)
+            given = dict.fromkeys(without) | parts
+            pipe: Any = FluxPipeline.from_pretrained(folder, **given, dtype=dtype, local_files_only=True)
         except Exception as error:  # what the tokenizers' library raises is of no other class
             raise unloadable(folder, "the tokenizers and the scheduler of a FluxPipeline", error) from error
     pipe.set_progress_bar_config(disable=True)
