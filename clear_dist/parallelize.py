@@ -24,7 +24,7 @@ from clear_dist.families.transformers import adaptor_for
 from clear_dist.options import Options, Refusal, Window, check_window
 from clear_dist.parallelized import Parallelized
 from clear_dist.request.devices import missing_compiler
-from clear_dist.weights.clear import ReplacedWeights, load_clear_weights, radius_of
+from clear_dist.weights.clear import ReplacedWeights, load_clear_weights, require_radius
 from clear_dist.weights.fit import require_quantisable
 from clear_dist.weights.offload import Offloaded
 from clear_dist.weights.quantised import why_not_float8
@@ -94,7 +94,7 @@ def as_arguments() -> Iterator[None]:
 def settled(options: Options, clear_weights: str | Path | None) -> Options:
     """With everything chosen; a window that was not given is the checkpoint's, or full attention."""
     if options.window is None and clear_weights is not None:
-        return options.settled(radius_of(clear_weights))
+        return options.settled(require_radius(clear_weights))
     if clear_weights is not None:
         refuse_other_radius(clear_weights, options.window)
     return options.settled("full")

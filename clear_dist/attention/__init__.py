@@ -37,7 +37,7 @@ BACKENDS = {
     )
 }
 """By name, in the order in which `auto` tries them where none was measured. A new kernel is one file and one row here,
-and its name in `config.ATTENTION_BACKENDS`."""
+and its name in `options.ATTENTION_BACKENDS`."""
 
 
 def window_attention(

@@ -1,10 +1,8 @@
 """`clear-dist generate` and `upscale`: check the request, start the ranks, end."""
 
 import time
-from dataclasses import replace
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 
 from clear_dist.families.cards import CARDS
 from clear_dist.launch import ends, env, ranks
@@ -21,7 +19,7 @@ def generate(flags: GenerateFlags) -> int:
 
 def upscale(flags: UpscaleFlags) -> int:
     """Make a picture larger: enlarge it, add noise, and denoise it again, stage by stage (SDEdit)."""
-    return _run(replace(flags, output=flags.output or Path(f"{flags.image.stem}-upscaled.png")))
+    return _run(flags)
 
 
 def _run(flags: PictureFlags) -> int:

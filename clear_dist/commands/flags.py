@@ -1,7 +1,7 @@
 """The command line, made from records of flags: a typer command for each."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields
 from inspect import Parameter, Signature
 from typing import Annotated, Any, get_args, get_type_hints
@@ -56,13 +56,9 @@ def no_number(name: str, flag: Flag, text: str) -> Refusal:
 
 def _shown(record: type[Flags]) -> list[Field]:
     """A record's flags by panels, and in each those of its own before those that it shares with others."""
-    inherited = {name: depth for depth, kind in enumerate(reversed(record.__mro__)) for name in _declared(kind)}
+    declared = list(dict.fromkeys(name for kind in record.__mro__ for name in vars(kind).get("__annotations__", ())))
     mine = [each for each in fields(record) if record is not PlanFlags or flag_of(each).planned]
-    return sorted(mine, key=lambda each: (PANELS.index(flag_of(each).panel), -inherited[each.name]))
-
-
-def _declared(kind: type) -> Iterator[str]:
-    yield from vars(kind).get("__annotations__", {})
+    return sorted(mine, key=lambda each: (PANELS.index(flag_of(each).panel), declared.index(each.name)))
 
 
 def _parameter(each: Field, hint: Any) -> Parameter:

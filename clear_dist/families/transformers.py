@@ -1,6 +1,6 @@
 """Adaptors: what the engine must know about each transformer. A new one is one file and one row here.
 
-What the command line checks of a model before it is loaded is in `clear_dist/preflight/`.
+What the command line checks of a model before it is loaded is in `clear_dist/request/`.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,7 @@
 """`--profile`: what is in flight when, as torch's profiler sees it; a trace for each rank, for ui.perfetto.dev.
 
-Besides every operation a trace shows what comm/ and models/ have labelled: "layer 12", "comm: ..." and "compute: ...".
+Besides every operation a trace shows what comm/, engine/ and families/ have labelled: "layer 12", "comm: ..." and
+"compute: ...".
 """
 
 import gzip

@@ -1,4 +1,4 @@
-"""Activations of a step as our blocks hold them (models/flux_blocks.py, models/parts.py): what is alive at their peaks.
+"""Activations of a step as our blocks hold them (families/flux/blocks.py, engine/parts.py): what is alive at the peaks.
 
 A unit is a number for each channel and token. Each function counts what is alive at once where it is most; tests count
 the same on real tensors.

@@ -12,7 +12,7 @@ from clear_dist.plan.vae import PICTURE_CHANNELS, decode_bytes, encode_bytes
 from clear_dist.stages import Stage
 
 SENDING_LAYERS = 8
-"""Whose messages may be on their way out by the stale schedule; models/room.py has the same."""
+"""Whose messages may be on their way out by the stale schedule; engine/room.py has the same."""
 CONTEXT = 600_000_000
 """Of CUDA, cuBLAS and cuDNN on a GPU: assumed, not measured."""
 CHANNELS_OF_NCCL = 400_000_000

@@ -6,7 +6,7 @@ from math import ceil
 from clear_dist.plan.request import Part, PlanRequest
 
 MOST_TOKENS = 40_960
-"""Of a chunk; models/parts.py has the same."""
+"""Of a chunk; engine/parts.py has the same."""
 FLOAT32 = 4
 """Bytes."""
 

@@ -83,7 +83,7 @@ def choose(
         dtype=("bfloat16" if device == "cuda" else "float32") if flags.dtype == "auto" else flags.dtype,
         device=device,
         world_size=devices.world_size(flags.nproc, place, otherwise=gpus or 1),
-        **_kept(flags.settled(window)),
+        **_kept(flags.settled(window)) | {"output": begin.output},
     )
     _check_size(request)
     return request, facts, begin

@@ -2,6 +2,7 @@
 
 import stat
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from clear_dist import demo
@@ -27,6 +28,7 @@ class Start:
     """Pixels; None: a hub model's native size."""
     width: int | None
     sampling: Sampling
+    output: Path
     num_images: int = 1
     cascade: bool = True
     picture: Picture | None = None
@@ -52,6 +54,7 @@ def find_start(flags: PictureFlags, facts: ModelFacts, place: Place, *, unit: in
         height=height or facts.native_size,
         width=width or facts.native_size,
         sampling=replace(facts.sampling, **_given(flags, "steps", *GUIDANCE)),
+        output=flags.output,
         num_images=flags.num_images,
         cascade=flags.cascade == "auto",
     )
@@ -72,7 +75,8 @@ def _given(flags: PictureFlags, *names: str) -> dict[str, Any]:
 def _from_picture(flags: UpscaleFlags, facts: ModelFacts, place: Place, unit: int) -> Start:
     picture, (height, width), prompt = find_picture(flags, facts, unit=unit, reads=place.local_rank == 0)
     chosen = flags.prompt if flags.prompt is not None else prompt or ""
-    return Start(prompts=(chosen,), height=height, width=width, sampling=facts.sampling, picture=picture)
+    output = flags.output or Path(f"{flags.image.stem}-upscaled.png")
+    return Start(prompts=(chosen,), height=height, width=width, sampling=facts.sampling, output=output, picture=picture)
 
 
 def _check_units(name: str, size: int | None, unit: int, token: int) -> None:

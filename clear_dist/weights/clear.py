@@ -10,8 +10,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from clear_dist.cards import clear as clear_checkpoint
-from clear_dist.cards.clear import PROJECTIONS, SPATIAL_WEIGHT
+from clear_dist.cards.clear import (
+    PROJECTIONS,
+    SPATIAL_WEIGHT,
+    down_factor_of,
+    is_image_side,
+    radius_of,
+    refuse_pickled,
+    require_same_tensors,
+    with_spatial_weights,
+)
 from clear_dist.engine.agreement import checksum
 from clear_dist.engine.pooled_keys import Pooling
 
@@ -32,7 +40,7 @@ class ReplacedWeights:
         """For the report."""
         return {
             "file": str(self.file),
-            "radius": clear_checkpoint.radius_of(self.file),
+            "radius": radius_of(self.file),
             "down_factor": 1 if self.pooling is None else self.pooling.factor,
             "tensors": len(self.tensors),
             "layers": self.layers,
@@ -51,13 +59,13 @@ class ReplacedWeights:
         return [checksum(tensor) for tensor in (*replaced, *(self.pooling.weights if self.pooling is not None else ()))]
 
 
-def radius_of(path: str | Path) -> int:
+def require_radius(path: str | Path) -> int:
     """The radius in tokens that a checkpoint was distilled for, from its name: `clear_local_16.safetensors`.
 
     Raises:
         ValueError: the name tells none.
     """
-    radius = clear_checkpoint.radius_of(path)
+    radius = radius_of(path)
     if radius is None:
         raise ValueError(
             f"a CLEAR checkpoint is named clear_local_<radius>.safetensors, got {Path(path).name}; pass window=<radius>"
@@ -83,9 +91,9 @@ def load_clear_weights(transformer: Any, path: str | Path, device: torch.device 
     with _opened(path) as file, torch.no_grad():
         # One tensor at a time: a checkpoint for FLUX takes 3.6 GB.
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        factor = clear_checkpoint.down_factor_of(shapes, path)
+        factor = down_factor_of(shapes, path)
         own = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        clear_checkpoint.require_same_tensors(clear_checkpoint.with_spatial_weights(own, factor), shapes, path)
+        require_same_tensors(with_spatial_weights(own, factor), shapes, path)
         for name, parameter in parameters.items():
             # On a CPU a view of the file, which ranks share, as they share the model's: a copy would be each one's own.
             parameter.data = file.get_tensor(name).to(parameter.device).to(parameter.dtype)
@@ -99,7 +107,7 @@ def load_clear_weights(transformer: Any, path: str | Path, device: torch.device 
 def require_unfused_lora(transformer: Any) -> None:
     """Raises ValueError where weights hold a LoRA, which would be lost with them."""
     for name, module in transformer.named_modules():
-        if clear_checkpoint.is_image_side(f"{name}.") and getattr(module, "merged", False):
+        if is_image_side(f"{name}.") and getattr(module, "merged", False):
             raise ValueError(f"CLEAR weights replace {name}, a fused LoRA included; call pipe.unfuse_lora() first")
 
 
@@ -121,7 +129,7 @@ def _opened(path: str | Path) -> Iterator[Any]:
     Raises:
         ValueError: there is no such file, or it is truncated or of another format.
     """
-    clear_checkpoint.refuse_pickled(path)
+    refuse_pickled(path)
     try:
         with safe_open(path, framework="pt") as file:
             yield file

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from clear_dist.cli import main
+from clear_dist.commands import draw
 from clear_dist.commands.app import with_dashes
-from clear_dist.request import settle as preflight
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Runs `clear-dist`, then tells what was imported and how much processor time it took.
 RUN = """
 import atexit, sys, time
@@ -114,7 +114,7 @@ def test_an_error_of_our_own_is_one_line(
     def break_down(*_: object) -> None:
         raise ZeroDivisionError("by\nnothing")
 
-    monkeypatch.setattr(preflight, "check", break_down)
+    monkeypatch.setattr(draw, "settle", break_down)
     with pytest.raises(SystemExit) as ending:
         main(["generate", *traceback])
     first, *more = capsys.readouterr().err.splitlines()

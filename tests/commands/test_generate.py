@@ -21,7 +21,7 @@ from clear_dist.request.devices import missing_compiler
 from tests.launch.test_ranks import ended, is_alive
 from tests.tiny import make_clear_weights, make_tiny_flux
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "clear-dist")
 QUICK = ("--res", "64", "--steps", "2", "--seed", "5", "--device", "cpu", "--max_sequence_length", "16")
 

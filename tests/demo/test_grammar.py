@@ -3,8 +3,15 @@
 import numpy as np
 import pytest
 
-from clear_dist.demo.grammar import CHOICES, DEFAULT_PROMPT, caption, parse, random_caption, random_landscape
-from clear_dist.demo.grammar import training_caption as draw_training_caption
+from clear_dist.demo.grammar import (
+    CHOICES,
+    DEFAULT_PROMPT,
+    caption,
+    parse,
+    random_caption,
+    random_landscape,
+    training_caption,
+)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +48,7 @@ def test_training_captions_hold_only_what_the_picture_shows():
     lengths = []
     for _ in range(300):
         landscape = random_landscape(rng)
-        text = draw_training_caption(landscape, rng)
+        text = training_caption(landscape, rng)
         canonical, unknown = parse(text)
         assert unknown == []
         assert set(canonical.replace(",", "").split()) <= {*caption(landscape).replace(",", "").split(), "land"}

@@ -14,7 +14,7 @@ from clear_dist.engine import parts
 from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.striped import require_striped
 from clear_dist.parallelize import parallelize
-from tests.engine import test_extrapolation as extrapolated
+from tests.engine import test_extrapolation
 from tests.families.flux.test_blocks import blocks_of, raster
 from tests.oracle import DenseClearProcessor
 from tests.ranks import run_ranks
@@ -110,12 +110,12 @@ def above_the_native_size(group: Group, extrapolation: Extrapolation) -> Tensor:
     pipe = make_tiny_pipeline()
     parallelize(pipe, group=group, **EXACT, **SHARDED)
     with require_striped(pipe).running(extrapolation=extrapolation):
-        return run(pipe, seed=extrapolated.SEED)
+        return run(pipe, seed=test_extrapolation.SEED)
 
 
 def test_scores_are_scaled_by_all_text_tokens() -> None:
-    for latents in run_ranks(above_the_native_size, 3, extrapolated.PAPER):
-        assert relative_error(latents, extrapolated.oracle_latents(4, extrapolated.PAPER)) < 1e-4
+    for latents in run_ranks(above_the_native_size, 3, test_extrapolation.PAPER):
+        assert relative_error(latents, test_extrapolation.oracle_latents(4, test_extrapolation.PAPER)) < 1e-4
 
 
 def two_passes(pipe: FluxPipeline) -> list[Tensor]:

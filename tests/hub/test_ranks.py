@@ -8,6 +8,7 @@ import pytest
 
 from clear_dist import hub
 from clear_dist.comm.group import Group
+from clear_dist.families.cards import CARDS
 from clear_dist.options import Refusal
 from tests.ranks import RanksFailedError, run_ranks
 
@@ -22,12 +23,9 @@ class FromTheHub:
     loras: tuple[()] = ()
 
 
-class Unchecked:
+def unchecked(request: FromTheHub, folder: Path, file: str, *_: object) -> str:
     """Stands in for the checks of what was fetched."""
-
-    @staticmethod
-    def located(request: FromTheHub, folder: Path, file: str) -> str:
-        return file
+    return file
 
 
 def fetch_for_longer_than_the_timeout(group: Group, fails: bool) -> str:
@@ -38,8 +36,8 @@ def fetch_for_longer_than_the_timeout(group: Group, fails: bool) -> str:
         if fails:
             raise ZeroDivisionError("the cause")
 
-    hub.fetch, hub.cached, hub.preflight = fetch, lambda want: Path("here"), Unchecked  # this process is the rank's own
-    return hub.locate(FromTheHub(), impatient, local_rank=group.rank)  # type: ignore
+    hub.fetch, hub.cached, hub.located = fetch, lambda want: Path("here"), unchecked  # this process is the rank's own
+    return hub.locate(FromTheHub(), impatient, CARDS, local_rank=group.rank)  # type: ignore
 
 
 def test_a_slow_download_does_not_lose_the_ranks_that_wait_for_it() -> None:

@@ -11,16 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from clear_dist.launch import ends
-from clear_dist.launch import ranks as launch
+from clear_dist.launch import ends, ranks
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import os, signal, sys, time
-from clear_dist.comm import env, launch
-from clear_dist.config import Refusal
+from clear_dist.launch import env, ranks
+from clear_dist.options import Refusal
 
-launch.HEAVY = ()  # nothing to import before the fork: these ranks do no work
+ranks.HEAVY = ()  # nothing to import before the fork: these ranks do no work
 
 def work():
     rank = env.read().rank
@@ -29,7 +28,7 @@ def work():
     {body}
 
 if __name__ == "__main__":
-    sys.exit(launch.run(work, nproc=3, on_cuda={on_cuda}, traceback={traceback}))
+    sys.exit(ranks.run(work, nproc=3, on_cuda={on_cuda}, traceback={traceback}))
 """
 REST = "time.sleep(60)"
 
@@ -75,20 +74,20 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
 
 def test_a_rank_that_raises_takes_the_others_with_it(tmp_path: Path) -> None:
     process = start(tmp_path, f"if rank == 1: raise RuntimeError('out of\\nluck')\n{REST}")
-    ranks = wait_for_ranks(process)
+    pids = wait_for_ranks(process)
     status, lines = finish(process)
     assert status == 1
     assert lines == ["clear-dist: rank 1 failed: RuntimeError: out of luck (for the traceback: --traceback)"]
-    assert ended(ranks)
+    assert ended(pids)
 
 
 def test_ranks_for_cuda_are_started_afresh(tmp_path: Path) -> None:
     process = start(tmp_path, f"if rank == 1: raise RuntimeError('bad')\n{REST}", on_cuda=True)
-    ranks = wait_for_ranks(process)
+    pids = wait_for_ranks(process)
     status, lines = finish(process)
     assert (status, len(lines)) == (1, 1)
     assert lines[0].startswith("clear-dist: rank 1 failed: RuntimeError: bad")
-    assert ended(ranks)
+    assert ended(pids)
 
 
 def test_the_traceback_on_request(tmp_path: Path) -> None:
@@ -107,9 +106,9 @@ def test_a_refusal_on_every_rank_is_told_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "guess"), [(signal.SIGKILL, " (out of memory?)"), (signal.SIGSEGV, "")])
 def test_a_rank_that_is_killed(tmp_path: Path, number: signal.Signals, guess: str) -> None:
     process = start(tmp_path, f"if rank == 2: os.kill(os.getpid(), {int(number)})\n{REST}")
-    ranks = wait_for_ranks(process)
+    pids = wait_for_ranks(process)
     assert finish(process) == (1, [f"clear-dist: rank 2 was killed by {number.name}{guess}"])
-    assert ended(ranks)
+    assert ended(pids)
 
 
 @pytest.mark.parametrize(
@@ -117,25 +116,25 @@ def test_a_rank_that_is_killed(tmp_path: Path, number: signal.Signals, guess: st
 )
 def test_interrupts_end_everything(tmp_path: Path, interrupt: Callable[[int], None]) -> None:
     process = start(tmp_path, REST)
-    ranks = wait_for_ranks(process)
+    pids = wait_for_ranks(process)
     interrupt(process.pid)
     assert finish(process) == (130, ["clear-dist: interrupted"])
-    assert ended(ranks)
+    assert ended(pids)
 
 
 def test_ranks_that_do_not_listen_are_killed(tmp_path: Path) -> None:
     process = start(tmp_path, f"if rank == 0: raise ValueError\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n{REST}")
-    ranks = wait_for_ranks(process)
+    pids = wait_for_ranks(process)
     status, lines = finish(process)
     assert (status, len(lines)) == (1, 1)
-    assert ended(ranks)
+    assert ended(pids)
 
 
 def test_ranks_die_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
     process = start(tmp_path, REST)
-    ranks = wait_for_ranks(process)
+    pids = wait_for_ranks(process)
     process.kill()
-    assert ended(ranks)
+    assert ended(pids)
     process.communicate()
 
 
@@ -159,13 +158,13 @@ raise MemoryError("the cause")
 
 def test_one_rank_runs_in_this_process(capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[int] = []
-    assert launch.run(lambda: seen.append(os.getpid()), nproc=1) == 0
+    assert ranks.run(lambda: seen.append(os.getpid()), nproc=1) == 0
     assert seen == [os.getpid()]
 
     def fail() -> None:
         raise OSError("no space")
 
-    assert launch.run(fail, nproc=1) == 1
+    assert ranks.run(fail, nproc=1) == 1
     assert "rank 0 failed: OSError: no space" in capsys.readouterr().err
 
 

@@ -11,7 +11,7 @@ from clear_dist.parallelize import parallelize
 from clear_dist.plan import PlanRequest
 from clear_dist.plan.traffic import step_traffic
 from clear_dist.plan.weights import weights_per_rank
-from tests.comm import test_weight_shards as sharded
+from tests.comm import test_weight_shards
 from tests.plan.sizes import FLUX, sizes_of
 from tests.plan.test_memory import embeddings, requested
 from tests.ranks import run_ranks
@@ -87,7 +87,7 @@ def test_blocks_that_are_gathered(ranks: int) -> None:
     """The one at hand, and the buffer in which the next one arrives, where both are most."""
     pipe = make_tiny_pipeline(double_blocks=3, single_blocks=4)
     planned = weights_per_rank(sizes_of(pipe), itemsize=4, ranks=ranks, sharded=True)
-    for rank in run_ranks(sharded.memory, ranks):
+    for rank in run_ranks(test_weight_shards.memory, ranks):
         assert max(here + under_way for _, here, under_way in rank["held"]) == pytest.approx(planned.gathered, rel=0.05)
         assert set(rank["sent"]) == {planned.sent}
 

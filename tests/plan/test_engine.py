@@ -1,4 +1,4 @@
-"""What the planning room knows of the engine without importing it is what the engine says of itself."""
+"""What `plan` knows of the engine without importing it is what the engine says of itself."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clear_dist import vae as engine_vae
 from clear_dist.attention import BACKENDS, choose_backend, dense, flex, masked, tiled
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
@@ -17,6 +16,7 @@ from clear_dist.geometry import cut_in_stripes, plan_halos, plan_pooled
 from clear_dist.plan import choice, kernels, memory, step, traffic, vae
 from clear_dist.plan.request import parts_of
 from clear_dist.stages import Sampling
+from clear_dist.vae import MAX_BYTES, decode_stripes, stripe_ops
 from tests.plan.sizes import FLUX, flux_request
 from tests.plan.test_memory import requested, tiny
 from tests.ranks import run_ranks
@@ -24,8 +24,8 @@ from tests.ranks import run_ranks
 
 def test_constants_are_the_engines() -> None:
     assert step.MOST_TOKENS == parts.MOST_TOKENS
-    assert vae.MAX_BYTES == engine_vae.MAX_BYTES
-    assert vae.BYTES_PER_VALUE == engine_vae.stripe_ops.BYTES_PER_VALUE
+    assert vae.MAX_BYTES == MAX_BYTES
+    assert vae.BYTES_PER_VALUE == stripe_ops.BYTES_PER_VALUE
     assert memory.SENDING_LAYERS == room.SENDING_LAYERS
     assert kernels.TILE == (flex.TILE_ROWS, flex.TILE_COLUMNS)
     tilings = {"cpu": tiled.CPU_TILING, "cuda": tiled.GPU_TILING}
@@ -70,7 +70,7 @@ def test_auto_takes_the_backend_that_the_engine_takes(
 def test_stale_buffers_are_those_that_are_refused_without_room(
     units: int, ranks: int, radius: int, factor: int
 ) -> None:
-    """models/room.py counts them before they are made."""
+    """engine/room.py counts them before they are made."""
     ranks, rows = min(ranks, units), units * factor
     request = flux_request(
         down_factor=factor,
@@ -103,7 +103,7 @@ def bytes_of_the_vae(group: Group, case: dict[str, Any]) -> dict[str, tuple[int,
     part = request.parts[0][group.rank]
     latents = pipe.vae.encoder.conv_in.weight.new_zeros(1, 16, 2 * part.rows, 2 * part.columns)
     counters.begin_step()
-    engine_vae.decode_stripes(pipe.vae, latents, group, stripes, counters=counters)
+    decode_stripes(pipe.vae, latents, group, stripes, counters=counters)
     counted, planned = counters.as_dict(), traffic.decode_traffic(request, part)
     moments = 3 * 4 * 8 * NORMS
     return {

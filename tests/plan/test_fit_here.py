@@ -9,16 +9,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clear_dist.cards import folder as model
+from clear_dist.cards.folder import find_model, read_folder
 from clear_dist.commands.plan import planned_for
+from clear_dist.families.cards import CARDS
 from clear_dist.families.flux.card import FLUX_DEV, FLUX_SCHNELL
 from clear_dist.launch.env import Place
 from clear_dist.options import Refusal
-from clear_dist.plan import fit_here as fit
-from clear_dist.plan import sizes
+from clear_dist.plan import fit_here, sizes
 from clear_dist.request import devices
-from clear_dist.request import settle as preflight
 from clear_dist.request.flags import GenerateFlags, PlanFlags
+from clear_dist.request.settle import settle
 from tests.plan.sizes import sizes_of
 from tests.tiny import make_tiny_flux, make_tiny_pipeline
 
@@ -37,9 +37,13 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
     return have
 
 
+def fit_lines(flags: GenerateFlags, place: Place) -> tuple[str, ...]:
+    request, facts, _ = settle(flags, place, CARDS)
+    return fit_here.require(request, facts, place)
+
+
 def lines_of(place: Place = ALONE, **given: Any) -> tuple[str, ...]:
-    config = GenerateFlags(model=FLUX_DEV, output=Path("x.png"), **given)
-    return preflight.check(config, place)[1]
+    return fit_lines(GenerateFlags(model=FLUX_DEV, output=Path("x.png"), **given), place)
 
 
 def test_what_fits_is_not_mentioned(gpus: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +87,6 @@ def test_smaller_weights_are_known(gpus: Any, tmp_path: Path, monkeypatch: pytes
     """8 GPUs of 24 GB hold FLUX.1-dev in shards, not whole, nor made smaller once it is there."""
     monkeypatch.chdir(tmp_path)
     gpus(*[23.6] * 8)
-    monkeypatch.setattr(devices, "missing_quantiser", lambda: None)
     assert not [line for line in lines_of(res=2048, shard_weights=True) if "must fit" in line]
     assert not [line for line in lines_of(res=1024, shard_weights=True, int8=True) if "must fit" in line]
     gpus(*[20.0] * 8)
@@ -110,8 +113,8 @@ def test_lora_are_known(gpus: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     shapes = {f"{name}.lora_A.weight": (512, inputs) for name, (_, inputs) in layers.items()}
     shapes |= {f"{name}.lora_B.weight": (outputs, 512) for name, (outputs, _) in layers.items()}
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "lora.safetensors")
-    config = PlanFlags(model=FLUX_DEV, res=1024, gpu="h100", lora=[str(tmp_path / "lora.safetensors")])
-    found = planned_for(config).ranks[0].drawing
+    flags = PlanFlags(model=FLUX_DEV, res=1024, gpu="h100", lora=[str(tmp_path / "lora.safetensors")])
+    found = planned_for(flags).ranks[0].drawing
     assert found.items["LoRA"] == 2 * 3 * 2 * 512 * 3072
 
 
@@ -132,32 +135,32 @@ def test_one_rank_of_a_machine_looks(gpus: Any, tmp_path: Path, monkeypatch: pyt
 
 def test_a_cpu_is_shared_by_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fit, "free_bytes", lambda: 8 * 10**8)
-    config = GenerateFlags(model="demo", device="cpu", nproc=8)
+    monkeypatch.setattr(fit_here, "free_bytes", lambda: 8 * 10**8)
+    flags = GenerateFlags(model="demo", device="cpu", nproc=8)
     with pytest.raises(
         Refusal, match=r"8 ranks must fit in the 0\.8 GB that are free on this machine, .*; nearest: --nproc 2 "
     ):
-        preflight.check(config, ALONE)
-    monkeypatch.setattr(fit, "free_bytes", lambda: 12 * 10**8)
-    assert [line for line in preflight.check(config, ALONE)[1] if "warning: 8 ranks must fit in the 1.2 GB" in line]
-    monkeypatch.setattr(fit, "free_bytes", lambda: 8 * 10**9)
-    assert not [line for line in preflight.check(config, ALONE)[1] if "must fit" in line]
+        fit_lines(flags, ALONE)
+    monkeypatch.setattr(fit_here, "free_bytes", lambda: 12 * 10**8)
+    assert [line for line in fit_lines(flags, ALONE) if "warning: 8 ranks must fit in the 1.2 GB" in line]
+    monkeypatch.setattr(fit_here, "free_bytes", lambda: 8 * 10**9)
+    assert not [line for line in fit_lines(flags, ALONE) if "must fit" in line]
 
 
 def test_models_whose_sizes_are_not_known_are_not_judged(gpus: Any) -> None:
     gpus(1.0)
-    preflight.check(GenerateFlags(model="someone/flux-like", clear_weights="none"), ALONE)
+    fit_lines(GenerateFlags(model="someone/flux-like", clear_weights="none"), ALONE)
 
 
 @pytest.mark.parametrize("guidance", [True, False])
 def test_sizes_of_a_folder(guidance: bool, tmp_path: Path) -> None:
     pipe = make_tiny_pipeline(double_blocks=2, single_blocks=3, guidance_embeds=guidance)
     folder = make_tiny_flux(tmp_path / "tiny", double_blocks=2, single_blocks=3, guidance_embeds=guidance)
-    assert sizes.find(model.of_folder(folder)) == sizes_of(pipe)
+    assert sizes.find(read_folder(folder, CARDS)) == sizes_of(pipe)
 
 
 def test_sizes_of_flux() -> None:
-    dev, schnell = (sizes.find(model.find(name, has_cuda=True)) for name in (FLUX_DEV, FLUX_SCHNELL))
+    dev, schnell = (sizes.find(find_model(name, CARDS, has_cuda=True)) for name in (FLUX_DEV, FLUX_SCHNELL))
     assert dev is not None and schnell is not None
     assert dev.numbers == 11_901_408_320
     assert schnell.numbers == 11_891_178_560

@@ -16,8 +16,7 @@ from clear_dist.drawing.generation import picture_rows
 from clear_dist.engine import parts
 from clear_dist.observe.progress import Phases
 from clear_dist.parallelize import parallelize
-from clear_dist.plan import LINKS, PlanRequest
-from clear_dist.plan import step as planned_step
+from clear_dist.plan import LINKS, PlanRequest, step
 from clear_dist.plan.memory import held_bytes, rank_memory
 from clear_dist.stages import Sampling, Upscaling
 from tests.allocated import Allocated
@@ -91,7 +90,7 @@ def embeddings(pipe: Any, request: PlanRequest) -> dict[str, torch.Tensor]:
 def counted_and_planned(group: Group, case: dict[str, Any]) -> list[tuple[str, int, int, str]]:
     """For each stage and phase of this rank: its name, bytes counted and bytes planned, and where."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (parts, planned_step):
+        for module in (parts, step):
             patch.setattr(module, "MOST_TOKENS", case.get("most_tokens", module.MOST_TOKENS))
         pipe = tiny(case)
         request = requested(pipe, group.size, case)

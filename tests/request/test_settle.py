@@ -13,13 +13,16 @@ import pytest
 import torch
 
 from clear_dist import demo
-from clear_dist.cards import folder as model
+from clear_dist.cards.clear import radius_of
+from clear_dist.cards.folder import find_model, read_folder
+from clear_dist.families.cards import CARDS
 from clear_dist.families.flux.card import CLEAR_REPOSITORY, FLUX_DEV, FLUX_SCHNELL, FluxShape
 from clear_dist.launch.env import Place
 from clear_dist.options import Refusal
-from clear_dist.request import clear_weights, devices
-from clear_dist.request import settle as preflight
+from clear_dist.request import devices
+from clear_dist.request.clear_weights import find_checkpoint
 from clear_dist.request.flags import GenerateFlags
+from clear_dist.request.settle import located, settle
 from tests.cards.test_damaged_models import retensor
 from tests.tiny import make_clear_weights, make_tiny_flux, make_tiny_pipeline
 
@@ -45,7 +48,9 @@ def test_every_tensor_of_the_transformer_is_known(guidance: bool) -> None:
 
 def test_defaults_fit_the_model(original: Path, tmp_path: Path) -> None:
     schnell = make_tiny_flux(tmp_path / "schnell", guidance_embeds=False)
-    facts = {name: model.find(name, has_cuda=False) for name in (str(original), str(schnell), FLUX_DEV, FLUX_SCHNELL)}
+    facts = {
+        name: find_model(name, CARDS, has_cuda=False) for name in (str(original), str(schnell), FLUX_DEV, FLUX_SCHNELL)
+    }
     found = {
         name: (fact.sampling.steps, fact.sampling.guidance_scale, fact.max_sequence_length)
         for name, fact in facts.items()
@@ -53,12 +58,12 @@ def test_defaults_fit_the_model(original: Path, tmp_path: Path) -> None:
     assert found[str(original)] == found[FLUX_DEV] == (28, 3.5, 512)
     assert found[str(schnell)] == found[FLUX_SCHNELL] == (4, 0.0, 256)
     assert facts[str(original)].native_size == 128
-    assert model.find("auto", has_cuda=False).is_demo
-    assert model.find("auto", has_cuda=True).location == FLUX_DEV
+    assert find_model("auto", CARDS, has_cuda=False).is_demo
+    assert find_model("auto", CARDS, has_cuda=True).location == FLUX_DEV
 
 
 def test_the_demo_passes_its_own_checks() -> None:
-    request, lines = preflight.check(GenerateFlags(device="cpu"), ALONE)
+    request, _, lines = settle(GenerateFlags(device="cpu"), ALONE, CARDS)
     assert (request.height, request.width) == (demo.NATIVE_SIZE, demo.NATIVE_SIZE)
     assert request.window == demo.WINDOW
     assert request.clear_weights == str(demo.CLEAR_WEIGHTS)
@@ -107,25 +112,25 @@ def test_the_demo_passes_its_own_checks() -> None:
             {"clear_weights": "a/b:clear_local_8_down_3.safetensors"},
             r"^128 x 128 px: the width in tokens must be a multiple of 3, got 8; nearest: 9",
         ),
-        ({"window": "4", "model": "huggingface"}, r"there is no huggingface; nearest"),
+        ({"window": 4, "model": "huggingface"}, r"there is no huggingface; nearest"),
     ],
 )
 def test_requests_that_do_not_fit_are_refused(original: Path, given: dict[str, Any], message: str) -> None:
     with pytest.raises(Refusal, match=message):
-        preflight.check(GenerateFlags(**({"model": str(original)} | given)), ALONE)
+        settle(GenerateFlags(**({"model": str(original)} | given)), ALONE, CARDS)
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "count_gpus", lambda: 0)
     with pytest.raises(Refusal, match="there is none here; nearest: cpu"):
-        preflight.check(GenerateFlags(device="cuda"), ALONE)
+        settle(GenerateFlags(device="cuda"), ALONE, CARDS)
 
 
 def test_gpus_decide_device_dtype_and_ranks(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "count_gpus", lambda: 2)
-    request, _ = preflight.check(GenerateFlags(model=str(original)), ALONE)
+    request, *_ = settle(GenerateFlags(model=str(original)), ALONE, CARDS)
     assert (request.device, request.dtype, request.world_size) == ("cuda", "bfloat16", 2)
-    _, lines = preflight.check(GenerateFlags(model=str(original), nproc=4), ALONE)
+    *_, lines = settle(GenerateFlags(model=str(original), nproc=4), ALONE, CARDS)
     assert "4 ranks share 2 GPUs: they exchange through host memory" in lines
 
 
@@ -133,28 +138,28 @@ def test_a_full_disk_is_refused(original: Path, tmp_path: Path, monkeypatch: pyt
     free = 4096 * 4096 * 3 + 1
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     given = GenerateFlags(model=str(original), res=4096, output=tmp_path / "x.png")
-    preflight.check(given, ALONE)
+    settle(given, ALONE, CARDS)
     with pytest.raises(Refusal, match=r"75 MB free for this request, and has 50 MB; nearest: --output"):
-        preflight.check(replace(given, save_stages=True), ALONE)
+        settle(replace(given, save_stages=True), ALONE, CARDS)
 
 
 def test_torchruns_world_size_counts(original: Path) -> None:
     place = Place(rank=0, world_size=2, local_world_size=2, launcher="torchrun")
-    assert preflight.check(GenerateFlags(model=str(original), nproc=2), place)[0].world_size == 2
+    assert settle(GenerateFlags(model=str(original), nproc=2), place, CARDS)[0].world_size == 2
     with pytest.raises(Refusal, match="got 3; nearest: 2"):
-        preflight.check(GenerateFlags(model=str(original), nproc=3), place)
+        settle(GenerateFlags(model=str(original), nproc=3), place, CARDS)
 
 
 def test_clear_weights_are_found_and_checked(folder: Path) -> None:
-    facts = model.of_folder(folder)
-    assert clear_weights.find("auto", None, facts) is None
+    facts = read_folder(folder, CARDS)
+    assert find_checkpoint("auto", None, facts, CARDS) is None
     transformer = make_tiny_pipeline().transformer
     narrow = make_clear_weights(transformer, folder / "clear_local_2.safetensors")
     wide = make_clear_weights(transformer, folder / "clear_local_16.safetensors")
-    assert clear_weights.find("auto", None, facts) == str(narrow)
-    assert clear_weights.find("auto", 16, facts) == clear_weights.find(str(folder), 16, facts) == str(wide)
-    assert clear_weights.find("auto", "full", facts) is clear_weights.find("none", None, facts) is None
-    request, lines = preflight.check(GenerateFlags(model=str(folder), window="3"), ALONE)
+    assert find_checkpoint("auto", None, facts, CARDS) == str(narrow)
+    assert find_checkpoint("auto", 16, facts, CARDS) == find_checkpoint(str(folder), 16, facts, CARDS) == str(wide)
+    assert find_checkpoint("auto", "full", facts, CARDS) is find_checkpoint("none", None, facts, CARDS) is None
+    request, _, lines = settle(GenerateFlags(model=str(folder), window=3), ALONE, CARDS)
     assert (request.clear_weights, request.window) == (str(narrow), 3)
     assert any("distilled for a window of 2, not 3" in line for line in lines)
 
@@ -178,42 +183,42 @@ def test_clear_weights_of_another_model_are_refused(folder: Path, change: Callab
     file = make_clear_weights(make_tiny_pipeline().transformer, folder / "clear_local_4.safetensors")
     retensor(file, change)
     with pytest.raises(Refusal, match=message):
-        clear_weights.find(str(file), None, model.of_folder(folder))
+        find_checkpoint(str(file), None, read_folder(folder, CARDS), CARDS)
 
 
 def test_clear_weights_for_a_window_and_full_attention_are_said(folder: Path) -> None:
     file = make_clear_weights(make_tiny_pipeline().transformer, folder / "clear_local_4.safetensors")
     config = GenerateFlags(model=str(folder), clear_weights=str(file), window="full")
-    assert any("distilled for a window of 4, not for full" in line for line in preflight.check(config, ALONE)[1])
+    assert any("distilled for a window of 4, not for full" in line for line in settle(config, ALONE, CARDS)[2])
 
 
 def test_a_folder_is_no_checkpoint(folder: Path) -> None:
     (folder / "clear_local_1.safetensors").mkdir()
-    assert clear_weights.find("auto", None, model.of_folder(folder)) is None
+    assert find_checkpoint("auto", None, read_folder(folder, CARDS), CARDS) is None
 
 
 def test_official_checkpoints_go_with_flux_by_name() -> None:
-    dev = model.find(FLUX_DEV, has_cuda=True)
-    assert clear_weights.find("auto", None, dev) == f"{CLEAR_REPOSITORY}:clear_local_16.safetensors"
-    assert clear_weights.find("auto", 8, dev) == f"{CLEAR_REPOSITORY}:clear_local_8.safetensors"
-    assert clear_weights.radius_of(f"{CLEAR_REPOSITORY}:clear_local_8.safetensors") == 8
+    dev = find_model(FLUX_DEV, CARDS, has_cuda=True)
+    assert find_checkpoint("auto", None, dev, CARDS) == f"{CLEAR_REPOSITORY}:clear_local_16.safetensors"
+    assert find_checkpoint("auto", 8, dev, CARDS) == f"{CLEAR_REPOSITORY}:clear_local_8.safetensors"
+    assert radius_of(f"{CLEAR_REPOSITORY}:clear_local_8.safetensors") == 8
 
 
 def test_a_checkpoint_without_a_radius_needs_a_window(folder: Path) -> None:
     file = make_clear_weights(make_tiny_pipeline().transformer, folder / "mine.safetensors")
     with pytest.raises(Refusal, match="--window must be given"):
-        preflight.check(GenerateFlags(model=str(folder), clear_weights=str(file)), ALONE)
+        settle(GenerateFlags(model=str(folder), clear_weights=str(file)), ALONE, CARDS)
 
 
 @pytest.mark.parametrize(
     ("given", "part"),
     [
         ({}, "window: full"),
-        ({"window": "4"}, "window 4 without CLEAR weights draws noise"),
+        ({"window": 4}, "window 4 without CLEAR weights draws noise"),
         ({"negative_prompt": "x"}, "--negative-prompt has no effect without"),
         ({"true_cfg_scale": 3.0}, "--true-cfg-scale has no effect without"),
         ({"revision": "main"}, "--revision has no effect"),
-        ({"window": "4", "text_attention": "exact"}, "--text-attention has no effect on one rank"),
+        ({"window": 4, "text_attention": "exact"}, "--text-attention has no effect on one rank"),
         ({"text_tokens": "sharded"}, "--text-tokens has no effect on one rank"),
         ({"res": 1024, "cascade": "off"}, "1024 px in one stage is far above the model's 128"),
         ({"res": 512, "strength": 0.5, "steps": 8}, "cascade: 128x128 -> 256x256 -> 512x512 (4 steps at strength 0.5"),
@@ -228,24 +233,24 @@ def test_a_checkpoint_without_a_radius_needs_a_window(folder: Path) -> None:
     ],
 )
 def test_choices_and_flags_without_effect_are_said(original: Path, given: dict[str, Any], part: str) -> None:
-    _, lines = preflight.check(GenerateFlags(model=str(original), **given), ALONE)
+    *_, lines = settle(GenerateFlags(model=str(original), **given), ALONE, CARDS)
     assert any(part in line for line in lines), lines
 
 
 def test_compile_needs_a_compiler(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(Refusal, match=r"--compile needs a C\+\+ compiler \(no-such-compiler\) on cpu, got none"):
-        preflight.check(GenerateFlags(model=str(original), device="cpu", compile=True), ALONE)
+        settle(GenerateFlags(model=str(original), device="cpu", compile=True), ALONE, CARDS)
 
 
 def test_float8_needs_a_gpu(original: Path) -> None:
     with pytest.raises(Refusal, match=r"--float8 needs a CUDA GPU of compute capability 8\.9, got cpu; nearest"):
-        preflight.check(GenerateFlags(model=str(original), device="cpu", float8=True), ALONE)
+        settle(GenerateFlags(model=str(original), device="cpu", float8=True), ALONE, CARDS)
 
 
 def test_the_demo_names_words_it_does_not_know() -> None:
     config = GenerateFlags(model="demo", prompt="sunset over hills with an elephant", guidance_scale=2.0)
-    request, lines = preflight.check(config, ALONE)
+    request, _, lines = settle(config, ALONE, CARDS)
     assert request.prompts == ("sunset over hills",)
     assert any("'elephant'" in line for line in lines)
     assert any("--guidance-scale has no effect" in line for line in lines)
@@ -253,28 +258,28 @@ def test_the_demo_names_words_it_does_not_know() -> None:
 
 def test_a_hub_model_is_checked_once_its_files_are_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "count_gpus", lambda: 0)
-    request, _ = preflight.check(GenerateFlags(model="someone/flux-like", clear_weights="none", nproc=9), ALONE)
+    request, *_ = settle(GenerateFlags(model="someone/flux-like", clear_weights="none", nproc=9), ALONE, CARDS)
     assert (request.height, request.width) == (None, None)
     with pytest.raises(Refusal, match="got 9; nearest: 8"):
-        preflight.located(request, folder, None)
+        located(request, folder, None, (), CARDS)
 
 
 def test_outputs_of_a_hub_model_are_checked_before_it_is_known(tmp_path: Path) -> None:
     config = {"model": "someone/flux-like", "clear_weights": "none", "device": "cpu", "res": 64}
-    preflight.check(GenerateFlags(**config, output=tmp_path / "x.png"), ALONE)
+    settle(GenerateFlags(**config, output=tmp_path / "x.png"), ALONE, CARDS)
     with pytest.raises(Refusal, match="--output must lie in a folder that exists"):
-        preflight.check(GenerateFlags(**config, output=tmp_path / "nowhere" / "x.png"), ALONE)
+        settle(GenerateFlags(**config, output=tmp_path / "nowhere" / "x.png"), ALONE, CARDS)
 
 
 def test_a_file_of_prompts(original: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\n  two \n")
-    assert preflight.check(GenerateFlags(model=str(original), prompts=file), ALONE)[0].prompts == ("one", "two")
+    assert settle(GenerateFlags(model=str(original), prompts=file), ALONE, CARDS)[0].prompts == ("one", "two")
     file.write_text("\ufeffone\n", encoding="utf-8")
-    assert preflight.check(GenerateFlags(model=str(original), prompts=file), ALONE)[0].prompts == ("one",)
+    assert settle(GenerateFlags(model=str(original), prompts=file), ALONE, CARDS)[0].prompts == ("one",)
     file.write_text("\n")
     with pytest.raises(Refusal, match="at least one prompt"):
-        preflight.check(GenerateFlags(model=str(original), prompts=file), ALONE)
+        settle(GenerateFlags(model=str(original), prompts=file), ALONE, CARDS)
 
 
 def test_a_pipe_of_prompts_is_read_once(tmp_path: Path) -> None:
@@ -282,10 +287,10 @@ def test_a_pipe_of_prompts_is_read_once(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     config = GenerateFlags(model="demo", device="cpu", prompts=pipe)
     with pytest.raises(Refusal, match="must be a file under torchrun"):
-        preflight.check(config, Place(world_size=2, local_world_size=2, launcher="torchrun"))
+        settle(config, Place(world_size=2, local_world_size=2, launcher="torchrun"), CARDS)
     writer = threading.Thread(target=pipe.write_text, args=("sunset over hills\nan elephant\n",), daemon=True)
     writer.start()
-    request, lines = preflight.check(config, ALONE)
+    request, _, lines = settle(config, ALONE, CARDS)
     writer.join()
     assert request.prompts[0] == "sunset over hills" and len(request.prompts) == 2
     assert any("'elephant'" in line for line in lines)
@@ -294,6 +299,6 @@ def test_a_pipe_of_prompts_is_read_once(tmp_path: Path) -> None:
 def test_a_numbered_name_that_is_a_folder_is_refused(original: Path, tmp_path: Path) -> None:
     (tmp_path / "x-1.png").mkdir()
     output = tmp_path / "x.png"
-    preflight.check(GenerateFlags(model=str(original), output=output), ALONE)
+    settle(GenerateFlags(model=str(original), output=output), ALONE, CARDS)
     with pytest.raises(Refusal, match=r"got the folder .*x-1\.png"):
-        preflight.check(GenerateFlags(model=str(original), output=output, num_images=2), ALONE)
+        settle(GenerateFlags(model=str(original), output=output, num_images=2), ALONE, CARDS)

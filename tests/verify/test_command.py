@@ -10,22 +10,22 @@ from pathlib import Path
 
 import pytest
 
-from clear_dist.launch import ranks as launch
+from clear_dist.launch import ranks
 from clear_dist.verify.finding import Finding, Result, coloured, plain
 from tests.commands.test_app import run
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | launch.QUIET | {"PYTHONPATH": str(ROOT)}
+ENVIRONMENT = os.environ | ranks.QUIET | {"PYTHONPATH": str(ROOT)}
 FAULTY = """
 import sys
 from functools import partial
-from clear_dist.comm import launch
+from clear_dist.launch import ranks
 
-launch.hush()
-from clear_dist.verification import Subjects, verify
-from tests.verification import faults
+ranks.hush()
+from clear_dist.verify import Subjects, verify
+from tests.verify import faults
 
-sys.exit(launch.run(partial(verify, "cpu", {output!r}, Subjects({subjects})), nproc={ranks}))
+sys.exit(ranks.run(partial(verify, "cpu", {output!r}, Subjects({subjects})), nproc={ranks}))
 """
 
 

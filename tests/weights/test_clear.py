@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clear_dist.weights.clear import load_clear_weights, radius_of
+from clear_dist.weights.clear import load_clear_weights, require_radius
 from tests.tiny import make_clear_weights, make_tiny_pipeline
 
 
@@ -56,7 +56,7 @@ def test_truncated_files_are_refused(checkpoint: Path) -> None:
 
 
 def test_the_radius_is_in_the_name() -> None:
-    assert radius_of("somewhere/clear_local_16.safetensors") == 16
+    assert require_radius("somewhere/clear_local_16.safetensors") == 16
     with pytest.raises(ValueError, match="pass window="):
-        radius_of("my_weights.safetensors")
-    assert radius_of("clear_local_8_down_4.safetensors") == 8
+        require_radius("my_weights.safetensors")
+    assert require_radius("clear_local_8_down_4.safetensors") == 8

@@ -14,18 +14,20 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from clear_dist.comm.counters import Counters
+from clear_dist.families.cards import CARDS
+from clear_dist.families.flux.card import CARD
 from clear_dist.families.flux.transformer import FluxAdaptor
 from clear_dist.launch.env import Place
-from clear_dist.options import Refusal
+from clear_dist.options import Options, Refusal
 from clear_dist.request import devices
-from clear_dist.request import settle as preflight
 from clear_dist.request.flags import GenerateFlags
-from clear_dist.weights import fit as fitting
+from clear_dist.request.settle import located, settle
+from clear_dist.weights import fit
 from clear_dist.weights.loading import load_pipeline
 from clear_dist.weights.offload import parts_on_host
 from tests.tiny import make_clear_weights, make_tiny_flux, make_tiny_pipeline
 
-SCRIPT = str(Path(__file__).parents[1] / "clear-dist")
+SCRIPT = str(Path(__file__).parents[2] / "clear-dist")
 QUICK = ("--res", "64", "--steps", "2", "--seed", "5", "--device", "cpu", "--max_sequence_length", "16")
 
 
@@ -34,30 +36,28 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_flux(tmp_path_factory.mktemp("tiny"), double_blocks=2)
 
 
-def check(model: Path, **flags: Any) -> tuple[Any, tuple[str, ...]]:
-    return preflight.check(GenerateFlags(model=str(model), device="cpu", **flags), Place())
+def settled(model: Path, **flags: Any) -> tuple[Any, tuple[str, ...]]:
+    request, _, lines = settle(GenerateFlags(model=str(model), device="cpu", **flags), Place(), CARDS)
+    return request, lines
 
 
-def test_what_cannot_work_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(Refusal, match="either --float8 or --int8 can be given, got both"):
         GenerateFlags(float8=True, int8=True)
-    monkeypatch.setattr(devices, "find_spec", lambda name: None)
-    with pytest.raises(Refusal, match=r"--int8 needs the package torchao .*, got none; nearest: without --int8"):
-        check(model, int8=True)
 
 
 def test_shards_need_all_ranks_in_every_stage(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny model's native size is 128 pixels, 8 rows of tokens; whether files are here is found out later."""
     message = r"128 x 128 pixels are 8 rows of tokens, got 9 ranks; nearest: --nproc 8"
     with pytest.raises(Refusal, match=message):
-        check(model, shard_weights=True, nproc=9, res=256)
-    assert check(model, shard_weights=True, nproc=8, res=256)[0].shard_weights
-    assert not check(model, nproc=9, res=256)[0].shard_weights
+        settled(model, shard_weights=True, nproc=9, res=256)
+    assert settled(model, shard_weights=True, nproc=8, res=256)[0].shard_weights
+    assert not settled(model, nproc=9, res=256)[0].shard_weights
     monkeypatch.setattr(devices, "count_gpus", lambda: 0)
     on_hub = GenerateFlags(model="someone/flux-like", clear_weights="none", nproc=9, shard_weights=True, res=256)
-    request, _ = preflight.check(on_hub, Place())
+    request, *_ = settle(on_hub, Place(), CARDS)
     with pytest.raises(Refusal, match=message):
-        preflight.located(request, model, None)
+        located(request, model, None, (), CARDS)
 
 
 def test_shards_need_all_ranks_where_down_sampled_keys_bind_rows_together(model: Path, tmp_path: Path) -> None:
@@ -67,18 +67,18 @@ def test_shards_need_all_ranks_where_down_sampled_keys_bind_rows_together(model:
     with pytest.raises(
         Refusal, match=r"128 x 128 pixels are 2 times 4 rows of tokens.*got 3 ranks; nearest: --nproc 2"
     ):
-        check(model, shard_weights=True, nproc=3, res=256, clear_weights=file)
-    assert check(model, shard_weights=True, nproc=2, res=256, clear_weights=file)[0].down_factor == 4
-    assert not check(model, nproc=3, res=256, clear_weights=file)[0].shard_weights
-    full = check(model, shard_weights=True, nproc=3, res=256, clear_weights=file, window="full")
+        settled(model, shard_weights=True, nproc=3, res=256, clear_weights=file)
+    assert settled(model, shard_weights=True, nproc=2, res=256, clear_weights=file)[0].down_factor == 4
+    assert not settled(model, nproc=3, res=256, clear_weights=file)[0].shard_weights
+    full = settled(model, shard_weights=True, nproc=3, res=256, clear_weights=file, window="full")
     assert full[0].down_factor == 1
 
 
 def test_flags_without_effect_are_told(model: Path) -> None:
-    lines = check(model, shard_weights=True, offload=True, nproc=1)[1]
+    lines = settled(model, shard_weights=True, offload=True, nproc=1)[1]
     assert "warning: --offload has no effect on a CPU: its memory is the host's" in lines
     assert "warning: --shard-weights has no effect on one rank" in lines
-    assert not any("--shard-weights" in line for line in check(model, shard_weights=True, nproc=2)[1])
+    assert not any("--shard-weights" in line for line in settled(model, shard_weights=True, nproc=2)[1])
 
 
 def test_what_comes_to_the_device_later_stays_on_the_host(model: Path) -> None:
@@ -89,10 +89,10 @@ def test_what_comes_to_the_device_later_stays_on_the_host(model: Path) -> None:
         ({"shard_weights": True, "nproc": 1}, ()),
         ({"shard_weights": True, "nproc": 2}, ("transformer",)),
     ):
-        on_host = parts_on_host(check(model, **flags)[0])
+        on_host = parts_on_host(settled(model, **flags)[0], CARD)
         assert on_host == expected
         meta = torch.device("meta")
-        pipe = load_pipeline(model, with_text_encoders=True, dtype=torch.float32, device=meta, on_host=on_host)
+        pipe = load_pipeline(model, CARD, with_text_encoders=True, dtype=torch.float32, device=meta, on_host=on_host)
         for name in ("text_encoder", "text_encoder_2", "vae", "transformer"):
             devices_of_part = {weight.device.type for weight in getattr(pipe, name).parameters()}
             assert devices_of_part == {"cpu" if name in on_host else "meta"}, name
@@ -140,9 +140,9 @@ def test_blocks_are_quantised_and_sharded_one_by_one(monkeypatch: pytest.MonkeyP
         for block in blocks:
             note("sharded", block)
 
-    monkeypatch.setattr(fitting, "to_int8", quantise)
-    monkeypatch.setattr(fitting, "ShardedWeights", shard)
+    monkeypatch.setattr(fit, "to_int8", quantise)
+    monkeypatch.setattr(fit, "ShardedWeights", shard)
     group: Any = SimpleNamespace(size=2, device=torch.device("cpu"))
-    settings: Any = SimpleNamespace(float8=False, int8=True, shard_weights=True)
-    fitting.fit(adaptor, group, Counters(), settings, elsewhere=set())
+    settings: Any = SimpleNamespace(options=Options(int8=True, shard_weights=True))
+    fit.fit(adaptor, group, Counters(), settings, elsewhere=set())
     assert events == [(event, index) for index in range(4) for event in ("quantised", "sharded")]

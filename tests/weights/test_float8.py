@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from clear_dist.families.flux.transformer import FluxAdaptor
 from clear_dist.parallelize import parallelize
-from clear_dist.weights.quantised import Float8Linear, to_float8
+from clear_dist.weights.quantised import Float8Linear, to_float8, why_not_float8
 from tests.test_parallelize import relative_error, run
 from tests.tiny import make_tiny_pipeline
 from tests.weights.test_hoisted_lora import adapt
