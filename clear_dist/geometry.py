@@ -1,6 +1,6 @@
-"""Which rank holds which rows, and which rows it must receive: whole numbers only, no tensors, no processes.
+"""Which rank holds which rows of tokens and which it receives: whole numbers only, no tensors, no processes.
 
-Rows are rows of tokens of the latent grid. A stripe is full width, so columns never enter here but for the circle.
+A stripe has the grid's full width, so columns matter to the circle only.
 """
 
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from itertools import pairwise
 from math import isqrt
 
 LEAST_TEXT = 0.1
-"""Of a rank's tokens that replicated text must be, for sharing it to be worth a second collective in each layer."""
+"""Smallest share of a rank's tokens at which sharing the text is worth a second collective in each layer."""
 
 
 @dataclass(frozen=True, order=True)
 class Rows:
-    """The rows [start, stop) of the grid."""
+    """Rows [start, stop) of the grid."""
 
     start: int
     stop: int
@@ -22,12 +22,12 @@ class Rows:
         return max(0, self.stop - self.start)
 
     def intersect(self, other: "Rows") -> "Rows":
-        """The rows in both; empty, at this stripe's end of the gap, where there are none."""
+        """Rows in both; where there are none, empty at this stripe's end of the gap."""
         start = min(max(self.start, other.start), self.stop)
         return Rows(start, max(start, min(self.stop, other.stop)))
 
     def relative_to(self, first: int) -> slice:
-        """These rows as a slice of a tensor whose row 0 is the grid's row `first`."""
+        """Slice of a tensor whose row 0 is the grid's row `first`."""
         return slice(self.start - first, self.stop - first)
 
 
@@ -41,42 +41,40 @@ class Transfer:
 
 @dataclass(frozen=True)
 class MovePlan:
-    """What one rank keeps, sends and receives where rows change hands; transfers in the order of the peers' ranks."""
+    """Rows that one rank keeps, receives and sends; transfers in the order of the peers' ranks."""
 
     kept: Rows
-    """Own rows that it also wants."""
     receives: tuple[Transfer, ...]
     sends: tuple[Transfer, ...]
 
 
 @dataclass(frozen=True)
 class HaloPlan:
-    """What one rank sends and receives in each layer."""
+    """Rows that one rank sends and receives in each layer."""
 
     own: Rows
     extended: Rows
     """Own rows and every row that their windows reach."""
     receives: tuple[Transfer, ...]
-    """In ascending order of rows. Several owners on one side where stripes are thinner than the halo."""
+    """In ascending order of rows; several owners on one side where stripes are thinner than the halo."""
     sends: tuple[Transfer, ...]
 
     @property
     def halos(self) -> tuple[Rows, Rows]:
-        """The rows above `own` and those below that its windows reach; empty at the border of the grid."""
+        """Rows above `own` and rows below it; empty at the border of the grid."""
         return Rows(self.extended.start, self.own.start), Rows(self.own.stop, self.extended.stop)
 
 
 @dataclass(frozen=True)
 class TextPlan:
-    """Which text tokens a rank takes through the blocks: a share of them, or all where they are replicated.
+    """Text tokens that a rank takes through the blocks: a share, or all where text is replicated.
 
-    In the attention every rank has all of them, those of the others before its own, in the order of ranks.
+    In the attention every rank has all of them: the other ranks' in the order of ranks, then its own.
     """
 
     counts: tuple[int, ...]
-    """Of each share; one number where the text is replicated, or there is one rank."""
+    """Tokens of each share; one number where the text is replicated, or there is one rank."""
     rank: int
-    """Which of the shares is mine."""
 
     @property
     def is_shared(self) -> bool:
@@ -84,26 +82,26 @@ class TextPlan:
 
     @property
     def before(self) -> int:
-        """Tokens of the ranks before mine."""
+        """Text tokens of lower ranks."""
         return sum(self.counts[: self.rank])
 
     @property
     def elsewhere(self) -> int:
-        """Tokens of all other ranks."""
+        """Text tokens of all other ranks."""
         return sum(self.counts) - self.counts[self.rank]
 
     @property
     def own(self) -> slice:
-        """My tokens in the text's own order."""
+        """This rank's tokens in the text's own order."""
         return slice(self.before, self.before + self.counts[self.rank])
 
 
 def cut_in_stripes(rows: int, ranks: int, *, unit: int = 1) -> tuple[Rows, ...]:
-    """Cut `rows` in one stripe per rank, whole units each, the taller ones first.
+    """One stripe of whole units per rank, the taller ones first.
 
     Args:
         rows: height of the grid in tokens.
-        unit: rows that must stay together (1; the factor d of down-sampled keys).
+        unit: rows that stay together: 1, or the factor of down-sampled keys.
 
     Raises:
         ValueError: `rows` is not a multiple of `unit`, or there are more ranks than units.
@@ -119,14 +117,14 @@ def cut_in_stripes(rows: int, ranks: int, *, unit: int = 1) -> tuple[Rows, ...]:
 
 
 def require_units(side: str, tokens: int, unit: int) -> None:
-    """Raises ValueError where a side of the grid is no multiple of `unit` tokens."""
+    """Raises ValueError unless a side of the grid is a multiple of `unit` tokens."""
     if tokens % unit:
         nearest = max(1, (tokens + unit // 2) // unit) * unit
         raise ValueError(f"the {side} in tokens must be a multiple of {unit}, got {tokens}; nearest: {nearest}")
 
 
 def plan_halos(stripes: tuple[Rows, ...], rank: int, radius: int | None) -> HaloPlan:
-    """The halos of `rank` for windows of `radius` tokens; None: every row of the grid (full attention).
+    """Halos of `rank` for windows of `radius` tokens; None: every row of the grid (full attention).
 
     A key is seen if dx^2 + dy^2 < radius^2, strictly, so a halo is radius - 1 rows.
     """
@@ -137,17 +135,17 @@ def plan_halos(stripes: tuple[Rows, ...], rank: int, radius: int | None) -> Halo
 
 
 def plan_pooled(stripes: tuple[Rows, ...], rank: int, factor: int) -> HaloPlan:
-    """What `rank` exchanges of down-sampled rows, one for each `factor` rows: every rank needs all of them."""
+    """Exchange of down-sampled rows, one for each `factor` rows of the grid: every rank needs all of them."""
     pooled = tuple(Rows(stripe.start // factor, stripe.stop // factor) for stripe in stripes)
     return plan_halos(pooled, rank, None)
 
 
 def plan_moves(have: tuple[Rows, ...], want: tuple[Rows, ...], rank: int) -> MovePlan:
-    """What `rank` must do so that each rank p gets the rows want[p], of which have[p] are there already.
+    """Sends and receives of `rank` that take every rank p from rows have[p] to rows want[p].
 
     Args:
-        have: disjoint, in any order; empty on ranks that have nothing.
-        want: may overlap and be empty; every row of them is had by some rank.
+        have: disjoint, in any order; may be empty.
+        want: may overlap and be empty; some rank has each of their rows.
     """
     assert len(have) == len(want), f"{len(have)} ranks have rows, {len(want)} want some"
     others = [peer for peer in range(len(have)) if peer != rank]
@@ -164,48 +162,42 @@ def plan_moves(have: tuple[Rows, ...], want: tuple[Rows, ...], rank: int) -> Mov
 
 
 def plan_text(tokens: int, ranks: int, rank: int) -> TextPlan:
-    """Shares that differ by one token at most; empty ones where there are more ranks than tokens."""
+    """Shares that differ by at most one token, some of them empty where there are more ranks than tokens."""
     share, rest = divmod(tokens, ranks)
     return TextPlan(tuple(share + (other < rest) for other in range(ranks)), rank)
 
 
 def sharing_text_pays(tokens: int, image_tokens: int, ranks: int) -> bool:
-    """Whether a share of the text on each rank is expected to take less time than all of it on all.
+    """Whether a share of the text on each rank should take less time than all of it on all.
 
-    True of 512 text tokens at 1024 px from 2 ranks on, at 2048 px from 4, at 4096 px from 15. The bound comes from
-    counts of operations; it was tried on CPUs only.
-
-    Args:
-        image_tokens: of the whole image.
+    True of 512 text tokens at 64 x 64 image tokens from 2 ranks on, at 128 x 128 from 4, at 256 x 256 from 15. The
+    bound comes from counts of operations; it was tried on CPUs only.
     """
     return tokens >= LEAST_TEXT * (tokens + image_tokens / ranks)
 
 
 def reach(rows: Rows, grid: Rows, radius: int | None) -> Rows:
-    """The rows of `grid` that the windows of `rows` touch, and so those whose windows touch `rows`."""
+    """Rows of `grid` that the windows of `rows` touch, and so those whose windows touch `rows`."""
     if not len(rows):
         return Rows(grid.start, grid.start)
     return grid if radius is None else grid.intersect(Rows(rows.start - radius + 1, rows.stop + radius - 1))
 
 
 def half_widths(radius: int) -> tuple[int, ...]:
-    """For each distance dy = 0 ... radius - 1 in rows, the largest distance in columns that the circle still holds."""
+    """Largest distance in columns within the circle, for each distance in rows from 0 to radius - 1."""
     return tuple(isqrt(radius * radius - dy * dy - 1) for dy in range(radius))
 
 
 def covering_radius(height: int, width: int) -> int:
-    """The smallest radius whose circle holds the whole grid wherever its centre is."""
+    """Smallest radius whose circle holds the whole grid wherever its centre is."""
     return isqrt((height - 1) ** 2 + (width - 1) ** 2) + 1
 
 
 def reached_tiles(radius: int, query_tile: tuple[int, int], key_tile: tuple[int, int]) -> dict[int, range]:
-    """The tiles of keys that the circles of one tile of queries touch: by row of tiles, the columns of tiles.
+    """Tiles of keys that the circles of one tile of queries touch: columns of tiles, by row of tiles.
 
-    Tile (y, x) of the keys begins y * key_tile[0] rows below and x * key_tile[1] columns right of the first query, so
-    that this, like the mask, is the same for all tiles of queries.
-
-    Args:
-        query_tile, key_tile: rows and columns in tokens.
+    Tiles are (rows, columns) in tokens. Tile (y, x) of the keys begins y * key_tile[0] rows below and
+    x * key_tile[1] columns right of the first query, so this, like the mask, is the same for all tiles of queries.
     """
     widths = half_widths(radius)
     (query_rows, query_columns), (key_rows, key_columns) = query_tile, key_tile
@@ -220,12 +212,11 @@ def reached_tiles(radius: int, query_tile: tuple[int, int], key_tile: tuple[int,
 def visited_tiles(
     first_key: tuple[int, int], keys: tuple[int, int], tiles: dict[int, range], key_tile: tuple[int, int]
 ) -> int:
-    """How many tiles of keys a tile of queries visits: of `tiles` those that hold a key.
+    """Number of `tiles`, as `reached_tiles` returns them, that hold a key.
 
     Args:
-        first_key: row and column of the keys where the tile's first query lies; the row may be out of them.
+        first_key: row and column of the keys at the tile's first query; the row may lie outside.
         keys: rows and columns of keys.
-        tiles: as `reached_tiles` returns them.
     """
     (row, column), (rows, columns), (tile_rows, tile_columns) = first_key, keys, key_tile
     present = range(-column // tile_columns, -((column - columns) // tile_columns))

@@ -20,12 +20,11 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Merge attention over disjoint sets of keys.
 
     Args:
-        parts: pairs (out [B, L, N, D], lse [B, L, N] in float32), one per set of keys. An lse of -inf says that the
-            set holds no key; such a part counts for nothing, whatever its output.
+        parts: (out [B, L, N, D], lse [B, L, N] in float32) of each set of keys; an lse of -inf means no key, whatever
+            the output.
 
     Returns:
-        (out [B, L, N, D] in the dtype of the first part, lse [B, L, N] in float32); out 0 and lse -inf where no part
-        has a key.
+        (out in the dtype of the first part, lse in float32); out 0 and lse -inf where no part has a key.
 
     Raises:
         ValueError: there is no part.
@@ -51,17 +50,15 @@ class RowsPart:
     """[B, R, W, N] in float32"""
 
     def of(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """(out, lse) of `rows`, which are among its own."""
+        """(out, lse) of some of its rows."""
         mine = rows.relative_to(self.rows.start)
         return self.out[:, mine], self.lse[:, mine]
 
 
 def merge_rows(parts: Sequence[RowsPart], merged_BRWND: Tensor, first_row: int) -> None:
-    """Merge attention over disjoint sets of keys, each of which concerns some rows only: each row is rounded once.
+    """Merge attention over disjoint sets of keys into `merged_BRWND`, which begins at row `first_row`.
 
-    Args:
-        merged_BRWND: to be filled; together the parts concern all of its rows.
-        first_row: its first one.
+    Each set concerns some rows only, together they concern all; each row is rounded once.
     """
     ends = sorted({end for part in parts for end in (part.rows.start, part.rows.stop)})
     for rows in starmap(Rows, pairwise(ends)):
@@ -70,21 +67,20 @@ def merge_rows(parts: Sequence[RowsPart], merged_BRWND: Tensor, first_row: int) 
 
 
 def weigh(out_BLND: Tensor, lse_BLN: Tensor, maximum_BLN: Tensor) -> Tensor:
-    """One part's term of numerator and denominator, together in one buffer that may be summed over parts or ranks.
+    """One part's terms of numerator and denominator in one buffer, to be summed over parts or ranks.
 
     Args:
-        out_BLND: the part's attention output.
-        lse_BLN: its log-sum-exp in float32; -inf where it has no key.
-        maximum_BLN: the largest lse of all parts.
+        lse_BLN: in float32; -inf where the part has no key.
+        maximum_BLN: largest lse of all parts.
 
     Returns:
-        [B, L, N, D + 1] in float32, contiguous: O_p e^(lse_p - m), then e^(lse_p - m). 0 where the part has no key.
+        [B, L, N, D + 1] in float32, contiguous: O_p e^(lse_p - m), then e^(lse_p - m); 0 where the part has no key.
     """
     return torch.cat(_weigh(out_BLND, lse_BLN, maximum_BLN), dim=-1)
 
 
 def unweigh(summed_BLND1: Tensor, dtype: torch.dtype) -> Tensor:
-    """The attention output [B, L, N, D] in `dtype`, from the sum of `weigh` over all parts; 0 where there is no key."""
+    """Attention output [B, L, N, D] from the sum of `weigh` over all parts; 0 where there is no key."""
     weight_BLN1 = summed_BLND1[..., -1:]
     return (summed_BLND1[..., :-1] / weight_BLN1.masked_fill(weight_BLN1 == 0, 1.0)).to(dtype)
 

@@ -12,20 +12,21 @@ import torch
 
 from clear_dist.attention import choose_backend
 from clear_dist.cards.clear import refuse_other_radius
+from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.engine.agreement import require_equal_settings
-from clear_dist.engine.family import Adaptor
+from clear_dist.engine.family import Family
 from clear_dist.engine.settings import Settings
 from clear_dist.engine.stock import require_stock
 from clear_dist.engine.striped import StripedModel, striped_of
 from clear_dist.families.cards import CARDS
-from clear_dist.families.flux.controlnet import FluxControlNetAdaptor, controlnets_of, stripe_controlnet
-from clear_dist.families.transformers import adaptor_for
+from clear_dist.families.transformers import controlnets_of, family_of
 from clear_dist.options import Options, Refusal, Window, check_window
 from clear_dist.parallelized import Parallelized
 from clear_dist.request.devices import missing_compiler
+from clear_dist.weights.blocks import quantise_and_shard, require_quantisable
 from clear_dist.weights.clear import ReplacedWeights, load_clear_weights, require_radius
-from clear_dist.weights.fit import require_quantisable
+from clear_dist.weights.hoisted import HoistedModulation
 from clear_dist.weights.offload import Offloaded
 from clear_dist.weights.quantised import why_not_float8
 
@@ -53,24 +54,24 @@ def parallelize(
         ValueError: an argument is wrong or differs between ranks, or the pipeline's transformer cannot be cut.
         TypeError: there is no such option.
     """
-    adaptor, nets = adaptor_for(getattr(pipe, "transformer", None)), controlnets_of(pipe)
-    require_stock(adaptor.transformer, *nets)
+    family, nets = family_of(getattr(pipe, "transformer", None)), controlnets_of(pipe)
+    require_stock(family.transformer, *(net.transformer for net in nets))
     with as_arguments():
         chosen, net_window = settled(Options(**options), clear_weights), controlnet_window
         check_window(net_window)
     device = group.device if group is not None else pipe._execution_device  # also where its parts are on the host
-    dtype = adaptor.transformer.dtype
+    dtype = family.transformer.dtype
     require_machine(chosen, device, dtype)
-    choose = partial(choose_backend, chosen.attention_backend, device=device, dtype=dtype, head_dim=adaptor.head_dim)
+    choose = partial(choose_backend, chosen.attention_backend, device=device, dtype=dtype, head_dim=family.head_dim)
     choose()  # raises where there is no such backend for any image
-    require_quantisable(adaptor, *map(FluxControlNetAdaptor, nets), options=chosen)
+    require_quantisable(family, *nets, options=chosen)
     with on_refusal() as undo:
-        offloaded = Offloaded(pipe, device, offloaded_parts(adaptor.transformer)) if chosen.offload else None
+        offloaded = Offloaded(pipe, device, offloaded_parts(family.transformer)) if chosen.offload else None
         undo += [] if offloaded is None else [offloaded.remove]
         used = group or Group.create(device)
         undo += [used.close] if group is None else []
         settings = Settings(options=chosen, choose_backend=choose)
-        models, replaced = put_on_stripes(pipe, adaptor, nets, used, settings, clear_weights, net_window)
+        models, replaced = put_on_stripes(pipe, family, nets, used, settings, clear_weights, net_window)
     return Parallelized(*models, owns_group=group is None, replaced=replaced, offloaded=offloaded)
 
 
@@ -122,8 +123,8 @@ def on_refusal() -> Iterator[list[Callable[[], None]]]:
 
 def put_on_stripes(
     pipe: Any,
-    adaptor: Adaptor,
-    nets: Sequence[Any],
+    family: Family,
+    nets: Sequence[Family],
     group: Group,
     settings: Settings,
     clear_weights: str | Path | None,
@@ -134,7 +135,7 @@ def put_on_stripes(
     Args:
         net_window: of the ControlNets; None: the transformer's.
     """
-    transformer, options = adaptor.transformer, settings.options
+    transformer, options = family.transformer, settings.options
     assert options.window is not None, "settled"
     windows = [net_window or options.window] * len(nets)
     replaced = None if clear_weights is None else load_clear_weights(transformer, clear_weights, group.device)
@@ -148,12 +149,39 @@ def put_on_stripes(
     if replaced is not None and options.radius is not None:
         settings = replace(settings, pooling=replaced.pooling)
     with on_refusal() as undo:
-        models = [StripedModel(adaptor, pipe.scheduler, group, settings)]
-        undo.append(models[0].remove)
-        for net, window in zip(nets, windows, strict=True):
-            models.append(stripe_controlnet(net, pipe.scheduler, group, settings, window=window))
+        models = []
+        for net, window in ((family, None), *zip(nets, windows, strict=True)):
+            own = settings if window is None else of_controlnet(settings, net, window)
+            models.append(put_model_on_stripes(net, pipe.scheduler, group, own))
             undo.append(models[-1].remove)
     return models, replaced
+
+
+def put_model_on_stripes(family: Family, scheduler: Any, group: Group, settings: Settings) -> StripedModel:
+    """One transformer or ControlNet, its weights changed as the options say."""
+    counters, options = Counters(), settings.options
+    with on_refusal() as undo:
+        modulation = HoistedModulation(family) if options.hoist_modulation else None
+        undo += [] if modulation is None else [modulation.undo]
+        elsewhere = set() if modulation is None else modulation.weights
+        shards = quantise_and_shard(family, group, counters, options, elsewhere=elsewhere)
+        return StripedModel(family, scheduler, group, settings, counters=counters, modulation=modulation, shards=shards)
+
+
+def of_controlnet(settings: Settings, net: Family, window: Window) -> Settings:
+    """A ControlNet's settings; its text tokens are reduced fully where it sees all.
+
+    Down-sampled keys and shares of the text are for the transformer alone: CLEAR's weights are, and a ControlNet may
+    put a token of its own before the text.
+
+    Raises:
+        ValueError: the backend cannot compute its attention.
+    """
+    choose = partial(settings.choose_backend, dtype=net.transformer.dtype, head_dim=net.head_dim)
+    choose()
+    text_attention = "exact" if window == "full" else settings.options.text_attention
+    options = replace(settings.options, window=window, text_attention=text_attention, text_tokens="replicated")
+    return replace(settings, options=options, choose_backend=choose, pooling=None)
 
 
 def interrupt(pipe: Any, when: bool = True) -> bool:

@@ -6,6 +6,7 @@ from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.engine.striped import StripedModel
 from clear_dist.options import TextAttention
+from clear_dist.weights.blocks import weight_bytes
 from clear_dist.weights.clear import ReplacedWeights
 from clear_dist.weights.offload import Offloaded
 
@@ -59,7 +60,9 @@ class Parallelized:
     @property
     def weight_bytes(self) -> int:
         """Of the transformer's weights that this rank holds on its device: its shards only, where they are sharded."""
-        return self._striped.weight_bytes
+        modulation = self._striped.modulation
+        elsewhere = set() if modulation is None else modulation.weights
+        return weight_bytes(self._striped.family.transformer, but=elsewhere)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The stages of a cascade: at which sizes a picture is drawn, and how each is denoised. Whole numbers, no tensors.
+"""Stages of a cascade: the sizes at which a picture is drawn, and how each is denoised. No tensors.
 
 A picture above the native size is drawn there first, then enlarged and refined by SDEdit, stage by stage (paper,
 Sec. 4.3). All sizes are height and width in pixels.
@@ -10,24 +10,24 @@ from math import ceil, log2, sqrt
 Size = tuple[int, int]
 
 SPARE_DOUBLINGS = 0.1
-"""A stage enlarges 2 times, or a little more where rounding to whole tokens asks for it (2.14 times at most)."""
+"""A stage enlarges 2 times, or up to 2.14 times where rounding to whole tokens asks for it."""
 LEAST_SHARE_OF_NATIVE = 0.5
-"""The shorter side of a long, thin base picture, in native sizes: models don't draw slivers."""
+"""Shorter side of a long, thin base picture, in native sizes: models don't draw slivers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a stage is denoised. Raises ValueError for less than a step."""
+    """How a stage is denoised; raises ValueError for less than a step."""
 
     steps: int = 28
     guidance_scale: float = 3.5
-    """Distilled; for models that take none it has no effect."""
+    """Distilled guidance; no effect on models that take none."""
     true_cfg_scale: float = 1.0
     """Classifier-free guidance with a negative prompt; 1: none."""
 
     @property
     def passes(self) -> int:
-        """Through the transformer, in each step."""
+        """Passes through the transformer in each step."""
         return 2 if self.true_cfg_scale > 1 else 1
 
     def __post_init__(self) -> None:
@@ -37,21 +37,21 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Upscaling(Sampling):
-    """How an upper stage refines the picture that was enlarged for it. The defaults are the official notebook's.
+    """How an upper stage refines the enlarged picture; by default as CLEAR's official notebook does.
 
     Raises:
         ValueError: less than a step, or a strength outside (0, 1].
     """
 
     steps: int = 20
-    """Taken by every stage: `strength` decides where they begin, not how many there are."""
+    """Steps of every stage: `strength` decides where they begin, not how many there are."""
     guidance_scale: float = 7.5
     strength: float = 0.7
-    """Share of noise that the enlarged picture gets, above 0: 1 leaves nothing of it."""
+    """Share of noise in the enlarged picture: 1 leaves nothing of it."""
     ntk_factor: float = 10.0
-    """Of the rotary embedding's base above the native size."""
+    """Factor of the rotary embedding's base above the native size."""
     interpolate_positions: bool = False
-    """Scale position ids to the native range above the native size."""
+    """Whether position ids are scaled to the native range above the native size."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,7 +62,7 @@ class Upscaling(Sampling):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One size of the cascade; with an Upscaling it starts from a picture, else from noise alone."""
+    """One size of the cascade; with an Upscaling it starts from a picture, else from noise."""
 
     height: int
     width: int
@@ -74,18 +74,18 @@ class Stage:
 
 
 def refining_steps(steps: int, strength: float) -> int:
-    """As many as diffusers' image-to-image takes of `steps`, at least one."""
+    """Steps that diffusers' image-to-image takes of `steps`, at least one."""
     return max(1, round(steps * strength))
 
 
 def plan_cascade(
     size: Size, *, native: int, token: int, sampling: Sampling, upscaling: Upscaling, cascade: bool = True
 ) -> tuple[Stage, ...]:
-    """The stages from noise to `size`; one alone up to the native size, or without `cascade`.
+    """Stages from noise to `size`; one alone up to the native size, or without `cascade`.
 
     Args:
-        native: side in pixels of the square with as many pixels as the first stage.
-        token: pixels along the side of a token; every size is a multiple.
+        native: side in pixels of a square picture at the native size.
+        token: side of a token in pixels; every size is a multiple.
     """
     base = base_size(size, native=native, token=token) if cascade else size
     first = Stage(height=base[0], width=base[1], sampling=sampling)
@@ -93,7 +93,7 @@ def plan_cascade(
 
 
 def plan_upscaling(picture: Size, size: Size, *, native: int, token: int, upscaling: Upscaling) -> tuple[Stage, ...]:
-    """The stages from a picture to `size`, at least one; a picture below the native size is refined there first."""
+    """Stages from a picture to `size`, at least one; a picture below the native size is refined there first."""
     base = base_size(size, native=native, token=token)
     if picture[0] * picture[1] < base[0] * base[1]:
         sizes: tuple[Size, ...] = (base, *sizes_up_to(size, start=base, token=token))
@@ -103,7 +103,7 @@ def plan_upscaling(picture: Size, size: Size, *, native: int, token: int, upscal
 
 
 def base_size(size: Size, *, native: int, token: int) -> Size:
-    """The native number of pixels in the shape of `size`; `size` itself where that is smaller."""
+    """Native number of pixels in the shape of `size`; `size` itself where that is smaller."""
     shrink = max(native / sqrt(size[0] * size[1]), LEAST_SHARE_OF_NATIVE * native / min(size))
     if shrink >= 1:
         return size
@@ -111,11 +111,7 @@ def base_size(size: Size, *, native: int, token: int) -> Size:
 
 
 def sizes_up_to(size: Size, *, start: Size, token: int) -> tuple[Size, ...]:
-    """Sizes after `start` up to `size`, each about twice the one before, or all a little less; none if they are equal.
-
-    Args:
-        start: need not be a multiple of `token`.
-    """
+    """Sizes after `start` (which need not be whole tokens) up to `size`, each at most about twice the one before."""
     if start == size:
         return ()
     growth = max(1.0, *(new / old for new, old in zip(size, start, strict=True)))

@@ -1,9 +1,8 @@
 """Attention on local tensors: check -> choose -> run.
 
 Image queries see all text keys and the image keys of a circle around them (`window_attention`); text queries see
-everything (`attend`). Both return their log-sum-exp: the keys may lie in several tensors, one call for each, and
-`clear_dist.merge` makes one of the results. Layout: sequence before heads, [B, L, N, D]; the image as rows and columns,
-[B, R, W, N, D].
+everything (`attend`). Both return their log-sum-exp, so that `clear_dist.merge` can join calls over several tensors of
+keys. Layout: sequence before heads, [B, L, N, D]; the image as rows and columns, [B, R, W, N, D].
 
 Shape suffixes: B batch, R rows of queries, E rows of keys, W columns, N heads, T text tokens, D head dim.
 """
@@ -16,12 +15,12 @@ import torch
 from torch import Tensor
 
 from clear_dist.attention import flex, masked, reference, tiled, triton_window
-from clear_dist.attention.backend import Backend, Request, WindowCall
-from clear_dist.attention.dense import attend
+from clear_dist.attention.backend import Backend, CallShape, WindowCall
+from clear_dist.attention.dense import attend, attend_masked
 from clear_dist.attention.measured import nearest
 from clear_dist.geometry import Rows, reach
 
-__all__ = ["BACKENDS", "Backend", "attend", "choose_backend", "window_attention"]
+__all__ = ["BACKENDS", "Backend", "attend", "attend_masked", "choose_backend", "window_attention"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +35,8 @@ BACKENDS = {
         reference.BACKEND,
     )
 }
-"""By name, in the order in which `auto` tries them where none was measured. A new kernel is one file and one row here,
-and its name in `options.ATTENTION_BACKENDS`."""
+"""By name, in the order in which `auto` tries them where none was measured. A new kernel is one file, one row here and
+its name in `options.ATTENTION_BACKENDS`."""
 
 
 def window_attention(
@@ -59,17 +58,16 @@ def window_attention(
     Args:
         key_text_BTND: T may be 0.
         radius: in tokens, at least 1.
-        row_offset: row i of the queries is row i + row_offset of the keys. Any whole number: the keys may end above the
-            queries, or begin below them. Rows of keys out of reach are not read.
+        row_offset: row i of the queries is row i + row_offset of the keys, which may lie wholly above or below the
+            queries. Rows of keys out of reach are not read.
         scale: factor of the scores, positive; None: 1 / sqrt(D).
-        backend: as `choose_backend` returns it.
 
     Returns:
         (out [B, R, W, N, D] in the dtype of the queries, lse [B, R, W, N] in float32); out 0 and lse -inf for a query
         that sees no key.
 
     Raises:
-        ValueError: the shapes don't fit together, radius or scale is out of range, or the backend cannot do it.
+        ValueError: the shapes don't fit together, radius or scale is out of range, or the backend cannot run.
     """
     call = WindowCall(
         query=query_BRWND,
@@ -81,7 +79,7 @@ def window_attention(
         row_offset=row_offset,
         scale=query_BRWND.shape[-1] ** -0.5 if scale is None else scale,
     )
-    _check(call)
+    _require_fitting_tensors(call)
     return _run(backend, call)
 
 
@@ -98,57 +96,56 @@ def choose_backend(
     text: int = 0,
     radius: int = 0,
 ) -> Backend:
-    """The backend called `name`, or for `auto` the best that can run; why others were skipped goes to the log.
+    """The backend called `name`, or for `auto` the best that can run; the log says why others were skipped.
 
-    The best is the fastest in the measured shape that is nearest (`measured.json`). Where nothing was measured on this
-    kind of device, or sizes are not known yet, it is the first of BACKENDS.
+    The best is the fastest in the nearest measured shape (`measured.json`), or the first of BACKENDS where nothing was
+    measured on this kind of device or sizes are not known yet.
 
     Args:
         heads: batch times heads.
-        rows, key_rows, columns, text, radius: of one call, in tokens. These and `head_dim` may be 0, not known yet.
+        rows, key_rows, columns, text, radius: of one call, in tokens; these and `head_dim` may be 0, not known yet.
 
     Raises:
         ValueError: there is no such backend, or it cannot run here; the message names what works.
     """
-    request = Request(torch.device(device).type, dtype, head_dim, heads, rows, key_rows, columns, text, radius)
+    shape = CallShape(torch.device(device).type, dtype, head_dim, heads, rows, key_rows, columns, text, radius)
     if name == "auto":
-        return _best(request)
+        return _best(shape)
     if name not in BACKENDS:
         known = ", ".join(["auto", *BACKENDS])
         nearest = (get_close_matches(name, ["auto", *BACKENDS], n=1, cutoff=0.0) or ["auto"])[0]
         raise ValueError(f"attention backend must be one of {known}; got {name!r}; nearest: {nearest}")
-    _require(BACKENDS[name], request)
+    _require(BACKENDS[name], shape)
     return BACKENDS[name]
 
 
-def _best(request: Request) -> Backend:
-    """The fastest of those that were measured, else the first backend that may be chosen here and can run."""
-    measured = nearest(request)
-    if request.rows:
-        unmeasured = f"were not measured on {request.device_type}: tried in their order"
+def _best(shape: CallShape) -> Backend:
+    """The fastest measured backend that can run, else the first that may be chosen here."""
+    measured = nearest(shape)
+    if shape.rows:
+        unmeasured = f"were not measured on {shape.device_type}: tried in their order"
         logger.info("attention backends %s", measured or unmeasured)
     fastest = [name for name in (measured.fastest_first if measured else ()) if name in BACKENDS]
     for name, backend in {name: BACKENDS[name] for name in (*fastest, *BACKENDS)}.items():
-        reason = backend.why_not(request)
-        if request.device_type not in backend.automatic_on and name not in fastest:
-            reason = reason or f"on {request.device_type} it is used only when asked for by name"
+        reason = backend.why_not(shape)
+        if shape.device_type not in backend.automatic_on and name not in fastest:
+            reason = reason or f"on {shape.device_type} it is used only when asked for by name"
         if reason is None:
             return backend
         logger.info("attention backend %s skipped: %s", name, reason)
-    raise ValueError(f"no attention backend can run {request.dtype} on {request.device_type}")
+    raise ValueError(f"no attention backend can run {shape.dtype} on {shape.device_type}")
 
 
-def _require(backend: Backend, request: Request) -> None:
-    """Raise a ValueError with the reason if `backend` cannot do it."""
-    if reason := backend.why_not(request):
-        raise ValueError(f"attention backend {backend.name} cannot run: {reason}; nearest: {_best(request).name}")
+def _require(backend: Backend, shape: CallShape) -> None:
+    if reason := backend.why_not(shape):
+        raise ValueError(f"attention backend {backend.name} cannot run: {reason}; nearest: {_best(shape).name}")
 
 
 def _run(backend: Backend, call: WindowCall) -> tuple[Tensor, Tensor]:
-    """Run the backend for the queries that see a key, if it can; see `window_attention`."""
+    """`window_attention` of a checked call: only queries that see a key reach the backend."""
     mine, visible = _cut_down(call)
     if visible.query.numel():
-        _require(backend, _request_of(visible))
+        _require(backend, visible.shape)
         results = backend.run(visible)
         if visible.query.shape == call.query.shape:
             return results
@@ -160,7 +157,7 @@ def _run(backend: Backend, call: WindowCall) -> tuple[Tensor, Tensor]:
 
 
 def _cut_down(call: WindowCall) -> tuple[slice, WindowCall]:
-    """The rows of queries that see a key, and the call for these and for the rows of keys that they see."""
+    """Rows of queries that see a key, and the call for them and the rows of keys that they see."""
     queries = Rows(call.row_offset, call.row_offset + call.query.shape[1])
     seen = reach(queries, Rows(0, call.key.shape[1]), call.radius)
     seeing = queries if call.key_text.shape[1] else reach(seen, queries, call.radius)
@@ -175,16 +172,7 @@ def _cut_down(call: WindowCall) -> tuple[slice, WindowCall]:
     return mine, cut
 
 
-def _request_of(call: WindowCall) -> Request:
-    """What the backends' checks want to know of a call."""
-    batch, rows, columns, heads, head_dim = call.query.shape
-    key_rows, text = call.key.shape[1], call.key_text.shape[1]
-    kind = call.query.device.type, call.query.dtype, head_dim, batch * heads
-    return Request(*kind, rows=rows, key_rows=key_rows, columns=columns, text=text, radius=call.radius)
-
-
-def _check(call: WindowCall) -> None:
-    """Raise a ValueError, rule and values got, unless the tensors fit together."""
+def _require_fitting_tensors(call: WindowCall) -> None:
     query, key, text = call.query.shape, call.key.shape, call.key_text.shape
     if len(query) != 5 or len(key) != 5 or len(text) != 4:
         raise ValueError(

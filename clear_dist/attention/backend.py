@@ -1,4 +1,4 @@
-"""What a backend of windowed attention is: a name, a check and a function."""
+"""Windowed attention as its backends see it: one call, its shape, and a backend's check and function."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 MAX_SCORE_BYTES = 2**30
-"""The most that a backend which holds every score at once may take for them."""
+"""Limit of a backend that holds every score at once."""
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is known of a call before it is made. The sizes may be left at 0 as long as they are not known."""
+class CallShape:
+    """A call before it is made; sizes may be 0, not known yet."""
 
     device_type: str
     dtype: torch.dtype
@@ -20,7 +20,7 @@ class Request:
     heads: int = 1
     """Batch times heads."""
     rows: int = 0
-    """Of queries."""
+    """Rows of queries."""
     key_rows: int = 0
     columns: int = 0
     text: int = 0
@@ -36,11 +36,23 @@ class Request:
         return self.text + self.key_rows * self.columns
 
 
+@dataclass(frozen=True)
+class Geometry:
+    """Everything that a mask depends on, in tokens."""
+
+    rows: int
+    key_rows: int
+    columns: int
+    text: int
+    radius: int
+    row_offset: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class WindowCall:
     """One call of windowed attention, checked and cut down to rows that matter: every query sees a key.
 
-    There may be no text keys, or no image keys; not all queries need to see an image key where there is text.
+    There may be no text keys, or no image keys; where there is text, some queries may see no image key.
 
     Shape suffixes: B batch, R rows of queries, E rows of keys, W columns, N heads, T text tokens, D head dim.
     """
@@ -56,8 +68,19 @@ class WindowCall:
     radius: int
     """In tokens: a key is seen if dx^2 + dy^2 < radius^2, strictly."""
     row_offset: int
-    """Row i of the queries is row i + row_offset of the keys. May be negative."""
+    """Row i of the queries is row i + row_offset of the keys; may be negative."""
     scale: float
+
+    @property
+    def shape(self) -> CallShape:
+        batch, rows, columns, heads, head_dim = self.query.shape
+        kind = self.query.device.type, self.query.dtype, head_dim, batch * heads
+        return CallShape(*kind, rows, self.key.shape[1], columns, self.key_text.shape[1], self.radius)
+
+    @property
+    def geometry(self) -> Geometry:
+        rows, columns = self.query.shape[1:3]
+        return Geometry(rows, self.key.shape[1], columns, self.key_text.shape[1], self.radius, self.row_offset)
 
 
 @dataclass(frozen=True)
@@ -65,17 +88,17 @@ class Backend:
     """One way of computing windowed attention: a row of BACKENDS."""
 
     name: str
-    why_not: Callable[[Request], str | None]
-    """The reason why it cannot answer a request, without its name; None if it can."""
+    why_not: Callable[[CallShape], str | None]
+    """Reason why it cannot compute a call, without its name; None if it can."""
     run: Callable[[WindowCall], tuple[Tensor, Tensor]]
     """Returns (out [B, R, W, N, D] in the dtype of the queries, lse [B, R, W, N] in float32)."""
     automatic_on: tuple[str, ...] = ()
-    """The device types where `auto` may choose it unmeasured; elsewhere it runs when it was measured, or by name."""
+    """Device types where `auto` may choose it unmeasured; elsewhere it runs when measured, or by name."""
 
 
-def why_too_many_scores(request: Request) -> str | None:
-    """The reason against a backend that holds every score in float32 at once; None if there is none."""
-    taken = 4 * request.heads * request.queries * request.keys
+def why_too_many_scores(shape: CallShape) -> str | None:
+    """Reason against holding every score in float32 at once; None if there is none."""
+    taken = 4 * shape.heads * shape.queries * shape.keys
     if taken <= MAX_SCORE_BYTES:
         return None
     return f"it holds all scores at once: {taken / 2**30:.1f} GiB, at most {MAX_SCORE_BYTES / 2**30:.0f}"

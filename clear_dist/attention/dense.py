@@ -1,9 +1,9 @@
-"""Dense attention that also returns its log-sum-exp: what text queries need, whose keys lie on several ranks.
+"""Dense attention that also returns its log-sum-exp, for text queries, whose keys lie on several ranks.
 
 `torch.nn.functional.scaled_dot_product_attention` does not return it; the kernels that it chooses from do.
 
-Text queries are few and their keys many: a GPU would have less blocks of queries than processors, each of which walks
-all keys. There the keys are cut in pieces that are attended to side by side, and merged as parts of several ranks are.
+Text queries are few and their keys many: a GPU would have fewer blocks of queries than processors, each walking all
+keys. So the keys are cut in pieces that are attended to side by side and merged as the parts of several ranks are.
 
 Shape suffixes: B batch, L queries, S keys, N heads, D head dim.
 """
@@ -14,13 +14,13 @@ from torch import Tensor
 from clear_dist.merge import merge
 
 QUERY_BLOCK = 128
-"""Queries that one block of the GPU's kernels takes."""
+"""Queries in one block of the GPU's kernels."""
 BLOCKS_PER_PROCESSOR = 8
-"""Enough that what the last ones leave idle is little."""
+"""Enough that the last ones leave little idle."""
 SHORTEST_PIECE = 8192
-"""Keys that are worth a part of their own."""
+"""Keys worth a part of their own."""
 BIAS_ALIGNMENT = 8
-"""Rows of a mask begin at multiples of so many elements: PyTorch's memory-efficient kernel reads them so."""
+"""Alignment of a mask's rows, in elements, that PyTorch's memory-efficient kernel asks for."""
 
 
 def attend(
@@ -30,11 +30,10 @@ def attend(
 
     Args:
         scale: factor of the scores; None: 1 / sqrt(D).
-        pieces: that the keys are cut in; None: as many as suit the device, one on a CPU.
+        pieces: number of pieces of keys; None: what suits the device, one on a CPU.
 
     Returns:
-        (out [B, L, N, D] in the dtype of the queries, lse [B, L, N] in float32). Without keys (S = 0) out is 0 and
-        lse is -inf, which `clear_dist.merge` takes for "no key".
+        (out [B, L, N, D] in the dtype of the queries, lse [B, L, N] in float32); 0 and -inf without keys (S = 0).
     """
     if query_BLND.numel() == 0 or key_BSND.shape[1] == 0:
         # The kernels divide by these sizes.
@@ -45,8 +44,23 @@ def attend(
     return heads_last(*fused(query_BLND.transpose(1, 2), key_BSND.transpose(1, 2), value_BSND.transpose(1, 2), scale))
 
 
+def attend_masked(
+    query_BLND: Tensor, key_BSND: Tensor, value_BSND: Tensor, scale: float | None, mask_BS: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `attend`, where keys at False of the mask count for nothing."""
+    batch, keys = mask_BS.shape
+    if query_BLND.numel() == 0 or keys == 0:
+        return attend(query_BLND, key_BSND, value_BSND, scale)
+    bias_B11S = query_BLND.new_zeros(batch, 1, 1, keys + -keys % BIAS_ALIGNMENT)[..., :keys]
+    bias_B11S.masked_fill_(~mask_BS[:, None, None], -torch.inf)
+    bias_B1LS = bias_B11S.expand(-1, -1, query_BLND.shape[1], -1)
+    results = fused(query_BLND.transpose(1, 2), key_BSND.transpose(1, 2), value_BSND.transpose(1, 2), scale, bias_B1LS)
+    out_BLND, lse_BLN = heads_last(*results)
+    hidden_B1 = ~mask_BS.any(dim=1, keepdim=True)  # the kernels return anything where no key is seen
+    return out_BLND.masked_fill(hidden_B1[..., None, None], 0), lse_BLN.masked_fill(hidden_B1[..., None], -torch.inf)
+
+
 def _pieces(query_BLND: Tensor, key_BSND: Tensor) -> int:
-    """How many pieces of keys fill the device's processors."""
     if query_BLND.device.type != "cuda":
         return 1
     batch, queries, heads, _ = query_BLND.shape
@@ -55,14 +69,14 @@ def _pieces(query_BLND: Tensor, key_BSND: Tensor) -> int:
 
 
 def count_pieces(blocks: int, keys: int, processors: int) -> int:
-    """The pieces of keys that give each processor of a GPU enough blocks; 1 where there are enough without."""
+    """Pieces of keys that give each processor of a GPU enough blocks; 1 where there are enough without."""
     return max(1, min(-(-BLOCKS_PER_PROCESSOR * processors // blocks), keys // SHORTEST_PIECE))
 
 
 def _attend_in_pieces(
     query_BLND: Tensor, key_BSND: Tensor, value_BSND: Tensor, scale: float | None, pieces: int
 ) -> tuple[Tensor, Tensor]:
-    """Attention to pieces of equal length, which stand side by side in the batch, and to the few keys that are left."""
+    """Attention to pieces of equal length, side by side in the batch, and to the few keys that are left."""
     batch, keys = key_BSND.shape[:2]
     length = keys // pieces
 
@@ -86,11 +100,11 @@ def heads_last(out_BNLD: Tensor, lse_BNL: Tensor) -> tuple[Tensor, Tensor]:
 def fused(
     query_BNLD: Tensor, key_BNSD: Tensor, value_BNSD: Tensor, scale: float | None, bias_LS: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) from the kernel that serves this device and dtype.
+    """(out, lse) from the kernel for this device and dtype.
 
     Args:
-        bias_LS: is added to the scores, in the dtype of the queries; some key of each query must not be at -inf. On
-            CUDA its rows must begin at multiples of BIAS_ALIGNMENT elements.
+        bias_LS: is added to the scores, in the dtype of the queries; [L, S] or [B, 1, L, S]. On CUDA its rows must
+            begin at multiples of BIAS_ALIGNMENT elements.
     """
     aten = torch.ops.aten
     device_type, dtype = query_BNLD.device.type, query_BNLD.dtype
@@ -111,7 +125,7 @@ def fused(
 def _math(
     query_BNLD: Tensor, key_BNSD: Tensor, value_BNSD: Tensor, scale: float | None, bias_LS: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """For what no fused kernel takes: all scores at once, in float32."""
+    """All scores at once, in float32, where no fused kernel serves."""
     factor = query_BNLD.shape[-1] ** -0.5 if scale is None else scale
     score_BNLS = (query_BNLD.float() @ key_BNSD.float().transpose(-1, -2)) * factor
     if bias_LS is not None:

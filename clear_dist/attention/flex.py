@@ -1,7 +1,7 @@
 """Windowed attention with PyTorch's FlexAttention: one compiled kernel that visits only blocks the circle touches.
 
 Tokens are put in the order of tiles, so that a block is compact in the image and few blocks are visited
-(`flex_mask.py`). By their bytes these copies take 2.9 % of a layer of FLUX at 8192 px on an H200.
+(`flex_mask.py`). By their bytes these copies take 2.9 % of a layer of 3072 channels at 8192 px on an H200.
 
 There are two kernels: `flex` is PyTorch's own, in Triton; `flash` is FlashAttention 4, where that is installed.
 
@@ -21,19 +21,19 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, flex_attent
 from torch.nn.functional import pad
 from torch.torch_version import TorchVersion
 
-from clear_dist.attention.backend import Backend, Request, WindowCall, why_too_many_scores
-from clear_dist.attention.flex_mask import BLOCK, TILE_COLUMNS, TILE_ROWS, Geometry, block_mask
+from clear_dist.attention.backend import Backend, CallShape, WindowCall, why_too_many_scores
+from clear_dist.attention.flex_mask import BLOCK, TILE_COLUMNS, TILE_ROWS, block_mask
 
 FLASH_ROWS = {9: 8, 10: 16}
-"""Of a tile of queries, by the GPU's major compute capability: on Hopper FlashAttention 4 takes blocks of 128 x 128, on
-Blackwell of 256 x 128."""
+"""Rows of a query tile by the GPU's major compute capability: FlashAttention 4 takes blocks of 128 x 128 on Hopper, of
+256 x 128 on Blackwell."""
 FLASH_HEAD_DIMS = (64, 96, 128)
-"""With wider ones its blocks of keys are others (its interface.py)."""
+"""With wider heads its blocks of keys have another size (its interface.py)."""
 FLASH_TORCH = "2.13"
 """Before, FlexAttention returned a wrong log-sum-exp with it (pytorch/pytorch#181645)."""
 
 SHAPES_COMPILED = 64
-"""Dynamo's own limit of 8 is less than a cascade needs, and beyond it the scores would be held all at once."""
+"""A cascade needs more than Dynamo's own limit of 8, beyond which all scores would be held at once."""
 
 
 def run(
@@ -42,26 +42,17 @@ def run(
     """Windowed attention (out, lse).
 
     Args:
-        query_rows: of a tile of queries.
+        query_rows: rows of a tile of queries.
         kernel_options: FlexAttention's, where it is compiled.
     """
-    geometry = Geometry(
-        rows=call.query.shape[1],
-        key_rows=call.key.shape[1],
-        columns=call.query.shape[2],
-        text=call.key_text.shape[1],
-        radius=call.radius,
-        row_offset=call.row_offset,
-        query_rows=query_rows,
-    )
-    device = call.query.device
+    geometry, device = call.geometry, call.query.device
     attention = partial(_compiled(), kernel_options=kernel_options) if device.type == "cuda" else _unfused
     with torch._dynamo.config.patch(recompile_limit=SHAPES_COMPILED):
         out_BNLD, aux = attention(
             _tokens(call.key_text[:, :0], call.query, query_rows).transpose(1, 2),
             _tokens(call.key_text, call.key, TILE_ROWS).transpose(1, 2),
             _tokens(call.value_text, call.value, TILE_ROWS).transpose(1, 2),
-            block_mask=block_mask(geometry, device),
+            block_mask=block_mask(geometry, device, query_rows),
             scale=call.scale,
             return_aux=AuxRequest(lse=True),
         )
@@ -72,25 +63,24 @@ def run(
 
 
 def run_flash(call: WindowCall) -> tuple[Tensor, Tensor]:
-    """Windowed attention (out, lse) by FlashAttention 4."""
     return run(call, query_rows=FLASH_ROWS[_capability()], kernel_options={"BACKEND": "FLASH"})
 
 
 @lru_cache(maxsize=1)
 def _compiled() -> Callable[..., tuple[Tensor, AuxOutput]]:
-    """FlexAttention compiled: once per shape, shared by all layers. It fails rather than fall back to all scores."""
+    """FlexAttention compiled once per shape for all layers; it fails rather than fall back to all scores."""
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def _unfused(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, AuxOutput]:
-    """FlexAttention uncompiled, without its warning that it holds all scores: `why_not` limits their size."""
+    """FlexAttention without its warning that it holds all scores: `why_not` limits their size."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
         return flex_attention(query, key, value, **options)
 
 
 def _tokens(text_BTND: Tensor, image_BEWND: Tensor, tile_rows: int) -> Tensor:
-    """[B, S, N, D]: the text filled up to whole blocks, then the image, tile after tile, filled up to whole tiles."""
+    """[B, S, N, D]: the text padded to whole blocks, then the image, tile after tile, padded to whole tiles."""
     batch, text, heads, head_dim = text_BTND.shape
     padding = 0, 0, 0, 0, 0, -image_BEWND.shape[2] % TILE_COLUMNS, 0, -image_BEWND.shape[1] % tile_rows
     if any(padding):  # `pad` copies in any case
@@ -113,33 +103,31 @@ def _in_raster_order(tokens: Tensor, rows: int, columns: int, tile_rows: int) ->
     return tiles.flatten(3, 4).flatten(1, 2)[:, :rows, :columns].contiguous()
 
 
-def why_not(request: Request) -> str | None:
-    """It needs a GPU and Triton; on the CPU it holds all scores and serves for tests."""
-    if request.device_type == "cpu":
-        return why_too_many_scores(request)
-    if request.device_type != "cuda":
-        return f"it runs on cuda, and for tests on cpu, got {request.device_type}"
+def why_not(shape: CallShape) -> str | None:
+    if shape.device_type == "cpu":
+        return why_too_many_scores(shape)
+    if shape.device_type != "cuda":
+        return f"it runs on cuda, and for tests on cpu, got {shape.device_type}"
     if find_spec("triton") is None:
         return "its compiler, the package triton, is not installed"
-    if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"it takes float32, bfloat16 and float16, got {request.dtype}"
-    return f"it takes heads of 16 and more, got {request.head_dim}" if 0 < request.head_dim < 16 else None
+    if shape.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 and float16, got {shape.dtype}"
+    return f"it takes heads of 16 and more, got {shape.head_dim}" if 0 < shape.head_dim < 16 else None
 
 
-def why_not_flash(request: Request) -> str | None:
-    """It needs FlashAttention 4 and a GPU for which that is made."""
-    if request.device_type != "cuda":
-        return f"it runs on cuda, got {request.device_type}"
+def why_not_flash(shape: CallShape) -> str | None:
+    if shape.device_type != "cuda":
+        return f"it runs on cuda, got {shape.device_type}"
     if _capability() not in FLASH_ROWS:
         return f"it needs a GPU of compute capability 9 or 10, got {_capability()}"
     if TorchVersion(torch.__version__) < FLASH_TORCH:
         return f"it needs torch {FLASH_TORCH} or newer, got {torch.__version__}"
     if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
         return "the package flash-attn-4 is not installed"
-    if request.dtype not in (torch.bfloat16, torch.float16):
-        return f"it takes bfloat16 and float16, got {request.dtype}"
-    if request.head_dim and request.head_dim not in FLASH_HEAD_DIMS:
-        return f"it takes heads of {', '.join(map(str, FLASH_HEAD_DIMS))}, got {request.head_dim}"
+    if shape.dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, got {shape.dtype}"
+    if shape.head_dim and shape.head_dim not in FLASH_HEAD_DIMS:
+        return f"it takes heads of {', '.join(map(str, FLASH_HEAD_DIMS))}, got {shape.head_dim}"
     return None
 
 

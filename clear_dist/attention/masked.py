@@ -1,43 +1,29 @@
 """Windowed attention of a whole call at once under a mask, by PyTorch's own attention.
 
-For images that are not much larger than their circles: there, little is computed in vain, and nothing is gathered. The
-mask is kept, one for all layers, heads and steps.
+For images not much larger than their circles, where little is computed in vain and nothing is gathered. One mask is
+kept for all layers, heads and steps.
 
 Shape suffixes: B batch, R rows of queries, E rows of keys, W columns, N heads, T text tokens, D head dim, L queries,
 S text and image keys.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from clear_dist.attention.backend import Backend, Request, WindowCall
+from clear_dist.attention.backend import Backend, CallShape, Geometry, WindowCall
 from clear_dist.attention.dense import BIAS_ALIGNMENT, fused, heads_last
 
 MOST_MASK_BYTES = 2**27
-"""Of one mask: an image of 64 x 64 tokens in float32 takes 75 MB, with 512 text tokens."""
+"""Limit of one mask; 64 x 64 image tokens and 512 text tokens take 75 MB in float32."""
 MASKS_KEPT = 3
 """Own keys and two halos."""
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Everything that the mask depends on, in tokens."""
-
-    rows: int
-    key_rows: int
-    columns: int
-    text: int
-    radius: int
-    row_offset: int
-
-
 def run(call: WindowCall) -> tuple[Tensor, Tensor]:
     """Windowed attention (out, lse)."""
-    _, rows, columns, _, _ = call.query.shape
-    geometry = Geometry(rows, call.key.shape[1], columns, call.key_text.shape[1], call.radius, call.row_offset)
+    grid = call.query.shape[1:3]
     key_BSND, value_BSND = (
         torch.cat([text, image.flatten(1, 2)], dim=1)
         for text, image in ((call.key_text, call.key), (call.value_text, call.value))
@@ -48,15 +34,15 @@ def run(call: WindowCall) -> tuple[Tensor, Tensor]:
             key_BSND.transpose(1, 2),
             value_BSND.transpose(1, 2),
             call.scale,
-            bias(geometry, call.query.dtype, call.query.device),
+            bias(call.geometry, call.query.dtype, call.query.device),
         )
     )
-    return out_BLND.unflatten(1, (rows, columns)), lse_BLN.unflatten(1, (rows, columns))
+    return out_BLND.unflatten(1, grid), lse_BLN.unflatten(1, grid)
 
 
 @lru_cache(maxsize=MASKS_KEPT)
 def bias(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What is added to the scores [L, S]: 0 where a query sees a key, else -inf. Kept with its geometry."""
+    """Added to the scores [L, S]: 0 where a query sees a key, else -inf."""
     row, column = torch.arange(geometry.rows, device=device), torch.arange(geometry.columns, device=device)
     down_RE = row[:, None] + geometry.row_offset - torch.arange(geometry.key_rows, device=device)
     across_WW = column[:, None] - column
@@ -69,11 +55,10 @@ def bias(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Tensor
     return bias_LS
 
 
-def why_not(request: Request) -> str | None:
-    """Its mask must not be large."""
-    if not request.dtype.is_floating_point:
-        return f"it takes floating-point numbers only, got {request.dtype}"
-    mask_bytes = request.queries * request.keys * request.dtype.itemsize
+def why_not(shape: CallShape) -> str | None:
+    if not shape.dtype.is_floating_point:
+        return f"it takes floating-point numbers only, got {shape.dtype}"
+    mask_bytes = shape.queries * shape.keys * shape.dtype.itemsize
     if mask_bytes > MOST_MASK_BYTES:
         return f"its mask would take {mask_bytes / 2**20:.0f} MiB, at most {MOST_MASK_BYTES / 2**20:.0f}"
     return None

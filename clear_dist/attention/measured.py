@@ -1,7 +1,7 @@
-"""Which backend was the fastest where it was measured: `measured.json`, a table that `benchmarks/backends.py` makes.
+"""Backends by measured speed: `measured.json`, a table made by `benchmarks/speed/backends.py`.
 
-Its rows are seconds of one call on each of several backends that took turns; `sources` tells device and date of the
-result file that a row was taken from. Only their order within a row matters.
+A row holds seconds of one call on each of several backends that took turns; only their order within the row matters.
+`sources` gives device and date of the result file that a row was taken from.
 """
 
 import json
@@ -11,16 +11,16 @@ from functools import lru_cache
 from math import log2
 from pathlib import Path
 
-from clear_dist.attention.backend import Request
+from clear_dist.attention.backend import CallShape
 
 TABLE = Path(__file__).with_name("measured.json")
 FEW_TEXT_TOKENS = 64
-"""Added to the number of text tokens, so that none and a few are near to each other."""
+"""Added to numbers of text tokens, so that none and a few are near each other."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A row of the table: one shape of call, whose keys are the queries' own rows and the text."""
+    """A row of the table: a call whose keys are the queries' own rows and the text."""
 
     device_type: str
     dtype: str
@@ -42,27 +42,26 @@ class Measured:
     def fastest_first(self) -> list[str]:
         return sorted(self.seconds, key=self.seconds.__getitem__)
 
-    def distance(self, request: Request) -> float:
-        """How far its shape is from what is asked for, in powers of two, all dimensions added."""
+    def distance(self, shape: CallShape) -> float:
+        """Sum over all dimensions of the distance to `shape` in powers of two."""
         pairs = [
-            (self.rows, request.rows),
-            (self.columns, request.columns),
-            (self.radius, request.radius),
-            (self.text + FEW_TEXT_TOKENS, request.text + FEW_TEXT_TOKENS),
-            (self.head_dim, request.head_dim),
+            (self.rows, shape.rows),
+            (self.columns, shape.columns),
+            (self.radius, shape.radius),
+            (self.text + FEW_TEXT_TOKENS, shape.text + FEW_TEXT_TOKENS),
+            (self.head_dim, shape.head_dim),
         ]
         return sum(abs(log2(mine / asked)) for mine, asked in pairs)
 
 
 @lru_cache(maxsize=1)
 def table() -> tuple[Measured, ...]:
-    """All rows, in the order of the file."""
     return tuple(Measured(**row) for row in json.loads(TABLE.read_text())["rows"])
 
 
-def nearest(request: Request) -> Measured | None:
-    """The row for this kind of device whose shape is nearest; None where there is none, or no shape is known yet."""
-    if not (request.rows and request.columns and request.radius and request.head_dim):
+def nearest(shape: CallShape) -> Measured | None:
+    """The row of the nearest shape on this kind of device; None where there is none, or no shape is known yet."""
+    if not (shape.rows and shape.columns and shape.radius and shape.head_dim):
         return None
-    rows = [row for row in table() if row.device_type == request.device_type]
-    return min(rows, key=lambda row: row.distance(request), default=None)
+    rows = [row for row in table() if row.device_type == shape.device_type]
+    return min(rows, key=lambda row: row.distance(shape), default=None)

@@ -1,4 +1,4 @@
-"""The oracle: one dense mask, all scores at once, float32. Slow and plain; the other backends are tested against it.
+"""The oracle for the other backends, slow and plain: one dense mask, all scores at once, float32.
 
 Shape suffixes: B batch, R rows of queries, E rows of keys, W columns, N heads, T text tokens, D head dim.
 """
@@ -21,7 +21,7 @@ def run(call: WindowCall) -> tuple[Tensor, Tensor]:
 
 
 def visible_keys(call: WindowCall) -> Tensor:
-    """Which keys each query sees: bool [R * W, T + E * W]; all text keys, and the image keys within the circle."""
+    """Keys that each query sees, bool [R * W, T + E * W]: all text keys, and the image keys within the circle."""
     rows, columns = call.query.shape[1:3]
     key_rows, text = call.key.shape[1], call.key_text.shape[1]
     device = call.query.device

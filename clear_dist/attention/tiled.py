@@ -1,8 +1,8 @@
 """Windowed attention on 2D tiles of queries with PyTorch's own attention: runs anywhere, without a compiler.
 
-The keys that a tile of queries may see are the rectangle that circles reach around it, cut off at the border. They are
-gathered behind the text keys and attended to under a mask; tiles that are cut off alike share the mask and go through
-one call. Work and memory traffic per token are therefore constant, and so is the working memory.
+A tile of queries may see the rectangle of keys that circles reach around it, cut off at the border. These keys are
+gathered behind the text keys and attended to under a mask; tiles that are cut off alike share the mask and one call. So
+work and memory traffic per token are constant, and so is the working memory.
 
 Shape suffixes: B batch, R rows of queries, E rows of keys, W columns, N heads, T text tokens, D head dim;
 Y rows of tiles, X columns of tiles, H rows and V columns of one tile or of its rectangle of keys, S keys of a tile.
@@ -16,19 +16,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from clear_dist.attention.backend import Backend, Request, WindowCall
+from clear_dist.attention.backend import Backend, CallShape, WindowCall
 from clear_dist.attention.dense import BIAS_ALIGNMENT, fused, heads_last
 from clear_dist.geometry import half_widths
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How much is computed in one piece."""
+    """Size of the pieces that are computed at once."""
 
     side: int
-    """Rows and columns of a tile of queries. Small tiles gather fewer keys that are masked, large ones copy less."""
+    """Rows and columns of a tile of queries: small tiles gather fewer masked keys, large ones copy less."""
     bytes_per_call: int
-    """The gathered K and V of one call stay below this, or hold a single tile."""
+    """Limit of the gathered K and V of one call, which has one tile at least."""
 
 
 # Measured on 2 cores: 8x8 beats larger tiles at radius 8 and 16, and 8 MiB stay in the cache.
@@ -39,25 +39,23 @@ GPU_TILING = Tiling(side=16, bytes_per_call=256 * 2**20)
 
 @dataclass(frozen=True)
 class Span:
-    """Tiles along one dimension that are cut off alike: the i-th lies i * side further on."""
+    """Tiles along one dimension that are cut off alike; the i-th lies i * side further on."""
 
     query_start: int
     query_length: int
     key_start: int
     key_length: int
     lead: int
-    """Position of the tile's first query within its keys."""
+    """Position of the first query within its keys."""
     tiles: int = 1
 
     def starts_at(self, tile: int, side: int) -> tuple[int, int]:
-        """Where the queries and the keys of the span's `tile`-th tile start."""
+        """First query and first key of the span's `tile`-th tile."""
         return self.query_start + tile * side, self.key_start + tile * side
 
 
 def run(call: WindowCall, tiling: Tiling | None = None) -> tuple[Tensor, Tensor]:
-    """Windowed attention (out, lse); keys beyond the queries' rectangles are not read.
-
-    For inference: buffers are reused, which autograd refuses to differentiate.
+    """Windowed attention (out, lse), for inference only: autograd refuses buffers that are reused.
 
     Args:
         tiling: None: what suits the device.
@@ -76,7 +74,7 @@ def run(call: WindowCall, tiling: Tiling | None = None) -> tuple[Tensor, Tensor]
 
 
 def cut_in_spans(queries: int, offset: int, keys: int, side: int, radius: int) -> list[Span]:
-    """Cut one dimension in tiles of `side` (the last one may be shorter) and join neighbours that are cut off alike.
+    """One dimension in tiles of `side` (the last may be shorter), neighbours that are cut off alike joined.
 
     Args:
         offset: query i is key i + offset. Tiles that reach no key have a rectangle of length 0.
@@ -102,18 +100,18 @@ def cut_in_spans(queries: int, offset: int, keys: int, side: int, radius: int) -
 
 
 def radius_across(row_span: Span, radius: int) -> int:
-    """The radius that circles have left in the rows of keys of a span; less where all these lie above or below it."""
+    """Radius across that circles have left in a span's rows of keys; less where all these lie above or below it."""
     distance = max(row_span.lead - row_span.key_length + 1, -row_span.lead - row_span.query_length + 1, 0)
     return half_widths(radius)[distance] + 1 if row_span.key_length else 1
 
 
 @lru_cache(maxsize=4)
 def circle_bias(radius: int, side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What is added to the scores of a tile that is not cut off: 0 in the circle, -inf outside.
+    """Added to the scores of a tile that is not cut off: 0 in the circle, -inf outside.
 
     Returns:
-        [side, side, side + 2 * radius - 2, side + 2 * radius - 2] in the dtype of the queries: row and column of the
-        query, row and column of the key. Tiles that are cut off use a part of it.
+        [side, side, side + 2 * radius - 2, side + 2 * radius - 2]: row and column of the query, row and column of the
+        key. Tiles that are cut off use a part of it.
     """
     reach = radius - 1
     query = torch.arange(side, device=device) + reach
@@ -131,11 +129,7 @@ def _attend_alike(
     column_span: Span,
     tiling: Tiling,
 ) -> None:
-    """Compute the tiles of one kind, as many at a time as the buffers for their keys and values hold.
-
-    Args:
-        results: to be filled, [B, R, W, N, D] and [B, R, W, N, 1].
-    """
+    """Fill `results` ([B, R, W, N, D] and [B, R, W, N, 1]) for tiles cut off alike, a bufferful at a time."""
     mask = _mask(call, bias, row_span, column_span)
     query_size = row_span.query_length, column_span.query_length
     key_size = row_span.key_length, column_span.key_length
@@ -162,7 +156,7 @@ def _attend_alike(
 
 
 def _buffers(call: WindowCall, row_span: Span, column_span: Span, tiling: Tiling) -> tuple[Tensor, Tensor]:
-    """Room [B, Y, X, S, N, D] for the keys and for the values of several tiles, the text tokens already in place."""
+    """Buffers [B, Y, X, S, N, D] for keys and values of several tiles, the text tokens already in place."""
     batch, text, heads, head_dim = call.key_text.shape
     length = text + row_span.key_length * column_span.key_length
     bytes_per_tile = 2 * batch * length * heads * head_dim * call.key.element_size()
@@ -176,7 +170,7 @@ def _buffers(call: WindowCall, row_span: Span, column_span: Span, tiling: Tiling
 
 
 def _behind_text(buffer_BYXSND: Tensor, tiles_BYXHVND: Tensor) -> Tensor:
-    """Copy tiles behind the text tokens of a buffer with room for them: a view [B * Y * X, N, S, D] of it."""
+    """Copy tiles behind the text tokens of a buffer; returns the view [B * Y * X, N, S, D] of what is filled."""
     down, across, rows, columns = tiles_BYXHVND.shape[1:5]
     filled = buffer_BYXSND[:, :down, :across]
     filled[:, :, :, filled.shape[3] - rows * columns :].unflatten(3, (rows, columns)).copy_(tiles_BYXHVND)
@@ -184,7 +178,7 @@ def _behind_text(buffer_BYXSND: Tensor, tiles_BYXHVND: Tensor) -> Tensor:
 
 
 def _mask(call: WindowCall, bias: Tensor, row_span: Span, column_span: Span) -> Tensor:
-    """The part of `bias` that tiles of this kind use, [queries, T + keys], with 0 for the text keys in front."""
+    """Part of `bias` for tiles of this kind, [queries, T + keys], with 0 for the text keys in front."""
     above, left = call.radius - 1 - row_span.lead, call.radius - 1 - column_span.lead
     part = bias[
         : row_span.query_length,
@@ -198,7 +192,7 @@ def _mask(call: WindowCall, bias: Tensor, row_span: Span, column_span: Span) -> 
 
 
 def _tiles(image: Tensor, start: tuple[int, int], tiles: tuple[int, int], size: tuple[int, int], side: int) -> Tensor:
-    """Overlapping rectangles of an image [B, rows, columns, N, D], `side` tokens apart: view [B, Y, X, H, V, N, D]."""
+    """Overlapping rectangles, `side` tokens apart, of an image [B, rows, columns, N, D]: view [B, Y, X, H, V, N, D]."""
     batch, row, column, head, dim = image.stride()
     return image.as_strided(
         (image.shape[0], *tiles, *size, *image.shape[3:]),
@@ -207,9 +201,8 @@ def _tiles(image: Tensor, start: tuple[int, int], tiles: tuple[int, int], size: 
     )
 
 
-def why_not(request: Request) -> str | None:
-    """Nothing speaks against it: PyTorch's attention takes every device and floating-point dtype."""
-    return None if request.dtype.is_floating_point else f"it takes floating-point numbers only, got {request.dtype}"
+def why_not(shape: CallShape) -> str | None:
+    return None if shape.dtype.is_floating_point else f"it takes floating-point numbers only, got {shape.dtype}"
 
 
 BACKEND = Backend("tiled", why_not, run, automatic_on=("cpu", "cuda", "mps", "xpu"))

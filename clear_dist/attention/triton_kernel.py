@@ -1,8 +1,8 @@
 """The Triton kernel of `triton_window.py`: one program computes one tile of queries of one head.
 
-Queries, keys and values are read from raster order, the result is written in it. Text keys come first, then the tiles
-of keys that the circle touches (`geometry.reached_tiles`), row of tiles by row of tiles. What a tile of keys shows
-depends only on its offset from the tile of queries: no mask is read.
+Input and output are in raster order. Text keys come first, then the tiles of keys that the circle touches
+(`geometry.reached_tiles`), row of tiles by row of tiles. What is seen of a tile of keys depends only on its offset from
+the tile of queries: no mask is read.
 
 Shape suffixes: Q queries of a tile, K keys of a tile, D head dim. Strides are those of [B, R, W, N, D], of [B, T, N, D]
 for text and of [B, R, W, N] for the log-sum-exp, in elements.
@@ -19,7 +19,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def product(left, right, total=None):
-    """left @ right + total in float32; of float32 matrices by three products on tensor cores, which is nearly exact."""
+    """left @ right + total in float32; for float32 matrices three products on tensor cores, which is nearly exact."""
     if INTERPRETED:  # it would multiply the bits of bfloat16 as whole numbers
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, total, input_precision="tf32x3")
@@ -27,7 +27,7 @@ def product(left, right, total=None):
 
 @triton.jit
 def absorb(score_QK, value_KD, out_QD, weight_Q, maximum_Q, log2_scale):
-    """One step of the online softmax: `out` and `weight` are sums of e^(score - maximum) times values, and times 1."""
+    """One step of the online softmax: `out` sums e^(score - maximum) times values, `weight` e^(score - maximum)."""
     new_Q = tl.maximum(maximum_Q, tl.max(score_QK, 1))
     # A query that has seen no key yet has no maximum to subtract.
     anchor_Q = tl.where(new_Q == -float("inf"), 0.0, new_Q)
@@ -42,7 +42,7 @@ def see_text(
     query_QD, key, value, key_strides, value_strides, text, out_QD, weight_Q, maximum_Q, log2_scale,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Absorb the text keys of one head, all of which every query sees."""
+    """Absorb the text keys of one head, which every query sees."""
     token_K, dim_D = tl.arange(0, BLOCK), tl.arange(0, HEAD_DIM)
     key_KD = key + token_K[:, None] * key_strides[1] + dim_D * key_strides[3]
     value_KD = value + token_K[:, None] * value_strides[1] + dim_D * value_strides[3]
@@ -63,12 +63,12 @@ def see_text(
 
 @triton.jit
 def hide(score_QK, y, x, inside_K, radius, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    """Scores of the keys outside the circle become -inf.
+    """Scores with -inf for keys outside the circle.
 
     The squared distance is |k|^2 - 2 q k + |q|^2, in floats that hold it exactly: two multiplications for each score.
 
     Args:
-        y, x: where the tile of keys begins, seen from the tile of queries.
+        y, x: offset of the tile of keys from the tile of queries.
         QUERIES, KEYS: rows and columns of these tiles.
     """
     query_Q = tl.arange(0, QUERIES[0] * QUERIES[1])
@@ -84,15 +84,15 @@ def hide(score_QK, y, x, inside_K, radius, QUERIES: tl.constexpr, KEYS: tl.const
 
 @triton.jit
 def visits(tiles, row, column, keys, FIRST: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr):
-    """Which tiles of keys are visited: those that `tiles` lists and that hold a key.
+    """Visited tiles of keys: those that `tiles` lists and that hold a key.
 
     Args:
-        tiles: for each of ROWS rows of tiles, the first of them at FIRST, its first column and the one after its last.
-        row, column: of the first query, in the keys.
-        keys: their rows and columns; SIZE: those of a tile of keys.
+        tiles: first column and the one after the last, for each of ROWS rows of tiles beginning at FIRST.
+        row, column: position of the first query in the keys.
+        keys: rows and columns of keys; SIZE: those of a tile.
 
     Returns:
-        (first row of tiles, the first column of tiles that holds keys and the one after the last, number of tiles).
+        (first row of tiles, first column of tiles that holds keys and the one after the last, number of tiles).
     """
     above = -(row + FIRST * SIZE[0])
     below = keys[0] + above

@@ -1,7 +1,7 @@
 """Windowed attention with a Triton kernel of our own: raster order in and out, no mask in memory, halos read in place.
 
-Its working memory does not grow with the image: a table of the tiles that the circle touches, two numbers for each row
-of tiles. On the CPU it runs under Triton's interpreter, for tests: TRITON_INTERPRET=1 before Python starts.
+Working memory does not grow with the image: a table of the tiles that the circle touches, two numbers for each row of
+tiles. On a CPU it runs under Triton's interpreter, for tests: TRITON_INTERPRET=1 before Python starts.
 
 Shape suffixes: B batch, R rows of queries, E rows of keys, W columns, N heads, T text tokens, D head dim.
 """
@@ -14,22 +14,21 @@ from math import log2
 import torch
 from torch import Tensor
 
-from clear_dist.attention.backend import Backend, Request, WindowCall
+from clear_dist.attention.backend import Backend, CallShape, WindowCall
 from clear_dist.geometry import covering_radius, reached_tiles
 
 LARGEST_RADIUS = 4_000
-"""In tokens: up to here float32 holds the squared distances that the kernel compares."""
+"""In tokens; up to here float32 holds the squared distances that the kernel compares."""
 HEAD_DIMS = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """What one program computes."""
+    """Tile sizes of one program, in tokens (rows, columns)."""
 
     queries: tuple[int, int]
-    """Rows and columns of a tile of queries, in tokens."""
     keys: tuple[int, int]
-    """Rows and columns of a tile of keys; a block of text keys is as large."""
+    """A block of text keys is as large."""
     warps: int
     stages: int
     """Tiles of keys and values under way at once."""
@@ -41,7 +40,7 @@ TILINGS = {
     512: Tiling((8, 8), (4, 8), warps=8, stages=2),
     1024: Tiling((4, 8), (4, 4), warps=4, stages=2),
 }
-"""By bytes of one key of one head, at most. Chosen by the share of visited pairs that are wanted, and so that registers
+"""By the most bytes of one key of one head. Chosen by the share of visited pairs that are wanted, and so that registers
 (bfloat16, compiled for sm_90) and shared memory suffice; not measured on a GPU."""
 
 
@@ -82,7 +81,7 @@ def run(call: WindowCall) -> tuple[Tensor, Tensor]:
 
 
 def choose_tiling(key_bytes: int) -> Tiling:
-    """The row of TILINGS for keys of so many bytes."""
+    """The row of TILINGS for one key's bytes."""
     return TILINGS[min(most for most in TILINGS if key_bytes <= most)]
 
 
@@ -90,11 +89,10 @@ def choose_tiling(key_bytes: int) -> Tiling:
 def tile_table(
     radius: int, query_tile: tuple[int, int], key_tile: tuple[int, int], device: torch.device
 ) -> tuple[int, Tensor]:
-    """The tiles of keys that circles touch, as the kernel reads them.
+    """Tiles of keys that circles touch, as the kernel reads them.
 
     Returns:
-        The first row of tiles, and for each row, and for one row to spare, int32: its first column of tiles and the one
-        after its last.
+        First row of tiles; int32 [rows + 1, 2]: first column of tiles and the one after the last, with a row to spare.
     """
     reached = reached_tiles(radius, query_tile, key_tile)
     ends = [(columns.start, columns.stop) for columns in reached.values()]
@@ -102,24 +100,23 @@ def tile_table(
 
 
 def _largest_distance(call: WindowCall) -> int:
-    """A radius whose circles hold all keys, whatever the query."""
+    """Radius whose circles hold all keys, whatever the query."""
     rows, key_rows = call.query.shape[1], call.key.shape[1]
     span = max(call.row_offset + rows, key_rows) - min(call.row_offset, 0)
     return covering_radius(span, call.query.shape[2])
 
 
-def why_not(request: Request) -> str | None:
-    """It needs Triton and a GPU, or Triton's interpreter."""
-    if request.device_type not in ("cpu", "cuda"):
-        return f"it runs on cuda, and for tests on cpu, got {request.device_type}"
+def why_not(shape: CallShape) -> str | None:
+    if shape.device_type not in ("cpu", "cuda"):
+        return f"it runs on cuda, and for tests on cpu, got {shape.device_type}"
     if find_spec("triton") is None:
         return "its compiler, the package triton, is not installed"
-    if request.device_type == "cpu" and not _interpreted():
+    if shape.device_type == "cpu" and not _interpreted():
         return "on cpu it runs in Triton's interpreter only, for tests: TRITON_INTERPRET=1"
-    if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"it takes float32, bfloat16 and float16, got {request.dtype}"
-    if request.head_dim and request.head_dim not in HEAD_DIMS:
-        return f"it takes heads of {', '.join(map(str, HEAD_DIMS))}, got {request.head_dim}"
+    if shape.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 and float16, got {shape.dtype}"
+    if shape.head_dim and shape.head_dim not in HEAD_DIMS:
+        return f"it takes heads of {', '.join(map(str, HEAD_DIMS))}, got {shape.head_dim}"
     return None
 
 

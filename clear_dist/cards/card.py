@@ -9,8 +9,8 @@ from clear_dist.cards.clear import Shapes
 from clear_dist.stages import Sampling, Upscaling
 
 INDEX = "model_index.json"
-DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
-"""Names of weight files, without their ending, as the two libraries write them."""
+STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+"""Names of weight files, without their ending, by the library that writes them."""
 ENDINGS = ("json", "safetensors", "txt", "model")
 """Of the files that a model is made of."""
 
@@ -87,11 +87,11 @@ class Card:
     """One model family."""
 
     pipeline: str
-    """Name of diffusers' class, as those of the transformer and the scheduler."""
-    transformer: str
+    """Name of diffusers' class, as the scheduler's."""
     scheduler: str
     parts: Mapping[str, str | None]
-    """Folders of the pipeline by diffusers' names, each with the name of its weight files; None: it has no weights."""
+    """Folders of the pipeline by diffusers' names, each with the class that its weights are loaded as, as
+    "library.Class"; None: it has no weights."""
     shape_of: Callable[[Mapping[str, Any], Path | str], TransformerShape]
     """Reads the transformer's configuration; takes the name of its file too, for a Refusal where a number is wrong."""
     packing: int
@@ -111,9 +111,14 @@ class Card:
     clear: Published | None = None
 
     @property
+    def transformer(self) -> str:
+        """Name of the transformer's class."""
+        return self.class_of("transformer")[1]
+
+    @property
     def weights(self) -> dict[str, str]:
         """Parts with weights, each with the name of its files."""
-        return {part: stem for part, stem in self.parts.items() if stem is not None}
+        return {part: STEMS[self.class_of(part)[0]] for part, kind in self.parts.items() if kind is not None}
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
@@ -122,6 +127,13 @@ class Card:
     @property
     def tokenizers(self) -> tuple[str, ...]:
         return tuple(part for part in self.parts if part.startswith("tokenizer"))
+
+    def class_of(self, part: str) -> tuple[str, str]:
+        """Library and class that a part with weights is loaded as."""
+        kind = self.parts[part]
+        assert kind is not None, part
+        library, _, name = kind.partition(".")
+        return library, name
 
     @property
     def offloaded(self) -> tuple[str, ...]:

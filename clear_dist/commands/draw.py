@@ -11,6 +11,8 @@ from clear_dist.request.flags import GenerateFlags, PictureFlags, UpscaleFlags
 from clear_dist.request.request import Request
 from clear_dist.request.settle import settle
 
+PRELOAD = ("torch", "clear_dist.drawing.generation")
+
 
 def generate(flags: GenerateFlags) -> int:
     """Draw pictures from a prompt, on one rank or many. No argument is required."""
@@ -32,8 +34,8 @@ def _run(flags: PictureFlags) -> int:
     request, facts, notes = settle(flags, place, CARDS)
     for line in (*notes, *fit_here.require(request, facts, place)) if place.rank == 0 else ():
         ends.say(line)
-    work = partial(_render, request, began)
-    return ranks.run(work, nproc=request.world_size, on_cuda=request.device == "cuda", traceback=flags.traceback)
+    work, on_cuda = partial(_render, request, began), request.device == "cuda"
+    return ranks.run(work, nproc=request.world_size, on_cuda=on_cuda, traceback=flags.traceback, preload=PRELOAD)
 
 
 def _render(request: Request, began: float) -> None:

@@ -56,9 +56,10 @@ def no_number(name: str, flag: Flag, text: str) -> Refusal:
 
 def _shown(record: type[Flags]) -> list[Field]:
     """A record's flags by panels, and in each those of its own before those that it shares with others."""
-    declared = list(dict.fromkeys(name for kind in record.__mro__ for name in vars(kind).get("__annotations__", ())))
-    mine = [each for each in fields(record) if record is not PlanFlags or flag_of(each).planned]
-    return sorted(mine, key=lambda each: (PANELS.index(flag_of(each).panel), declared.index(each.name)))
+    names = dict.fromkeys(name for kind in record.__mro__ for name in vars(kind).get("__annotations__", ()))
+    by_name = {each.name: each for each in fields(record)}
+    shown = [by_name[name] for name in names if record is not PlanFlags or flag_of(by_name[name]).planned]
+    return sorted(shown, key=lambda each: PANELS.index(flag_of(each).panel))
 
 
 def _parameter(each: Field, hint: Any) -> Parameter:

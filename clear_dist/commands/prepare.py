@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline
 
 from clear_dist import hub
 from clear_dist.cards.card import Card
@@ -16,8 +15,10 @@ from clear_dist.cards.folder import card_of
 from clear_dist.comm.group import Group
 from clear_dist.comm.in_touch import in_touch
 from clear_dist.drawing.previews import Previews
+from clear_dist.drawing.prompts import nothing
+from clear_dist.engine.family import Encoded, PipelineAdapter
 from clear_dist.families.cards import CARDS
-from clear_dist.families.flux.text import NOTHING, Encoded, encode
+from clear_dist.families.transformers import adapter_of
 from clear_dist.launch import env
 from clear_dist.launch.ends import say
 from clear_dist.observe import peaks
@@ -105,9 +106,7 @@ def prepare(request: Request, began: float, phases: Phases) -> Prepared:
     )
 
 
-def _load(
-    request: Request, rank: int, device: torch.device, phases: Phases
-) -> tuple[list[Encoded] | None, FluxPipeline]:
+def _load(request: Request, rank: int, device: torch.device, phases: Phases) -> tuple[list[Encoded] | None, Any]:
     """What rank 0 encodes, and the pipeline: without text encoders, as on the other ranks, unless they are to stay.
 
     Nobody waits for rank 0 meanwhile, and on its device the text encoders make room for the transformer.
@@ -159,8 +158,9 @@ def encode_ahead(request: Request, card: Card, device: torch.device, phases: Pha
         )
         lora.load(pipe, hub.local_loras(request))
     with phases.phase("text", detail="s" if len(request.prompts) > 1 else ""):
-        negative = _negative(pipe, request)
-        encoded = [_positive(pipe, request, prompt) + negative for prompt in request.prompts]
+        adapter = adapter_of(pipe)
+        negative = _negative(adapter, request)
+        encoded = [_positive(adapter, request, prompt) + negative for prompt in request.prompts]
     del pipe
     loading.free(device)
     return encoded
@@ -168,20 +168,21 @@ def encode_ahead(request: Request, card: Card, device: torch.device, phases: Pha
 
 def encode_prompt(pipe: Any, request: Request, prompt: str) -> Encoded:
     """As one of `encode_ahead`, by a pipeline that has its text encoders."""
-    return _positive(pipe, request, prompt) + _negative(pipe, request)
+    adapter = adapter_of(pipe)
+    return _positive(adapter, request, prompt) + _negative(adapter, request)
 
 
-def _positive(pipe: Any, request: Request, prompt: str) -> Encoded:
-    for line in loading.cut_off(pipe, prompt, request.max_sequence_length):
+def _positive(adapter: PipelineAdapter, request: Request, prompt: str) -> Encoded:
+    for line in adapter.too_long(prompt, request.max_sequence_length):
         say(f"warning: {line}")
-    return _on_host(encode(pipe, [prompt], request.max_sequence_length))
+    return _on_host(adapter.encode([prompt], request.max_sequence_length))
 
 
-def _negative(pipe: Any, request: Request) -> Encoded:
+def _negative(adapter: PipelineAdapter, request: Request) -> Encoded:
     guided = max(stage.sampling.passes for stage in request.stages) > 1
     if request.negative_prompt is None or not guided:
-        return NOTHING
-    return _on_host(encode(pipe, [request.negative_prompt], request.max_sequence_length))
+        return nothing(adapter)
+    return _on_host(adapter.encode([request.negative_prompt], request.max_sequence_length))
 
 
 def _on_host(encoded: Encoded) -> Encoded:

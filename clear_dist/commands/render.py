@@ -3,7 +3,7 @@
 import json
 import shlex
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from clear_dist.commands.prepare import Prepared, encode_prompt, prepare
 from clear_dist.commands.saving import Saving
 from clear_dist.drawing.cascade import Cascade, Drawing, work_of
 from clear_dist.drawing.generation import from_image
-from clear_dist.families.flux.text import Encoded, share
+from clear_dist.drawing.prompts import share
+from clear_dist.engine.family import Encoded
+from clear_dist.families.transformers import adapter_of
 from clear_dist.launch import env
 from clear_dist.launch.interrupts import unwinding
 from clear_dist.observe import peaks, report
@@ -41,7 +43,6 @@ class Rendering(Prepared):
         """All pictures of the request, and its report."""
         request = self.request
         stages = request.stages
-        self._require_room(stages[-1])
         saved = stages if request.save_stages else stages[-1:]
         work = sum(sum(work_of(stage).values()) for stage in stages) + sum(map(saving_work, saved))
         self.phases.expect(len(request.prompts) * work)
@@ -57,11 +58,6 @@ class Rendering(Prepared):
         if request.report is not None:
             self._report(request.report)
 
-    def _require_room(self, stage: Stage) -> None:
-        """Before the lower stages are drawn, rather than after."""
-        sampling, batch = stage.sampling, self.request.num_images
-        self.handle.require_room(*self._grid(stage), batch=batch, passes=sampling.passes, steps=sampling.steps)
-
     def _grid(self, stage: Stage) -> tuple[int, int]:
         """Height and width in tokens."""
         token = self.request.token_size
@@ -76,23 +72,21 @@ class Rendering(Prepared):
         detail = f", prompt {index + 1} of {count}" if count > 1 else ""
         with self.phases.phase("text", detail=detail):
             embeddings = self._encode(index)
-        native_size = self.pipe.vae.config.sample_size
-        cascade = Cascade(
-            self.pipe, embeddings, seed=self.seed, native_size=native_size, phases=self.phases, on_step=self._end_step
-        )
-        stages = request.stages
+        cascade = Cascade(self.pipe, embeddings, seed=self.seed, phases=self.phases, on_step=self._end_step)
+        stages, last = request.stages, len(request.stages) - 1
+        profile = self.profile if index == 0 else None
+
+        def around(number: int) -> AbstractContextManager[None]:
+            return profile.recording() if profile is not None and number == last else nullcontext()
+
         drawing = None if request.picture is None else self._user_picture(request.picture)
-        for number, stage in enumerate(stages):
+        for number, drawn in enumerate(cascade.run(stages, drawing, detail=detail, around=around)):
+            drawing, stage = drawn, stages[number]
             of_several = f", stage {number + 1} of {len(stages)}" if len(stages) > 1 else ""
-            last = number == len(stages) - 1
-            profile = self.profile if last and index == 0 else None
-            self.phases.begin_stage()
-            with nullcontext() if profile is None else profile.recording():
-                drawing = cascade.draw(stage, drawing, detail=f"{detail}{of_several}")
-            if last or request.save_stages:
+            if number == last or request.save_stages:
                 with self.phases.phase("save", detail=f"{detail}{of_several}", work=saving_work(stage)):
-                    saving.save(drawing, last=last)
-            if profile is not None:
+                    saving.save(drawing, last=number == last)
+            if profile is not None and number == last:
                 with self.phases.phase("save", detail=", the profile"):
                     self._write_profile(profile)
             self._note(stage, drawing)
@@ -114,7 +108,8 @@ class Rendering(Prepared):
             encoded = self.encoded[index]
         elif self.group.rank == 0:
             encoded = encode_prompt(self.pipe, self.request, self.request.prompts[index])
-        return share(self.group, self.handle.counters, encoded, num_images=self.request.num_images)
+        adapter, counters = adapter_of(self.pipe), self.handle.counters
+        return share(adapter, self.group, counters, encoded, num_images=self.request.num_images)
 
     def _user_picture(self, picture: Picture) -> Drawing:
         return from_image(load(picture) if self.group.rank == 0 else None, self.group)

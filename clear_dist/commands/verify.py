@@ -13,6 +13,7 @@ from clear_dist.request.flags import STDOUT, VerifyFlags
 
 RANKS_ON_CPU = 2
 """The fewest that have something to say to each other."""
+PRELOAD = ("torch", "clear_dist.verify")
 
 
 def verify(flags: VerifyFlags) -> int:
@@ -24,8 +25,8 @@ def verify(flags: VerifyFlags) -> int:
     setting = settled(flags, place)
     for line in setting.lines if place.rank == 0 else ():
         ends.say(line)
-    work = partial(_verify, setting.device, flags.json)
-    return ranks.run(work, nproc=setting.world_size, on_cuda=setting.device == "cuda", traceback=flags.traceback)
+    work, on_cuda = partial(_verify, setting.device, flags.json), setting.device == "cuda"
+    return ranks.run(work, nproc=setting.world_size, on_cuda=on_cuda, traceback=flags.traceback, preload=PRELOAD)
 
 
 def _verify(device: str, output: str | None) -> None:

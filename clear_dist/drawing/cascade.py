@@ -5,29 +5,27 @@ Every rank holds the rows of its stripe only, in pixels; latents are equal on al
 Shapes: B pictures, C channels, R my rows, E the rows that mine are interpolated from, W columns.
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from diffusers import FluxImg2ImgPipeline
 from torch import Tensor
 
 from clear_dist.comm.group import Group
 from clear_dist.comm.rows import StripeJoin, move_rows
 from clear_dist.drawing.resize import resize_rows, rows_behind
 from clear_dist.engine.extrapolation import Extrapolation
+from clear_dist.engine.family import OnStep
 from clear_dist.engine.striped import require_striped
-from clear_dist.families.flux.pipeline import OnStep, denoise, refining_pipeline
 from clear_dist.geometry import Rows, cut_in_stripes
 from clear_dist.observe.peaks import give_back
 from clear_dist.observe.progress import Phases
 from clear_dist.stages import Size, Stage, Upscaling
 from clear_dist.vae import decode_stripes, encode_stripes
 
-PACKING = 2
-"""FLUX packs 2x2 latents in a token."""
 SEED_STRIDE = 0x9E3779B97F4A7C15
 """Between the seeds of stages, so that none meets a neighbouring request's."""
 
@@ -58,24 +56,52 @@ class Cascade:
         embeddings: dict[str, Tensor],
         *,
         seed: int,
-        native_size: int,
         phases: Phases | None = None,
         on_step: OnStep | None = None,
     ) -> None:
         """
         Args:
-            pipe: a FluxPipeline that `parallelize` was called on.
+            pipe: a pipeline that `parallelize` was called on.
             embeddings: from `encode_prompts`.
-            native_size: side in pixels of the square that the model was trained on.
         """
         self._pipe = pipe
         self._striped = require_striped(pipe)
+        self._adapter = self._striped.family.adapted(pipe)
         self._embeddings = embeddings
         self._seed = seed
-        self._native_tokens = (native_size // token_size(pipe)) ** 2
+        self._native_tokens = (self._adapter.native_size // self._adapter.token_size) ** 2
         self._phases = phases or Phases()
         self._on_step = on_step
         self._stages_drawn = 0
+
+    def run(
+        self,
+        stages: tuple[Stage, ...],
+        before: Drawing | None = None,
+        *,
+        detail: str = "",
+        around: Callable[[int], AbstractContextManager[None]] = lambda number: nullcontext(),
+    ) -> Iterator[Drawing]:
+        """The pictures of one stage after the other; only one stage's are held.
+
+        Args:
+            before: what the first stage enlarges; None: it starts from noise.
+            detail: which of several prompts this is, for people.
+            around: entered while a stage of this number is drawn.
+
+        Raises:
+            Refusal: the stale schedule's buffers of the last stage would not fit: before the lower ones are drawn.
+        """
+        last, token = stages[-1], self._adapter.token_size
+        batch = len(self._embeddings[self._adapter.arguments[0]])
+        grid, sampling = (last.height // token, last.width // token), last.sampling
+        self._striped.require_room(grid, batch=batch, passes=sampling.passes, steps=sampling.steps)
+        for number, stage in enumerate(stages):
+            of_several = f", stage {number + 1} of {len(stages)}" if len(stages) > 1 else ""
+            self._phases.begin_stage()
+            with around(number):
+                before = self.draw(stage, before, detail=f"{detail}{of_several}")
+            yield before
 
     def draw(self, stage: Stage, before: Drawing | None = None, *, detail: str = "") -> Drawing:
         """The pictures of one stage. A stage with fewer units of rows than there are ranks leaves some idle.
@@ -84,7 +110,7 @@ class Cascade:
             before: what an upper stage enlarges; None: the stage starts from noise.
             detail: which of several stages this is, for people.
         """
-        group, rows, unit = self._striped.group, stage.height // token_size(self._pipe), self._striped.settings.unit
+        group, rows, unit = self._striped.group, stage.height // self._adapter.token_size, self._striped.settings.unit
         ranks = min(group.size, rows // unit)
         if self._striped.shards and ranks < group.size:  # idle ones would not give others their share
             raise ValueError(
@@ -124,14 +150,14 @@ class Cascade:
         pipe = self._pipe if start is None else self._refining
         extrapolation = self._extrapolation(stage)
         with self._striped.running(group=part, scheduler=pipe.scheduler, extrapolation=extrapolation):
-            return denoise(pipe, self._embeddings, stage, seed=seed, start=start, on_step=self._on_step)
+            return self._adapter.denoise(pipe, self._embeddings, stage, seed=seed, start=start, on_step=self._on_step)
 
     @cached_property
-    def _refining(self) -> FluxImg2ImgPipeline:
-        return refining_pipeline(self._pipe)
+    def _refining(self) -> Any:
+        return self._adapter.refining()
 
     def _extrapolation(self, stage: Stage) -> Extrapolation | None:
-        tokens = stage.height * stage.width // token_size(self._pipe) ** 2
+        tokens = stage.height * stage.width // self._adapter.token_size**2
         upper = stage.sampling
         if not isinstance(upper, Upscaling) or tokens <= self._native_tokens:
             return None
@@ -174,22 +200,18 @@ class Cascade:
         mean_BCRW = moments.chunk(2, dim=1)[0]
         tokens_BLC = mean_BCRW.flatten(2).transpose(1, 2).contiguous()
         whole_BLC = StripeJoin(group, stripes, counters).join(tokens_BLC)
-        mean = whole_BLC.transpose(1, 2).unflatten(2, (-1, mean_BCRW.shape[3]))
-        return (mean - vae.config.shift_factor) * vae.config.scaling_factor
+        return self._adapter.from_vae(whole_BLC.transpose(1, 2).unflatten(2, (-1, mean_BCRW.shape[3])))
 
     @torch.no_grad()
     def _decode(self, latents: Tensor, stage: Stage, group: Group, stripes: tuple[Rows, ...]) -> Tensor:
         """The pixels [B, 3, R, W] of my stripe."""
-        vae, mine, token = self._pipe.vae, stripes[group.rank], token_size(self._pipe)
-        tokens = mine.relative_to(0), stage.width // token
-        mine_BLC = latents.unflatten(1, (-1, tokens[1]))[:, tokens[0]].flatten(1, 2)
-        rows_BCRW = self._pipe._unpack_latents(mine_BLC, len(mine) * token, stage.width, self._pipe.vae_scale_factor)
-        scaled = rows_BCRW / vae.config.scaling_factor + vae.config.shift_factor
-        return decode_stripes(vae, scaled.to(vae.dtype), group, stripes, counters=self._striped.counters)
+        vae, mine = self._pipe.vae, stripes[group.rank]
+        rows_BCRW = self._adapter.for_vae(self._adapter.unpacked(latents, mine.relative_to(0), stage.size))
+        return decode_stripes(vae, rows_BCRW.to(vae.dtype), group, stripes, counters=self._striped.counters)
 
     def _in_pixels(self, stripes: tuple[Rows, ...]) -> tuple[Rows, ...]:
         """Rows of tokens in rows of pixels, and none for each rank that has no stripe."""
-        token, idle = token_size(self._pipe), self._striped.group.size - len(stripes)
+        token, idle = self._adapter.token_size, self._striped.group.size - len(stripes)
         return (*(Rows(token * rows.start, token * rows.stop) for rows in stripes), *(Rows(0, 0),) * idle)
 
 
@@ -203,14 +225,10 @@ def work_of(stage: Stage) -> dict[str, float]:
     }
 
 
-def token_size(pipe: Any) -> int:
-    """Pixels along the side of a token."""
-    return pipe.vae_scale_factor * PACKING
-
-
 def unit_size(pipe: Any) -> int:
     """Pixels that sides of pictures are multiples of; raises ValueError where the pipeline is not on stripes."""
-    return token_size(pipe) * require_striped(pipe).settings.unit
+    striped = require_striped(pipe)
+    return striped.family.adapted(pipe).token_size * striped.settings.unit
 
 
 def to_bytes(pixels: Tensor) -> Tensor:

@@ -5,16 +5,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
 from PIL.Image import Image, fromarray
 from torch import Tensor
 
 from clear_dist.comm.group import Group
 from clear_dist.comm.rows import collect_stripes
-from clear_dist.drawing.cascade import Cascade, Drawing, to_bytes, token_size, unit_size
+from clear_dist.drawing.cascade import Cascade, Drawing, to_bytes, unit_size
+from clear_dist.drawing.prompts import encode_prompts
 from clear_dist.engine.agreement import require_equal_settings
 from clear_dist.engine.striped import require_striped
-from clear_dist.families.flux.text import encode_prompts
+from clear_dist.families.transformers import PIPELINES
 from clear_dist.geometry import Rows
 from clear_dist.stages import Sampling, Size, Stage, Upscaling, plan_cascade, plan_upscaling, refining_steps
 
@@ -49,13 +49,14 @@ def generate(
         upscaling: how upper stages are refined; by default as in CLEAR's notebook, `num_inference_steps` x 0.7 steps.
 
     Raises:
-        ValueError: the pipeline is not parallelized or no FluxPipeline, a size is no multiple of the token size, or the
+        ValueError: the pipeline is not parallelized or of another kind, a size is no multiple of the token size, or the
             stale schedule's buffers would not fit.
     """
-    require_striped(pipe)
-    if not isinstance(pipe, FluxPipeline):
-        raise ValueError(f"generate draws with a FluxPipeline, got {type(pipe).__name__}; call that pipeline itself")
-    native = pipe.vae.config.sample_size
+    adapter = require_striped(pipe).family.adapted(pipe)
+    if not {kind.__name__ for kind in type(pipe).__mro__} & PIPELINES.keys():
+        known = ", ".join(PIPELINES)
+        raise ValueError(f"generate draws with a {known}, got {type(pipe).__name__}; call that pipeline itself")
+    native = adapter.native_size
     height, width, base = (native if size is None else size for size in (height, width, base_resolution))
     require_whole_tokens(pipe, height=height, width=width, base_resolution=base)
     stages = plan_cascade(
@@ -98,7 +99,7 @@ def upscale(
     stages = plan_upscaling(
         before.size,
         (height, width),
-        native=pipe.vae.config.sample_size,
+        native=striped.family.adapted(pipe).native_size,
         token=unit_size(pipe),
         upscaling=upscaling or Upscaling(),
     )
@@ -157,7 +158,7 @@ def _encoded(
     striped = require_striped(pipe)
     require_equal_settings(striped.group, stages=stages, seed=seed, prompts=len(prompts), num_images=num_images)
     return encode_prompts(
-        pipe,
+        striped.family.adapted(pipe),
         striped.group,
         striped.counters,
         prompts,
@@ -170,13 +171,9 @@ def _encoded(
 def _pictures(
     pipe: Any, embeddings: dict[str, Tensor], stages: tuple[Stage, ...], seed: int, drawing: Drawing | None
 ) -> list[Image]:
-    striped, last, batch = require_striped(pipe), stages[-1], len(embeddings["prompt_embeds"])
-    grid = last.height // token_size(pipe), last.width // token_size(pipe)
-    # Before the lower stages are drawn, rather than after.
-    striped.require_room(grid, batch=batch, passes=last.sampling.passes, steps=last.sampling.steps)
-    cascade = Cascade(pipe, embeddings, seed=seed, native_size=pipe.vae.config.sample_size)
-    for stage in stages:
-        drawing = cascade.draw(stage, drawing)
-    assert drawing is not None
-    pictures = (list(picture_rows(drawing, index, striped.group)) for index in range(batch))
+    for drawn in Cascade(pipe, embeddings, seed=seed).run(stages, drawing):
+        drawing = drawn
+    assert drawing is not None, "there is at least one stage"
+    count = len(next(iter(embeddings.values())))
+    pictures = (list(picture_rows(drawing, index, require_striped(pipe).group)) for index in range(count))
     return [fromarray(np.concatenate(rows)) for rows in pictures if rows]

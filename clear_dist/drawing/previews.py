@@ -9,13 +9,14 @@ from PIL.Image import fromarray
 from torch import Tensor
 
 from clear_dist.drawing.cascade import to_bytes
+from clear_dist.engine.striped import require_striped
 from clear_dist.launch.ends import describe, say
 from clear_dist.pictures import replacing
 from clear_dist.stages import Stage
 from clear_dist.weights.offload import brought
 
 LONGEST_SIDE = 64
-"""Of what is decoded, in latents: 512 pixels for FLUX."""
+"""Of what is decoded, in latents: 512 pixels where the VAE scales by 8."""
 LEAST_SIDE = 2
 
 
@@ -32,7 +33,7 @@ class Previews:
         self._before: Tensor | None = None
 
     def after_step(self, pipe: Any, stage: Stage, done: int, latents: Tensor) -> None:
-        """Called after each step with the number of steps done and the latents [B, tokens, 64]."""
+        """Called after each step with the number of steps done and the latents."""
         if done % self._every == 0 and done > 1:
             assert self._before is not None, "kept after the step before"
             sigmas = pipe.scheduler.sigmas
@@ -44,13 +45,13 @@ class Previews:
     @torch.no_grad()
     def _write(self, pipe: Any, stage: Stage, clean: Tensor) -> None:
         vae = pipe.vae
-        latents_BCHW = pipe._unpack_latents(clean, *stage.size, pipe.vae_scale_factor)
+        adapter = require_striped(pipe).family.adapted(pipe)
+        latents_BCHW = adapter.unpacked(clean, slice(None), stage.size)
         shrink = min(1.0, LONGEST_SIDE / max(latents_BCHW.shape[2:]))
         size = [max(LEAST_SIDE, round(side * shrink)) for side in latents_BCHW.shape[2:]]
         small = F.interpolate(latents_BCHW.float(), size, mode="area")
-        scaled = small / vae.config.scaling_factor + vae.config.shift_factor
         with brought(vae):
-            pixels_HBWC = to_bytes(vae.decode(scaled.to(vae.dtype)).sample)
+            pixels_HBWC = to_bytes(vae.decode(adapter.for_vae(small).to(vae.dtype)).sample)
         try:
             with replacing(self._file) as partial:
                 fromarray(pixels_HBWC[:, 0].cpu().numpy()).save(partial)

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from clear_dist.comm.clock import Clock
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
@@ -124,6 +127,12 @@ def cut_image(
         exchanges=Exchanges(group, stripes, plan, settings, counters, clock=clock),
         join=StripeJoin(group, stripes, counters),
     )
+
+
+def others_first(x_BT: Tensor, text: TextPlan) -> Tensor:
+    """`x`, one entry for each text token, in the order of `Heads`: other ranks' tokens, then mine."""
+    own = text.own
+    return torch.cat([x_BT[:, : own.start], x_BT[:, own.stop :], x_BT[:, own]], dim=1)
 
 
 def choose_text_plan(asked: TextTokens, text_tokens: int, cut: Cut) -> TextPlan:

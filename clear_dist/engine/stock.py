@@ -1,9 +1,16 @@
 """What must still be as diffusers made it: else it would be lost on stripes, or computed past."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from typing import Any
 
-if TYPE_CHECKING:
-    from clear_dist.engine.striped import StripedModel
+from torch import nn
+
+from clear_dist.engine.family import StripeProcessor
+
+
+def attention_layers(model: nn.Module) -> dict[str, Any]:
+    """Modules with an attention processor, by name, in the order in which the model holds them."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "get_processor")}
 
 
 def require_stock(*models: Any) -> None:
@@ -14,7 +21,7 @@ def require_stock(*models: Any) -> None:
             another.
     """
     for model in models:
-        if any(hasattr(processor, "striped") for processor in model.attn_processors.values()):
+        if any(isinstance(layer.processor, StripeProcessor) for layer in attention_layers(model).values()):
             raise ValueError("this pipeline is parallelized already; undo() the former first")
         require_unfused(model)
         require_uncompiled(model)
@@ -40,17 +47,17 @@ def require_uncompiled(model: Any) -> None:
         raise ValueError("torch.compile cannot follow messages between ranks; pass parallelize(compile=True) instead")
 
 
-def is_striped_by(transformer: Any, striped: "StripedModel") -> bool:
-    """Whether all attention processors are those of `striped`."""
-    return all(getattr(processor, "striped", None) is striped for processor in transformer.attn_processors.values())
+def require_supported(transformer: Any, striped: object, layers: Collection[str]) -> None:
+    """Raises ValueError where something has come since that would give wrong pictures, or leave ranks waiting.
 
-
-def require_supported(transformer: Any, striped: "StripedModel") -> None:
-    """Raises ValueError where something has come since that would give wrong pictures, or leave ranks waiting."""
-    for name, processor in transformer.attn_processors.items():
-        if getattr(processor, "striped", None) is not striped:
+    Args:
+        striped: what the processors of `layers` must belong to.
+    """
+    for name, layer in attention_layers(transformer).items():
+        if name in layers and getattr(layer.processor, "striped", None) is not striped:
             raise ValueError(
-                f"the attention processor of {name} must stay clear_dist's, got {type(processor).__name__}; "
+                f"the attention processor of {name}.processor must stay clear_dist's, "
+                f"got {type(layer.processor).__name__}; "
                 "IP-Adapters and other processors cannot be combined with parallelize"
             )
     require_unfused(transformer)

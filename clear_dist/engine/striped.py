@@ -1,8 +1,9 @@
 """A transformer on stripes: cut before its forward, joined after it, by hooks that can be taken off again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -10,50 +11,79 @@ from clear_dist.comm.clock import Clock
 from clear_dist.comm.counters import Counters, labelled
 from clear_dist.comm.group import Group
 from clear_dist.comm.halo_exchange import PendingHalos
+from clear_dist.comm.weight_shards import ShardedWeights
 from clear_dist.engine.agreement import SameCall, require_equal_on_all_ranks
-from clear_dist.engine.cut import Cut, choose_text_plan, cut_image, plan_image
+from clear_dist.engine.cut import Cut, choose_text_plan, cut_image, others_first, plan_image
 from clear_dist.engine.exchanges import Exchange
 from clear_dist.engine.extrapolation import Extrapolation
-from clear_dist.engine.family import Adaptor, Removable
+from clear_dist.engine.family import Family, Removable
 from clear_dist.engine.parts import Parts
 from clear_dist.engine.room import needed_bytes, require_room
 from clear_dist.engine.settings import Settings
-from clear_dist.engine.stock import is_striped_by, require_supported
+from clear_dist.engine.stock import attention_layers, require_supported
 from clear_dist.geometry import plan_pooled, plan_text
-from clear_dist.weights.fit import fit, weight_bytes
-from clear_dist.weights.hoisted import HoistedModulation
+
+
+class Modulation(Protocol):
+    """A model's modulation in host memory (`weights/hoisted.py`)."""
+
+    @property
+    def weights(self) -> AbstractSet[Tensor]:
+        """Weights that are not on the device."""
+
+    def begin(self, turn: int, scheduler: Any, *, generation: bool) -> None: ...
+    def forget(self) -> None: ...
+    def undo(self) -> None: ...
 
 
 class StripedModel:
-    """Puts an adaptor's processors and the two hooks on a transformer."""
+    """Puts a family's processors and hooks on a transformer, and two of its own."""
 
-    def __init__(self, adaptor: Adaptor, scheduler: Any, group: Group, settings: Settings) -> None:
-        self.adaptor = adaptor
+    def __init__(
+        self,
+        family: Family,
+        scheduler: Any,
+        group: Group,
+        settings: Settings,
+        *,
+        counters: Counters,
+        modulation: Modulation | None = None,
+        shards: Sequence[ShardedWeights] = (),
+    ) -> None:
+        """
+        Args:
+            counters: those that `shards` count in too.
+            modulation, shards: what was done to the weights; undone by `remove`.
+        """
+        self.family = family
         self.scheduler = scheduler
         self.group = group
         self.settings = settings
+        self.counters = counters
+        self.modulation = modulation
+        self.shards = shards
         self.extrapolation: Extrapolation | None = None
         self.parts = Parts.compiled() if settings.options.compile else Parts()
         """What its blocks compute with between communications."""
-        self.counters = Counters()
         self.cut: Cut | None = None
         self.text_plan = plan_text(0, 1, 0)
         """Which text tokens of the forward under way are this rank's."""
+        self._text_mask: Tensor | None = None
         self._clock = Clock(warmup_steps=settings.warmup_steps)
-        self._modulation = HoistedModulation(adaptor) if settings.options.hoist_modulation else None
         self._forward_is_under_way = False
-        self._same_call = SameCall(self.counters)
+        self._same_call = SameCall(counters)
         self._most_stale_bytes = 0
         self._given = group, scheduler
         self._extrapolated = ExitStack()
-        transformer = adaptor.transformer
-        self._elsewhere = self._modulation.weights if self._modulation is not None else set()
-        self.shards = fit(adaptor, group, self.counters, settings, elsewhere=self._elsewhere)
-        self._stock_processors = dict(transformer.attn_processors)
-        transformer.set_attn_processor(adaptor.processors(self))
+        transformer = family.transformer
+        self._layers = attention_layers(transformer)
+        processors = family.processors(self)
+        self._stock_processors = {name: self._layers[name].processor for name in processors}
+        for name, processor in processors.items():
+            self._layers[name].set_processor(processor)
         self._hooks: list[Removable] = [
-            *self.shards,
-            *adaptor.striped_blocks(),
+            *shards,
+            *family.hooks(self),
             transformer.register_forward_pre_hook(self._before, with_kwargs=True),
             transformer.register_forward_hook(self._after),
         ]
@@ -62,21 +92,22 @@ class StripedModel:
         """Send my share of the text tokens, as soon as they are projected; nothing where all ranks have all.
 
         Args:
-            qkv_BLND: first other ranks' text tokens, which `joint_attention` fills in, then mine.
+            qkv_BLND: first other ranks' text tokens, which `attend` fills in, then mine.
         """
         if self.text_plan.is_shared:
             with labelled(f"layer {layer}"):
                 self._same_call.require()
                 self._exchange(layer).gather.start(*qkv_BLND)
 
-    def start_halos(self, layer: int, key_BLND: Tensor, value_BLND: Tensor) -> PendingHalos:
+    def start_halos(self, layer: int, key_BLND: Tensor, value_BLND: Tensor, *, alone: bool = False) -> PendingHalos:
         """Send my border rows, as soon as there are keys and values: the later others need them the better.
 
         Args:
-            layer: its number among the transformer's attention processors.
-            key_BLND: whose last tokens are those of my rows, as those of `value_BLND`; text before them is left out.
+            layer: its number among the attention layers on stripes.
+            key_BLND: the last tokens are those of my rows, as in `value_BLND`; text before them is left out.
+            alone: whether the layer sees the image alone, without down-sampled keys.
         """
-        cut = self._running_cut
+        cut = self.running_cut
         image = slice(-len(cut.plan.own) * cut.width, None)
         rows = [x[:, image].unflatten(1, (-1, cut.width)) for x in (key_BLND, value_BLND)]
         exchange = self._exchange(layer)
@@ -84,28 +115,40 @@ class StripedModel:
             if not exchange.halos.lags:
                 self._same_call.require()
             halos = exchange.halos.start(*rows)
-            if exchange.pooled is not None:
+            if exchange.pooled is not None and not alone:
                 exchange.pooled.start(layer, *rows)
             return halos
 
-    def joint_attention(
-        self, layer: int, halos: PendingHalos, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor
+    def attend(
+        self,
+        layer: int,
+        halos: PendingHalos,
+        query_BLND: Tensor,
+        key_BLND: Tensor,
+        value_BLND: Tensor,
+        *,
+        alone: bool = False,
     ) -> Tensor:
-        """Output of my tokens [B, L, N, D], text tokens first as in all arguments; called after `start_text`.
+        """Attention's output of my tokens [B, L, N, D], text tokens first as in all arguments.
 
         Args:
             halos: what `start_halos` gave for this layer.
+            alone: whether there are image tokens only; else `start_text` came before.
         """
-        cut = self._running_cut
+        cut = self.running_cut
         with labelled(f"layer {layer}"):
             self._same_call.require()
-            return cut.joint_attention(self._exchange(layer), halos, query_BLND, key_BLND, value_BLND)
+            if alone:
+                return cut.joint_attention.alone(halos, query_BLND, key_BLND, value_BLND)
+            qkv_BLND, mask_BT = (query_BLND, key_BLND, value_BLND), self._text_mask
+            return cut.joint_attention(self._exchange(layer), halos, *qkv_BLND, mask_BT)
 
     def _exchange(self, layer: int) -> Exchange:
-        return self._running_cut.exchanges.of(self._clock.turn, layer, self.text_plan)
+        return self.running_cut.exchanges.of(self._clock.turn, layer, self.text_plan)
 
     @property
-    def _running_cut(self) -> Cut:
+    def running_cut(self) -> Cut:
+        """How the image at hand is cut."""
         assert self.cut is not None, "the cut comes before the first layer"
         return self.cut
 
@@ -113,11 +156,6 @@ class StripedModel:
     def stale_bytes(self) -> int:
         """Of the buffers that the stale schedule keeps from step to step: the most there have been."""
         return max(self._most_stale_bytes, self.cut.exchanges.stale_bytes if self.cut is not None else 0)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Of the transformer's weights on this rank's device."""
-        return weight_bytes(self.adaptor.transformer, but=self._elsewhere)
 
     @contextmanager
     def running(
@@ -152,11 +190,11 @@ class StripedModel:
             self.drain()
         self.group, self.scheduler, self.extrapolation = group, scheduler, extrapolation
         self._clock.forget()
-        if self._modulation is not None:
-            self._modulation.forget()
+        if self.modulation is not None:
+            self.modulation.forget()
         self._extrapolated.close()
         if extrapolation is not None and self._hooks:  # none: taken off inside `running`
-            self._extrapolated.enter_context(self.adaptor.extrapolated(extrapolation))
+            self._extrapolated.enter_context(self.family.extrapolated(extrapolation))
 
     def remove(self) -> None:
         """Restores the processors and takes the hooks off, unless others have taken their place; ends `running`."""
@@ -164,22 +202,23 @@ class StripedModel:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        if is_striped_by(self.adaptor.transformer, self):
-            self.adaptor.transformer.set_attn_processor(dict(self._stock_processors))  # emptied by diffusers
-        if self._modulation is not None:
-            self._modulation.undo()
+        for name, stock in self._stock_processors.items():
+            if getattr(self._layers[name].processor, "striped", None) is self:
+                self._layers[name].set_processor(stock)
+        if self.modulation is not None:
+            self.modulation.undo()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        inputs = self.adaptor.named_inputs(args, kwargs)
+        inputs = self.family.named_inputs(args, kwargs)
         if self._forward_is_under_way:  # the last one was broken off
             self._clock.forget()
-        self._clock.tick(inputs["img_ids"], inputs["hidden_states"])
+        self._clock.tick(self.family.generation(inputs), self.family.latents(inputs))
         self._forward_is_under_way = True
         if self._clock.turn == 0:
             self.counters.begin_step()
         else:
             self.counters.resume()
-        drawn, encoded = self.adaptor.replicated(inputs)
+        drawn, encoded = self.family.replicated(inputs)
         self._same_call.begin(self.group, self._clock, drawn + encoded)
         if self._clock.begins:
             self._same_call.require()
@@ -187,19 +226,20 @@ class StripedModel:
         assert self.cut is not None
         if self.cut.stale and not self.cut.exchanges.has_begun(self._clock.turn):
             self._same_call.require()
-            size, batch = (self.cut.height, self.cut.width), len(inputs["hidden_states"])
+            size, batch = (self.cut.height, self.cut.width), len(self.family.latents(inputs))
             self.require_room(size, batch=batch, passes=1, steps=self._steps)
-        if self._modulation is not None:
-            self._modulation.begin(self._clock.turn, self.scheduler, generation=self._clock.begins)
-        self.text_plan = choose_text_plan(self.settings.options.text_tokens, self.adaptor.text_tokens(inputs), self.cut)
-        return (), self.adaptor.cut(inputs, self.cut, self.text_plan)
+        if self.modulation is not None:
+            self.modulation.begin(self._clock.turn, self.scheduler, generation=self._clock.begins)
+        tokens = self.family.text_tokens(inputs)
+        self.text_plan = choose_text_plan(self.settings.options.text_tokens, tokens, self.cut)
+        mask_BT = self.family.text_mask(inputs)
+        self._text_mask = None if mask_BT is None else others_first(mask_BT, self.text_plan)
+        return (), self.family.cut(inputs, self.cut, self.text_plan)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        assert self.cut is not None
-        sample = output[0] if isinstance(output, tuple) else output.sample
-        whole = self.cut.join.join(sample)
+        joined = self.family.joined(output, self.running_cut)
         self._end_forward()
-        return self.adaptor.with_sample(output, whole)
+        return joined
 
     def _end_forward(self) -> None:
         self.counters.pause()
@@ -215,11 +255,11 @@ class StripedModel:
             return
         if not self._forward_is_under_way:  # what the last image has kept makes room
             self.drain()
-        transformer = self.adaptor.transformer
+        transformer = self.family.transformer
         pooling = self.settings.pooling
         stripes, plan = plan_image(size, self.group, self.settings.options.radius, self.settings.unit)
-        row_bytes = 2 * batch * size[1] * self.adaptor.channels * transformer.dtype.itemsize
-        layers = passes * len(transformer.attn_processors)
+        row_bytes = 2 * batch * size[1] * self.family.channels * transformer.dtype.itemsize
+        layers = passes * len(self._stock_processors)
         needed = needed_bytes(plan, row_bytes=row_bytes, layers=layers)
         if pooling is not None:
             pooled = plan_pooled(stripes, self.group.rank, pooling.factor)
@@ -243,20 +283,20 @@ class StripedModel:
 
     def _begin_generation(self, inputs: dict[str, Any]) -> None:
         """Checks what a generation brings, and cuts anew where the last cut is not for it."""
-        require_supported(self.adaptor.transformer, self)
-        if inputs["hidden_states"].device != self.group.device:
+        require_supported(self.family.transformer, self, self._stock_processors)
+        if (found := self.family.latents(inputs).device) != self.group.device:
             raise ValueError(
                 f"the latents must be on {self.group.device}, where parallelize found the pipeline, "
-                f"got {inputs['hidden_states'].device}; call parallelize after pipe.to(...)"
+                f"got {found}; call parallelize after pipe.to(...)"
             )
-        drawn, encoded = self.adaptor.replicated(inputs)
+        drawn, encoded = self.family.replicated(inputs)
         settings = {"number of steps": self._steps, "extrapolation": self.extrapolation}
         require_equal_on_all_ranks(drawn, encoded, settings, self.group)
-        size = self.adaptor.grid_of(inputs)
+        size = self.family.grid_of(inputs)
         if self.cut is not None and self.cut.group is self.group:
             self.drain()
         stale = self._is_stale(self._steps)
-        text_tokens = self.adaptor.text_tokens(inputs)
+        text_tokens = self.family.text_tokens(inputs)
         image = size, self.group, self.extrapolation
         if self.cut is None or not self.cut.serves(*image, text_tokens=text_tokens, stale=stale):
             self.cut = cut_image(
@@ -270,8 +310,10 @@ class StripedModel:
 
 def striped_of(pipe: Any) -> StripedModel | None:
     """What `parallelize` put on the pipeline's transformer; shared by pipelines made with `from_pipe`."""
-    processor = next(iter(pipe.transformer.attn_processors.values()))
-    return getattr(processor, "striped", None)
+    for layer in attention_layers(pipe.transformer).values():
+        if isinstance(striped := getattr(layer.processor, "striped", None), StripedModel):
+            return striped
+    return None
 
 
 def require_striped(pipe: Any) -> StripedModel:

@@ -1,6 +1,6 @@
-"""How a run ends: one line from whoever knows the cause, silence from all others, and the exit status.
+"""How a run ends: one line from whoever knows the cause, silence from the others, and the exit status.
 
-0 done, 2 the request is wrong, 1 it failed while running, 130 interrupted.
+0 done, 2 the request is wrong, 1 it failed while running, 130 interrupted. Functions that tell return the status.
 """
 
 import json
@@ -23,7 +23,7 @@ HOW_TO_SEE_MORE = "(for the traceback: --traceback)"
 
 
 class Failure(Exception):
-    """What was done has failed, and its message tells all: nothing broke, so there is no traceback to see."""
+    """A failure whose message tells all: nothing broke, so there is no traceback to see."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +35,11 @@ class Cause:
     line: str
     traceback: str
     seconds: float
-    """Wall clock: the first of several causes speaks."""
+    """Wall clock; the first of several causes speaks."""
 
 
 def run_rank(work: Callable[[], None], *, traceback: bool) -> int:
-    """Do a rank's work; on failure tell it, or leave it to the launcher, or be silent. Returns the exit status."""
+    """Do a rank's work; on failure tell it, leave it to the launcher, or be silent."""
     place = env.read()
     try:
         work()
@@ -60,20 +60,20 @@ def run_rank(work: Callable[[], None], *, traceback: bool) -> int:
 
 
 def refuse(message: str) -> int:
-    """Tell that the request is wrong, once even where several ranks find it out; returns the exit status."""
+    """Tell that the request is wrong, once even where several ranks find it out."""
     place = env.read()
     return _tell(place, _cause(place, REFUSED, message, None), traceback=False)
 
 
 def fail(error: Exception, *, traceback: bool) -> int:
-    """Tell of an error outside the ranks' work; returns the exit status."""
+    """Tell of an error outside the ranks' work."""
     place = env.read()
     cause = _cause(place, FAILED, f"failed: {describe(error)} {HOW_TO_SEE_MORE}", error)
     return _tell(place, cause, traceback=traceback)
 
 
 def interrupted() -> int:
-    """Tell that this process was interrupted, once where several ranks were; returns the exit status."""
+    """Tell that this process was interrupted, once where several ranks were."""
     place = env.read()
     if place.launcher is None:
         _restore_terminal()
@@ -81,13 +81,13 @@ def interrupted() -> int:
 
 
 def causes(folder: Path) -> list[Cause]:
-    """What failed ranks have left in `folder`, the first first."""
+    """Causes that failed ranks have left in `folder`, the first one first."""
     found = [Cause(**json.loads(file.read_text())) for file in folder.glob("rank*.json")]
     return sorted(found, key=lambda cause: cause.seconds)
 
 
 def conclude(statuses: Mapping[int, int | None], folder: Path, *, traceback: bool) -> int:
-    """The launcher's line and exit status, from its ranks' (None: still at work, -n: killed by signal n)."""
+    """Tell what the ranks' statuses mean (None: still at work, -n: killed by signal n)."""
     failed = {rank: status for rank, status in statuses.items() if status}
     if not failed:
         return 0
@@ -105,7 +105,7 @@ def conclude(statuses: Mapping[int, int | None], folder: Path, *, traceback: boo
 
 
 def say(line: str) -> None:
-    """One line for people, on stderr: stdout is for the result."""
+    """Write one line for people to stderr: stdout is for the result."""
     sys.stderr.write(f"clear-dist: {line}\n")  # in one piece: print would write the end of the line by itself
     sys.stderr.flush()
 
@@ -149,7 +149,7 @@ def _print(cause: Cause, *, traceback: bool) -> int:
 
 
 def _speaks(place: env.Place, cause: Cause) -> bool:
-    """Whether no other rank of this machine has spoken, or none can know."""
+    """Whether no other rank of this machine has spoken, as far as anyone can know."""
     if place.failures is None or not place.failures.is_dir():
         # Each may have a cause of its own, but all are interrupted alike.
         return place.rank == 0 or cause.status != INTERRUPTED

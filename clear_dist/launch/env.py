@@ -1,4 +1,4 @@
-"""Where this process stands among the ranks: the sole reader of the launcher's environment. Standard library only."""
+"""This process's place among the ranks: the sole reader of the launcher's environment. Standard library only."""
 
 import os
 from collections.abc import Mapping
@@ -21,17 +21,13 @@ class Place:
     failures: Path | None = None
     """Folder in which the ranks of this machine, and `clear-dist --nproc`, learn that one has failed."""
     threads: int | None = None
-    """This rank's share of the cores; None: whatever OpenMP was told."""
+    """This rank's share of the cores; None: as OpenMP was told."""
     meeting: tuple[str, int] | None = None
     """Host and port at which the ranks find each other."""
 
 
 def read(environment: Mapping[str, str] = os.environ) -> Place:
-    """This process's place.
-
-    Raises:
-        ValueError: the launcher's variables are there but make no sense.
-    """
+    """Raises a ValueError where the launcher's variables are there but make no sense."""
     if not launched_by_torchrun(environment):
         return Place()
     rank, world_size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")

@@ -1,4 +1,4 @@
-"""What Ctrl-C and its kin do: end the process at once, or unwind it where files or ranks must be cleared up."""
+"""Ctrl-C and its kin: the process ends at once, or unwinds where files or ranks must be cleared up."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """Inside, an interrupt ends this process with its line: libraries swallow KeyboardInterrupt while they import."""
+    """An interrupt ends this process with its line: libraries swallow KeyboardInterrupt while they import."""
 
     def leave(_: int, __: FrameType | None) -> None:
         os._exit(ends.interrupted())
@@ -24,7 +24,7 @@ def at_once() -> Iterator[None]:
 
 @contextmanager
 def unwinding() -> Iterator[None]:
-    """Inside, an interrupt is a KeyboardInterrupt."""
+    """An interrupt is a KeyboardInterrupt."""
 
     def unwind(_: int, __: FrameType | None) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Starts ranks and turns their end, whatever it is, into one line and an exit status."""
+"""Start of ranks; their end, whatever it is, becomes one line and an exit status."""
 
 import ctypes
 import logging
@@ -10,7 +10,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from multiprocessing.process import BaseProcess
@@ -20,8 +20,6 @@ from typing import Any, cast
 from clear_dist.launch import ends, env
 from clear_dist.launch.interrupts import ENDING, at_once, unwinding
 
-HEAVY = ("torch", "diffusers.pipelines.flux.pipeline_flux", "clear_dist.drawing.generation")
-"""Imported once, before the ranks are forked: in each of eight ranks it would cost a minute on two cores."""
 QUIET = {
     "DIFFUSERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -30,24 +28,29 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TORCH_CPP_LOG_LEVEL": "FATAL",
 }
-"""Unless the user sets them: libraries would report every lost connection from every rank."""
+"""Defaults, since libraries would report every lost connection from every rank."""
 LOUD = ("torchao", "torch.utils._pytree")
-"""Loggers that tell every user, where torchao is installed, which of its kernels this torch does not load."""
+"""Loggers that list kernels of torchao which this torch does not load, wherever torchao is installed."""
 MEETING_SECONDS, FAREWELL_SECONDS = 5.0, 5.0
 _PR_SET_PDEATHSIG = 1
 
 Work = Callable[[], None]
 
 
-def run(work: Work, *, nproc: int, on_cuda: bool = False, traceback: bool = False) -> int:
-    """Do `work` in this process or, if nobody launched it and nproc > 1, in `nproc` new ones; the exit status.
+def run(work: Work, *, nproc: int, on_cuda: bool = False, traceback: bool = False, preload: Sequence[str] = ()) -> int:
+    """Do `work` in this process or, if nobody launched it and nproc > 1, in `nproc` new ones.
 
     Args:
-        work: what a rank does; it finds its place in `comm.env`. An interrupt ends a single rank at once, except
-            inside `interrupts.unwinding`.
-        nproc: ranks on this machine; without meaning where torchrun has started them.
+        work: a rank's work; `env.read` tells its place. An interrupt ends a single rank at once, except inside
+            `interrupts.unwinding`.
+        nproc: ranks on this machine; no effect where torchrun has started them.
         on_cuda: ranks will use CUDA, which does not survive a fork after its first use.
-        traceback: print the traceback of the rank that failed first, too.
+        traceback: print also the traceback of the rank that failed first.
+        preload: modules imported once before ranks are forked: in each of eight ranks torch and diffusers would cost
+            a minute on two cores.
+
+    Returns:
+        The exit status.
     """
     hush()
     with at_once():
@@ -57,7 +60,7 @@ def run(work: Work, *, nproc: int, on_cuda: bool = False, traceback: bool = Fals
             return ends.run_rank(work, traceback=traceback)
         threads = _share_of_threads(nproc)
         if not on_cuda:
-            for name in HEAVY:
+            for name in preload:
                 import_module(name)  # only imports: a fork is safe as long as no parallel region of OpenMP has run
         try:
             with unwinding(), _reserved_port() as port, tempfile.TemporaryDirectory(prefix="clear-dist-") as folder:
@@ -72,7 +75,7 @@ def run(work: Work, *, nproc: int, on_cuda: bool = False, traceback: bool = Fals
 
 
 def hush() -> None:
-    """Libraries say less than they like to; what the user has set stays. To be called before they are imported."""
+    """Quieten libraries that are not imported yet; what the user has set stays."""
     for name, level in QUIET.items():
         os.environ.setdefault(name, level)
     for logger in LOUD:
@@ -90,7 +93,7 @@ def _run_ranks(work: Work, places: list[dict[str, str]], folder: Path, *, on_cud
         _wait(processes, folder)
     finally:
         with _undisturbed():
-            # Read before the rest is ended: only those that ended by themselves tell what happened.
+            # Before the rest is ended: only those that ended by themselves tell what happened.
             statuses = {rank: process.exitcode for rank, process in enumerate(processes)}
             _end(processes)
     return ends.conclude(statuses, folder, traceback=traceback)
@@ -116,7 +119,7 @@ def _leave(status: int) -> int:
 
 
 def _share_of_threads(size: int) -> int | None:
-    """Of each of `size` ranks; None: the user has told OpenMP."""
+    """Threads of each of `size` ranks; None: the user has told OpenMP."""
     if "OMP_NUM_THREADS" in os.environ:
         return None
     threads = max(1, len(os.sched_getaffinity(0)) // size)
@@ -125,7 +128,7 @@ def _share_of_threads(size: int) -> int | None:
 
 
 def _wait(processes: list[BaseProcess], folder: Path) -> None:
-    """Until all have ended, or one has failed and the cause is known."""
+    """Wait until all have ended, or one has failed and the cause is known."""
     running = {process.sentinel: process for process in processes}
     deadline: float | None = None
     while running:
@@ -154,7 +157,7 @@ def _end(processes: list[BaseProcess]) -> None:
 
 
 def _die_with(launcher: int) -> None:
-    """Let the kernel kill this process when the launcher dies, even by SIGKILL."""
+    """Have the kernel kill this process when the launcher dies, even by SIGKILL."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != launcher:
@@ -163,7 +166,7 @@ def _die_with(launcher: int) -> None:
 
 @contextmanager
 def _reserved_port() -> Iterator[int]:
-    """A port that no other program gets: bound but not listening, so that rank 0 can still listen on it."""
+    """Port that no other program gets: bound but not listening, so that rank 0 can still listen on it."""
     with socket.socket() as reserved:
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         reserved.bind(("127.0.0.1", 0))

@@ -19,7 +19,7 @@ CHANNELS_OF_NCCL = 400_000_000
 """Of NCCL's groups, where there are several ranks: assumed, not measured."""
 LIBRARIES, FORKED = 630_000_000, 450_000_000
 """Of Python, torch, diffusers and transformers in a process on a CPU, and in one of several forked ranks, which
-touch less of them: measured, benchmarks/plan.py."""
+touch less of them: measured, benchmarks/memory/plan.py."""
 SHARED = 370_000_000
 """Of these, what forked ranks have in common: pages of files, and of the process that they come from."""
 Items = Mapping[str, int]

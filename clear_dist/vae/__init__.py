@@ -3,10 +3,9 @@
     pixels = decode_stripes(vae, my_rows_of_latents, group, stripes)
     moments = encode_stripes(vae, my_rows_of_pixels, group, stripes)
 
-What a rank computes is what `vae.decode` and `vae.encode` compute of these rows: convolutions are given one row of
-halo, group norms the moments of the whole picture, mid-block attention the keys and values of the whole picture. A
-rank holds two feature maps of its rows at a time, and the temporary tensors of a chunk of rows: for FLUX's VAE at
-8192 px on 8 ranks in bfloat16 at most 6.6 GB, of which 4.3 and 2.1 are the 256 and 128 channels at full size.
+Convolutions get one row of halo; group norms, moments of the whole picture; mid-block attention, its keys and values.
+A rank holds two feature maps of its rows and the temporary tensors of a chunk of rows: at 8192 px on 8 ranks in
+bfloat16 at most 6.6 GB, of which 4.3 and 2.1 are 256 and 128 channels at full size.
 
 Shapes: B batch, C channels, R my rows, W columns.
 """
@@ -28,10 +27,10 @@ from clear_dist.weights.offload import brought
 __all__ = ["MAX_BYTES", "decode_stripes", "encode_stripes"]
 
 MAX_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}
-"""Of the temporary tensors of a chunk, by device: a CPU wants them small, a GPU wants few calls."""
+"""Limit of a chunk's temporary tensors, by device: a CPU wants them small, a GPU wants few calls."""
 
 
-# A VAE that is offloaded comes to its device by this hook, as for its own methods.
+# The hook brings an offloaded VAE to its device, as for its own methods.
 @apply_forward_hook
 @torch.no_grad()
 def decode_stripes(
@@ -43,19 +42,19 @@ def decode_stripes(
     max_bytes: int | None = None,
     counters: Counters | None = None,
 ) -> Tensor:
-    """This rank's rows of `vae.decode(latents).sample`; all ranks call this. Slicing and tiling settings don't count.
+    """This rank's rows of `vae.decode(latents).sample`; all ranks call this. Slicing and tiling have no effect.
 
     Args:
-        latents_BCRW: this rank's rows of the latents, scaled for the VAE, in its dtype and on the group's device.
-        stripes: each rank's rows, from `cut_in_stripes`, in any unit that is the same for all: tokens, mostly.
-        max_bytes: what the temporary tensors of one chunk may take; a chunk has one row at least. None: MAX_BYTES.
-        counters: where the bytes sent and the time spent waiting are added.
+        latents_BCRW: this rank's rows, scaled for the VAE, in its dtype and on the group's device.
+        stripes: each rank's rows, from `cut_in_stripes`, in any common unit, such as tokens.
+        max_bytes: limit of one chunk's temporary tensors; a chunk has one row at least. None: MAX_BYTES.
+        counters: take the bytes sent and the time spent waiting.
 
     Returns:
         [B, C, R * 8, W * 8] for a VAE that scales by 8.
 
     Raises:
-        ValueError: the rows don't fit the stripe, `max_bytes` is not positive, or the VAE has other blocks than FLUX's.
+        ValueError: the rows don't fit the stripe, `max_bytes` is not positive, or the VAE has blocks unknown here.
         PeerLost: a rank went away.
     """
     ops = _ops(latents_BCRW, group, stripes, max_bytes, counters)
@@ -79,11 +78,10 @@ def encode_stripes(
     """This rank's rows of `vae.encode(pixels).latent_dist.parameters`; all ranks call this.
 
     To sample, join the rows first and give them to diffusers' `DiagonalGaussianDistribution`: noise that each rank
-    drew for its own rows would depend on how many ranks there are.
+    drew for its own rows would depend on the number of ranks.
 
     Args:
-        pixels_BCRW: this rank's rows of the picture in [-1, 1], in the VAE's dtype and on the group's device.
-        stripes, max_bytes, counters: as in `decode_stripes`.
+        pixels_BCRW: this rank's rows of the picture in [-1, 1]; the rest as in `decode_stripes`.
 
     Returns:
         [B, 2 * C, R / 8, W / 8] for a VAE that scales by 8: means, then logarithms of variances.
@@ -111,7 +109,7 @@ def _run(layers: Sequence[Layer], rows_BCRW: Tensor) -> Tensor:
 def _ops(
     rows_BCRW: Tensor, group: Group, stripes: tuple[Rows, ...], max_bytes: int | None, counters: Counters | None
 ) -> StripeOps:
-    """What the layers need; raises a ValueError where the arguments don't fit."""
+    """Raises a ValueError where the arguments don't fit together."""
     stripe = len(stripes[group.rank])
     if rows_BCRW.ndim != 4 or rows_BCRW.shape[2] == 0 or rows_BCRW.shape[2] % stripe:
         raise ValueError(f"rows must be [B, C, R, W] with R a multiple of {stripe}, got {tuple(rows_BCRW.shape)}")

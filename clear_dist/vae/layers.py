@@ -1,6 +1,6 @@
 """diffusers' AutoencoderKL layer by layer, each a map from stripe to stripe with the module's own weights.
 
-Layers come as a flat sequence, so that a layer's input is freed as soon as the next one has its output.
+Layers come as a flat sequence, so that a layer's input is freed as soon as the next one starts.
 
 Shapes: B batch, C channels, E my rows with halos, W columns, L my positions.
 """
@@ -19,11 +19,7 @@ Layer = Callable[[Tensor], Tensor]
 
 
 def decoder_layers(ops: StripeOps, decoder: Decoder) -> Iterator[Layer]:
-    """The layers of `decoder`, in order.
-
-    Raises:
-        ValueError: it has blocks of another kind than FLUX's.
-    """
+    """Raises a ValueError for blocks of a kind unknown here."""
     yield partial(ops.convolve, conv=decoder.conv_in)
     yield from _mid_layers(ops, decoder.mid_block)
     for block in decoder.up_blocks:
@@ -34,11 +30,7 @@ def decoder_layers(ops: StripeOps, decoder: Decoder) -> Iterator[Layer]:
 
 
 def encoder_layers(ops: StripeOps, encoder: Encoder) -> Iterator[Layer]:
-    """The layers of `encoder`, in order.
-
-    Raises:
-        ValueError: it has blocks of another kind than FLUX's.
-    """
+    """Raises a ValueError for blocks of a kind unknown here."""
     yield partial(ops.convolve, conv=encoder.conv_in)
     for block in encoder.down_blocks:
         _require(block, DownEncoderBlock2D)
@@ -58,9 +50,9 @@ def _mid_layers(ops: StripeOps, block: Any) -> Iterator[Layer]:
 
 
 def _resnet(ops: StripeOps, block: Any, x_BCEW: Tensor) -> Tensor:
-    """norm, activation, convolution, twice, beside a shortcut."""
+    """Norm, activation and convolution, twice, beside a shortcut."""
     batch, _, extended, width = x_BCEW.shape
-    # One row more than a stripe has, so that the second convolution can overwrite its input.
+    # One row more than a stripe, so that the second convolution can overwrite its input.
     room = x_BCEW.new_empty(batch, block.conv1.out_channels, extended + 1, width)
     norm = ops.normalised(x_BCEW, block.norm1, block.nonlinearity)
     hidden_BCEW = ops.convolve(x_BCEW, block.conv1, norm, out_BCEW=room[:, :, 1:])
@@ -83,7 +75,6 @@ def _attention(ops: StripeOps, block: Any, x_BCEW: Tensor) -> Tensor:
 
 
 def _head(ops: StripeOps, coder: Any, x_BCEW: Tensor) -> Tensor:
-    """The last layers of decoder and encoder."""
     return ops.convolve(x_BCEW, coder.conv_out, ops.normalised(x_BCEW, coder.conv_norm_out, coder.conv_act))
 
 

@@ -1,8 +1,8 @@
 """The three operations of a VAE that look beyond a pixel, on stripes: convolution, group norm, attention.
 
-A stripe carries one row of halo on either side, which `convolve` has filled just before it reads it. Work is done in
-chunks of rows, so that only whole stripes and the temporary tensors of one chunk exist at a time; a chunk also stays
-below 2^31 elements, which several GPU kernels cannot count.
+A stripe carries one row of halo on either side, which `convolve` fills just before it reads it. Work is done in chunks
+of rows, so that the temporary tensors of only one chunk exist at a time; a chunk also stays below 2^31 elements, beyond
+which several GPU kernels cannot count.
 
 Shapes: B batch, C channels, R my rows, E = R + 2 my rows with halos, W columns, L = R * W positions, S positions of the
 whole picture, G groups of channels.
@@ -22,7 +22,7 @@ from clear_dist.comm.rows import RowHalos, StripeJoin
 from clear_dist.geometry import Rows
 
 Pointwise = Callable[[Tensor], Tensor]
-"""A map of [B, C, rows, W] that treats each row by itself."""
+"""Map of [B, C, rows, W] that treats each row by itself."""
 
 FUSED = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 BYTES_PER_VALUE = 12  # at most three temporary tensors of float32 at a time
@@ -48,17 +48,17 @@ class StripeOps:
         after: Callable[[Tensor, slice], Tensor] | None = None,
         out_BCEW: Tensor | None = None,
     ) -> Tensor:
-        """A 3x3 convolution: stride 1 with a border of zeros, or stride 2 with zeros below and on the right only.
+        """3x3 convolution: stride 1 with a border of zeros, or stride 2 with zeros below and on the right only.
 
         Args:
-            before: what its input goes through first.
-            upsample: whether its input is then made twice as high and wide (nearest).
-            after: is given a chunk of the output and its rows in the output; returns what is kept of it.
-            out_BCEW: where the output goes; None: new memory. At stride 1 it may be the memory of `x_BCEW` if it
-                begins one row above: then a chunk is written where no later one reads.
+            before: applied to the input.
+            upsample: whether the input is then made twice as high and wide (nearest).
+            after: applied to a chunk of the output and its rows in the output.
+            out_BCEW: the output; None: new memory. At stride 1 it may share the memory of `x_BCEW` if it begins one
+                row above: then a chunk is written where no later one reads.
 
         Returns:
-            The output's stripe, with the halos not filled.
+            The output's stripe, its halos not filled.
         """
         self._halos.fill(x_BCEW)
         step, zoom = conv.stride[0], 2 if upsample else 1
@@ -73,7 +73,7 @@ class StripeOps:
         return out_BCEW
 
     def normalised(self, x_BCEW: Tensor, norm: nn.GroupNorm, activation: Pointwise | None = None) -> Pointwise:
-        """`activation(norm(.))` for rows of `x_BCEW`, the moments being those of the whole picture."""
+        """`activation(norm(.))` for rows of `x_BCEW`, with the moments of the whole picture."""
         mean_BG, variance_BG = self._moments(x_BCEW, norm.num_groups)
         deviation_BG = (variance_BG + norm.eps).sqrt()
         mean_BC, deviation_BC = (
@@ -90,9 +90,9 @@ class StripeOps:
         return apply
 
     def attend(self, query_BLC: Tensor, key_BLC: Tensor, value_BLC: Tensor, heads: int) -> Tensor:
-        """Attention of my positions to those of the whole picture, [B, L, C]: keys and values are gathered.
+        """Attention [B, L, C] of this rank's positions to those of the whole picture, which are gathered.
 
-        Only fused kernels are allowed, because the others hold the L x S matrix of scores.
+        Only fused kernels are allowed: the others hold the L x S matrix of scores.
 
         Raises:
             RuntimeError: the device has no fused kernel for this dtype and head dim.
@@ -104,7 +104,7 @@ class StripeOps:
             return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
     def _gather(self, *parts_BLC: Tensor) -> list[Tensor]:
-        """All ranks' positions, in order: [B, S, C] each."""
+        """[B, S, C] each."""
         join = StripeJoin(self._group, self._stripes, self._counters)
         return [join.join(part) for part in parts_BLC]
 
@@ -125,7 +125,7 @@ class StripeOps:
         return mean_BG, (squares_BG / count_BG - mean_BG.square()).clamp_min(0.0)
 
     def _framed(self, x_BCEW: Tensor, rows: Rows, before: Pointwise | None) -> Tensor:
-        """These rows and one more on either side, after `before`; zeros beyond the border of the picture."""
+        """`before` of these rows and one more on either side; zeros beyond the border of the picture."""
         piece = x_BCEW[:, :, rows.start : rows.stop + 2]
         piece = piece if before is None else before(piece)
         if rows.start == 0 and self._group.rank == 0:
@@ -135,7 +135,7 @@ class StripeOps:
         return piece
 
     def _chunks(self, x_BCEW: Tensor, channels: int, step: int = 1) -> Iterator[Rows]:
-        """My rows, in pieces of whole `step`s whose temporary tensors (`channels` in all) fit in the bound."""
+        """Pieces of whole `step`s whose temporary tensors (`channels` in all) stay within the limit."""
         batch, _, extended, width = x_BCEW.shape
         rows = self._max_bytes // (batch * width * channels * BYTES_PER_VALUE) - 2
         rows = max(1, rows // step) * step
@@ -144,17 +144,16 @@ class StripeOps:
 
 
 def frame(rows_BCRW: Tensor) -> Tensor:
-    """Rows as a stripe, [B, C, R + 2, W], with the halos not filled."""
+    """Stripe [B, C, R + 2, W] of rows, its halos not filled."""
     return F.pad(rows_BCRW, (0, 0, 1, 1))
 
 
 def unframe(stripe_BCEW: Tensor) -> Tensor:
-    """The rows [B, C, R, W] of a stripe, without the halos."""
+    """Rows [B, C, R, W] of a stripe, without the halos."""
     return stripe_BCEW[:, :, 1:-1]
 
 
 def _convolve(framed: Tensor, conv: Any, upsample: bool) -> Tensor:
-    """Convolve rows that bring one more on either side."""
     if upsample:
         framed = F.interpolate(framed, scale_factor=2.0, mode="nearest")[:, :, 1:-1]
     if conv.stride[0] == 1:

@@ -6,18 +6,21 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from clear_dist.comm.group import Group, PeerLost
+from clear_dist.families.transformers import SAMPLES
 from clear_dist.launch import env
 from clear_dist.launch.ends import Failure, describe
 from clear_dist.observe import report
 from clear_dist.request.flags import STDOUT
-from clear_dist.verify import attention, environment, halos, links, model, text
+from clear_dist.verify import attention, environment, halos, links, text
 from clear_dist.verify.finding import Check, Finding, Result, Show, Subjects, gather, shown
+from clear_dist.verify.model import verify_model
 
 __all__ = ["CHECKS", "Finding", "Result", "Subjects", "run_checks", "verify"]
 
@@ -26,7 +29,7 @@ CHECKS: Mapping[str, Check] = {
     "halos": halos.check,
     "text reduction": text.check,
     "attention": attention.check,
-    "tiny FLUX": model.check,
+    **{f"tiny {sample.name}": partial(verify_model, sample) for sample in SAMPLES},
     "links": links.check,
 }
 SECONDS_TO_ANSWER = {"cpu": 15.0, "cuda": 60.0}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clear_dist.attention import Backend, window_attention
-from clear_dist.attention.backend import Request
+from clear_dist.attention.backend import CallShape
 from clear_dist.comm.group import Group
 from clear_dist.launch.ends import describe
 from clear_dist.verify.dense import attention, circle, largest_error
@@ -54,7 +54,7 @@ def check(group: Group, subjects: Subjects) -> Iterator[Finding]:
     """Every backend that can run on this device, in every dtype; one that raises has failed."""
     for name, backend in subjects.backends.items():
         for dtype, tolerance in TOLERANCE.items():
-            reason = backend.why_not(Request(group.device.type, dtype, HEAD_DIM))
+            reason = backend.why_not(CallShape(group.device.type, dtype, HEAD_DIM))
             if group.agree(reason is not None):
                 continue
             cases = CASES if group.device.type == "cpu" else CASES[:CASES_TO_COMPILE]

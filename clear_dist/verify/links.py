@@ -1,4 +1,4 @@
-"""How fast tensors travel: between neighbours, as halos do, and in the all-reduce of FLUX's text."""
+"""How fast tensors travel: between neighbours, as halos do, and in the all-reduce of a model's text."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group, telling_lost_peers
+from clear_dist.engine.family import Sample
+from clear_dist.families.transformers import SAMPLES
 from clear_dist.options import TEXT_ATTENTION, TextAttention
 from clear_dist.verify.dense import largest_error
 from clear_dist.verify.finding import Finding, Subjects
 
 HALO_BYTES = (1_000, 64_000, 1_000_000, 11_800_000, 47_200_000, 94_400_000)
-"""The last three: FLUX's K and V for radius 16 at 1024, 4096 and 8192 px, per side and layer."""
-TEXT_SHAPE = (1, 512, 24, 128)
-"""FLUX's text queries: batch, tokens, heads, head dim."""
+"""The last three: keys and values of 3072 channels in bfloat16 for radius 16 at 1024, 4096 and 8192 px, per side."""
 REPETITIONS, MORE_REPETITIONS, WARM_UP_RUNS = 5, 20, 1
 SMALL = 1_000_000
 """Bytes; up to here there are more repetitions, below no bandwidth is told."""
@@ -43,8 +43,9 @@ def check(group: Group, subjects: Subjects) -> Iterator[Finding]:
         )
         if too_slow:  # on all ranks alike: they have the same figures
             break
-    for mode in TEXT_ATTENTION:
-        yield _text(group, subjects, mode)
+    for sample in SAMPLES:
+        for mode in TEXT_ATTENTION:
+            yield _text(group, subjects, sample, mode)
 
 
 def _between_neighbours(group: Group, size: int, post: Callable[..., Any]) -> tuple[list[float], dict[int, int]]:
@@ -91,21 +92,21 @@ class _Exchange:
         self._receiving.to(self._group.device, non_blocking=True)
 
 
-def _text(group: Group, subjects: Subjects, mode: TextAttention) -> Finding:
+def _text(group: Group, subjects: Subjects, sample: Sample, mode: TextAttention) -> Finding:
     """The mean of the ranks' numbers, which is what both reductions give where all log-sum-exps are equal."""
     dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32
     counters = Counters()
     reduction = subjects.reduction(group, mode, counters)
-    out = torch.full(TEXT_SHAPE, group.rank + 1.0, device=group.device, dtype=dtype)
-    lse = torch.zeros(TEXT_SHAPE[:-1], device=group.device)
+    out = torch.full(sample.text_shape, group.rank + 1.0, device=group.device, dtype=dtype)
+    lse = torch.zeros(sample.text_shape[:-1], device=group.device)
     results: list[Tensor] = []
     counters.begin_step()
     seconds = _timed(lambda: results.append(reduction.start(out, lse).wait()), group, REPETITIONS)
     taken = max(median(theirs) for theirs in group.gather_objects(seconds))
     size = int(counters.as_dict()["text_bytes_reduced"][0]) // (REPETITIONS + WARM_UP_RUNS)
-    error = largest_error(results[-1], torch.full(TEXT_SHAPE, (group.size + 1) / 2))
+    error = largest_error(results[-1], torch.full(sample.text_shape, (group.size + 1) / 2))
     return Finding(
-        name=f"all-reduce of FLUX's text, {mode}",
+        name=f"all-reduce of {sample.name}'s text, {mode}",
         error=error,
         tolerance=1e-2 if dtype == torch.bfloat16 else 1e-5,
         figure=f"{_megabytes(size)} in {1e3 * taken:.3g} ms",

@@ -1,6 +1,6 @@
 """CLEAR checkpoints: the image side of every attention layer, laid over a base model (paper, Sec. 3.3)."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from clear_dist.cards.clear import (
 )
 from clear_dist.engine.agreement import checksum
 from clear_dist.engine.pooled_keys import Pooling
+from clear_dist.engine.stock import attention_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +88,9 @@ def load_clear_weights(transformer: Any, path: str | Path, device: torch.device 
     """
     require_unfused_lora(transformer)
     parameters = dict(image_attention_parameters(transformer))
-    layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
+    layers = list(attention_layers(transformer))
     with _opened(path) as file, torch.no_grad():
-        # One tensor at a time: a checkpoint for FLUX takes 3.6 GB.
+        # One tensor at a time: a checkpoint may take gigabytes.
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
         factor = down_factor_of(shapes, path)
         own = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
@@ -111,15 +112,12 @@ def require_unfused_lora(transformer: Any) -> None:
             raise ValueError(f"CLEAR weights replace {name}, a fused LoRA included; call pipe.unfuse_lora() first")
 
 
-def image_attention_parameters(transformer: Any) -> Iterable[tuple[str, nn.Parameter]]:
+def image_attention_parameters(transformer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Name in a CLEAR checkpoint and parameter, for every tensor of the transformer that a checkpoint must hold."""
-    for blocks in ("transformer_blocks", "single_transformer_blocks"):
-        for index, block in enumerate(getattr(transformer, blocks)):
-            for projection in PROJECTIONS:
-                linear = _submodule(block.attn, projection)
-                if linear is not None:
-                    prefix = f"{blocks}.{index}.attn.{projection}"
-                    yield from ((f"{prefix}.{name}", getattr(linear, name)) for name in ("weight", "bias"))
+    for name, module in transformer.named_modules():
+        if name.endswith(tuple(f".attn.{projection}" for projection in PROJECTIONS)):
+            linear = getattr(module, "base_layer", module)  # under a LoRA's wrapping
+            yield from ((f"{name}.{part}", parameter) for part, parameter in linear.named_parameters(recurse=False))
 
 
 @contextmanager
@@ -135,12 +133,3 @@ def _opened(path: str | Path) -> Iterator[Any]:
             yield file
     except (OSError, SafetensorError) as error:
         raise ValueError(f"CLEAR weights must be a complete safetensors file, got {path}: {error}") from error
-
-
-def _submodule(attn: nn.Module, name: str) -> nn.Module | None:
-    """The linear layer itself, under a LoRA's wrapping too; None where single blocks have no `to_out`."""
-    try:
-        module = attn.get_submodule(name)
-    except AttributeError:
-        return None
-    return getattr(module, "base_layer", module)

@@ -8,11 +8,13 @@ Shapes: S steps, B batch, C channels of the embedding; a layer's output has seve
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from clear_dist.engine.family import Modulated
 
 LORA = "peft.tuners.lora.layer.Linear"
 """It adds to what the layer below puts out, and changes neither that nor its input."""
@@ -45,7 +47,7 @@ class HoistedLinear(nn.Linear):
 
 
 @dataclass(frozen=True)
-class Place:
+class HoistedPlace:
     """Where a linear layer is: in a norm, or in what adapters have put there around it."""
 
     name: str
@@ -54,7 +56,7 @@ class Place:
     hoisted: HoistedLinear
 
     @classmethod
-    def of(cls, name: str, norm: Any) -> "Place":
+    def of(cls, name: str, norm: Any) -> "HoistedPlace":
         """Nothing is changed yet.
 
         Raises:
@@ -103,16 +105,6 @@ def innermost(norm: Any) -> Any:
     return getattr(norm.linear, "base_layer", norm.linear)
 
 
-class Modulated(Protocol):
-    """What an adaptor tells of a model's modulation."""
-
-    @property
-    def embedder(self) -> Any: ...
-    @property
-    def modulated(self) -> dict[str, Any]: ...
-    def embedder_inputs(self, inputs: tuple[Tensor, ...], timestep: Tensor) -> tuple[Tensor, ...]: ...
-
-
 @dataclass(frozen=True)
 class Table:
     """What the layers put out in the steps of one pass."""
@@ -142,7 +134,7 @@ class HoistedModulation:
             ValueError: a layer is not a plain linear one whose weights are there; nothing has been changed then.
         """
         self._model = model
-        self._places = [Place.of(name, norm) for name, norm in model.modulated.items()]
+        self._places = [HoistedPlace.of(name, norm) for name, norm in model.modulated.items()]
         for place in self._places:
             place.put(place.hoisted)
             place.hoisted.to_host()

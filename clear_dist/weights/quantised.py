@@ -10,6 +10,7 @@ at up to twice the rate. Tokens are quantised as they come, which `--compile` fu
 Shapes: O outputs, I inputs of a layer; L tokens.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ def to_float8(transformer: Any, names: list[str]) -> None:
         transformer.set_submodule(name, Float8Linear(layer))
 
 
-def plain_layers(transformer: Any, names: list[str], setting: str) -> dict[str, nn.Linear]:
+def plain_layers(transformer: Any, names: Sequence[str], setting: str) -> dict[str, nn.Linear]:
     """The layers of these names; raises ValueError where one is not `nn.Linear` itself (but has a LoRA, mostly)."""
     layers = {name: transformer.get_submodule(name) for name in names}
     for name, layer in layers.items():

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clear_dist.attention import BACKENDS, choose_backend
-from clear_dist.attention.backend import Request
+from clear_dist.attention.backend import CallShape
 from clear_dist.merge import merge
 from tests.attention.calls import Case
 
-NAMES = [name for name, backend in BACKENDS.items() if backend.why_not(Request("cpu", torch.float32)) is None]
+NAMES = [name for name, backend in BACKENDS.items() if backend.why_not(CallShape("cpu", torch.float32)) is None]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 CASES = [
     Case(rows=16, key_rows=16, columns=16, text=4, radius=4),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clear_dist.attention import BACKENDS, choose_backend, window_attention
-from clear_dist.attention.backend import Request
+from clear_dist.attention.backend import CallShape
 from tests.attention.calls import Case
 
 LARGE = {"heads": 24, "rows": 256, "key_rows": 256, "columns": 256}
@@ -74,6 +74,6 @@ def test_an_unknown_name_is_refused_with_the_nearest(name: str, nearest: str) ->
 
 
 def test_integers_cannot_be_attended_to() -> None:
-    assert BACKENDS["tiled"].why_not(Request("cpu", torch.int32))
+    assert BACKENDS["tiled"].why_not(CallShape("cpu", torch.int32))
     with pytest.raises(ValueError, match="no attention backend can run"):
         choose_backend("auto", device="cpu", dtype=torch.int32)

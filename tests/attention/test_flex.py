@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from clear_dist.attention import flex, flex_mask, reference, window_attention
-from clear_dist.attention.backend import Request
-from clear_dist.attention.flex_mask import BLOCK, Geometry, block_mask
+from clear_dist.attention.backend import CallShape, Geometry
+from clear_dist.attention.flex_mask import BLOCK, TILE_COLUMNS, block_mask
 from tests.attention.calls import Case
 
 CPU = torch.device("cpu")
 
 
-def dense(geometry: Geometry, mask: BlockMask) -> Tensor:
+def dense(geometry: Geometry, query_rows: int, mask: BlockMask) -> Tensor:
     """The mask [tiles of queries, blocks of keys, tokens of a tile, BLOCK] from its definition alone."""
     queries, keys = mask.seq_lengths
-    sees = flex_mask.mask_of(geometry)(None, None, torch.arange(queries)[:, None], torch.arange(keys))
-    return sees.unflatten(0, (-1, geometry.query_block)).unflatten(2, (-1, BLOCK)).transpose(1, 2)
+    sees = flex_mask.mask_of(geometry, query_rows)(None, None, torch.arange(queries)[:, None], torch.arange(keys))
+    return sees.unflatten(0, (-1, query_rows * TILE_COLUMNS)).unflatten(2, (-1, BLOCK)).transpose(1, 2)
 
 
 def listed(counts: Tensor, indices: Tensor, blocks: int) -> Tensor:
@@ -33,18 +33,18 @@ def listed(counts: Tensor, indices: Tensor, blocks: int) -> Tensor:
     return chosen.bool()
 
 
-def blocks_suffice(geometry: Geometry) -> None:
+def blocks_suffice(geometry: Geometry, query_rows: int) -> None:
     """Every visible key lies in a listed block, and blocks listed as whole hold visible keys only."""
-    mask = block_mask(geometry, CPU)
-    sees = dense(geometry, mask)
+    mask = block_mask(geometry, CPU, query_rows)
+    sees = dense(geometry, query_rows, mask)
     partial = listed(mask.kv_num_blocks, mask.kv_indices, sees.shape[1])
     whole = listed(mask.full_kv_num_blocks, mask.full_kv_indices, sees.shape[1])
     assert not (partial & whole).any()
     assert sees[whole].all()
     # Queries that fill up a border tile are thrown away; what only they see need not be visited.
     image = torch.ones(1, geometry.rows, geometry.columns, 1, 1)
-    tokens = flex._tokens(torch.ones(1, 0, 1, 1), image, geometry.query_rows)
-    real = tokens.flatten().bool().unflatten(0, (-1, geometry.query_block))
+    tokens = flex._tokens(torch.ones(1, 0, 1, 1), image, query_rows)
+    real = tokens.flatten().bool().unflatten(0, (-1, query_rows * TILE_COLUMNS))
     assert not (sees & real[:, None, :, None]).any(dim=(-1, -2))[~(partial | whole)].any()
 
 
@@ -53,9 +53,7 @@ def blocks_suffice(geometry: Geometry) -> None:
 @pytest.mark.parametrize("query_rows", flex.FLASH_ROWS.values())
 def test_blocks_suffice_wherever_the_queries_start(row_offset: int, radius: int, query_rows: int) -> None:
     """Tiles of queries and tiles of keys need not line up; a window then touches one tile more."""
-    blocks_suffice(
-        Geometry(24, 48, columns=40, text=5, radius=radius, row_offset=row_offset + 8, query_rows=query_rows)
-    )
+    blocks_suffice(Geometry(24, 48, columns=40, text=5, radius=radius, row_offset=row_offset + 8), query_rows)
 
 
 @given(data=st.data())
@@ -68,9 +66,8 @@ def test_blocks_suffice_for_any_geometry(data: st.DataObject) -> None:
         text=data.draw(st.sampled_from([0, 1, 127, 128, 200, 256])),
         radius=data.draw(st.integers(1, 40)),
         row_offset=data.draw(st.integers(-60, 60)),
-        query_rows=data.draw(st.sampled_from([8, 16])),
     )
-    blocks_suffice(geometry)
+    blocks_suffice(geometry, data.draw(st.sampled_from([8, 16])))
 
 
 def test_few_blocks_are_visited_and_listed() -> None:
@@ -129,7 +126,7 @@ def with_flash(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("with_flash")
 def test_flash_is_for_hopper_and_blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
-    request = Request("cuda", torch.bfloat16, head_dim=128)
+    request = CallShape("cuda", torch.bfloat16, head_dim=128)
     assert flex.why_not_flash(request) is None
     monkeypatch.setattr(flex, "_capability", lambda: 10)
     assert flex.why_not_flash(request) is None
@@ -141,18 +138,18 @@ def test_flash_is_for_hopper_and_blackwell(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("request_", "reason"),
     [
-        (Request("cpu", torch.bfloat16), "it runs on cuda, got cpu"),
-        (Request("cuda", torch.float32), "it takes bfloat16 and float16, got torch.float32"),
-        (Request("cuda", torch.bfloat16, head_dim=256), "it takes heads of 64, 96, 128, got 256"),
+        (CallShape("cpu", torch.bfloat16), "it runs on cuda, got cpu"),
+        (CallShape("cuda", torch.float32), "it takes bfloat16 and float16, got torch.float32"),
+        (CallShape("cuda", torch.bfloat16, head_dim=256), "it takes heads of 64, 96, 128, got 256"),
     ],
 )
-def test_flash_says_what_it_cannot_do(request_: Request, reason: str) -> None:
+def test_flash_says_what_it_cannot_do(request_: CallShape, reason: str) -> None:
     assert flex.why_not_flash(request_) == reason
 
 
 @pytest.mark.usefixtures("with_flash")
 def test_flash_needs_its_package_and_a_torch_with_the_right_log_sum_exp(monkeypatch: pytest.MonkeyPatch) -> None:
-    request = Request("cuda", torch.bfloat16, head_dim=128)
+    request = CallShape("cuda", torch.bfloat16, head_dim=128)
     monkeypatch.setattr(torch, "__version__", "2.12.1+cu130")
     assert flex.why_not_flash(request) == "it needs torch 2.13 or newer, got 2.12.1+cu130"
     monkeypatch.setattr(torch, "__version__", "2.13.0")
@@ -171,7 +168,7 @@ def test_flash_is_asked_of_flex_attention_in_its_own_blocks(
     monkeypatch.setattr(flex, "run", lambda call, **options: asked.update(options))
     flex.run_flash(None)
     assert asked["kernel_options"] == {"BACKEND": "FLASH"}
-    geometry = Geometry(40, 40, columns=40, text=5, radius=9, row_offset=0, query_rows=asked["query_rows"])
-    mask = block_mask(geometry, CPU)
+    geometry = Geometry(40, 40, columns=40, text=5, radius=9, row_offset=0)
+    mask = block_mask(geometry, CPU, asked["query_rows"])
     assert tuple(mask.BLOCK_SIZE) == blocks
     assert mask.full_kv_num_blocks is not None

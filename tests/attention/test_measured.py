@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from clear_dist.attention import BACKENDS, choose_backend, measured
-from clear_dist.attention.backend import Request
+from clear_dist.attention.backend import CallShape
 from clear_dist.attention.measured import Measured
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +78,7 @@ def test_where_nothing_was_measured_the_order_decides_and_the_log_says_so(
 
 
 def test_without_sizes_nothing_is_near_and_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    assert measured.nearest(Request("cpu", torch.float32, head_dim=64)) is None
+    assert measured.nearest(CallShape("cpu", torch.float32, head_dim=64)) is None
     with caplog.at_level(logging.INFO, logger="clear_dist.attention"):
         assert choose_backend("auto", device="cpu", dtype=torch.float32, head_dim=64).name == "tiled"
     assert "measured" not in caplog.text
@@ -92,9 +92,7 @@ def test_the_embedded_models_own_size_was_measured() -> None:
 
 def test_the_table_is_what_the_results_say() -> None:
     """Made anew from the files that it names, it is the same; each of its rows is among theirs."""
-    script = (
-        "import sys; sys.path.insert(0, 'benchmarks'); import backends as b; print(b.table_of(b.results()), end='')"
-    )
+    script = "from benchmarks.speed import backends as b; print(b.table_of(b.results()), end='')"
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-c", script]
     made = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)

@@ -19,7 +19,6 @@ import os, signal, sys, time
 from clear_dist.launch import env, ranks
 from clear_dist.options import Refusal
 
-ranks.HEAVY = ()  # nothing to import before the fork: these ranks do no work
 
 def work():
     rank = env.read().rank

@@ -9,7 +9,7 @@ ranks share them, leave before the image is projected in a double block, and bef
 Shapes: B batch, L tokens, T text tokens and R image tokens of this rank, C channels, N heads, D head dim.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,77 +18,10 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 
-from clear_dist.comm.halo_exchange import PendingHalos
 from clear_dist.engine.parts import Parts, chunks_of, joined
+from clear_dist.families.flux.attention import Rotary, fill, heads_of, of_image, of_text
 
-Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines of all positions, text first, [L, D] each."""
-Projections = tuple[nn.Module, nn.Module, nn.Module, nn.Module, nn.Module]
-"""To queries, keys and values; the norms of queries and of keys."""
 LARGEST_FLOAT16 = 65_504
-
-
-class Heads:
-    """Queries, keys and values of all tokens of a layer, from their projection to their attention.
-
-    Where each rank has a share of the text, the others' come before mine, once they have arrived.
-    """
-
-    def __init__(self, attn: Any, like_BLC: Tensor, tokens: int, kwargs: dict[str, Any] | None) -> None:
-        require_no_mask((kwargs or {}).get("attention_mask"))
-        self._striped = attn.processor.striped
-        self._elsewhere = self._striped.text_plan.elsewhere
-        shape = len(like_BLC), self._elsewhere + tokens, attn.heads, attn.head_dim
-        self._qkv_BLND = [like_BLC.new_empty(shape) for _ in range(3)]
-        self._layer = attn.processor.layer
-        self._halos: PendingHalos | None = None
-
-    @property
-    def parts(self) -> Parts:
-        return self._striped.parts
-
-    def fill(
-        self,
-        projections: Projections,
-        rotary: Rotary,
-        x_BLC: Tensor,
-        modulated: Callable[[Tensor], Tensor],
-        *,
-        first: int = 0,
-    ) -> Tensor:
-        """Compute those of `x_BLC`; with those of the image, which ends where all tokens do, halos leave.
-
-        Args:
-            modulated: what is projected of a chunk.
-            first: where `x_BLC` begins among my tokens.
-
-        Returns:
-            The last chunk [B, L, C], modulated.
-        """
-        to_q, to_k, to_v, norm_q, norm_k = projections
-        query, key, value = (x[:, self._elsewhere :] for x in self._qkv_BLND)
-        normed = x_BLC  # of no token, on a rank whose share of the text is empty
-        for chunk in chunks_of(x_BLC):
-            place = slice(first + chunk.start, first + chunk.stop)
-            turns = rotary[0][place], rotary[1][place]
-            normed = modulated(x_BLC[:, chunk])
-            self.parts.rotate(to_k, norm_k, normed, *turns, key[:, place])
-            self.parts.project(to_v, normed, value[:, place])
-            if place.stop == key.shape[1]:
-                self._halos = self._striped.start_halos(self._layer, key, value)
-            self.parts.rotate(to_q, norm_q, normed, *turns, query[:, place])
-        return normed
-
-    def start_text(self) -> None:
-        """Text tokens leave, if they are needed elsewhere; to be called once, when mine are there."""
-        self._striped.start_text(self._layer, *self._qkv_BLND)
-
-    def attend(self) -> Tensor:
-        """The joint attention's output of my tokens [B, L, C]; to be called once, when they are all there."""
-        # Not held any longer than it takes: neither these, nor halos, which may hold keys and values.
-        qkv_BLND, halos = self._qkv_BLND, self._halos
-        self._qkv_BLND, self._halos = [], None
-        return self._striped.joint_attention(self._layer, halos, *qkv_BLND).flatten(2)
 
 
 class StripedDoubleBlock(FluxTransformerBlock):
@@ -108,18 +41,16 @@ class StripedDoubleBlock(FluxTransformerBlock):
             return stock(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         image, text, attn = hidden_states, encoder_hidden_states, self.attn
         text_tokens, tokens = text.shape[1], text.shape[1] + image.shape[1]
-        heads = Heads(attn, image, tokens, joint_attention_kwargs)
-        parts = heads.parts
+        heads = heads_of(attn, image, tokens, (joint_attention_kwargs or {}).get("attention_mask"))
+        parts = heads.striped.parts
         shift, scale, *modulation = adaptive(self.norm1, temb, 6)
         text_shift, text_scale, *text_modulation = adaptive(self.norm1_context, temb, 6)
 
-        projections = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k
         modulated = partial(parts.modulate, self.norm1_context.norm, shift_BC=text_shift, scale_BC=text_scale)
-        heads.fill(projections, image_rotary_emb, text, modulated)
+        fill(heads, of_text(attn), image_rotary_emb, text, modulated)
         heads.start_text()
-        projections = attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k
         modulated = partial(parts.modulate, self.norm1.norm, shift_BC=shift, scale_BC=scale)
-        heads.fill(projections, image_rotary_emb, image, modulated, first=text_tokens)
+        fill(heads, of_image(attn), image_rotary_emb, image, modulated, first=text_tokens)
         attended = heads.attend()
 
         out = image.new_empty(len(image), tokens, image.shape[2])
@@ -150,13 +81,12 @@ class StripedSingleBlock(FluxSingleTransformerBlock):
             return stock(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         attn, text_tokens = self.attn, encoder_hidden_states.shape[1]
         x = joined(encoder_hidden_states, hidden_states)
-        heads = Heads(attn, x, x.shape[1], joint_attention_kwargs)
-        parts, chunks = heads.parts, chunks_of(x)
+        heads = heads_of(attn, x, x.shape[1], (joint_attention_kwargs or {}).get("attention_mask"))
+        parts, chunks = heads.striped.parts, chunks_of(x)
         shift, scale, gate = adaptive(self.norm, temb, 3)
         modulated = partial(parts.modulate, self.norm.norm, shift_BC=shift, scale_BC=scale)
 
-        projections = attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k
-        normed = heads.fill(projections, image_rotary_emb, x, modulated)
+        normed = fill(heads, of_image(attn), image_rotary_emb, x, modulated)
         heads.start_text()
         beside = self._with_mlp(parts, normed) if len(chunks) == 1 else None
         del normed
@@ -210,9 +140,3 @@ def adaptive(norm: Any, temb_BC: Tensor, count: int) -> Sequence[Tensor]:
 def finite(x: Tensor) -> Tensor:
     """`x`, clipped in its place where it is float16, as diffusers does."""
     return x.clip_(-LARGEST_FLOAT16, LARGEST_FLOAT16) if x.dtype == torch.float16 else x
-
-
-def require_no_mask(mask: Tensor | None) -> None:
-    """Raises ValueError where there is one: windows and stripes have no place for it."""
-    if mask is not None:
-        raise ValueError("an attention mask cannot be combined with clear_dist.parallelize; pass none")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from clear_dist.cards.card import DIFFUSERS, TRANSFORMERS, Card, Defaults, HubModel, Published
+from clear_dist.cards.card import Card, Defaults, HubModel, Published
 from clear_dist.cards.clear import Shapes, is_image_side, with_spatial_weights
 from clear_dist.cards.headers import whole_number, whole_numbers
 from clear_dist.options import Refusal, shortened
@@ -14,6 +14,8 @@ from clear_dist.stages import Sampling, Upscaling
 FLUX_DEV = "black-forest-labs/FLUX.1-dev"
 FLUX_SCHNELL = "black-forest-labs/FLUX.1-schnell"
 CLEAR_REPOSITORY = "Huage001/CLEAR"
+PACKING = 2
+"""Latents along the side of a token."""
 TIME_CHANNELS = 256
 MLP_RATIO = 4
 ROPE_AXES = (16, 56, 56)
@@ -176,13 +178,12 @@ def _linear(name: str, inputs: int, outputs: int) -> Iterator[tuple[str, tuple[i
 _DEV, _SCHNELL = FluxShape(guidance_embeds=True), FluxShape()
 CARD = Card(
     pipeline="FluxPipeline",
-    transformer="FluxTransformer2DModel",
     scheduler="FlowMatchEulerDiscreteScheduler",
     parts={
-        "transformer": DIFFUSERS,
-        "vae": DIFFUSERS,
-        "text_encoder": TRANSFORMERS,
-        "text_encoder_2": TRANSFORMERS,
+        "transformer": "diffusers.FluxTransformer2DModel",
+        "vae": "diffusers.AutoencoderKL",
+        "text_encoder": "transformers.CLIPTextModel",
+        "text_encoder_2": "transformers.T5EncoderModel",
         "tokenizer": None,
         "tokenizer_2": None,
         "scheduler": None,

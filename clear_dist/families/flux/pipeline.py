@@ -1,7 +1,11 @@
-"""One stage of denoising by diffusers' own pipelines, on a transformer that is on stripes."""
+"""How FLUX's pipelines draw: diffusers' own, on a transformer that is on stripes.
+
+Latents are packed: 2x2 of the VAE's are the 64 channels of a token. Shapes: B pictures, T text tokens, C channels,
+R rows and W columns in the VAE's layout.
+"""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,79 +13,122 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline
 from torch import Tensor
 
-from clear_dist.stages import Stage, Upscaling
-
-OnStep = Callable[[Any, Stage, int, Tensor], None]
-"""Called after each step with pipeline and stage, the number of steps done and the latents [B, tokens, 64]."""
-
-
-def denoise(
-    pipe: Any,
-    embeddings: dict[str, Tensor],
-    stage: Stage,
-    *,
-    seed: int,
-    start: Tensor | None = None,
-    on_step: OnStep | None = None,
-) -> Tensor:
-    """Latents [B, tokens, 64], equal on all ranks, as `FluxPipeline(output_type="latent")` returns them.
-
-    Args:
-        pipe: a pipeline for what the stage starts from, see `refining_pipeline`.
-        embeddings: from `encode_prompts`.
-        seed: of a CPU generator.
-        start: latents [B, 16, height / 8, width / 8] of the picture that is to be refined; None: noise.
-
-    Raises:
-        RuntimeError: the latents are not finite (float16 that overflows, mostly): on all ranks, which hold the same.
-    """
-    sampling = stage.sampling
-
-    def end_step(pipeline: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if on_step is not None:
-            on_step(pipeline, stage, step + 1, tensors["latents"])
-        return {}
-
-    latents = pipe(
-        **embeddings,
-        **({} if start is None else _refined_from(start, sampling)),
-        height=stage.height,
-        width=stage.width,
-        num_inference_steps=sampling.steps,
-        guidance_scale=sampling.guidance_scale,
-        true_cfg_scale=sampling.true_cfg_scale,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="latent",
-        callback_on_step_end=end_step,
-        callback_on_step_end_tensor_inputs=["latents"],
-    ).images
-    if not latents.isfinite().all():
-        raise RuntimeError(f"the latents are not finite after {sampling.steps} steps in {latents.dtype}")
-    return latents
+from clear_dist.engine.family import Encoded, OnStep
+from clear_dist.families.flux.card import PACKING
+from clear_dist.options import shortened
+from clear_dist.stages import Sampling, Size, Stage, Upscaling
 
 
-def refining_pipeline(pipe: Any) -> FluxImg2ImgPipeline:
-    """Image-to-image with the parts of `pipe`, and its scheduler's static shift (paper, Sec. 4.3).
+class FluxPipelineAdapter:
+    """A FluxPipeline, or one of its relatives."""
 
-    The dynamic shift grows with the size, until every step is taken in pure noise.
+    arguments: tuple[str, ...] = (
+        "prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    )
 
-    Raises:
-        ValueError: `pipe` has parts that image-to-image would leave out, such as a ControlNet.
-    """
-    parts = inspect.signature(FluxImg2ImgPipeline.__init__).parameters
-    if other := [name for name in pipe.components if name not in parts]:
-        raise ValueError(
-            f"a cascade refines with FluxImg2ImgPipeline, which has no {', '.join(other)}, got {type(pipe).__name__}; "
-            "nearest: a FluxPipeline of the same parts, or cascade=False"
-        )
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, use_dynamic_shifting=False)
-    # Not `from_pipe`, which turns all parts, the given pipeline's too, to float32.
-    refining = FluxImg2ImgPipeline(**{**pipe.components, "scheduler": scheduler})
-    refining.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
-    return refining
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+
+    @property
+    def token_size(self) -> int:
+        return self._pipe.vae_scale_factor * PACKING
+
+    @property
+    def native_size(self) -> int:
+        return self._pipe.vae.config.sample_size
+
+    @torch.no_grad()
+    def encode(self, texts: list[str], max_sequence_length: int) -> Encoded:
+        """[B, T, C] of T5 and [B, C] of CLIP."""
+        embeddings = self._pipe.encode_prompt(prompt=texts, prompt_2=None, max_sequence_length=max_sequence_length)
+        return list(embeddings[:2])
+
+    def too_long(self, prompt: str, max_sequence_length: int) -> list[str]:
+        lines = []
+        for name, tokenizer, most in (
+            ("CLIP", self._pipe.tokenizer, self._pipe.tokenizer_max_length),
+            ("T5", self._pipe.tokenizer_2, max_sequence_length),
+        ):
+            ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
+            if len(ids) > most:
+                # The last place goes to the token that ends a prompt.
+                rest = shortened(tokenizer.decode(ids[most - 1 :], skip_special_tokens=True).strip())
+                lines.append(f"the prompt is longer than the {most} tokens that {name} takes here; cut off: {rest!r}")
+        return lines
+
+    def refining(self) -> FluxImg2ImgPipeline:
+        """With the scheduler's static shift (paper, Sec. 4.3).
+
+        The dynamic shift grows with the size, until every step is taken in pure noise.
+        """
+        pipe = self._pipe
+        parts = inspect.signature(FluxImg2ImgPipeline.__init__).parameters
+        if other := [name for name in pipe.components if name not in parts]:
+            raise ValueError(
+                f"a cascade refines with FluxImg2ImgPipeline, which has no {', '.join(other)}, "
+                f"got {type(pipe).__name__}; nearest: a FluxPipeline of the same parts, or cascade=False"
+            )
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, use_dynamic_shifting=False)
+        # Not `from_pipe`, which turns all parts, the given pipeline's too, to float32.
+        refining = FluxImg2ImgPipeline(**{**pipe.components, "scheduler": scheduler})
+        refining.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+        return refining
+
+    def denoise(
+        self,
+        pipe: Any,
+        embeddings: Mapping[str, Tensor],
+        stage: Stage,
+        *,
+        seed: int,
+        start: Tensor | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Packed latents [B, tokens, 64], as `FluxPipeline(output_type="latent")` returns them."""
+        sampling = stage.sampling
+
+        def end_step(pipeline: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if on_step is not None:
+                on_step(pipeline, stage, step + 1, tensors["latents"])
+            return {}
+
+        latents = pipe(
+            **embeddings,
+            **({} if start is None else refined_from(start, sampling)),
+            height=stage.height,
+            width=stage.width,
+            num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance_scale,
+            true_cfg_scale=sampling.true_cfg_scale,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="latent",
+            callback_on_step_end=end_step,
+            callback_on_step_end_tensor_inputs=["latents"],
+        ).images
+        if not latents.isfinite().all():
+            raise RuntimeError(f"the latents are not finite after {sampling.steps} steps in {latents.dtype}")
+        return latents
+
+    def unpacked(self, latents: Tensor, rows: slice, size: Size) -> Tensor:
+        width = size[1] // self.token_size
+        mine_BLC = latents.unflatten(1, (-1, width))[:, rows].flatten(1, 2)
+        height = mine_BLC.shape[1] // width * self.token_size
+        return self._pipe._unpack_latents(mine_BLC, height, size[1], self._pipe.vae_scale_factor)
+
+    def for_vae(self, latents_BCRW: Tensor) -> Tensor:
+        config = self._pipe.vae.config
+        return latents_BCRW / config.scaling_factor + config.shift_factor
+
+    def from_vae(self, mean_BCHW: Tensor) -> Tensor:
+        config = self._pipe.vae.config
+        return (mean_BCHW - config.shift_factor) * config.scaling_factor
 
 
-def _refined_from(start: Tensor, sampling: Any) -> dict[str, Any]:
+def refined_from(start: Tensor, sampling: Sampling | Upscaling) -> dict[str, Any]:
+    """Arguments of the image-to-image pipeline for a start [B, 16, R, W]."""
     assert isinstance(sampling, Upscaling), sampling
     # The sigmas that diffusers takes for num_inference_steps = steps / strength; so stated, every step counts.
     sigmas = np.linspace(sampling.strength, sampling.strength / sampling.steps, sampling.steps)

@@ -2,22 +2,23 @@
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor, nn
 
-from clear_dist.comm.halo_exchange import PendingHalos
 from clear_dist.engine.cut import Cut
 from clear_dist.engine.extrapolation import Extrapolation
-from clear_dist.engine.striped import StripedModel
-from clear_dist.families.flux.blocks import Rotary, StripedBlock, require_no_mask
+from clear_dist.engine.family import Inputs, Removable, Stripes
+from clear_dist.engine.stock import attention_layers
+from clear_dist.families.flux.attention import FluxStripeAttnProcessor
+from clear_dist.families.flux.blocks import StripedBlock
+from clear_dist.families.flux.pipeline import FluxPipelineAdapter
 from clear_dist.geometry import TextPlan
 
 PRODUCTS = re.compile(
@@ -27,76 +28,8 @@ PRODUCTS = re.compile(
 NORMS = re.compile(r"transformer_blocks\.\d+\.norm1(_context)?|single_transformer_blocks\.\d+\.norm|norm_out")
 
 
-class FluxStripeAttnProcessor:
-    """Projects, normalises and rotates as diffusers' FluxAttnProcessor, then attends over stripes.
-
-    A block on stripes takes from it which layer it is (`flux_blocks.py`). It is called where others have put a forward
-    of their own on a block before: hooks that bring its weights, mostly.
-    """
-
-    def __init__(self, striped: StripedModel | None = None, layer: int = 0) -> None:
-        """
-        Raises:
-            ValueError: nothing is given: `load_ip_adapter` makes processors anew, by their classes alone.
-        """
-        if striped is None:
-            raise ValueError("IP-Adapters cannot be combined with clear_dist.parallelize; undo() it first")
-        self.striped = striped
-        self.layer = layer
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: Rotary | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Double blocks pass the text apart and get two outputs; single blocks pass both joined, text first.
-
-        Raises:
-            ValueError: an attention mask is given; windows and stripes have no place for it.
-        """
-        require_no_mask(attention_mask)
-        assert image_rotary_emb is not None, "FLUX rotates in every layer"
-        positions = slice(-hidden_states.shape[1], None)
-        rotary = image_rotary_emb[0][positions], image_rotary_emb[1][positions]
-        key = apply_rotary_emb(attn.norm_k(heads(attn, attn.to_k, hidden_states)), rotary, sequence_dim=1)
-        value = heads(attn, attn.to_v, hidden_states)
-        halos = self.striped.start_halos(self.layer, key, value)
-        query = attn.norm_q(heads(attn, attn.to_q, hidden_states))
-        if encoder_hidden_states is None:
-            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
-            return self._attend(halos, query, key, value)
-        text_tokens = encoder_hidden_states.shape[1]
-        query_text = attn.norm_added_q(heads(attn, attn.add_q_proj, encoder_hidden_states))
-        key_text = attn.norm_added_k(heads(attn, attn.add_k_proj, encoder_hidden_states))
-        value_text = heads(attn, attn.add_v_proj, encoder_hidden_states)
-        text_positions = image_rotary_emb[0][:text_tokens], image_rotary_emb[1][:text_tokens]
-        output = self._attend(
-            halos,
-            apply_rotary_emb(torch.cat([query_text, query], dim=1), image_rotary_emb, sequence_dim=1),
-            torch.cat([apply_rotary_emb(key_text, text_positions, sequence_dim=1), key], dim=1),
-            torch.cat([value_text, value], dim=1),
-        )
-        image = attn.to_out[1](attn.to_out[0](output[:, text_tokens:]))
-        return image, attn.to_add_out(output[:, :text_tokens])
-
-    def _attend(self, halos: PendingHalos, *qkv_BLND: Tensor) -> Tensor:
-        """Output [B, L, C] of my tokens; other ranks' text tokens find room before them."""
-        elsewhere = self.striped.text_plan.elsewhere
-        joint = [torch.cat([x.new_empty(len(x), elsewhere, *x.shape[2:]), x], dim=1) for x in qkv_BLND]
-        self.striped.start_text(self.layer, *joint)
-        return self.striped.joint_attention(self.layer, halos, *joint).flatten(2)
-
-
-def heads(attn: Any, linear: nn.Module, x: Tensor) -> Tensor:
-    """`x` [B, L, C] projected, [B, L, N, D]."""
-    return linear(x).unflatten(-1, (-1, attn.head_dim))
-
-
 @dataclass(frozen=True)
-class FluxAdaptor:
+class Flux:
     """Cuts the inputs of FluxTransformer2DModel.forward to this rank's rows and joins its output."""
 
     transformer: Any
@@ -121,11 +54,11 @@ class FluxAdaptor:
         """In the order in which they are called."""
         return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
 
-    def processors(self, striped: StripedModel) -> dict[str, FluxStripeAttnProcessor]:
-        names = self.transformer.attn_processors
+    def processors(self, striped: Stripes) -> dict[str, FluxStripeAttnProcessor]:
+        names = attention_layers(self.transformer)
         return {name: FluxStripeAttnProcessor(striped, layer) for layer, name in enumerate(names)}
 
-    def striped_blocks(self) -> list[StripedBlock]:
+    def hooks(self, striped: Stripes) -> Sequence[Removable]:
         """All blocks, their class changed until `remove`."""
         return [StripedBlock.of(block) for block in self.blocks]
 
@@ -145,7 +78,7 @@ class FluxAdaptor:
         scaled = timestep.expand(like.shape).to(like.dtype) / 1000
         return (scaled.to(like.device) * 1000, *inputs[1:])
 
-    def grid_of(self, inputs: dict[str, Any]) -> tuple[int, int]:
+    def grid_of(self, inputs: Inputs) -> tuple[int, int]:
         """Height and width in tokens, read from `img_ids` (this waits for the GPU: once per generation).
 
         Raises:
@@ -161,11 +94,11 @@ class FluxAdaptor:
             )
         return height, width
 
-    def text_tokens(self, inputs: dict[str, Any]) -> int:
+    def text_tokens(self, inputs: Inputs) -> int:
         """Their number."""
         return inputs["encoder_hidden_states"].shape[1]
 
-    def cut(self, inputs: dict[str, Any], cut: Cut, text: TextPlan) -> dict[str, Any]:
+    def cut(self, inputs: Inputs, cut: Cut, text: TextPlan) -> Inputs:
         """The inputs with the image's tokens, ids and ControlNet residuals cut, and the text's where it is shared.
 
         Ids are made anew in float32: pipelines cast them to the prompt's dtype, and bfloat16 has no 257.
@@ -199,17 +132,30 @@ class FluxAdaptor:
         finally:
             self.transformer.pos_embed = stock
 
-    def replicated(self, inputs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-        """The inputs that must be equal on all ranks: to the bit, and but for the rounding of text encoders."""
+    def replicated(self, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
         drawn = [inputs[name] for name in ("hidden_states", "timestep", "guidance") if inputs.get(name) is not None]
         return drawn, [inputs["encoder_hidden_states"], inputs["pooled_projections"]]
 
-    def named_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def named_inputs(self, args: tuple[Any, ...], kwargs: Inputs) -> Inputs:
         return dict(inspect.signature(self.transformer.forward).bind(*args, **kwargs).arguments)
 
-    def with_sample(self, output: Any, sample: Tensor) -> Any:
-        """The forward's output, a tuple or an object, with another sample in it."""
-        return (sample, *output[1:]) if isinstance(output, tuple) else Transformer2DModelOutput(sample=sample)
+    def generation(self, inputs: Inputs) -> object:
+        return inputs["img_ids"]
+
+    def latents(self, inputs: Inputs) -> Tensor:
+        return inputs["hidden_states"]
+
+    def text_mask(self, inputs: Inputs) -> None:
+        """Padded text is seen, as in stock FLUX."""
+
+    def adapted(self, pipe: Any) -> FluxPipelineAdapter:
+        return FluxPipelineAdapter(pipe)
+
+    def joined(self, output: Any, cut: Cut) -> Any:
+        """A tuple or an object, as the forward gave it."""
+        if isinstance(output, tuple):
+            return cut.join.join(output[0]), *output[1:]
+        return Transformer2DModelOutput(sample=cut.join.join(output.sample))
 
 
 def own_tokens(name: str, x_BLC: Tensor, cut: Cut) -> Tensor:

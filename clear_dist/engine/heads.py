@@ -1,0 +1,56 @@
+"""Queries, keys and values of one layer on one rank, from their projection to their attention.
+
+Whatever the order of a model's own sequence, text comes first here: other ranks' (where each has a share), mine, then
+my rows of the image.
+
+Shapes: B batch, L tokens of this rank, N heads, D head dim.
+"""
+
+from torch import Tensor
+
+from clear_dist.comm.halo_exchange import PendingHalos
+from clear_dist.engine.family import Stripes
+
+
+class Heads:
+    """Filled by a block or a processor in its own order; each start is called once, when its tokens are there."""
+
+    def __init__(
+        self, striped: Stripes, layer: int, like: Tensor, *, tokens: int, heads: int, head_dim: int, alone: bool = False
+    ) -> None:
+        """
+        Args:
+            like: [B, ...], of the dtype and on the device of the result.
+            tokens: of this rank, text and image.
+            alone: the layer sees the image alone.
+        """
+        self.striped = striped
+        self.layer = layer
+        self._alone = alone
+        self._elsewhere = 0 if alone else striped.text_plan.elsewhere
+        shape = len(like), self._elsewhere + tokens, heads, head_dim
+        self._qkv_BLND = [like.new_empty(shape) for _ in range(3)]
+        self._halos: PendingHalos | None = None
+
+    @property
+    def own(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of my tokens, [B, L, N, D] each, to be written to."""
+        query, key, value = (x[:, self._elsewhere :] for x in self._qkv_BLND)
+        return query, key, value
+
+    def start_halos(self) -> None:
+        """The image's keys and values are there: border rows leave. Queries may follow."""
+        _, key, value = self.own
+        self._halos = self.striped.start_halos(self.layer, key, value, alone=self._alone)
+
+    def start_text(self) -> None:
+        """The text's queries, keys and values are there: they leave, if they are needed elsewhere."""
+        self.striped.start_text(self.layer, *self._qkv_BLND)
+
+    def attend(self) -> Tensor:
+        """Attention's output of my tokens [B, L, N x D]; called once, when all are there."""
+        assert self._halos is not None, "attend: halos were not started"
+        # Not held any longer than it takes: neither these, nor halos, which may hold keys and values.
+        (query_BLND, key_BLND, value_BLND), halos = self._qkv_BLND, self._halos
+        self._qkv_BLND, self._halos = [], None
+        return self.striped.attend(self.layer, halos, query_BLND, key_BLND, value_BLND, alone=self._alone).flatten(2)

@@ -1,0 +1,61 @@
+"""A tiny random FLUX, made here: what `clear-dist verify` draws with, on one rank and on many."""
+
+import math
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
+
+SEED, STEPS, PIXELS = 0, 2, 16
+HEADS, HEAD_DIM, TEXT_WIDTH, POOLED_WIDTH, TEXT_TOKENS = 2, 16, 24, 16, 8
+
+
+class FluxSample:
+    """As `clear_dist.engine.family.Sample`."""
+
+    name = "FLUX"
+    steps = STEPS
+    text_shape: tuple[int, ...] = (1, 512, 24, 128)
+
+    def pipeline(self, device: torch.device, dtype: torch.dtype) -> Any:
+        """A FluxPipeline of a transformer and a scheduler only; equal weights in every process."""
+        transformer = FluxTransformer2DModel(
+            in_channels=64, num_layers=1, num_single_layers=1, num_attention_heads=HEADS, attention_head_dim=HEAD_DIM,
+            axes_dims_rope=(4, 6, 6), joint_attention_dim=TEXT_WIDTH, pooled_projection_dim=POOLED_WIDTH,
+            guidance_embeds=True,
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(SEED)
+        for name, parameter in transformer.named_parameters():
+            parameter.data.copy_(_drawn_weight(name, parameter, generator))
+        parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+        pipe = FluxPipeline(transformer=transformer.eval().to(device, dtype), scheduler=scheduler, **parts)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def draw(self, pipe: Any, grid: tuple[int, int]) -> Tensor:
+        """Packed latents [1, height x width, 64]."""
+        generator = torch.Generator().manual_seed(SEED)
+        device, dtype = pipe.transformer.device, pipe.transformer.dtype
+        embeddings = torch.randn(1, TEXT_TOKENS, TEXT_WIDTH, generator=generator).to(device, dtype)
+        pooled = torch.randn(1, POOLED_WIDTH, generator=generator).to(device, dtype)
+        return pipe(
+            prompt_embeds=embeddings,
+            pooled_prompt_embeds=pooled,
+            height=PIXELS * grid[0],
+            width=PIXELS * grid[1],
+            num_inference_steps=STEPS,
+            generator=generator,
+            output_type="latent",
+        ).images
+
+
+def _drawn_weight(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
+    """At a scale at which attention and modulation matter: outputs of order 1, scores with a spread of about 2."""
+    noise = torch.randn(like.shape, generator=generator)
+    if like.ndim > 1:
+        return (3.0 if ".to_v." in name else 1.0) * noise / math.sqrt(like.shape[1])
+    if name.endswith("bias"):
+        return 0.2 * noise
+    return (1.4 if "norm_" in name else 1.0) + 0.1 * noise

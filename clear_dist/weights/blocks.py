@@ -1,0 +1,87 @@
+"""Blocks on smaller GPUs: in fewer bits, and a share of them on each rank."""
+
+from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clear_dist.comm.counters import Counters
+from clear_dist.comm.group import Group
+from clear_dist.comm.weight_shards import ShardedWeights
+from clear_dist.engine.family import Family
+from clear_dist.options import Options
+from clear_dist.weights.quantised import plain_layers, to_float8, to_int8
+
+
+def quantise_and_shard(
+    family: Family,
+    group: Group,
+    counters: Counters,
+    options: Options,
+    *,
+    elsewhere: AbstractSet[Tensor],
+) -> tuple[ShardedWeights, ...]:
+    """Quantises the linear layers of the blocks, for good, and puts blocks in shards, for a while: none on one rank.
+
+    What is sharded may be in host memory. It comes to the group's device block by block, where it is quantised, so that
+    neither has to hold all of it. All else that changes weights (CLEAR's, a LoRA that is to be fused) comes before.
+
+    Args:
+        elsewhere: weights that stay as and where they are.
+    """
+    transformer, shards = family.transformer, options.shard_weights and group.size > 1
+    if shards:
+        of_blocks = {tensor for block in family.blocks for tensor in tensors_of(block)}
+        bring(transformer, group.device, but=of_blocks | elsewhere)
+
+    def ready() -> Iterator[nn.Module]:
+        for block in family.blocks:
+            if shards:
+                bring(block, group.device, but=elsewhere)
+            if options.float8 or options.int8:
+                (to_float8 if options.float8 else to_int8)(transformer, names_within(block, family))
+            yield block
+
+    if shards:
+        return (ShardedWeights(ready(), group, counters, whole=elsewhere),)
+    for _ in ready():
+        pass
+    return ()
+
+
+def require_quantisable(*families: Family, options: Options) -> None:
+    """Before anything is changed, of all models: raises ValueError where a layer to be quantised is not plain."""
+    for family in families if options.float8 or options.int8 else ():
+        plain_layers(family.transformer, family.products, "float8" if options.float8 else "int8")
+
+
+def names_within(block: nn.Module, family: Family) -> list[str]:
+    """Of the products of one block."""
+    modules = set(block.modules())
+    return [name for name in family.products if family.transformer.get_submodule(name) in modules]
+
+
+def bring(module: nn.Module, device: torch.device, *, but: AbstractSet[Tensor]) -> None:
+    """Moves parameters and buffers, but for some."""
+    for tensor in tensors_of(module):
+        if tensor not in but:
+            tensor.data = tensor.data.to(device)
+
+
+def weight_bytes(transformer: nn.Module, *, but: AbstractSet[Tensor]) -> int:
+    """Of the parameters and buffers that this rank holds; of what is in shards, its own.
+
+    Args:
+        but: those that do not count.
+    """
+    tensors: Iterator[Any] = tensors_of(transformer)
+    mine = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors if tensor not in but)
+    return sum(tensor.nbytes for tensor in mine)
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Its parameters and buffers."""
+    yield from module.parameters()
+    yield from module.buffers()
