@@ -7,6 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from clear_dist.engine.stock import attention_layers
+
 
 class Allocated(TorchDispatchMode):
     """Counts what operations inside make, from the first to the last reference to it."""
@@ -37,3 +39,11 @@ class Allocated(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.bytes -= size
+
+
+def put_on(family: Any, striped: Any) -> None:
+    """A family's processors and hooks on its transformer, for an engine of the test's own."""
+    layers = attention_layers(family.transformer)
+    for name, processor in family.processors(striped).items():
+        layers[name].set_processor(processor)
+    family.hooks(striped)

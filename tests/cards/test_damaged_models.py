@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from clear_dist.cards.folder import read_folder
 from clear_dist.families.cards import CARDS
 from clear_dist.families.flux.card import CARD
+from clear_dist.families.transformers import adapter_of
 from clear_dist.launch.env import Place
 from clear_dist.options import Refusal
 from clear_dist.request.flags import GenerateFlags
 from clear_dist.request.settle import settle
-from clear_dist.weights.loading import cut_off, load_pipeline
+from clear_dist.weights.loading import load_pipeline
 from tests.tiny import make_tiny_flux, make_tiny_pipeline
 
 ALONE = Place()
@@ -230,5 +231,5 @@ def test_what_only_loading_can_tell(folder: Path, damage: Callable[[Path], objec
 
 
 def test_long_prompts_are_not_repeated() -> None:
-    lines = cut_off(make_tiny_pipeline(), "a" * 66_000, 512)
+    lines = adapter_of(make_tiny_pipeline()).too_long("a" * 66_000, 512)
     assert len(lines) == 2 and all(len(line) < 200 and line.endswith("...'") for line in lines)

@@ -13,7 +13,7 @@ from clear_dist.comm.group import Group, PeerLost
 from clear_dist.comm.weight_shards import WeightGather
 from clear_dist.engine.parts import Parts
 from clear_dist.engine.striped import require_striped
-from clear_dist.families.flux.transformer import FluxAdaptor
+from clear_dist.families.flux.transformer import Flux
 from clear_dist.parallelize import parallelize
 from clear_dist.weights.quantised import to_float8
 from tests.ranks import RanksFailedError, run_ranks
@@ -63,7 +63,7 @@ def test_any_number_of_ranks_computes_what_one_does(size: int) -> None:
 
 
 def with_float8(group: Group, pipe: Any, shard: bool) -> Tensor:
-    to_float8(pipe.transformer, FluxAdaptor(pipe.transformer).products)
+    to_float8(pipe.transformer, Flux(pipe.transformer).products)
     parallelize(pipe, group=group, shard_weights=shard, **EXACT)
     return run(pipe)
 
@@ -173,7 +173,7 @@ def plain_bytes(block: nn.Module) -> int:
 def memory(group: Group) -> dict[str, Any]:
     pipe = make_tiny_pipeline(double_blocks=3, single_blocks=4)
     transformer = pipe.transformer
-    blocks = FluxAdaptor(transformer).blocks
+    blocks = Flux(transformer).blocks
     whole = [plain_bytes(block) for block in blocks]
     outside = plain_bytes(transformer) - sum(whole)
     buffers: list[weakref.ref[Any]] = []

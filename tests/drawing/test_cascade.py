@@ -17,8 +17,9 @@ import clear_dist
 from clear_dist.comm.group import Group
 from clear_dist.drawing.cascade import SEED_STRIDE, Cascade, Drawing
 from clear_dist.drawing.generation import from_image
+from clear_dist.drawing.prompts import encode_prompts
 from clear_dist.engine.striped import require_striped
-from clear_dist.families.flux.text import encode_prompts
+from clear_dist.families.transformers import adapter_of
 from clear_dist.stages import Sampling, Stage, Upscaling, plan_cascade, plan_upscaling
 from tests.ranks import run_ranks
 from tests.tiny import make_tiny_pipeline
@@ -43,8 +44,8 @@ def drawn(group: Group, stages: tuple[Stage, ...], from_picture: bool, **argumen
     parallelized = clear_dist.parallelize(pipe, group=group, **arguments)
     counters = require_striped(pipe).counters
     prompts = PROMPTS[:1] if from_picture else PROMPTS
-    embeddings = encode_prompts(pipe, group, counters, prompts, max_sequence_length=TEXT)
-    cascade = Cascade(pipe, embeddings, seed=SEED, native_size=NATIVE)
+    embeddings = encode_prompts(adapter_of(pipe), group, counters, prompts, max_sequence_length=TEXT)
+    cascade = Cascade(pipe, embeddings, seed=SEED)
     drawing: Drawing | None = from_image(Image.fromarray(PICTURE), group) if from_picture else None
     for stage in stages:
         drawing = cascade.draw(stage, drawing)

@@ -10,13 +10,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from clear_dist.comm.group import Group
 from clear_dist.engine.parts import Parts
-from clear_dist.families.flux.transformer import FluxAdaptor
+from clear_dist.families.flux.transformer import Flux
 from clear_dist.geometry import Rows, plan_text
 from clear_dist.plan import TextSizes, VaeSizes, blocks, vae
 from clear_dist.plan.memory import step_of
 from clear_dist.plan.weights import weights_per_rank
 from clear_dist.vae import decode_stripes, encode_stripes
-from tests.allocated import Allocated
+from tests.allocated import Allocated, put_on
 from tests.plan.sizes import FLUX, flux_request, numbers
 
 GB = 1e9
@@ -33,8 +33,8 @@ def attention_of_its_output_alone() -> Any:
         parts=Parts(),
         text_plan=plan_text(512, 1, 0),
         start_text=lambda layer, query, key, value: None,
-        start_halos=lambda layer, key, value: None,
-        joint_attention=lambda layer, halos, query, key, value: torch.empty_like(query),
+        start_halos=lambda layer, key, value, alone=False: object(),
+        attend=lambda layer, halos, query, key, value, alone=False: torch.empty_like(query),
     )
 
 
@@ -52,9 +52,8 @@ def test_activations_of_a_step(pixels: int, images: int, monkeypatch: pytest.Mon
         "img_ids": torch.empty(tokens, 3, device="meta"),
         "txt_ids": torch.empty(text, 3, device="meta"),
     }
-    adaptor = FluxAdaptor(transformer)
-    transformer.set_attn_processor(adaptor.processors(attention_of_its_output_alone()))
-    adaptor.striped_blocks()
+    family = Flux(transformer)
+    put_on(family, attention_of_its_output_alone())
     with torch.no_grad(), Allocated() as allocated:
         transformer(**call)
     monkeypatch.setattr(blocks, "attention_bytes", lambda step: step.bytes_of(step.tokens))
@@ -105,10 +104,10 @@ def vars_of(sizes: Any) -> dict[str, Any]:
 
 def test_weights_of_the_transformer() -> None:
     transformer = flux()
-    adaptor = FluxAdaptor(transformer)
+    family = Flux(transformer)
     whole = sum(x.nbytes for x in transformer.parameters())
-    modulation = sum(x.nbytes for norm in adaptor.modulated.values() for x in norm.linear.parameters())
-    layers = [transformer.get_submodule(name) for name in adaptor.products]
+    modulation = sum(x.nbytes for norm in family.modulated.values() for x in norm.linear.parameters())
+    layers = [transformer.get_submodule(name) for name in family.products]
     products, rows = sum(x.weight.nbytes for x in layers), sum(len(x.weight) for x in layers)
     assert weights_per_rank(FLUX, itemsize=2).held == whole
     assert weights_per_rank(FLUX, itemsize=2, hoisted=True).held == whole - modulation
@@ -118,7 +117,7 @@ def test_weights_of_the_transformer() -> None:
     sharded = weights_per_rank(FLUX, itemsize=2, ranks=8, sharded=True)
     assert sharded.held == whole - sum(in_blocks) * 7 // 8
     assert (sharded.sent, sharded.gathered) == (sum(in_blocks) // 8, 2 * max(in_blocks))
-    assert FLUX.modulation_outputs == sum(len(norm.linear.bias) for norm in adaptor.modulated.values())
+    assert FLUX.modulation_outputs == sum(len(norm.linear.bias) for norm in family.modulated.values())
 
 
 VAE: dict[str, Any] = {

@@ -107,7 +107,7 @@ def counted_and_planned(group: Group, case: dict[str, Any]) -> list[tuple[str, i
         given, drawing = embeddings(pipe, request), None
         with torch.inference_mode(), Allocated() as allocated:
             watched = Watched(allocated)
-            cascade = Cascade(pipe, given, seed=1, native_size=request.native, phases=watched)
+            cascade = Cascade(pipe, given, seed=1, phases=watched)
             for number, stage in enumerate(request.stages):
                 watched.stage = number
                 drawing = cascade.draw(stage, drawing)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clear_dist.families.flux.transformer import FluxAdaptor
+from clear_dist.families.flux.transformer import Flux
 from clear_dist.parallelize import parallelize
 from clear_dist.weights.quantised import Float8Linear, to_float8, why_not_float8
 from tests.test_parallelize import relative_error, run
@@ -51,14 +51,14 @@ def test_a_layer(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 def quantised(most: int | None = None) -> Any:
     pipe = make_tiny_pipeline()
-    to_float8(pipe.transformer, FluxAdaptor(pipe.transformer).products[:most])
+    to_float8(pipe.transformer, Flux(pipe.transformer).products[:most])
     return pipe
 
 
 def test_the_layers_of_all_blocks_and_no_others() -> None:
     transformer = quantised().transformer
     kept = [name for name, layer in transformer.named_modules() if type(layer) is nn.Linear]
-    adaptive = {f"{name}.linear" for name in FluxAdaptor(transformer).modulated}
+    adaptive = {f"{name}.linear" for name in Flux(transformer).modulated}
     outside = {"context_embedder", "x_embedder", "proj_out"}
     assert {name for name in kept if not name.startswith("time_text_embed.")} == adaptive | outside
     layers = [layer for layer in transformer.modules() if isinstance(layer, Float8Linear)]
@@ -69,7 +69,7 @@ def test_the_layers_of_all_blocks_and_no_others() -> None:
 @pytest.mark.parametrize("hoist", [False, True])
 def test_on_stripes(hoist: bool) -> None:
     ours, emulated = quantised(), make_tiny_pipeline()
-    for name in FluxAdaptor(emulated.transformer).products:
+    for name in Flux(emulated.transformer).products:
         emulated.transformer.set_submodule(name, Emulated(emulated.transformer.get_submodule(name)))
     handles = [parallelize(pipe, hoist_modulation=hoist, **EXACT) for pipe in (ours, emulated)]
     first = [run(pipe, steps=1) for pipe in (ours, emulated)]
@@ -91,7 +91,7 @@ def test_lora_comes_after() -> None:
     pipe = make_tiny_pipeline()
     adapt(pipe, targets=["to_q"])
     with pytest.raises(ValueError, match=r"plain linear layers, got a Linear for .*to_q; load LoRA after parallelize"):
-        to_float8(pipe.transformer, FluxAdaptor(pipe.transformer).products)
+        to_float8(pipe.transformer, Flux(pipe.transformer).products)
     assert not [layer for layer in pipe.transformer.modules() if isinstance(layer, Float8Linear)]
     pipe = quantised()
     plain = run(pipe, steps=1)

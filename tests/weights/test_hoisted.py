@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import clear_dist
 from clear_dist.comm.group import Group
 from clear_dist.engine.striped import require_striped
-from clear_dist.families.flux.transformer import FluxAdaptor, raster_ids
+from clear_dist.families.flux.transformer import Flux, raster_ids
 from clear_dist.parallelize import parallelize
 from clear_dist.stages import Upscaling
 from clear_dist.weights.hoisted import HoistedLinear, HoistedModulation
@@ -62,7 +62,7 @@ def cascade(group: Group, hoist: bool) -> tuple[list[bytes], bool]:
     pictures = clear_dist.generate(
         pipe, "a hill", height=96, width=96, num_inference_steps=2, upscaling=upscaling, max_sequence_length=8
     )
-    modulation = require_striped(pipe)._modulation
+    modulation = require_striped(pipe).modulation
     return [picture.tobytes() for picture in pictures], modulation is not None and modulation._tables != {}
 
 
@@ -79,7 +79,7 @@ class Reads(TorchDispatchMode):
     def __init__(self, transformer: Any) -> None:
         super().__init__()
         self.forwards: list[set[str]] = []
-        weights = {name: norm.linear.weight for name, norm in FluxAdaptor(transformer).modulated.items()}
+        weights = {name: norm.linear.weight for name, norm in Flux(transformer).modulated.items()}
         self._names = {weight.data_ptr(): name for name, weight in weights.items()}
         transformer.register_forward_pre_hook(lambda *_: self.forwards.append(set()))
 
@@ -157,11 +157,11 @@ def test_a_transformer_called_by_hand() -> None:
             assert same(**{name: x if name == "txt_ids" else torch.cat([x] * batch) for name, x in inputs(0.9).items()})
         ids = new_ids()
         assert same(**inputs(0.9))
-        table = require_striped(hoisted)._modulation._tables[0]
+        table = require_striped(hoisted).modulation._tables[0]
         for pipe in (stock, hoisted):
             pipe.transformer.norm_out.linear.weight.mul_(2)
         assert same(**inputs(0.9))
-        assert require_striped(hoisted)._modulation._tables[0] is not table
+        assert require_striped(hoisted).modulation._tables[0] is not table
     finally:
         for handle in handles:
             handle.undo()
@@ -190,7 +190,7 @@ def test_names_stay_and_undo_puts_everything_back() -> None:
 def test_weights_stay_on_the_host_and_undo_brings_them_to_the_model() -> None:
     """The meta device stands for a GPU: what is on it is not on the host."""
     transformer = make_tiny_pipeline().transformer
-    modulation = HoistedModulation(FluxAdaptor(transformer))
+    modulation = HoistedModulation(Flux(transformer))
     linear = transformer.norm_out.linear
     outputs = linear.outputs([torch.empty(2, linear.in_features, device="meta")] * 3)
     assert [(x.device.type, tuple(x.shape)) for x in outputs] == [("meta", (2, linear.out_features))] * 3

@@ -10,7 +10,7 @@ from clear_dist.comm.group import Group
 from clear_dist.engine import parts
 from clear_dist.engine.parts import Parts
 from clear_dist.engine.striped import require_striped
-from clear_dist.families.flux.transformer import FluxAdaptor
+from clear_dist.families.flux.transformer import Flux
 from clear_dist.parallelize import parallelize
 from clear_dist.weights.quantised import Int8Linear, to_int8
 from tests.ranks import run_ranks
@@ -61,14 +61,14 @@ def test_a_layer(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 def quantised(most: int | None = None, **options: int) -> Any:
     pipe = make_tiny_pipeline(**options)
-    to_int8(pipe.transformer, FluxAdaptor(pipe.transformer).products[:most])
+    to_int8(pipe.transformer, Flux(pipe.transformer).products[:most])
     return pipe
 
 
 def test_the_layers_of_all_blocks_and_no_others() -> None:
     stock, transformer = make_tiny_pipeline().transformer, quantised().transformer
     kept = [name for name, layer in transformer.named_modules() if type(layer) is nn.Linear]
-    adaptive = {f"{name}.linear" for name in FluxAdaptor(transformer).modulated}
+    adaptive = {f"{name}.linear" for name in Flux(transformer).modulated}
     outside = {"context_embedder", "x_embedder", "proj_out"}
     assert {name for name in kept if not name.startswith("time_text_embed.")} == adaptive | outside
     layers = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, Int8Linear)}
@@ -85,7 +85,7 @@ def bytes_of(module: nn.Module) -> int:
 
 def test_on_stripes() -> None:
     ours, emulated, stock = make_tiny_pipeline(), make_tiny_pipeline(), make_tiny_pipeline()
-    for name in FluxAdaptor(emulated.transformer).products:
+    for name in Flux(emulated.transformer).products:
         emulated.transformer.set_submodule(name, Emulated(emulated.transformer.get_submodule(name)))
     latents = []
     for pipe, int8 in ((ours, True), (emulated, False), (stock, False)):
@@ -143,7 +143,7 @@ def test_lora_comes_after() -> None:
     pipe = make_tiny_pipeline()
     adapt(pipe, targets=["to_q"])
     with pytest.raises(ValueError, match=r"int8 needs plain linear layers, got a Linear for .*to_q; load LoRA after"):
-        to_int8(pipe.transformer, FluxAdaptor(pipe.transformer).products)
+        to_int8(pipe.transformer, Flux(pipe.transformer).products)
     assert not [layer for layer in pipe.transformer.modules() if isinstance(layer, Int8Linear)]
     pipe = quantised()
     plain = run(pipe, steps=1)

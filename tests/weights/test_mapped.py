@@ -14,7 +14,7 @@ from clear_dist.cards.folder import read_folder
 from clear_dist.comm.group import Group
 from clear_dist.families.cards import CARDS
 from clear_dist.families.flux.card import CARD
-from clear_dist.observe import report
+from clear_dist.observe import peaks
 from clear_dist.observe.progress import Phases
 from clear_dist.weights import loading
 from clear_dist.weights.clear import load_clear_weights
@@ -99,19 +99,19 @@ def test_parts_are_timed_with_the_bytes_of_their_files(folder: Path) -> None:
 def load_and_measure(group: Group, small: Path, large: Path) -> int:
     """Bytes by which the rank's proportional share of the host's memory grows, all ranks holding the model."""
     load_transformer(small, torch.float32)  # what the libraries take for themselves at first use
-    before = report.host_memory()
+    before = peaks.host_memory()
     transformer = load_transformer(large, torch.bfloat16)
     load_clear_weights(transformer, large / "clear_local_8.safetensors")
     for parameter in transformer.parameters():
         parameter.view(-1).view(torch.uint8)[::4096].sum()
     group.barrier()
-    after = report.host_memory()
+    after = peaks.host_memory()
     group.barrier()
     assert before is not None and after is not None
     return after - before
 
 
-@pytest.mark.skipif(report.host_memory() is None, reason="the system does not tell proportional set sizes")
+@pytest.mark.skipif(peaks.host_memory() is None, reason="the system does not tell proportional set sizes")
 def test_ranks_share_one_copy_of_the_weights(folder: Path, tmp_path: Path) -> None:
     large = make_stand_in(tmp_path / "large", shards=2, clear_radius=8)
     files = [*large.glob("transformer/*.safetensors"), large / "clear_local_8.safetensors"]
@@ -138,11 +138,11 @@ def test_weights_go_straight_to_a_device_and_are_cast_there(tmp_path: Path) -> N
     whole = make_stand_in(tmp_path / "whole", double_blocks=19, single_blocks=38, shards=3)
     phases, meta = Phases(), torch.device("meta")
     load_transformer(make_tiny_flux(tmp_path / "tiny"), torch.float32)  # what the libraries take at first use
-    if not report.reset_peak_memory(CPU):
+    if not peaks.reset_peak_memory(CPU):
         pytest.skip("the system does not let us reset the high-water mark")
-    before = report.peak_memory(CPU)
+    before = peaks.peak_memory(CPU)
     pipe = load_pipeline(whole, CARD, with_text_encoders=False, dtype=torch.float32, device=meta, phases=phases)
-    assert report.peak_memory(CPU) - before < 100_000_000
+    assert peaks.peak_memory(CPU) - before < 100_000_000
     assert {(tensor.device, tensor.dtype) for tensor in pipe.transformer.state_dict().values()} == {
         (meta, torch.float32)
     }

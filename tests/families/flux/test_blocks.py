@@ -13,10 +13,10 @@ from clear_dist.comm.group import Group
 from clear_dist.engine import parts
 from clear_dist.engine.parts import Parts, joined
 from clear_dist.families.flux.blocks import StripedDoubleBlock, StripedSingleBlock
-from clear_dist.families.flux.transformer import FluxAdaptor
+from clear_dist.families.flux.transformer import Flux
 from clear_dist.geometry import plan_text
 from clear_dist.parallelize import parallelize
-from tests.allocated import Allocated
+from tests.allocated import Allocated, put_on
 from tests.ranks import run_ranks
 from tests.test_parallelize import oracle_latents, relative_error, run
 from tests.tiny import make_tiny_pipeline
@@ -166,8 +166,8 @@ def attention_that_only_makes_its_output() -> Any:
         parts=Parts(),
         text_plan=plan_text(512, 1, 0),
         start_text=lambda layer, *qkv: None,
-        start_halos=lambda layer, key, value: None,
-        joint_attention=lambda layer, halos, query, key, value: torch.empty_like(query),
+        start_halos=lambda layer, key, value, alone=False: object(),
+        attend=lambda layer, halos, query, key, value, alone=False: torch.empty_like(query),
     )
 
 
@@ -187,11 +187,10 @@ def test_memory_of_a_step_of_flux(pixels: int, most: float) -> None:
             "txt_ids": torch.empty(text, 3),
         }
     striped = attention_that_only_makes_its_output()
-    adaptor = FluxAdaptor(transformer)
-    transformer.set_attn_processor(adaptor.processors(striped))
-    adaptor.striped_blocks()
+    family = Flux(transformer)
+    put_on(family, striped)
     weights = sum(x.nbytes for x in transformer.parameters())
-    hoisted = sum(x.nbytes for norm in adaptor.modulated.values() for x in norm.linear.parameters())
+    hoisted = sum(x.nbytes for norm in family.modulated.values() for x in norm.linear.parameters())
     with torch.no_grad(), Allocated() as allocated:
         transformer(**call)
     assert weights / GB == pytest.approx(23.8, abs=0.1)

@@ -1,22 +1,22 @@
 import pytest
 import torch
 
-from clear_dist.families.flux.transformer import FluxAdaptor, raster_ids
+from clear_dist.families.flux.transformer import Flux, raster_ids
 from tests.tiny import make_tiny_pipeline
 
 
 @pytest.fixture(scope="module")
-def adaptor() -> FluxAdaptor:
-    return FluxAdaptor(make_tiny_pipeline().transformer)
+def family() -> Flux:
+    return Flux(make_tiny_pipeline().transformer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("height", "width"), [(13, 11), (11, 13), (1, 7), (7, 1), (512, 3), (3, 512)])
-def test_the_grid_is_read_from_ids(adaptor: FluxAdaptor, height: int, width: int, dtype: torch.dtype) -> None:
+def test_the_grid_is_read_from_ids(family: Flux, height: int, width: int, dtype: torch.dtype) -> None:
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     ids = torch.stack([torch.zeros_like(y), y, x], dim=-1).reshape(-1, 3).to(dtype)
-    assert adaptor.grid_of({"img_ids": ids}) == (height, width)
-    assert adaptor.grid_of({"img_ids": ids[None]}) == (height, width)
+    assert family.grid_of({"img_ids": ids}) == (height, width)
+    assert family.grid_of({"img_ids": ids[None]}) == (height, width)
 
 
 def test_ids_are_exact_where_bfloat16_is_not() -> None:
@@ -24,7 +24,7 @@ def test_ids_are_exact_where_bfloat16_is_not() -> None:
 
 
 @pytest.mark.parametrize("change", ["reference image", "shuffled", "cut"])
-def test_other_ids_are_refused(adaptor: FluxAdaptor, change: str) -> None:
+def test_other_ids_are_refused(family: Flux, change: str) -> None:
     ids = raster_ids(4, 5, torch.device("cpu"))
     changed = {
         "reference image": torch.cat([ids, ids + torch.tensor([1.0, 0.0, 0.0])]),
@@ -32,4 +32,4 @@ def test_other_ids_are_refused(adaptor: FluxAdaptor, change: str) -> None:
         "cut": ids[:-1],
     }[change]
     with pytest.raises(ValueError, match="one image in raster order"):
-        adaptor.grid_of({"img_ids": changed})
+        family.grid_of({"img_ids": changed})

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from clear_dist.comm.counters import Counters
 from clear_dist.families.cards import CARDS
 from clear_dist.families.flux.card import CARD
-from clear_dist.families.flux.transformer import FluxAdaptor
+from clear_dist.families.flux.transformer import Flux
 from clear_dist.launch.env import Place
 from clear_dist.options import Options, Refusal
 from clear_dist.request import devices
 from clear_dist.request.flags import GenerateFlags
 from clear_dist.request.settle import located, settle
-from clear_dist.weights import fit
+from clear_dist.weights import blocks
 from clear_dist.weights.loading import load_pipeline
 from clear_dist.weights.offload import parts_on_host
 from tests.tiny import make_clear_weights, make_tiny_flux, make_tiny_pipeline
@@ -125,8 +125,8 @@ def test_from_the_command_to_the_report(model: Path, tmp_path: Path) -> None:
 def test_blocks_are_quantised_and_sharded_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that what comes from host memory is whole on no device, and 8-bit copies of it on no host."""
     events: list[tuple[str, int]] = []
-    adaptor = FluxAdaptor(make_tiny_pipeline(double_blocks=2, single_blocks=2).transformer)
-    number = {block: index for index, block in enumerate(adaptor.blocks)}
+    family = Flux(make_tiny_pipeline(double_blocks=2, single_blocks=2).transformer)
+    number = {block: index for index, block in enumerate(family.blocks)}
 
     def note(event: str, done: Any) -> None:
         owner = next(index for block, index in number.items() if done in set(block.modules()))
@@ -140,9 +140,9 @@ def test_blocks_are_quantised_and_sharded_one_by_one(monkeypatch: pytest.MonkeyP
         for block in blocks:
             note("sharded", block)
 
-    monkeypatch.setattr(fit, "to_int8", quantise)
-    monkeypatch.setattr(fit, "ShardedWeights", shard)
+    monkeypatch.setattr(blocks, "to_int8", quantise)
+    monkeypatch.setattr(blocks, "ShardedWeights", shard)
     group: Any = SimpleNamespace(size=2, device=torch.device("cpu"))
-    settings: Any = SimpleNamespace(options=Options(int8=True, shard_weights=True))
-    fit.fit(adaptor, group, Counters(), settings, elsewhere=set())
+    options = Options(int8=True, shard_weights=True)
+    blocks.quantise_and_shard(family, group, Counters(), options, elsewhere=set())
     assert events == [(event, index) for index in range(4) for event in ("quantised", "sharded")]
