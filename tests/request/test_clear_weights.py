@@ -255,4 +255,4 @@ def test_an_unnamed_file_tells_its_factor(tmp_path: Path) -> None:
 def test_the_published_names_are_those_of_the_readme() -> None:
     found = {name: (clear.radius_of(name), clear.named_down_factor(name)) for name in PUBLISHED}
     assert clear.radius_of("clear_local_0.safetensors") is None
-    assert found == PUBLISHED and set(clear.PUBLISHED) == set(PUBLISHED)
+    assert found == PUBLISHED and set(CARDS.published[0].files) == set(PUBLISHED)
