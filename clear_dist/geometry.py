@@ -1,4 +1,4 @@
-"""Which rank holds which rows of tokens and which it receives: whole numbers only, no tensors, no processes.
+"""Rows of tokens that each rank holds and receives: whole numbers only, no tensors, no processes.
 
 A stripe has the grid's full width, so columns matter to the circle only.
 """

@@ -50,7 +50,7 @@ class Parallelized:
 
     @property
     def text_attention(self) -> TextAttention:
-        return self._striped.settings.text_attention
+        return self._striped.settings.reduction.word
 
     @property
     def stale_buffer_bytes(self) -> int:

@@ -17,7 +17,7 @@ LEAST_SHARE_OF_NATIVE = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a stage is denoised; raises ValueError for less than a step."""
+    """Settings of a stage's denoising; raises ValueError for less than a step."""
 
     steps: int = 28
     guidance_scale: float = 3.5
@@ -37,7 +37,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Upscaling(Sampling):
-    """How an upper stage refines the enlarged picture; by default as CLEAR's official notebook does.
+    """Refinement of an enlarged picture; the defaults are those of CLEAR's official notebook.
 
     Raises:
         ValueError: less than a step, or a strength outside (0, 1].

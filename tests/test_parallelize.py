@@ -272,26 +272,3 @@ def test_a_process_alone_needs_no_launcher() -> None:
             run(pipe)
     finally:
         parallelized.undo()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"window": 0}, "at least 1 token"),
-        ({"window": "ful"}, "or 'full'"),
-        ({"window": 4, "text_attention": "mean"}, "'average' or 'exact'"),
-        ({"window": "full", "text_attention": "average"}, "must be 'exact'"),
-        ({"window": 4, "attention_backend": "tild"}, "tiled"),
-        ({"window": 4, "text_tokens": "shared"}, "one of auto, replicated, sharded, got 'shared'; nearest: sharded"),
-        ({"text_tokens": "sharded", "schedule": "stale"}, "text_tokens must be replicated where the schedule is stale"),
-        ({"window": 4, "schedule": "late"}, "'sync' or 'stale', got 'late'"),
-        ({"window": 4, "warmup_steps": -1}, "at least 0, got -1; nearest: 0"),
-        ({"window": 4, "schedule": "stale", "warmup_steps": 1.5}, "whole number of at least 0, got 1.5"),
-    ],
-)
-def test_wrong_arguments_are_refused_before_anything_is_changed(arguments: dict[str, Any], message: str) -> None:
-    pipe = make_tiny_pipeline()
-    before = dict(pipe.transformer.attn_processors)
-    with pytest.raises(ValueError, match=message):
-        parallelize(pipe, **arguments)
-    assert pipe.transformer.attn_processors == before

@@ -10,6 +10,7 @@ from torch import nn
 from clear_dist.parallelize import on_refusal, parallelize
 from clear_dist.weights.quantised import Int8Linear
 from tests.test_parallelize import run
+from tests.tiny import make_tiny_pipeline
 from tests.tiny_controlnet import make_tiny_controlled, make_tiny_controlnet, picture
 from tests.weights.test_hoisted_lora import adapt
 
@@ -100,3 +101,38 @@ def test_groups_are_closed_after_a_refusal_and_not_after_a_lost_peer(error: type
     with pytest.raises(error):
         refuse(error, done)
     assert done == undone
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"window": 0}, "^window must be from 1 to 8192, got 0; nearest: 1$"),
+        ({"window": "ful"}, "^window must be a radius in tokens, or full, got 'ful'; nearest: 8 or full$"),
+        (
+            {"window": 4, "text_attention": "mean"},
+            "^text_attention must be one of average, exact, got 'mean'; nearest: exact$",
+        ),
+        (
+            {"window": "full", "text_attention": "average"},
+            "^text_attention must be exact where the window is full, got average; nearest: exact$",
+        ),
+        (
+            {"window": 4, "attention_backend": "tild"},
+            "^attention_backend must be one of auto, .*, got 'tild'; nearest: tiled$",
+        ),
+        ({"window": 4, "text_tokens": "shared"}, "one of auto, replicated, sharded, got 'shared'; nearest: sharded"),
+        ({"text_tokens": "sharded", "schedule": "stale"}, "text_tokens must be replicated where the schedule is stale"),
+        ({"window": 4, "schedule": "late"}, "^schedule must be one of sync, stale, got 'late'; nearest: stale$"),
+        ({"window": 4, "warmup_steps": -1}, "^warmup_steps must be from 0 to 1000, got -1; nearest: 0$"),
+        (
+            {"window": 4, "schedule": "stale", "warmup_steps": 1.5},
+            "^warmup_steps must be a whole number from 0 to 1000, got 1.5; nearest: 0$",
+        ),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_changed(arguments: dict[str, Any], message: str) -> None:
+    pipe = make_tiny_pipeline()
+    before = dict(pipe.transformer.attn_processors)
+    with pytest.raises(ValueError, match=message):
+        parallelize(pipe, **arguments)
+    assert pipe.transformer.attn_processors == before

@@ -211,7 +211,7 @@ def draw(name: str, arguments: list[str], folder: Path) -> dict[str, Any]:
 
 
 def record() -> dict[str, Any]:
-    """What all commands do."""
+    """Results of all commands, by name or words."""
     results = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

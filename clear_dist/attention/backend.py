@@ -85,8 +85,6 @@ class WindowCall:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way of computing windowed attention: a row of BACKENDS."""
-
     name: str
     why_not: Callable[[CallShape], str | None]
     """Reason why it cannot compute a call, without its name; None if it can."""

@@ -39,12 +39,7 @@ SHAPES_COMPILED = 64
 def run(
     call: WindowCall, *, query_rows: int = TILE_ROWS, kernel_options: dict[str, Any] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Windowed attention (out, lse).
-
-    Args:
-        query_rows: rows of a tile of queries.
-        kernel_options: FlexAttention's, where it is compiled.
-    """
+    """Windowed attention (out, lse); `kernel_options` are FlexAttention's, where it is compiled."""
     geometry, device = call.geometry, call.query.device
     attention = partial(_compiled(), kernel_options=kernel_options) if device.type == "cuda" else _unfused
     with torch._dynamo.config.patch(recompile_limit=SHAPES_COMPILED):

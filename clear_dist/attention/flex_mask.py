@@ -25,11 +25,7 @@ GEOMETRIES_KEPT = 16
 
 @lru_cache(maxsize=GEOMETRIES_KEPT)
 def block_mask(geometry: Geometry, device: torch.device, query_rows: int = TILE_ROWS) -> BlockMask:
-    """Blocks of keys that each tile of queries visits, and which of them need no mask.
-
-    Args:
-        query_rows: rows of a tile of queries; tiles of keys have TILE_ROWS.
-    """
+    """Blocks of keys that each tile of queries (of `query_rows`) visits, and which of them need no mask."""
     visited, distance, farthest = _image_blocks(geometry, query_rows)
     tiles, text_blocks = visited.shape[0], tiles_in(geometry.text, BLOCK)
     text = torch.arange(text_blocks).expand(tiles, -1)
@@ -104,10 +100,7 @@ def _image_blocks(geometry: Geometry, query_rows: int) -> tuple[Tensor, Tensor, 
 def _neighbours(
     queries: int, offset: int, keys: int, sides: tuple[int, int], radius: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tiles of keys [K] that each tile of queries [P] may reach along one dimension.
-
-    Args:
-        sides: lengths of a tile of queries and of a tile of keys.
+    """Tiles of keys [K] that each tile of queries [P] may reach along one dimension; `sides` are lengths of both.
 
     Returns:
         Three int64 tensors [P, K]: the tile of keys; the distance between the nearest tokens; between the farthest.

@@ -22,7 +22,6 @@ MASKS_KEPT = 3
 
 
 def run(call: WindowCall) -> tuple[Tensor, Tensor]:
-    """Windowed attention (out, lse)."""
     grid = call.query.shape[1:3]
     key_BSND, value_BSND = (
         torch.cat([text, image.flatten(1, 2)], dim=1)

@@ -23,8 +23,6 @@ from clear_dist.geometry import half_widths
 
 @dataclass(frozen=True)
 class Tiling:
-    """Size of the pieces that are computed at once."""
-
     side: int
     """Rows and columns of a tile of queries: small tiles gather fewer masked keys, large ones copy less."""
     bytes_per_call: int
@@ -50,16 +48,11 @@ class Span:
     tiles: int = 1
 
     def starts_at(self, tile: int, side: int) -> tuple[int, int]:
-        """First query and first key of the span's `tile`-th tile."""
         return self.query_start + tile * side, self.key_start + tile * side
 
 
 def run(call: WindowCall, tiling: Tiling | None = None) -> tuple[Tensor, Tensor]:
-    """Windowed attention (out, lse), for inference only: autograd refuses buffers that are reused.
-
-    Args:
-        tiling: None: what suits the device.
-    """
+    """Windowed attention (out, lse), for inference only: autograd refuses buffers that are reused."""
     if tiling is None:
         tiling = CPU_TILING if call.query.device.type == "cpu" else GPU_TILING
     out_BRWND = call.query.new_empty(call.query.shape)
@@ -76,8 +69,7 @@ def run(call: WindowCall, tiling: Tiling | None = None) -> tuple[Tensor, Tensor]
 def cut_in_spans(queries: int, offset: int, keys: int, side: int, radius: int) -> list[Span]:
     """One dimension in tiles of `side` (the last may be shorter), neighbours that are cut off alike joined.
 
-    Args:
-        offset: query i is key i + offset. Tiles that reach no key have a rectangle of length 0.
+    Query i is key i + offset. Tiles that reach no key have a rectangle of length 0.
     """
     spans: list[Span] = []
     for start in range(0, queries, side):

@@ -45,7 +45,6 @@ TILINGS = {
 
 
 def run(call: WindowCall) -> tuple[Tensor, Tensor]:
-    """Windowed attention (out, lse)."""
     from clear_dist.attention.triton_kernel import window_kernel
 
     batch, rows, columns, heads, head_dim = call.query.shape
@@ -81,7 +80,6 @@ def run(call: WindowCall) -> tuple[Tensor, Tensor]:
 
 
 def choose_tiling(key_bytes: int) -> Tiling:
-    """The row of TILINGS for one key's bytes."""
     return TILINGS[min(most for most in TILINGS if key_bytes <= most)]
 
 

@@ -1,4 +1,4 @@
-"""What one rank hands over and how long it waits, per denoising step, for the report."""
+"""Bytes that one rank sends and seconds that it waits, per denoising step, for the report; labels for profiles."""
 
 import time
 from collections.abc import Iterator
@@ -9,42 +9,17 @@ import torch
 from torch.autograd import _profiler_enabled
 from torch.profiler import record_function
 
-
-@contextmanager
-def labelled(label: str) -> Iterator[None]:
-    """torch's record_function, around a block or a function, where a profiler runs; else it would cost for nothing."""
-    if _profiler_enabled():
-        with record_function(label):
-            yield
-    else:
-        yield
-
-
 AMOUNTS = (
     "halo_bytes_sent", "halo_messages_sent", "pooled_bytes_sent", "pooled_messages_sent", "text_bytes_gathered",
     "text_bytes_reduced", "join_bytes", "other_bytes", "weight_bytes_sent",
 )  # fmt: skip
 
 
-@dataclass
-class _Step:
-    amounts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(AMOUNTS, 0))
-    seconds: float = 0.0
-    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
-
-    def seconds_waiting(self) -> float:
-        for before, after in self.events:
-            after.synchronize()
-            self.seconds += before.elapsed_time(after) / 1e3
-        self.events.clear()
-        return self.seconds
-
-
 class Counters:
-    """Bytes are those of the tensors handed over, not those on the wire.
+    """Bytes of the tensors handed over, not of those on the wire.
 
-    Bytes before the first step count in it, those after a step in that one. Waits count inside of steps only: what
-    precedes them and follows them (encoding, decoding) would tell nothing of a step.
+    Bytes before the first step count in it, those after a step in that one. Waits count inside steps only: those of
+    encoding and decoding say nothing about a step.
     """
 
     def __init__(self) -> None:
@@ -53,7 +28,7 @@ class Counters:
         self._paused = True
 
     def add(self, name: str, amount: int) -> None:
-        """Add `amount` (bytes, or messages) to one of AMOUNTS in the step under way."""
+        """Add `amount` (bytes, or messages) to one of AMOUNTS in the current step."""
         assert name in AMOUNTS, name
         self._steps[-1].amounts[name] += amount
 
@@ -62,7 +37,7 @@ class Counters:
         """Time the waits inside: wall time, or on CUDA the time that the current stream stands still.
 
         Args:
-            label: what a profile calls them, "comm: ...".
+            label: their name in a profile, "comm: ...".
             wire: where the tensors lie while they travel (`Group.wire`).
         """
         with labelled(label):
@@ -81,7 +56,6 @@ class Counters:
                 self._steps[-1].seconds += time.perf_counter() - began
 
     def begin_step(self) -> None:
-        """What follows belongs to another step."""
         if self._steps_begun:
             self._steps.append(_Step())
         self._steps_begun += 1
@@ -91,11 +65,11 @@ class Counters:
             self._steps[-3].seconds_waiting()
 
     def pause(self) -> None:
-        """What follows belongs to no step, unless `resume` or `begin_step` says so."""
+        """Time no waits until `resume` or `begin_step`."""
         self._paused = True
 
     def resume(self) -> None:
-        """Another pass of the step that was begun last."""
+        """Another pass of the step begun last."""
         self._paused = False
 
     def as_dict(self) -> dict[str, list[int] | list[float]]:
@@ -103,3 +77,27 @@ class Counters:
         steps = self._steps[: self._steps_begun]
         amounts: dict[str, list[int] | list[float]] = {name: [step.amounts[name] for step in steps] for name in AMOUNTS}
         return amounts | {"seconds_waiting": [step.seconds_waiting() for step in steps]}
+
+
+@dataclass
+class _Step:
+    amounts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(AMOUNTS, 0))
+    seconds: float = 0.0
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    def seconds_waiting(self) -> float:
+        for before, after in self.events:
+            after.synchronize()
+            self.seconds += before.elapsed_time(after) / 1e3
+        self.events.clear()
+        return self.seconds
+
+
+@contextmanager
+def labelled(label: str) -> Iterator[None]:
+    """torch's record_function, around a block or a function; it costs nothing where no profiler runs."""
+    if _profiler_enabled():
+        with record_function(label):
+            yield
+    else:
+        yield

@@ -1,4 +1,4 @@
-"""The ranks that make one image together: who they are, where they compute, and what their tensors travel through."""
+"""The ranks that make one image together: where they compute, and what their tensors travel through."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ _SIGNS_OF_LOSS = (*_SIGNS_OF_DEATH, "refused", "timed out", "timeout", "socket")
 
 
 class PeerLost(RuntimeError):
-    """Another rank went away or stopped answering. It has the cause to tell; this rank's error only follows from it."""
+    """Another rank went away or stopped answering: the cause is there, this rank's error only follows from it."""
 
 
 @contextmanager
@@ -45,21 +45,21 @@ def telling_lost_peers(who: str = "another rank") -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Ranks are numbered 0 ... size - 1 *within* the group. All call what communicates, and in the same order."""
+    """Ranks are numbered 0 ... size - 1 *within* the group. All call what communicates, in the same order."""
 
     rank: int
     ranks: tuple[int, ...]
-    """Their global numbers."""
+    """Global numbers."""
     device: torch.device
     """Where this rank computes."""
     transport: Transport
     """nccl: from GPU to GPU; gloo: CPU tensors; host: gloo, from and to the device through (pinned) host memory."""
     asked_transport: Transport | Literal["auto"]
-    """What `create` was asked for; `split` asks for the same."""
+    """As given to `create`; `split` asks for the same."""
     timeout: timedelta
     main: dist.ProcessGroup
     text: dist.ProcessGroup
-    """For text reductions only: operations of one NCCL group queue up, so they would wait behind the halos."""
+    """For text only: operations of one NCCL group queue up, so they would wait behind the halos."""
     initialised_torch: bool
     """Whether torch.distributed was initialised for this group, so that `close` must shut it down."""
 
@@ -72,19 +72,19 @@ class Group:
         transport: Transport | Literal["auto"] = "auto",
         timeout_seconds: float = 600.0,
     ) -> "Group":
-        """Make the group of all ranks of `process_group`; all of them must call this, and no others need to.
+        """Make the group of all ranks of `process_group`; all of them call this, others need not.
 
         Args:
             device: where this rank computes; a CUDA device becomes the current one, as NCCL demands.
-            process_group: None: torch.distributed's default group. Where there is none yet it is initialised:
-                with torchrun's ranks, else with this process alone.
+            process_group: None: torch.distributed's default group, initialised where there is none yet: with
+                torchrun's ranks, else with this process alone.
             transport: "auto" is gloo on CPU, NCCL where each rank has a GPU of its own, host where ranks share one.
             timeout_seconds: how long to wait for a rank that does not answer.
 
         Raises:
             ValueError: this process is not in `process_group`, or the transport cannot carry the device's tensors.
             ConnectionError: the ranks cannot meet, or cannot connect to each other.
-            PeerLost: a rank of the group went away while they did.
+            PeerLost: a rank went away meanwhile.
         """
         device, timeout = with_index(torch.device(device)), timedelta(seconds=timeout_seconds)
         if device.type == "cuda":
@@ -107,7 +107,7 @@ class Group:
         timeout: timedelta,
         initialised_torch: bool = False,
     ) -> "Group":
-        """The part (global ranks, disjoint) that this process is in; all ranks of all parts call this."""
+        """The group of the part (global ranks, disjoint) that this process is in; the ranks of all parts call this."""
         with _telling_failed_connections():
             main = new_process_group(parts, backends(device), timeout)
             chosen = choose_transport(device, main) if transport == "auto" else transport
@@ -129,9 +129,9 @@ class Group:
         return group
 
     def split(self, count: int) -> "Group":
-        """A new group of the first `count` ranks, or on the others one of the rest; all ranks call this.
+        """A new group of the first `count` ranks, on the others one of the rest; all ranks call this.
 
-        Transport and timeout as for this group, which both may still use. Each is closed by all of its ranks.
+        Transport and timeout are this group's, which stays in use. Each new group is closed by all of its ranks.
 
         Raises:
             ConnectionError, PeerLost: as `create`.
@@ -142,7 +142,6 @@ class Group:
 
     @property
     def size(self) -> int:
-        """Number of ranks."""
         return len(self.ranks)
 
     @property
@@ -152,13 +151,13 @@ class Group:
 
     @property
     def copies_to_wire(self) -> bool:
-        """Whether tensors are copied from where they are computed to where they can be sent, and back."""
+        """Whether tensors are copied between where they are computed and the wire."""
         return self.transport == "host"
 
     def wire_buffer(
         self, shape: Sequence[int], dtype: torch.dtype, *, reuse: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`reuse` if it is of this shape and dtype, else uninitialised memory on the wire's side (pinned for CUDA)."""
+        """`reuse` if it has this shape and dtype, else uninitialised memory on the wire's side (pinned for CUDA)."""
         if reuse is not None and reuse.shape == torch.Size(shape) and reuse.dtype == dtype:
             return reuse
         # A buffer made under inference_mode could not be written to in a later run without it.
@@ -167,12 +166,12 @@ class Group:
             return torch.empty(tuple(shape), dtype=dtype, device=self.wire, pin_memory=pinned)
 
     def settle(self) -> None:
-        """Let the host wait for copies between device and wire, of which gloo knows nothing."""
+        """Make the host wait for copies between device and wire, of which gloo knows nothing."""
         if self.wire != self.device:
             torch.cuda.current_stream(self.device).synchronize()
 
     def all_reduce(self, tensor: torch.Tensor, op: Literal["sum", "max"]) -> torch.Tensor:
-        """The sum or maximum over ranks of `tensor` (any shape, on `device`) as a new tensor, equal on all ranks."""
+        """Sum or maximum over ranks of `tensor` (any shape, on `device`), a new tensor, equal on all ranks."""
         carried = self.wire_buffer(tensor.shape, tensor.dtype)
         carried.copy_(tensor)
         with telling_lost_peers():
@@ -180,7 +179,7 @@ class Group:
         return carried.to(self.device)
 
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
-        """What rank `source` holds in `value`, pickled, on all ranks. Tensors: see `broadcast_tensors`."""
+        """`value` of rank `source`, pickled, on all ranks. Tensors: see `broadcast_tensors`."""
         values = [value]
         with telling_lost_peers():
             dist.broadcast_object_list(values, self.ranks[source], group=self.main, device=torch.device("cpu"))
@@ -189,7 +188,7 @@ class Group:
     def broadcast_tensors(
         self, tensors: Sequence[torch.Tensor | None] | None, source: int = 0
     ) -> list[torch.Tensor | None]:
-        """Tensors of any shape and dtype, or None, from rank `source` on `device` of all; others' are ignored."""
+        """Tensors of any shape and dtype, or None, of rank `source`, on `device` of all; others' are ignored."""
         mine = list(tensors or ())
         kinds = self.broadcast_object(
             [tensor if tensor is None else (tensor.shape, tensor.dtype) for tensor in mine], source
@@ -217,12 +216,12 @@ class Group:
         return bool(flags.item())
 
     def equal(self, values: Sequence[int]) -> bool:
-        """Whether all ranks hold the same whole numbers, as many on each; told alike to all of them."""
+        """Whether all ranks hold the same whole numbers, the same count on each; one answer for all ranks."""
         return self.start_equal(values)()
 
     @labelled("comm: agree")
     def start_equal(self, values: Sequence[int]) -> Callable[[], bool]:
-        """Begins to compare, as `equal`; what it returns waits for the answer."""
+        """Begin to compare, as `equal`; returns a function that waits for the answer."""
         # Through gloo, as in `agree`. 62 bits of each: their negatives exist.
         mine = torch.tensor([value & (2**62 - 1) for value in values])
         extremes = torch.cat([mine, -mine])
@@ -238,14 +237,10 @@ class Group:
         return finish
 
     def barrier(self) -> None:
-        """Wait until all ranks are here."""
         self.agree(False)
 
     def close(self) -> None:
-        """Destroy what made this group, and nothing else; all its ranks call this.
-
-        A rank that failed must not call this: it would wait.
-        """
+        """Destroy this group's process groups; all its ranks call this, but none that failed: it would wait."""
         if not dist.is_initialized():
             return
         if self.size < dist.get_world_size():
@@ -288,7 +283,7 @@ def reduce_op(op: Literal["sum", "max"]) -> dist.ReduceOp.RedOpType:
 
 @contextmanager
 def _telling_failed_connections() -> Iterator[None]:
-    """While ranks connect they may all fail for the same cause, so that silence would hide it."""
+    """Turn errors while ranks connect into ConnectionError: all may fail for one cause, so none may be silent."""
     try:
         yield
     except RuntimeError as error:

@@ -6,9 +6,9 @@
     ...                                      and then to these
     pending.release()
 
-Which rows those are says the `HaloPlan` (geometry.py). Full attention is the plan in which all rows are halos; so are
-the pooled rows of down-sampled keys.
-The stale schedule uses the halos of the step before (stale_exchange.py).
+The `HaloPlan` (geometry.py) says which rows those are. In full attention all rows are halos; so are the pooled rows of
+down-sampled keys. The stale schedule uses the halos of the step before (stale_exchange.py). Where a neighbour went away
+both raise PeerLost.
 
 Shapes: B batch, R my rows, W columns, N heads, D head dim. A halo of h rows is [2, B, h, W, N, D]: keys, then values.
 """
@@ -25,64 +25,14 @@ from clear_dist.comm.group import Group, telling_lost_peers
 from clear_dist.comm.messages import post
 from clear_dist.geometry import HaloPlan
 
-Named = tuple[str, dist.Work]
-"""Whom a message goes to or comes from, for errors, and what to wait for."""
-
-
-class SendBuffers:
-    """The messages of the last few layers."""
-
-    def __init__(self, group: Group, counters: Counters, *, layers: int) -> None:
-        """
-        Args:
-            layers: how many layers' messages `limit` leaves on their way.
-        """
-        self._group = group
-        self._counters = counters
-        self._layers = layers
-        self._leaving: deque[tuple[list[torch.Tensor], list[Named]]] = deque()
-        self._free: list[list[torch.Tensor]] = []
-
-    def take(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[torch.Tensor]:
-        """Buffers for a layer's messages, to be packed, posted, and handed to `posted`; as many each time."""
-        before = self._free.pop() if self._free else [None] * len(shapes)
-        return [self._group.wire_buffer(shape, dtype, reuse=old) for shape, old in zip(shapes, before, strict=True)]
-
-    def posted(self, buffers: list[torch.Tensor], works: list[Named]) -> None:
-        self._leaving.append((buffers, works))
-
-    def limit(self) -> None:
-        """Wait for the oldest until no more than `layers` are on their way."""
-        while len(self._leaving) > self._layers:
-            self._wait_for_oldest()
-
-    def drain(self) -> None:
-        """Wait for all of them, and keep no buffer."""
-        while self._leaving:
-            self._wait_for_oldest()
-        self._free.clear()
-
-    def _wait_for_oldest(self) -> None:
-        buffers, works = self._leaving.popleft()
-        wait_for("comm: sends wait", works, self._group, self._counters)
-        self._free.append(buffers)
-
-
-def wait_for(label: str, works: Sequence[Named], group: Group, counters: Counters) -> None:
-    """Wait for messages; on NCCL the current stream waits, the host does not."""
-    if not works:
-        return
-    with counters.waiting(label, group.wire):
-        for who, work in works:
-            with telling_lost_peers(who):
-                work.wait()
-
-
 Halos = tuple[torch.Tensor, torch.Tensor]
+"""Above my rows, and below."""
+Named = tuple[str, dist.Work]
+"""Peer, for errors, and what to wait for."""
 
 
 class HaloExchange:
-    """The exchange of one plan, used for one layer after the other: buffers are kept as long as the shape stays."""
+    """The exchange of one plan, used for one layer after the other; buffers are kept as long as the shape stays."""
 
     def __init__(
         self,
@@ -90,7 +40,7 @@ class HaloExchange:
         plan: HaloPlan,
         counters: Counters,
         *,
-        sends: SendBuffers | None = None,
+        sends: "SendBuffers | None" = None,
         counted_as: Literal["halo", "pooled"] = "halo",
     ) -> None:
         self._group = group
@@ -99,7 +49,7 @@ class HaloExchange:
         self._counted_as = counted_as
         self._sends = sends or SendBuffers(group, counters, layers=0)
         self._received: list[torch.Tensor] = []
-        """One for each transfer of `plan.receives`, on the wire's side."""
+        """One buffer on the wire's side for each transfer of `plan.receives`."""
         self._arriving: list[Named] = []
         self._pending: PendingHalos | None = None
 
@@ -110,9 +60,6 @@ class HaloExchange:
         Args:
             key_BRWND: keys of this rank's rows, [B, R, W, N, D] on the group's device; need not be contiguous.
             value_BRWND: values, of the same shape and dtype.
-
-        Raises:
-            PeerLost: a neighbour went away.
         """
         assert self._pending is None, "start: the previous exchange was not waited for"
         assert key_BRWND.shape == value_BRWND.shape and key_BRWND.dtype == value_BRWND.dtype
@@ -121,7 +68,7 @@ class HaloExchange:
         return self._pending
 
     def drain(self) -> None:
-        """Wait for all that is on its way: before buffers are dropped, or after a forward that was broken off."""
+        """Wait for all messages: before buffers are dropped, or after a forward that was broken off."""
         self._wait_for_arrivals()
         self._sends.drain()
 
@@ -132,7 +79,7 @@ class HaloExchange:
 
     @property
     def received_bytes(self) -> int:
-        """Of the buffers that halos arrive in."""
+        """Bytes of the receive buffers."""
         return sum(buffer.nbytes for buffer in self._received)
 
     def _begin(self, key_BRWND: torch.Tensor, value_BRWND: torch.Tensor) -> "PendingHalos":
@@ -141,8 +88,8 @@ class HaloExchange:
 
     @labelled("comm: halos start")
     def _post(self, key_BRWND: torch.Tensor, value_BRWND: torch.Tensor) -> None:
-        """Post all messages of a layer at once: mine, and receives for the others'."""
-        self._fit_buffers(key_BRWND)
+        """Post all messages of a layer at once, sends and receives."""
+        self._make_buffers(key_BRWND)
         sends = self._packed(key_BRWND, value_BRWND)
         incoming = [(move.peer, buffer) for move, buffer in zip(self._plan.receives, self._received, strict=True)]
         outgoing = [(move.peer, buffer) for move, buffer in zip(self._plan.sends, sends, strict=True)]
@@ -169,8 +116,8 @@ class HaloExchange:
         self._group.settle()
         return messages
 
-    def _fit_buffers(self, key_BRWND: torch.Tensor) -> None:
-        """Make the buffers for this shape and dtype, unless they are there."""
+    def _make_buffers(self, key_BRWND: torch.Tensor) -> None:
+        """Make the receive buffers, or keep those of this shape and dtype."""
         batch, _, *row_shape = key_BRWND.shape
         self._no_rows = key_BRWND.new_empty((2, batch, 0, *row_shape))
         before: Sequence[torch.Tensor | None] = self._received or [None] * len(self._plan.receives)
@@ -181,10 +128,10 @@ class HaloExchange:
 
     def _wait_for_arrivals(self) -> None:
         works, self._arriving = self._arriving, []
-        wait_for("comm: halos wait", works, self._group, self._counters)
+        _wait_for("comm: halos wait", works, self._group, self._counters)
 
     def _finish(self) -> Halos:
-        """What has arrived, on my device; where a side has one owner and no copy is needed, the buffer itself."""
+        """Halos on my device; where a side has one owner and no copy is needed, the buffer itself."""
         self._pending = None
         self._wait_for_arrivals()
         # It costs no time: a neighbour whose message is here has posted its receives together with it.
@@ -205,27 +152,64 @@ class PendingHalos:
     ) -> None:
         self._exchange = exchange
         self.lag = lag
-        """Whether they are those of the step before."""
+        """Whether they are from the previous step."""
         self._on_release = on_release
 
     @torch.no_grad()
     def wait(self) -> Halos:
-        """The halos above and below my rows; to be called once.
-
-        On NCCL the current stream waits, the host does not.
+        """The halos above and below my rows; to be called once. On NCCL the current stream waits, the host does not.
 
         Returns:
-            Two tensors [2, B, rows, W, N, D], keys and values, rows in ascending order and of 0 rows at the border of
-            the grid; to be read until `release`.
-
-        Raises:
-            PeerLost: a neighbour went away.
+            Two tensors [2, B, rows, W, N, D], keys and values, rows in ascending order, 0 rows at the border of the
+            grid; valid until `release`.
         """
         assert self._exchange._pending is self, "wait: these halos were waited for already"
         return self._exchange._finish()
 
     @torch.no_grad()
     def release(self) -> None:
-        """What `wait` gave is not read any more: the next halos may arrive in its place."""
+        """The halos are not read any more: the next ones may arrive in their place."""
         if self._on_release is not None:
             self._on_release()
+
+
+class SendBuffers:
+    """Messages of the last few layers on their way out; `limit` leaves those of `layers` layers there."""
+
+    def __init__(self, group: Group, counters: Counters, *, layers: int) -> None:
+        self._group = group
+        self._counters = counters
+        self._layers = layers
+        self._leaving: deque[tuple[list[torch.Tensor], list[Named]]] = deque()
+        self._free: list[list[torch.Tensor]] = []
+
+    def take(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[torch.Tensor]:
+        """Buffers for a layer's messages, to be handed to `posted`; the same number each time."""
+        before = self._free.pop() if self._free else [None] * len(shapes)
+        return [self._group.wire_buffer(shape, dtype, reuse=old) for shape, old in zip(shapes, before, strict=True)]
+
+    def posted(self, buffers: list[torch.Tensor], works: list[Named]) -> None:
+        self._leaving.append((buffers, works))
+
+    def limit(self) -> None:
+        while len(self._leaving) > self._layers:
+            self._wait_for_oldest()
+
+    def drain(self) -> None:
+        """Wait for all of them, and keep no buffer."""
+        while self._leaving:
+            self._wait_for_oldest()
+        self._free.clear()
+
+    def _wait_for_oldest(self) -> None:
+        buffers, works = self._leaving.popleft()
+        _wait_for("comm: sends wait", works, self._group, self._counters)
+        self._free.append(buffers)
+
+
+def _wait_for(label: str, works: Sequence[Named], group: Group, counters: Counters) -> None:
+    if works:
+        with counters.waiting(label, group.wire):
+            for peer, work in works:
+                with telling_lost_peers(peer):
+                    work.wait()

@@ -1,4 +1,4 @@
-"""Work that may take longer than a group waits for a rank that is silent."""
+"""Work that may take longer than the group's timeout."""
 
 import threading
 from collections.abc import Callable
@@ -11,13 +11,13 @@ import torch
 from clear_dist.comm.group import Group
 
 SECONDS_BETWEEN_WORDS = 1.0
-"""Among ranks, while one is busy."""
+"""Between messages among ranks while one is busy."""
 
 Result = TypeVar("Result")
 
 
 def in_touch(group: Group, work: Callable[[], Result]) -> Result:
-    """What `work` returns, once that of all ranks has; all call this, and each does its own, on a thread.
+    """Result of `work`, done on a thread, once all ranks' work is done; all ranks call this.
 
     Raises:
         what `work` raises, on this rank; on the others PeerLost, once it has gone.
@@ -29,7 +29,7 @@ def in_touch(group: Group, work: Callable[[], Result]) -> Result:
 
 
 def in_background(work: Callable[[], Result]) -> "Future[Result]":
-    """Do `work` in a thread that nobody waits for when the process ends: looking up a name may take minutes."""
+    """Do `work` on a thread that the process does not wait for at its end: looking up a name may take minutes."""
     doing: Future[Result] = Future()
 
     def run() -> None:
@@ -43,7 +43,7 @@ def in_background(work: Callable[[], Result]) -> "Future[Result]":
 
 
 def _as_here(device: torch.device, inference_mode: bool, work: Callable[[], Result]) -> Result:
-    """What is the caller's thread's alone: its device and its mode."""
+    """Do `work` with the device and the mode of the caller's thread."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with torch.inference_mode(inference_mode):
@@ -51,7 +51,7 @@ def _as_here(device: torch.device, inference_mode: bool, work: Callable[[], Resu
 
 
 def _is_underway(doing: Future[Any]) -> bool:
-    """Whether there is more to do, a moment later; raises what the work raised."""
+    """Whether the work takes longer than another moment; raises what it raised."""
     wait([doing], SECONDS_BETWEEN_WORDS)
     if not doing.done():
         return True

@@ -8,22 +8,20 @@ import torch.distributed as dist
 from clear_dist.comm.group import Group
 
 Message = tuple[int, torch.Tensor]
-"""A peer (a rank within the group), and a buffer on the wire's side."""
+"""Peer (rank within the group), and a buffer on the wire's side."""
 
 all_gather: Callable[..., dist.Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""Of equal buffers, into one; renamed in torch 2.13."""
+"""All-gather of equal buffers into one; renamed in torch 2.13."""
 
 
 def post(group: Group, incoming: Sequence[Message], outgoing: Sequence[Message]) -> list[dist.Work]:
     """Post all messages at once: apart, two ranks could wait for each other.
 
-    What is returned must be waited for, sends too: gloo drops a forgotten one.
-
-    Receives come first: gloo sends and receives at the same time only if the receive was posted before.
-
     Returns:
-        gloo: one for each message, those that come in first; NCCL: one for all of them; none for no message.
+        gloo: one work per message, incoming first; NCCL: one for all; none for no message. All must be waited for,
+        sends too: gloo drops a forgotten one.
     """
+    # Receives come first: gloo sends and receives at the same time only if the receive was posted before.
     messages = [
         dist.P2POp(operation, buffer, group=group.main, group_peer=peer)
         for operation, listed in ((dist.irecv, incoming), (dist.isend, outgoing))

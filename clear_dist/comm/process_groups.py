@@ -1,4 +1,4 @@
-"""torch.distributed's process groups: how ranks meet, what their tensors travel through, and what they leave behind."""
+"""torch.distributed's process groups: how ranks meet, and what their tensors travel through."""
 
 import socket
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ Transport = Literal["nccl", "gloo", "host"]
 
 
 def with_index(device: torch.device) -> torch.device:
-    """CUDA devices with their number, others without."""
+    """`device`, with its number if it is CUDA."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device(device.type) if device.type == "cpu" else device
@@ -35,10 +35,9 @@ def backends(device: torch.device) -> str:
 
 
 def initialise_torch(device: torch.device, timeout: timedelta) -> None:
-    """Make torch.distributed's default group: torchrun's ranks, or this process alone.
+    """Make torch.distributed's default group, of torchrun's ranks or of this process alone.
 
-    Raises:
-        ConnectionError: the ranks cannot meet.
+    Raises ConnectionError: the ranks cannot meet.
     """
     meeting = env.read().meeting
     if meeting is None:
@@ -53,10 +52,9 @@ def initialise_torch(device: torch.device, timeout: timedelta) -> None:
 
 
 def new_process_group(parts: Sequence[tuple[int, ...]], backend: str, timeout: timedelta) -> dist.ProcessGroup:
-    """The group of the part (global ranks) that this process is in; all ranks of all parts call this, no others.
+    """The group of the part (global ranks) that this process is in; the ranks of all parts call this, no others.
 
-    Args:
-        parts: disjoint, in the same order on all ranks.
+    Parts are disjoint, and in the same order on all ranks.
     """
     # Where everyone is here, groups are numbered alike on all ranks. Else local synchronisation: ranks outside need
     # not take part, so that others may use them at will. Its groups are found by their ranks and by how many groups
@@ -69,10 +67,10 @@ def new_process_group(parts: Sequence[tuple[int, ...]], backend: str, timeout: t
 
 
 def forget_addresses(*process_groups: dist.ProcessGroup) -> None:
-    """Remove from the store what ranks found each other by; one rank calls this, while none of them connects.
+    """Remove the ranks' addresses from the store; one rank calls this, while none of them connects.
 
-    With local synchronisation the next group of the same ranks has the same name, once this one is destroyed: its
-    ranks would call at the addresses of this one.
+    With local synchronisation the next group of the same ranks has the name of this one, once this one is destroyed,
+    and would connect to its addresses.
     """
     for process_group in process_groups:
         store = process_group.get_group_store()
@@ -81,7 +79,7 @@ def forget_addresses(*process_groups: dist.ProcessGroup) -> None:
 
 
 def choose_transport(device: torch.device, process_group: dist.ProcessGroup) -> Transport:
-    """The same on all ranks: decided from everyone's device."""
+    """The transport for everyone's devices, equal on all ranks."""
     if device.type != "cuda":
         return "gloo"
     mine = (socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid))

@@ -1,7 +1,7 @@
 """The stale schedule: a layer uses what was sent during the step before, and sends its own for the next.
 
-So each layer, and each pass of a step, has an exchange and a reduction of its own, which keep what they received. In
-the warm-up, and wherever a layer holds nothing of the step before, they do what their parents do: exchange and wait.
+So each layer in each pass of a step has its own exchange and reduction, which keep what they received. In the warm-up,
+and where a layer holds nothing from the step before, they exchange and wait as their parents do.
 
 Shapes: as in halo_exchange.py and text_reduce.py.
 """
@@ -15,17 +15,12 @@ from clear_dist.comm.clock import Clock
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.comm.halo_exchange import HaloExchange, PendingHalos, SendBuffers
-from clear_dist.comm.text_reduce import TextReduce
+from clear_dist.comm.text_reduce import Reduction, TextReduce
 from clear_dist.geometry import HaloPlan
-from clear_dist.merge import unweigh, weigh
-from clear_dist.options import TextAttention
-
-LARGEST_CHANGE = 60.0
-"""Of a log-sum-exp from step to step that is told apart: e^60 and e^-60 are far from the ends of float32."""
 
 
 class StaleHaloExchange(HaloExchange):
-    """The halos of one layer in one pass."""
+    """The halos of one layer in one pass; all layers share `sends`."""
 
     def __init__(
         self,
@@ -37,10 +32,6 @@ class StaleHaloExchange(HaloExchange):
         clock: Clock,
         counted_as: Literal["halo", "pooled"] = "halo",
     ) -> None:
-        """
-        Args:
-            sends: shared by all layers.
-        """
         super().__init__(group, plan, counters, sends=sends, counted_as=counted_as)
         self._clock = clock
         self._step_held: int | None = None
@@ -60,10 +51,10 @@ class StaleHaloExchange(HaloExchange):
 
 
 class StaleTextReduce(TextReduce):
-    """The text queries' reduction of one layer in one pass. It lags on all ranks alike, so text tokens stay equal."""
+    """The text queries' reduction of one layer in one pass; it lags on all ranks alike, so text tokens stay equal."""
 
-    def __init__(self, group: Group, mode: TextAttention, counters: Counters, *, clock: Clock) -> None:
-        super().__init__(group, mode, counters)
+    def __init__(self, group: Group, reduction: Reduction, counters: Counters, *, clock: Clock) -> None:
+        super().__init__(group, reduction, counters)
         self._clock = clock
         self._step_held: int | None = None
 
@@ -73,23 +64,5 @@ class StaleTextReduce(TextReduce):
         self.drain()
         if not lag:
             return super()._begin(out_BTND, lse_BTN)
-        before = self._unload(self._sum)
-        if self._mode == "average":
-            self._post_sum(out_BTND)
-            result = before.div_(self._group.size)
-        else:
-            self._post_sum(self._weighed_by_step_before(out_BTND, lse_BTN, before))
-            result = unweigh(before, out_BTND.dtype)
-        return lambda: result
-
-    def _weighed_by_step_before(
-        self, out_BTND: torch.Tensor, lse_BTN: torch.Tensor, before_BTND1: torch.Tensor
-    ) -> torch.Tensor:
-        """My term of the sum, its weights relative to all ranks' log-sum-exp of the step before.
-
-        Any number would do that all ranks know and that is near the largest: so the maximum needs no reduction.
-        """
-        reference_BTN = self._unload(self._maximum) + before_BTND1[..., -1].log()
-        self._maximum = self._load(reference_BTN, self._maximum)
-        near_BTN = lse_BTN.clamp(reference_BTN - LARGEST_CHANGE, reference_BTN + LARGEST_CHANGE)
-        return weigh(out_BTND, near_BTN, reference_BTN)
+        before_BTND = self._reduction.post_late(self, out_BTND, lse_BTN)
+        return lambda: before_BTND

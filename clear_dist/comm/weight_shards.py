@@ -1,10 +1,9 @@
 """Weights sharded over ranks by FSDP2: each holds a share of every block, and gathers a block when it is needed.
 
-While a block computes, the next one's weights are on their way; after it they are dropped again. So a rank holds its
-share, the block at hand, and the next one in flight.
+While a block computes, the next one's weights are on their way: a rank holds its share and two whole blocks.
 
 FSDP works on a shell around each block that is no part of the model: the block keeps its class, its names and its
-hooks, and when the shell goes nothing is left but hooks for `state_dict`, which find nothing to do.
+hooks. Once the shell is gone only hooks for `state_dict` are left, which find nothing to do.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,8 +33,8 @@ class ShardedWeights:
         """
         Args:
             blocks: in the order in which the model calls them, equal on all ranks; each is sharded before the next one
-                is asked for. They take no gradients any more.
-            counters: where what is gathered counts, as `weight_bytes_sent`.
+                is asked for, and takes no gradients any more.
+            counters: for `weight_bytes_sent`.
             whole: parameters that are left as they are and where they are.
         """
         assert group.size > 1, "one rank has nobody to share with"
@@ -56,7 +55,7 @@ class ShardedWeights:
         self._hooks = [hook for index, block in enumerate(self._blocks) for hook in self._hooked(block, index)]
 
     def remove(self) -> None:
-        """All weights are whole again on each rank, which must have the memory for it."""
+        """Make all weights whole again on each rank, which must have the memory for it."""
         for hook in self._hooks:
             hook.remove()
         for block, shell in zip(self._blocks, self._shells, strict=True):
@@ -70,7 +69,7 @@ class ShardedWeights:
         self.close()
 
     def close(self) -> None:
-        """What the ranks share ends; the weights stay in shards, of no use to anybody. A second call has no effect."""
+        """Destroy the process group; weights left in shards are of no use. A second call has no effect."""
         if self._closed:
             return
         self._closed = True
@@ -98,7 +97,7 @@ class ShardedWeights:
 
 
 class Shell(nn.Module):
-    """What FSDP takes for the module that it shards."""
+    """The module that FSDP shards."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -114,12 +113,11 @@ class WeightGather:
         self._counters = counters
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A buffer for all ranks' shares of a block."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     @labelled("comm: weights start")
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> "Gathering":
-        """Begins to gather; FSDP waits for what is returned, whatever `async_op` says."""
+        """Begin to gather; FSDP waits for what is returned, whatever `async_op` says."""
         # As bytes: gloo does not know every dtype.
         mine, everyone = input_tensor.view(torch.uint8), output_tensor.view(torch.uint8)
         received = everyone
@@ -148,7 +146,7 @@ class Gathering(dist.Work):
         self._finish = finish
 
     def wait(self, *_: Any) -> bool:
-        """For their arrival, which on CUDA the current stream waits for."""
+        """On CUDA the current stream waits, the host does not."""
         self._finish(self._work)
         return True
 

@@ -1,6 +1,6 @@
 """The embedded demo model: a small trained pipeline in FLUX's architecture that draws landscapes.
 
-Nothing heavy is imported here; `grammar` says what the model understands, `weights` is a folder in diffusers' layout.
+Nothing heavy is imported here; `grammar` holds the words that the model knows, `weights` is in diffusers' layout.
 """
 
 from pathlib import Path

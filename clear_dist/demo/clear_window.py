@@ -1,4 +1,4 @@
-"""CLEAR's window as a dense mask, and the layers that a CLEAR checkpoint replaces. For training and small pictures."""
+"""CLEAR's window as a dense mask, and the layers of a CLEAR checkpoint; for training and small pictures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def window_mask(text: int, height: int, width: int, radius: int) -> torch.Tensor
 
 
 def image_side(transformer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The parameters of the image side of attention, by name: what CLEAR trains and its checkpoints hold."""
+    """Parameters of the image side of attention, by name: those that CLEAR trains and its checkpoints hold."""
     return {name: value for name, value in transformer.named_parameters() if IMAGE_SIDE.fullmatch(name)}
 
 

@@ -1,4 +1,4 @@
-"""The demo model's training data: renders with what they show, made by several processes, kept in one folder."""
+"""Training data of the demo model: renders and their landscapes, made by several processes, kept in one folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TRAINING_SEED, HELD_OUT_SEED, LARGE_SEED = 1_000_000, 2_000_000, 3_000_000  # sc
 
 
 def scene(seed: int, size: int) -> tuple[Landscape, np.ndarray]:
-    """The landscape of a seed and its picture, uint8 [size, size, 3]."""
+    """Landscape of a seed and its picture, uint8 [size, size, 3]."""
     words = random_landscape(np.random.default_rng(seed))
     return words, render(words, seed, size, size)
 

@@ -1,4 +1,4 @@
-"""The demo model's language: seven attributes of a landscape, written as one short caption.
+"""Language of the demo model: seven attributes of a landscape, written as one short caption.
 
     {dawn|noon|sunset|night} over {green|autumn|snowy|desert} {mountains|hills|dunes|sea},
     {sun|moon} {on the left|in the center|on the right}, {clear|cloudy} sky[, pine trees]
@@ -55,7 +55,7 @@ DROP_ATTRIBUTE, DROP_ALL, SHUFFLE = 0.15, 0.10, 0.20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Landscape:
-    """What a caption says; None where it says nothing. `trees` is "pine" or None."""
+    """Attributes named by a caption, None where it names none. `trees` is "pine" or None."""
 
     time: str | None = None
     season: str | None = None
@@ -67,7 +67,7 @@ class Landscape:
 
 
 def phrases(landscape: Landscape) -> list[str]:
-    """The caption's phrases in their canonical order; attributes that are None are left out."""
+    """Phrases of the caption in canonical order; attributes that are None are left out."""
     place = " ".join(word for word in (landscape.season, landscape.land) if word)
     if landscape.season and not landscape.land:
         place = f"{landscape.season} land"
@@ -80,15 +80,14 @@ def phrases(landscape: Landscape) -> list[str]:
 
 
 def caption(landscape: Landscape) -> str:
-    """The canonical caption of a landscape."""
     return ", ".join(phrases(landscape))
 
 
 def parse(prompt: str) -> tuple[str, list[str]]:
-    """A free prompt to (canonical caption, words that mean nothing to the model).
+    """(canonical caption, words without meaning to the model) of a free prompt.
 
     Forgiving in order, spelling and synonyms. Where a prompt names an attribute twice, the first mention counts and
-    the second is reported as unknown. A prompt without any known word gives an empty caption.
+    the second is unknown. A prompt without any known word gives an empty caption.
     """
     found: dict[str, str] = {}
     unknown: list[str] = []
@@ -100,7 +99,7 @@ def parse(prompt: str) -> tuple[str, list[str]]:
 
 
 def _known_word(word: str) -> str | None:
-    """The grammar's word for a user's word; "" for a filler, None for a word without meaning here."""
+    """Grammar's word for a user's word; "" for a filler, None for a word without meaning here."""
     if word in FILLERS:
         return ""
     if word in WORD_TO_ATTRIBUTE:
@@ -134,5 +133,4 @@ def training_caption(landscape: Landscape, rng: np.random.Generator) -> str:
 
 
 def random_caption(rng: np.random.Generator) -> str:
-    """A complete canonical caption."""
     return caption(random_landscape(rng))

@@ -1,4 +1,4 @@
-"""The demo's components, put together as a stock FluxPipeline, and its export."""
+"""Components of the demo, assembled as a stock FluxPipeline, and their export."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def export(pipeline: FluxPipeline, folder: Path, extra: dict[str, Path] | None =
 
 
 def _clean_configuration(path: Path) -> None:
-    """Configurations must not remember from where they were loaded, nor load as float16 unless that is asked for."""
+    """Remove the path loaded from, and float16 as the type to load: it is to be asked for."""
     values = json.loads(path.read_text())
     if not isinstance(values, dict) or "vocab" in values:
         return

@@ -35,7 +35,7 @@ class Canvas:
         self.pixels = np.zeros((self.height, self.width, 3), dtype=np.float32)
 
     def window(self, left: float, right: float, top: float, bottom: float) -> tuple[slice, slice]:
-        """The pixels of a box given in picture heights, clipped to the picture."""
+        """Pixels of a box given in picture heights, clipped to the picture."""
         rows, columns = (np.array([top, bottom, left, right]) * self.height).astype(int).reshape(2, 2)
         rows, columns = np.clip(rows + [0, 1], 0, self.height), np.clip(columns + [0, 1], 0, self.width)
         return slice(*rows), slice(*columns)
@@ -48,8 +48,6 @@ class Canvas:
 
 @dataclasses.dataclass
 class Scene:
-    """The colours and the light of one scene, shared by all that is painted."""
-
     words: Landscape
     rng: np.random.Generator
     sky: palette.Sky
@@ -65,7 +63,7 @@ class Scene:
 
 
 def render(words: Landscape, seed: int, height: int = 256, width: int = 256) -> np.ndarray:
-    """The picture of a complete landscape, uint8 [height, width, 3]."""
+    """Picture of a complete landscape, uint8 [height, width, 3]."""
     canvas = Canvas(height, width)
     scene = _scene(words, np.random.default_rng(seed), canvas.aspect)
     _paint_sky(canvas, scene)
@@ -144,7 +142,7 @@ def _paint_clouds(canvas: Canvas, scene: Scene) -> None:
 
 
 def _paint_ridge(canvas: Canvas, scene: Scene, ridge: Ridge, near: float, snow: float = 0.0, rock: float = 0.0):
-    """One layer of land. `near` 0 is lost in haze, 1 has its full colours; `snow` reaches that far below peaks."""
+    """One layer of land: `near` 0 is lost in haze, 1 has its full colours; `snow` is its reach below peaks."""
     below = canvas.y - ridge.top
     first = max(0, int(ridge.top.min() * canvas.height) - 2)
     rows, below = slice(first, None), below[first:]

@@ -1,4 +1,4 @@
-"""The demo's two tokenizers: every word of the grammar is one token, anything else falls back to characters."""
+"""Two tokenizers for the demo: every word of the grammar is one token, anything else falls back to characters."""
 
 from __future__ import annotations
 

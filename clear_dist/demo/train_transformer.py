@@ -1,8 +1,8 @@
 """The demo's transformer and text encoders, trained together on cached latents by rectified flow.
 
 A random half of the batches attends through CLEAR's window, the other half everywhere, so that the base model draws
-with both. Some batches are cut out of larger pictures, at their true positions and without the highest noise: that
-is what the upper stages of a cascade ask for.
+with both. Some batches are cut out of larger pictures, at their true positions and without the highest noise, as in
+the upper stages of a cascade.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RECIPE = Recipe(
 
 @dataclasses.dataclass
 class LatentSet:
-    """Normalised latents [count, 16, h, w] (float16) of square pictures, and what they show."""
+    """Normalised latents [count, 16, h, w] (float16) of square pictures, and their landscapes."""
 
     latents: torch.Tensor
     landscapes: list[Landscape]
@@ -46,7 +46,7 @@ class LatentSet:
 
 @dataclasses.dataclass
 class Batch:
-    """Packed latents [B, GRID^2, 64], their captions, token positions [GRID^2, 3], the most noise they may get."""
+    """Packed latents [B, GRID^2, 64], captions, token positions [GRID^2, 3], and the most noise allowed."""
 
     latents: torch.Tensor
     captions: list[str]
@@ -55,7 +55,7 @@ class Batch:
 
 
 def build_models() -> nn.ModuleDict:
-    """The three parts that are trained together, named as FluxPipeline names them."""
+    """Three parts to train together, named as FluxPipeline names them."""
     transformer = pipeline.build_transformer()
     transformer.set_attn_processor(DenseAttnProcessor())
     return nn.ModuleDict(
@@ -113,7 +113,7 @@ def draw_sigmas(count: int, most: float) -> torch.Tensor:
 def predict(
     models: nn.ModuleDict, noisy: torch.Tensor, sigmas: torch.Tensor, batch: Batch, text_length: int, window: bool
 ) -> torch.Tensor:
-    """The velocity [B, GRID^2, 64]. Sigmas are passed as they are; the transformer multiplies them by 1000."""
+    """Velocity [B, GRID^2, 64]; the transformer itself multiplies sigmas by 1000."""
     mask = window_mask(text_length, GRID, GRID, WINDOW) if window else None
     with torch.autocast("cpu", torch.bfloat16):
         tokens, pooled = encode_text(models, batch.captions, text_length)
@@ -134,7 +134,7 @@ def flow_loss(models: nn.ModuleDict, batch: Batch, text_length: int, window: boo
 
 @torch.no_grad()
 def held_out_loss(models: nn.ModuleDict, held_out: LatentSet, window: bool) -> float:
-    """The loss on held-out pictures with full captions and always the same noise."""
+    """Loss on held-out pictures with full captions and always the same noise."""
     state = torch.get_rng_state()
     torch.manual_seed(RECIPE.seed)
     count, losses = len(held_out.latents), []

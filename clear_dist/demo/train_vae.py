@@ -1,4 +1,4 @@
-"""The demo's AutoencoderKL: 8x, 16 latent channels, narrow at full resolution, trained on crops of renders."""
+"""AutoencoderKL of the demo: 8x, 16 latent channels, narrow at full resolution, trained on crops of renders."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def train_vae(output: Path, pictures: np.ndarray, held_out: np.ndarray, minutes:
 
 @torch.no_grad()
 def encode_all(vae: AutoencoderKL, pictures: np.ndarray) -> torch.Tensor:
-    """The latents' means of square pictures, not normalised: float32 [count, 16, size / 8, size / 8]."""
+    """Means of square pictures' latents, not normalised: float32 [count, 16, size / 8, size / 8]."""
     parts, batch_size = [], max(1, 8 * data.SIZE**2 // pictures.shape[1] ** 2)
     for start in range(0, len(pictures), batch_size):
         with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""What the stages of training share: the loop `fit` with its checkpoints, schedule and moving average; figures."""
+"""Common to the stages of training: the loop `fit` with its checkpoints, schedule and moving average; figures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import nn
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The numbers of one stage; `warm_up` and `hold` are shares of its minutes, see `learning_rate`."""
+    """Numbers of one stage; `warm_up` and `hold` are shares of its minutes, see `learning_rate`."""
 
     seed: int
     peak_rate: float
@@ -62,7 +62,7 @@ def save_checkpoint(path: Path, **state: Any) -> None:
 
 
 class Figures:
-    """The figures of a run: one JSON object per line, appended to figures.jsonl beside the checkpoint, and printed."""
+    """Figures of a run: one JSON object per line, appended to figures.jsonl beside the checkpoint, and printed."""
 
     def __init__(self, checkpoint: Path):
         self.path, self.stage = checkpoint.with_name("figures.jsonl"), checkpoint.stem
@@ -97,7 +97,7 @@ def fit(
     recipe: Recipe,
     minutes: float,
 ) -> Any:
-    """Train what of `module` requires gradients until `minutes` are used; returns its moving average.
+    """Train the parameters of `module` that require gradients for `minutes`; returns its moving average.
 
     Goes on from `checkpoint` where it exists. `loss(rng, progress)` draws a batch and gives `module`'s loss on it;
     `validate(average, last)` gives figures of the average, `last` at the end of training.

@@ -1,6 +1,6 @@
 """Bicubic interpolation of some rows of a picture, equal to the whole picture's.
 
-Shapes: B batch, C channels, E the low rows that mine are made of, R my high rows, W columns (of the low picture).
+Shapes: B batch, C channels, E low rows behind mine, R my high rows, W columns of the low picture.
 """
 
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ from clear_dist.geometry import Rows
 
 MAX_BYTES = 1 << 26
 A = -0.75
-"""The parameter of the cubic convolution kernel, as in torch."""
+"""Parameter of the cubic convolution kernel, as in torch."""
 TAPS = 4
 BYTES_PER_VALUE = 4
 
 
 def rows_behind(rows: Rows, height: int, new_height: int) -> Rows:
-    """The rows of a picture of `height` that these rows of it at `new_height` are made of; none for none."""
+    """Rows of a picture of `height` that determine `rows` of it at `new_height`; none for none."""
     if not len(rows):
         return Rows(0, 0)
     first, last = (_row_above(row, height, new_height) for row in (rows.start, rows.stop - 1))
@@ -36,16 +36,16 @@ def resize_rows(
     rows: Rows,
     max_bytes: int = MAX_BYTES,
 ) -> Tensor:
-    """These rows of `F.interpolate(whole picture, new_size, mode="bicubic")`, to float32's rounding.
+    """`rows` of `F.interpolate(whole picture, new_size, mode="bicubic")`, to float32's rounding.
 
     Args:
-        pixels_BCEW: at least the rows `rows_behind(rows, ...)`, computed in float32 whatever their dtype.
-        first_row: row of the picture that row 0 of `pixels_BCEW` is.
+        pixels_BCEW: the rows `rows_behind(rows, ...)` or more, the first being row `first_row` of the picture;
+            computed in float32 whatever their dtype.
         size, new_size: height and width of the whole picture before and after.
-        max_bytes: what the temporary tensors may take; a chunk has one row at least.
+        max_bytes: limit of the temporary tensors; a chunk has one row at least.
 
     Returns:
-        A new tensor [B, C, len(rows), new width], of the dtype of `pixels_BCEW`.
+        New tensor [B, C, len(rows), new width] in the dtype of `pixels_BCEW`.
     """
     batch, channels, held, width = pixels_BCEW.shape
     behind = rows_behind(rows, size[0], new_size[0])
@@ -61,7 +61,7 @@ def resize_rows(
 
 
 def _chunks(rows: Rows, size: tuple[int, int], new_size: tuple[int, int], max_values: int) -> Iterator[Rows]:
-    """Pieces of `rows` whose temporary tensors have `max_values` per channel: low rows, wide ones, a sum and a tap."""
+    """Pieces of `rows` whose temporary tensors (low rows, wide ones, sum, tap) have `max_values` per channel."""
     per_low_row = size[1] + new_size[1]
     per_row = per_low_row * size[0] / new_size[0] + 2 * new_size[1]
     count = max(1, int((max_values - TAPS * per_low_row) / per_row))
@@ -70,7 +70,7 @@ def _chunks(rows: Rows, size: tuple[int, int], new_size: tuple[int, int], max_va
 
 
 def _mix(wide: Tensor, first_row: int, rows: Rows, height: int, new_height: int) -> Tensor:
-    """High rows from low ones that begin at `first_row` and have their final width."""
+    """High rows from low ones of their final width that begin at `first_row`."""
     above_R = torch.tensor([_row_above(row, height, new_height) for row in range(rows.start, rows.stop)])
     mixed = None
     for tap, weight_R in enumerate(_weights(above_R, rows, height, new_height), start=-1):
@@ -84,7 +84,7 @@ def _mix(wide: Tensor, first_row: int, rows: Rows, height: int, new_height: int)
 
 
 def _weights(above_R: Tensor, rows: Rows, height: int, new_height: int) -> list[Tensor]:
-    """Of the low rows -1, 0, 1 and 2 after the one above."""
+    """Weights [R] of the low rows -1, 0, 1 and 2 after the one above."""
     # Positions are rounded once, as torch's are: at row 8192 that makes steps of 1/1024, which exact ones would miss.
     scale = torch.tensor(height, dtype=torch.float32) / new_height
     centres_R = torch.arange(rows.start, rows.stop, dtype=torch.float64) + 0.5
@@ -94,7 +94,7 @@ def _weights(above_R: Tensor, rows: Rows, height: int, new_height: int) -> list[
 
 
 def _kernel(distance: Tensor) -> Tensor:
-    """Cubic convolution (Keys) at distances of up to 2 rows."""
+    """Cubic convolution kernel (Keys, 1981) at distances of up to 2 rows."""
     distance = distance.abs()
     near = ((A + 2) * distance - (A + 3)) * distance**2 + 1
     far = ((A * distance - 5 * A) * distance + 8 * A) * distance - 4 * A
@@ -102,5 +102,5 @@ def _kernel(distance: Tensor) -> Tensor:
 
 
 def _row_above(row: int, height: int, new_height: int) -> int:
-    """The last row of the low picture whose centre is not below the centre of this row of the high one; -1: none."""
+    """Last row of the low picture with its centre not below that of this row of the high one; -1: none."""
     return ((2 * row + 1) * height - new_height) // (2 * new_height)

@@ -13,6 +13,7 @@ from clear_dist.comm.rows import StripeJoin
 from clear_dist.engine.exchanges import Exchanges
 from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.joint_attention import FullJointAttention, JointAttention, WindowJointAttention
+from clear_dist.engine.room import needed_bytes
 from clear_dist.engine.settings import Settings
 from clear_dist.geometry import (
     HaloPlan,
@@ -21,6 +22,7 @@ from clear_dist.geometry import (
     covering_radius,
     cut_in_stripes,
     plan_halos,
+    plan_pooled,
     plan_text,
     require_units,
     sharing_text_pays,
@@ -72,6 +74,22 @@ def plan_image(size: tuple[int, int], group: Group, radius: int | None, unit: in
     return stripes, plan_halos(stripes, group.rank, radius)
 
 
+def stale_bytes(size: tuple[int, int], group: Group, settings: Settings, *, row_bytes: int, layers: int) -> int:
+    """Bytes that the stale schedule's buffers take on this rank, for an image of `size` tokens.
+
+    Args:
+        row_bytes: keys and values of a row of the grid.
+        layers: in all passes of a step.
+    """
+    stripes, plan = plan_image(size, group, settings.options.radius, settings.unit)
+    needed = needed_bytes(plan, row_bytes=row_bytes, layers=layers)
+    if settings.pooling is not None:
+        factor = settings.pooling.factor
+        pooled = plan_pooled(stripes, group.rank, factor)
+        needed += needed_bytes(pooled, row_bytes=row_bytes // factor, layers=layers)
+    return needed
+
+
 def largest_call(size: tuple[int, int], stripes: tuple[Rows, ...], radius: int) -> dict[str, int]:
     """Sizes that no call of any rank exceeds, for `choose_backend`; equal on all ranks, which so choose alike."""
     rows = max(map(len, stripes))
@@ -107,7 +125,7 @@ def cut_image(
     shared: dict[str, Any] = {
         "plan": plan,
         "width": width,
-        "counts_text_keys": settings.text_attention == "average" or group.rank == 0,
+        "counts_text_keys": settings.reduction.counts_text_keys(group.rank),
         "extrapolation": extrapolation,
     }
     joint_attention: JointAttention = FullJointAttention(**shared)

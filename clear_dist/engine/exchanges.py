@@ -1,4 +1,4 @@
-"""What layers exchange through: one after the other in the sync schedule, each with its own in the stale one."""
+"""The layers' exchanges: one for all layers in the sync schedule, one for each layer and pass in the stale one."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +18,7 @@ from clear_dist.geometry import HaloPlan, Rows, TextPlan, plan_pooled
 
 @dataclass(frozen=True)
 class Exchange:
-    """A layer's halos, its text tokens that other ranks have, its text queries' reduction, its down-sampled keys."""
+    """A layer's exchanges: halos, other ranks' text tokens, the text queries' reduction, down-sampled keys."""
 
     halos: HaloExchange
     gather: TextGather
@@ -27,7 +27,7 @@ class Exchange:
 
 
 class Exchanges:
-    """Those of one cut, for one generation after another."""
+    """Exchanges of one cut, for one generation after another; a clock makes them stale."""
 
     def __init__(
         self,
@@ -39,13 +39,9 @@ class Exchanges:
         *,
         clock: Clock | None,
     ) -> None:
-        """
-        Args:
-            clock: what the stale schedule goes by; None: the sync schedule.
-        """
         self._group = group
         self._plan = plan
-        self._text_attention = settings.text_attention
+        self._reduction = settings.reduction
         self._counters = counters
         self._clock = clock
         self._pooling = settings.pooling
@@ -56,7 +52,7 @@ class Exchanges:
         self._made: dict[tuple[int, int, TextPlan], Exchange] = {}
 
     def of(self, turn: int, layer: int, text: TextPlan) -> Exchange:
-        """That of a layer in one pass of a step."""
+        """The exchange of a layer in pass `turn` of a step."""
         which = (0, 0, text) if self._clock is None else (turn, layer, text)
         if which not in self._made:
             self._made[which] = self._make(text)
@@ -67,7 +63,7 @@ class Exchanges:
         return any(made == turn for made, *_ in self._made)
 
     def drain(self) -> None:
-        """Wait for what is on its way, and keep nothing of it; all ranks call this."""
+        """Wait for all messages, and keep no buffer; all ranks call this."""
         for exchange in self._made.values():
             exchange.halos.drain()
             exchange.gather.drain()
@@ -78,7 +74,7 @@ class Exchanges:
 
     @property
     def stale_bytes(self) -> int:
-        """Of what is kept from one step to the next."""
+        """Bytes kept from one step to the next."""
         made = self._made.values() if self._clock is not None else ()
         pooled = sum(exchange.pooled.exchange.received_bytes for exchange in made if exchange.pooled is not None)
         return pooled + sum(exchange.halos.received_bytes + exchange.text.kept_bytes for exchange in made)
@@ -97,8 +93,8 @@ class Exchanges:
         return StaleHaloExchange(group, plan, counters, sends=sends, clock=self._clock, counted_as=counted_as)
 
     def _make_text(self, text: TextPlan) -> TextReduce:
-        group, mode, counters = self._group, self._text_attention, self._counters
+        how = self._group, self._reduction, self._counters
         if self._clock is None:
-            return TextScatter(group, text, mode, counters) if text.is_shared else TextReduce(group, mode, counters)
+            return TextScatter(*how, plan=text) if text.is_shared else TextReduce(*how)
         assert not text.is_shared, "nothing of the text is gathered late"
-        return StaleTextReduce(group, mode, counters, clock=self._clock)
+        return StaleTextReduce(*how, clock=self._clock)

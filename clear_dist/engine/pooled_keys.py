@@ -1,8 +1,8 @@
-"""Down-sampled keys (CLEAR's `..._down_4` checkpoints): each d x d tokens are one more key, of all image queries.
+"""Down-sampled keys (CLEAR's `..._down_4` checkpoints): each d x d tokens make one more key for all image queries.
 
-As in the official code, keys and values are pooled after norm and rotation, with a weight for each of the d x d places
-that all heads share; pooled keys have no positions of their own, and text queries do not see them. Every rank pools its
-own rows, which are whole units of d, and gets all others': the exchange of halos, on a grid of pooled rows.
+As in the official code, keys and values are pooled after norm and rotation, with d x d weights that all heads share;
+pooled keys have no positions of their own, and text queries do not see them. Every rank pools its own rows, whole units
+of d, and gets all others' by the exchange of halos on a grid of pooled rows (PeerLost where a rank went away).
 
 Shapes: B batch, R my rows, W columns, N heads, D head dim; Y = R / d, X = W / d; P pooled keys of the whole image.
 """
@@ -17,7 +17,7 @@ from clear_dist.comm.halo_exchange import HaloExchange, PendingHalos
 
 @dataclass(frozen=True, kw_only=True)
 class Pooling:
-    """What a checkpoint says about its down-sampled keys."""
+    """A checkpoint's down-sampled keys."""
 
     weights: tuple[Tensor, ...]
     """[d, d] for each layer, in the order of the transformer's attention processors."""
@@ -29,13 +29,9 @@ class Pooling:
 
 
 class PooledKeys:
-    """All pooled keys and values of one layer after the other."""
+    """Pooled keys and values of the whole image, for one layer after the other."""
 
     def __init__(self, pooling: Pooling, exchange: HaloExchange) -> None:
-        """
-        Args:
-            exchange: of pooled rows, of which every rank needs all.
-        """
         self.exchange = exchange
         self._pooling = pooling
         self._under_way: tuple[Tensor, Tensor, PendingHalos] | None = None
@@ -46,20 +42,13 @@ class PooledKeys:
 
         Args:
             layer: its number among the transformer's attention processors.
-
-        Raises:
-            PeerLost: a rank went away.
         """
         key, value = (pool(x, self._pooling.weights[layer]) for x in (key_BRWND, value_BRWND))
         self._under_way = key, value, self.exchange.start(key, value)
 
     @torch.no_grad()
     def wait(self) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, P, N, D] of the whole image, in raster order; to be called once.
-
-        Raises:
-            PeerLost: a rank went away.
-        """
+        """Keys and values [B, P, N, D] in raster order; to be called once."""
         assert self._under_way is not None, "wait: nothing was started"
         (*mine, pending), self._under_way = self._under_way, None
         above, below = pending.wait()
@@ -69,7 +58,7 @@ class PooledKeys:
 
 
 def pool(x_BRWND: Tensor, weight_dd: Tensor) -> Tensor:
-    """Sums over d x d tokens, weighted, [B, Y, X, N, D]; added up in float32."""
+    """Weighted sums over d x d tokens, [B, Y, X, N, D], added up in float32."""
     factor = len(weight_dd)
     tiles_BYdXdND = x_BRWND.unflatten(2, (-1, factor)).unflatten(1, (-1, factor))
     # Row by row: the products of all rows at once would be as large as the keys.

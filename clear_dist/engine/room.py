@@ -1,4 +1,4 @@
-"""Whether the stale schedule's buffers fit in memory: found out on all ranks together, before any is made."""
+"""Memory of the stale schedule's buffers, which all ranks check together before any is made."""
 
 import socket
 
@@ -10,11 +10,11 @@ from clear_dist.observe.memory import free_bytes
 from clear_dist.options import Refusal
 
 SENDING_LAYERS = 8
-"""How many layers' messages may be on their way out: a link's latency, in layers. 1, 8, all: alike on gloo."""
+"""Layers whose messages may be on their way out: a link's latency, in layers. 1, 8 and all are equally fast on gloo."""
 
 
-def received_bytes(plan: HaloPlan, *, row_bytes: int, layers: int) -> int:
-    """Of the halos that a rank keeps from one step to the next.
+def halo_bytes_kept(plan: HaloPlan, *, row_bytes: int, layers: int) -> int:
+    """Bytes of the halos that a rank keeps from one step to the next.
 
     Args:
         row_bytes: keys and values of a row of the grid.
@@ -23,21 +23,20 @@ def received_bytes(plan: HaloPlan, *, row_bytes: int, layers: int) -> int:
     return layers * row_bytes * (len(plan.extended) - len(plan.own))
 
 
-def sending_bytes(plan: HaloPlan, *, row_bytes: int) -> int:
-    """Of the messages on their way out, and the one that is packed meanwhile."""
+def halo_bytes_in_flight(plan: HaloPlan, *, row_bytes: int) -> int:
+    """Bytes of the messages on their way out, and of the layer that is packed meanwhile."""
     return (SENDING_LAYERS + 1) * row_bytes * sum(len(transfer.rows) for transfer in plan.sends)
 
 
 def needed_bytes(plan: HaloPlan, *, row_bytes: int, layers: int) -> int:
-    """Both together."""
-    return received_bytes(plan, row_bytes=row_bytes, layers=layers) + sending_bytes(plan, row_bytes=row_bytes)
+    return halo_bytes_kept(plan, row_bytes=row_bytes, layers=layers) + halo_bytes_in_flight(plan, row_bytes=row_bytes)
 
 
 def require_room(needed: int, group: Group) -> None:
-    """All ranks call this with the bytes that each of them needs where its messages travel from and to.
+    """All ranks call this with the bytes that each needs on its wire's side.
 
     Raises:
-        Refusal: on all ranks, where those on one device need more than it has.
+        Refusal: on all ranks, where those on one device need more than it has free.
     """
     everyone = group.gather_objects((_place(group.wire), needed, _free_bytes(group.wire)))
     for place in {where for where, _, _ in everyone}:
@@ -52,9 +51,9 @@ def require_room(needed: int, group: Group) -> None:
 
 def _place(device: torch.device) -> str:
     host = socket.gethostname()
-    if device.type == "cpu":
-        return host
-    return f"{host}'s GPU {torch.cuda.get_device_properties(device).uuid}"
+    if device.type == "cuda":
+        return f"{host}'s GPU {torch.cuda.get_device_properties(device).uuid}"
+    return host
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from clear_dist.attention import Backend
+from clear_dist.comm.text_reduce import REDUCTIONS, Reduction
 from clear_dist.engine.pooled_keys import Pooling
-from clear_dist.options import Options, TextAttention
+from clear_dist.options import Options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +20,10 @@ class Settings:
     """Of down-sampled keys, which go with a window."""
 
     @property
-    def text_attention(self) -> TextAttention:
+    def reduction(self) -> Reduction:
         """How the ranks' parts of the text queries' attention become one."""
-        assert self.options.text_attention is not None, "settled"
-        return self.options.text_attention
+        (chosen,) = (each for each in REDUCTIONS if each.word == self.options.text_attention)
+        return chosen
 
     @property
     def warmup_steps(self) -> int:

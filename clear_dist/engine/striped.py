@@ -13,15 +13,15 @@ from clear_dist.comm.group import Group
 from clear_dist.comm.halo_exchange import PendingHalos
 from clear_dist.comm.weight_shards import ShardedWeights
 from clear_dist.engine.agreement import SameCall, require_equal_on_all_ranks
-from clear_dist.engine.cut import Cut, choose_text_plan, cut_image, others_first, plan_image
+from clear_dist.engine.cut import Cut, choose_text_plan, cut_image, others_first, stale_bytes
 from clear_dist.engine.exchanges import Exchange
 from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.family import Family, Removable
 from clear_dist.engine.parts import Parts
-from clear_dist.engine.room import needed_bytes, require_room
+from clear_dist.engine.room import require_room
 from clear_dist.engine.settings import Settings
 from clear_dist.engine.stock import attention_layers, require_supported
-from clear_dist.geometry import plan_pooled, plan_text
+from clear_dist.geometry import plan_text
 
 
 class Modulation(Protocol):
@@ -64,7 +64,6 @@ class StripedModel:
         self.shards = shards
         self.extrapolation: Extrapolation | None = None
         self.parts = Parts.compiled() if settings.options.compile else Parts()
-        """What its blocks compute with between communications."""
         self.cut: Cut | None = None
         self.text_plan = plan_text(0, 1, 0)
         """Which text tokens of the forward under way are this rank's."""
@@ -89,22 +88,18 @@ class StripedModel:
         ]
 
     def start_text(self, layer: int, *qkv_BLND: Tensor) -> None:
-        """Send my share of the text tokens, as soon as they are projected; nothing where all ranks have all.
-
-        Args:
-            qkv_BLND: first other ranks' text tokens, which `attend` fills in, then mine.
-        """
+        """Send my share of the text tokens; they stand behind room for other ranks'. Nothing where all have all."""
         if self.text_plan.is_shared:
             with labelled(f"layer {layer}"):
                 self._same_call.require()
                 self._exchange(layer).gather.start(*qkv_BLND)
 
     def start_halos(self, layer: int, key_BLND: Tensor, value_BLND: Tensor, *, alone: bool = False) -> PendingHalos:
-        """Send my border rows, as soon as there are keys and values: the later others need them the better.
+        """Send my border rows, as soon as there are keys and values.
 
         Args:
-            layer: its number among the attention layers on stripes.
-            key_BLND: the last tokens are those of my rows, as in `value_BLND`; text before them is left out.
+            layer: number among the attention layers on stripes.
+            key_BLND: tokens of my rows last, as in `value_BLND`; text before them is left out.
             alone: whether the layer sees the image alone, without down-sampled keys.
         """
         cut = self.running_cut
@@ -154,33 +149,21 @@ class StripedModel:
 
     @property
     def stale_bytes(self) -> int:
-        """Of the buffers that the stale schedule keeps from step to step: the most there have been."""
+        """Bytes of the largest buffers that the stale schedule has kept from step to step."""
         return max(self._most_stale_bytes, self.cut.exchanges.stale_bytes if self.cut is not None else 0)
 
     @contextmanager
     def running(
-        self,
-        *,
-        group: Group | None = None,
-        scheduler: Any | None = None,
-        extrapolation: Extrapolation | None = None,
+        self, *, group: Group | None = None, scheduler: Any = None, extrapolation: Extrapolation | None = None
     ) -> Iterator[None]:
         """While inside, the model runs on another group, with another scheduler, above its native size.
 
-        The ranks of `group` enter together, with equal arguments; the others don't call the model meanwhile. What is
-        None stays as it is. `cut` goes on telling the last image's stripes afterwards.
-
-        Args:
-            group: on the same device; it stays the caller's to close.
-            scheduler: what the pipeline steps with meanwhile; giving it to the pipeline is the caller's part.
+        The ranks of `group` enter together, with equal arguments; the others don't call the model meanwhile. None
+        leaves things as they are. The caller closes the group, and gives the scheduler to the pipeline.
         """
         before = self.group, self.scheduler, self.extrapolation
         try:
-            self._run_on(
-                self.group if group is None else group,
-                self.scheduler if scheduler is None else scheduler,
-                self.extrapolation if extrapolation is None else extrapolation,
-            )
+            self._run_on(group or self.group, scheduler or self.scheduler, extrapolation or self.extrapolation)
             yield
         finally:
             self._run_on(*before)
@@ -223,27 +206,24 @@ class StripedModel:
         if self._clock.begins:
             self._same_call.require()
             self._begin_generation(inputs)
-        assert self.cut is not None
-        if self.cut.stale and not self.cut.exchanges.has_begun(self._clock.turn):
+        cut = self.running_cut
+        if cut.stale and not cut.exchanges.has_begun(self._clock.turn):
             self._same_call.require()
-            size, batch = (self.cut.height, self.cut.width), len(self.family.latents(inputs))
-            self.require_room(size, batch=batch, passes=1, steps=self._steps)
+            batch = len(self.family.latents(inputs))
+            self.require_room((cut.height, cut.width), batch=batch, passes=1, steps=self._steps)
         if self.modulation is not None:
             self.modulation.begin(self._clock.turn, self.scheduler, generation=self._clock.begins)
         tokens = self.family.text_tokens(inputs)
-        self.text_plan = choose_text_plan(self.settings.options.text_tokens, tokens, self.cut)
+        self.text_plan = choose_text_plan(self.settings.options.text_tokens, tokens, cut)
         mask_BT = self.family.text_mask(inputs)
         self._text_mask = None if mask_BT is None else others_first(mask_BT, self.text_plan)
-        return (), self.family.cut(inputs, self.cut, self.text_plan)
+        return (), self.family.cut(inputs, cut, self.text_plan)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         joined = self.family.joined(output, self.running_cut)
-        self._end_forward()
-        return joined
-
-    def _end_forward(self) -> None:
         self.counters.pause()
         self._forward_is_under_way = False
+        return joined
 
     def require_room(self, size: tuple[int, int], *, batch: int, passes: int, steps: int) -> None:
         """All ranks call this before buffers are made for an image of `size` tokens.
@@ -255,16 +235,9 @@ class StripedModel:
             return
         if not self._forward_is_under_way:  # what the last image has kept makes room
             self.drain()
-        transformer = self.family.transformer
-        pooling = self.settings.pooling
-        stripes, plan = plan_image(size, self.group, self.settings.options.radius, self.settings.unit)
-        row_bytes = 2 * batch * size[1] * self.family.channels * transformer.dtype.itemsize
-        layers = passes * len(self._stock_processors)
-        needed = needed_bytes(plan, row_bytes=row_bytes, layers=layers)
-        if pooling is not None:
-            pooled = plan_pooled(stripes, self.group.rank, pooling.factor)
-            needed += needed_bytes(pooled, row_bytes=row_bytes // pooling.factor, layers=layers)
-        require_room(needed, self.group)
+        itemsize, layers = self.family.transformer.dtype.itemsize, passes * len(self._stock_processors)
+        row_bytes = 2 * batch * size[1] * self.family.channels * itemsize
+        require_room(stale_bytes(size, self.group, self.settings, row_bytes=row_bytes, layers=layers), self.group)
 
     def _is_stale(self, steps: int) -> bool:
         """Whether anything lags in a generation of so many steps. One rank waits for nobody."""

@@ -28,8 +28,6 @@ class Failure(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Cause:
-    """Why a rank ended before its time."""
-
     rank: int
     status: int
     line: str

@@ -24,8 +24,6 @@ def at_once() -> Iterator[None]:
 
 @contextmanager
 def unwinding() -> Iterator[None]:
-    """An interrupt is a KeyboardInterrupt."""
-
     def unwind(_: int, __: FrameType | None) -> None:
         raise KeyboardInterrupt
 

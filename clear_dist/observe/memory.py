@@ -1,18 +1,14 @@
-"""How much of the host's memory is free for this process: what the system has, and what its cgroups leave of it."""
+"""Free memory of the host: what the system has, and what this process's cgroups leave of it."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 UNKNOWN = 2**62
-"""Bytes, where nothing tells."""
+"""Bytes free, or that a cgroup leaves, where nothing tells."""
 
 
 def free_bytes(root: Path = Path("/")) -> int:
-    """Bytes that can be had without swapping; containers and job schedulers set limits by cgroups, of either version.
-
-    Args:
-        root: of the file system, for tests.
-    """
+    """Bytes that can be had without swapping, within the limits of cgroups of either version; `root` is for tests."""
     return min(_available(root), *(_left(*files) for files in _cgroups(root)), UNKNOWN)
 
 
@@ -24,7 +20,7 @@ def _available(root: Path) -> int:
 
 
 def _cgroups(root: Path) -> Iterator[tuple[Path, Path, Path, str]]:
-    """Of each group that this process is in: limit, usage, statistics, and what they call files that can be dropped."""
+    """Limit, usage and statistics of each of this process's groups, and their word for droppable file pages."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -48,7 +44,7 @@ def _cgroups(root: Path) -> Iterator[tuple[Path, Path, Path, str]]:
 
 
 def _left(limit: Path, usage: Path, statistics: Path, dropped: str) -> int:
-    """Bytes that a group may still take; files that were read and are not in use count as free."""
+    """Bytes that a group may still take; file pages not in use count as free."""
     try:
         most, taken = int(limit.read_text()), int(usage.read_text())
         figures = dict(line.split() for line in statistics.read_text().splitlines())

@@ -1,4 +1,4 @@
-"""How much memory this process has taken at most, on its device and on the host."""
+"""Peak memory of this process, on its device and on the host."""
 
 import ctypes
 import resource
@@ -10,14 +10,14 @@ _CLEAR_HIGH_WATER_MARK = "5"
 
 
 def give_back(device: torch.device) -> None:
-    """Give memory back that lies between blocks in use, where the C library keeps it (glibc; hundreds of MB a rank)."""
+    """Return memory between blocks in use, which glibc keeps (hundreds of MB a rank), to the system."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if device.type == "cpu" else None
     if trim is not None:
         trim(0)
 
 
 def reset_peak_memory(device: torch.device) -> bool:
-    """Start measuring anew, after loading; False where the system does not let us."""
+    """Start measuring anew; False where the system does not allow it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -29,7 +29,7 @@ def reset_peak_memory(device: torch.device) -> bool:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: allocated by torch on CUDA, resident on CPU; the highest since the reset."""
+    """Most bytes since the reset: allocated by torch on CUDA, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

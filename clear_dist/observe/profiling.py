@@ -1,7 +1,7 @@
-"""`--profile`: what is in flight when, as torch's profiler sees it; a trace for each rank, for ui.perfetto.dev.
+"""`--profile`: a trace of torch's profiler for each rank, for ui.perfetto.dev; and the time of compilation.
 
-Besides every operation a trace shows what comm/, engine/ and families/ have labelled: "layer 12", "comm: ..." and
-"compute: ...".
+Besides every operation a trace shows the labels of comm, engine and families: "layer 12", "comm: ..."
+and "compute: ...".
 """
 
 import gzip
@@ -19,24 +19,20 @@ from torch.profiler import ProfilerAction, profile
 from clear_dist.pictures import replacing
 
 RECORDED_STEPS = 3
-"""A trace of all steps of FLUX would have hundreds of MB."""
+"""A trace of all 28 steps of 57 blocks would have hundreds of MB."""
 MESSAGES = ("gloo:send", "gloo:recv")
-"""Recorded by torch, from when a message was posted until it was waited for."""
+"""Recorded by torch from posting a message to waiting for it."""
 MOST_PROCESSES = 100
-"""Of one rank, as a trace counts them: the host, and each GPU."""
+"""Limit of a rank's processes in a trace: the host, and each GPU."""
 
 
 class Profile:
     """The last steps of a stage on one rank: those of the stale schedule's warm-up are not typical."""
 
     def __init__(self, file: Path, rank: int, *, steps: int, drain: Callable[[], None]) -> None:
-        """
-        Args:
-            steps: of the stage.
-            drain: waits for all messages that are on their way.
-        """
+        """`steps`: those of the stage; `drain` waits for all messages that are on their way."""
         self.steps = min(RECORDED_STEPS, steps)
-        """How many are recorded."""
+        """Recorded steps."""
         self._file = file
         self._rank = rank
         self._first = steps - self.steps
@@ -47,7 +43,7 @@ class Profile:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """The stage is drawn inside; no other."""
+        """Context in which the stage, and no other, is drawn."""
         self._profiler.start()
         self._is_under_way = True
         yield  # after a failure it is left running, as messages may be on their way: see below
@@ -55,16 +51,14 @@ class Profile:
         self._profiler.stop()
 
     def after_step(self) -> None:
-        """Called after each step of any stage."""
         if not self._is_under_way:
             return
         if self._profiler.step_num == self._last:
-            # Of a message that was posted while it recorded and is waited for later, torch writes to freed memory.
+            # Torch writes to freed memory for a message that is posted while it records and waited for later.
             self._drain()
         self._profiler.step()
 
     def write(self) -> None:
-        """What was recorded: whole or not at all."""
         with replacing(self._file) as partial, TemporaryDirectory() as folder:
             raw = Path(folder) / "trace.json"
             self._profiler.export_chrome_trace(str(raw))
@@ -72,7 +66,6 @@ class Profile:
             partial.write_bytes(gzip.compress(text) if partial.suffix.lower() == ".gz" else text)
 
     def _action(self, step: int) -> ProfilerAction:
-        """What torch's profiler does in a step, counted from 0."""
         if step == self._last:
             return ProfilerAction.RECORD_AND_SAVE
         if self._first <= step < self._last:
@@ -81,13 +74,13 @@ class Profile:
 
 
 def readable(trace: dict[str, Any], rank: int) -> dict[str, Any]:
-    """`trace` so that viewers show all of it, and tell ranks apart where several traces are opened as one."""
+    """`trace` changed so that viewers show all of it, and tell ranks apart where several traces are opened as one."""
     processes: dict[int, int] = {}
     events: list[dict[str, Any]] = []
     for event in trace["traceEvents"]:
         if isinstance(event["pid"], str):
-            continue  # of the profiler itself
-        # Of their own for each rank: process ids of two machines, or GPUs of two ranks, may have one number.
+            continue  # the profiler itself
+        # Numbers of each rank's own: process ids of two machines, or GPUs of two ranks, may be equal.
         event["pid"] = processes.setdefault(event["pid"], MOST_PROCESSES * rank + len(processes))
         if event["name"] == "process_name":
             event["args"]["name"] = f"rank {rank}"
@@ -96,13 +89,13 @@ def readable(trace: dict[str, Any], rank: int) -> dict[str, Any]:
 
 
 def _in_flight(message: dict[str, Any], number: int) -> list[dict[str, Any]]:
-    """On a row beside the thread's: it outlives the call that posted it, and Perfetto drops what does not nest."""
+    """A message on a row beside the thread's: it outlives its call, and Perfetto drops what does not nest."""
     both = {name: message[name] for name in ("name", "pid", "tid")} | {"cat": "message", "id2": {"local": number}}
     return [both | {"ph": "b", "ts": message["ts"]}, both | {"ph": "e", "ts": message["ts"] + message["dur"]}]
 
 
 class CompileTime:
-    """Wall time of this process, and how often it compiled; tracing counts, loading from torch's cache too."""
+    """Wall time and number of compilations in this process, with tracing and loading from torch's cache."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -111,7 +104,6 @@ class CompileTime:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Count what is compiled inside."""
         callback_handler.register_start_callback(self._start)
         callback_handler.register_end_callback(self._end)
         try:

@@ -1,4 +1,4 @@
-"""What a person sees while a picture is made: stages, phases, steps and the time left. Rank 0 and terminals only."""
+"""Progress while a picture is made: stages, phases, steps and the time left; shown by rank 0, on terminals only."""
 
 import sys
 import time
@@ -24,24 +24,21 @@ WHOLE = "all in all"
 
 @dataclass
 class Times:
-    """Seconds by phase, and of each denoising step."""
-
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     seconds_per_step: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class LoadedPart:
-    """A part of the model, as it was loaded."""
+    """A part of the model, its files' bytes, and how long they took."""
 
     name: str
     nbytes: int
-    """Of its files."""
     seconds: float
 
 
 class Phases:
-    """Times the phases of a run, on every rank, and shows them where somebody watches."""
+    """Timer of a run's phases, on every rank, with a display where somebody watches."""
 
     def __init__(self, progress: Progress | None = None) -> None:
         self.times = Times()
@@ -54,22 +51,21 @@ class Phases:
         self._step_began = 0.0
 
     def expect(self, work: float) -> None:
-        """How much work the whole run is, in any unit: the time left is told from it."""
+        """Set the whole run's work, in any unit, from which the time left is told."""
         if self._progress is not None:
             self._whole = self._progress.add_task(WHOLE, total=work, shown="", known_at=0.0)
 
     def begin_stage(self) -> None:
-        """What follows is timed as another stage too."""
         self.stages.append(Times())
 
     @contextmanager
     def phase(self, name: str, *, detail: str = "", steps: int | None = None, work: float = 0.0) -> Iterator[None]:
-        """Time what is inside as `name`, one of PHASES; several times add up.
+        """Time the body as `name`, one of PHASES; several times add up.
 
         Args:
-            detail: which of several such phases this is; its bar goes when it ends.
-            steps: of the bar.
-            work: its part of what was expected.
+            detail: tells several such phases apart; the bar goes when its phase ends.
+            steps: length of the bar.
+            work: share of the work expected.
         """
         began = self._step_began = time.perf_counter()
         self._work_per_step = work / (steps or 1)
@@ -89,7 +85,7 @@ class Phases:
 
     @contextmanager
     def loading(self, part: str, nbytes: int) -> Iterator[Callable[[int], None]]:
-        """Time a part of the model, of so many bytes, inside a phase; yields what is told of bytes as they come."""
+        """Time the loading of a part inside a phase; yields a function to be told of bytes as they come."""
         began, done, progress = time.perf_counter(), 0, self._progress
         size, bar = f"{nbytes / 1e9:.1f} GB", None
         if progress is not None:
@@ -109,7 +105,7 @@ class Phases:
             progress.update(bar, completed=nbytes, visible=False)
 
     def end_step(self, done: int) -> None:
-        """Called at the end of each denoising step with the number of steps done in this phase."""
+        """To be called at the end of each denoising step with the number of steps done in this phase."""
         now = time.perf_counter()
         for times in (self.times, *self.stages[-1:]):
             times.seconds_per_step.append(now - self._step_began)
@@ -127,7 +123,7 @@ class Phases:
 
 
 class TimeLeft(ProgressColumn):
-    """From the work done so far; counts down between steps, which may take minutes."""
+    """Time left by the work done so far; counts down between steps, which may take minutes."""
 
     def render(self, task: Task) -> Text:
         known_at = task.fields.get("known_at")

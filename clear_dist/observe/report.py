@@ -1,4 +1,4 @@
-"""The JSON report of a run (schema 1), and the figures in it that have to be measured."""
+"""The JSON report of a run (schema 1) and its measured figures."""
 
 import json
 import platform
@@ -19,26 +19,24 @@ STAGE_PHASES = ("encode", "denoise", "decode", "save")
 
 @dataclass(frozen=True, kw_only=True)
 class RankFigures:
-    """What one rank measured; gathered on rank 0."""
+    """Measurements of one rank, gathered on rank 0."""
 
     peak_memory_bytes: int
     peak_since_loading: bool
-    """False where the system cannot reset the high-water mark: then loading is in it too."""
+    """False where the system cannot reset the high-water mark: then the peak includes loading."""
     weight_bytes: int
-    """Of the transformer, on the rank's device."""
+    """Bytes of the transformer on the rank's device."""
     stale_buffer_bytes: int
-    """Kept from one step to the next in the stale schedule, at most."""
+    """Most bytes kept from one step to the next in the stale schedule."""
     compile_seconds: float
-    """That torch.compile took, in the steps that needed it."""
     comm: Mapping[str, Sequence[float]]
     loading_peak_bytes: int = 0
-    """As `peak_memory_bytes`, until the model was loaded."""
+    """`peak_memory_bytes` until the model was loaded."""
     host_memory_bytes: int | None = None
-    """Its share of the host's memory once it was: pages that k ranks share count 1/k in each. None: not told here."""
+    """Proportional share of the host's memory after loading: pages of k ranks count 1/k in each. None: unknown."""
 
 
 def versions() -> dict[str, str]:
-    """Of this package, what it rests on, and Python."""
     return {"clear-dist": __version__, "python": platform.python_version()} | {
         name: version(name) for name in LIBRARIES
     }
@@ -46,12 +44,10 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class StageFigures:
-    """One stage of one prompt."""
-
     grid: tuple[int, int]
     """Height and width in tokens."""
     stripes: Sequence[tuple[int, int]]
-    """Rows [start, stop) of each rank that took part."""
+    """Rows [start, stop) of each rank in use."""
     times: Times
 
 
@@ -72,9 +68,9 @@ def build(
     Args:
         times: of the whole run.
         launch, total: seconds until the ranks were at work, and of everything.
-        stages: in the order in which they were drawn, at least one.
-        clear_weights: what a CLEAR checkpoint has replaced.
-        parts: of the model, in the order in which rank 0 loaded them.
+        stages: in the order drawn, at least one.
+        clear_weights: layers replaced by a CLEAR checkpoint.
+        parts: in the order in which rank 0 loaded them.
     """
     listed = [_stage(stage) for stage in stages]
     return {
@@ -119,6 +115,5 @@ def _part(part: LoadedPart) -> dict[str, Any]:
 
 
 def write(report: Mapping[str, Any], file: Path) -> None:
-    """Whole or not at all."""
     with replacing(file) as partial:
         partial.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,6 +1,6 @@
-"""Pictures to disk: whole or not at all, with what made them in their metadata.
+"""Pictures on disk: whole or not at all, with metadata that say what made them.
 
-PNG and TIFF are written while rows arrive, so that nobody ever holds the whole picture.
+PNG and TIFF are written while rows arrive, so that nobody holds the whole picture.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,32 +16,30 @@ if TYPE_CHECKING:
 __all__ = ["files_of", "numbered", "preview_of", "replacing", "save_picture", "stage_file"]
 
 MOST_WITHOUT_THUMBNAIL = 4096
-"""Pixels of the longer side that viewers open at ease."""
+"""Longer side in pixels that viewers open at ease."""
 Writer: TypeAlias = Callable[[Iterator["np.ndarray"], Path, int, int, Mapping[str, str]], None]
 
 
 def files_of(file: Path, *, height: int, width: int) -> list[Path]:
-    """What `save_picture` writes: the picture and, if it is large, its thumbnail."""
+    """Files that `save_picture` writes: the picture and, if it is large, its thumbnail."""
     return [file, thumbnail_of(file)] if max(height, width) > MOST_WITHOUT_THUMBNAIL else [file]
 
 
 def save_picture(
     rows: Iterable["np.ndarray"], file: Path, *, height: int, width: int, metadata: Mapping[str, str] | None
 ) -> list[Path]:
-    """Write a picture in the format of the file's ending; return the files written.
+    """Write a picture in the format of the file's ending; returns the files written.
 
     Args:
         rows: from the top, uint8 [some rows, width, 3] each; used up to the end.
-        metadata: by name; text chunks of a PNG, a JSON object as the description elsewhere (in EXIF long values are
-            cut and end in "..."). `None`: none is written.
+        metadata: by name; text chunks of a PNG, elsewhere a JSON object as the description (in EXIF long values are
+            cut and end in "..."). None: none is written.
 
     Raises:
         OSError: it cannot be written; then, as after whatever `rows` raises, nothing is left behind.
     """
-    from clear_dist.pictures.thumbnail import (
-        Thumbnail,
-        in_blocks,  # numpy and Pillow: checks and --help do without
-    )
+    # Numpy and Pillow: checks and --help do without.
+    from clear_dist.pictures.thumbnail import Thumbnail, in_blocks
 
     files = files_of(file, height=height, width=width)
     blocks = in_blocks(rows, height, width)

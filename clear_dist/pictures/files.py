@@ -9,29 +9,28 @@ from types import FrameType
 
 
 def numbered(file: Path, index: int, count: int) -> Path:
-    """The name of picture `index` of `count`: `file` itself if it is the only one, else with -0, -1 ... in its name."""
+    """Name of picture `index` of `count`: `file` itself if it is the only one, else with -0, -1 ... in its name."""
     digits = len(str(count - 1))
     return file if count == 1 else file.with_name(f"{file.stem}-{index:0{digits}d}{file.suffix}")
 
 
 def stage_file(file: Path, height: int, width: int) -> Path:
-    """The name of a lower stage's picture: `file`'s, with its size."""
+    """Name of a lower stage's picture: `file`'s with its size."""
     return file.with_name(f"{file.stem}.{width}x{height}{file.suffix}")
 
 
 def preview_of(file: Path) -> Path:
-    """Where the previews of `file` go, each in the place of the former."""
+    """Name of all previews of `file`, each of which replaces the one before."""
     return file.with_name(f"{file.stem}.preview.png")
 
 
 def thumbnail_of(file: Path) -> Path:
-    """Beside `file`."""
     return file.with_name(f"{file.stem}.thumbnail.jpg")
 
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A temporary name beside `file`, with the same ending; becomes `file` at the end, and vanishes on failure."""
+    """Temporary name beside `file`, with the same ending; becomes `file` at the end, and vanishes on failure."""
     partial = file.with_name(f".{secrets.token_hex(8)}{file.suffix}")  # short: `file` may have the longest name allowed
     try:
         with _raising_on_sigterm():
@@ -43,7 +42,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def _raising_on_sigterm() -> Iterator[None]:
-    """A launcher ends ranks with SIGTERM, which by default leaves no time to tidy up."""
+    """Time to tidy up at a SIGTERM, with which a launcher ends ranks."""
 
     def stop(number: int, _: FrameType | None) -> None:
         raise SystemExit(128 + number)

@@ -1,4 +1,4 @@
-"""PNG while rows arrive, which Pillow cannot write."""
+"""PNG written while rows arrive, which Pillow cannot do."""
 
 import struct
 import zlib
@@ -16,7 +16,7 @@ PAETH = 4
 
 
 def write(blocks: Iterator[np.ndarray], file: Path, height: int, width: int, metadata: Mapping[str, str]) -> None:
-    """`blocks`: uint8 [some rows, width, 3]. A chunk of compressed pixels is no larger than about one block."""
+    """Write `blocks` (uint8 [some rows, width, 3]); a chunk of the file holds about one block at most."""
     with file.open("wb") as out:
         out.write(SIGNATURE)
         shape = struct.pack(">IIBBBBB", width, height, DEPTH, RGB, DEFLATE, ADAPTIVE, NOT_INTERLACED)
@@ -42,19 +42,16 @@ def _write_chunk(out: BinaryIO, kind: bytes, content: bytes) -> None:
 
 
 def _international_text(name: str, value: str) -> bytes:
-    """Content of an iTXt chunk: name; not compressed; no language; no translated name; text."""
+    """Content of an iTXt chunk: name, not compressed, no language, no translated name, text."""
     return name.encode("latin-1") + b"\0" + b"\0\0" + b"\0" + b"\0" + value.encode()
 
 
 def _filtered(lines: np.ndarray, above: np.ndarray) -> np.ndarray:
-    """The filter's number, then what Paeth's filter leaves: uint8 [rows, 1 + bytes].
+    """Lines after Paeth's filter, each behind the filter's number: uint8 [rows, 1 + bytes].
 
-    From each byte is taken the one of its left (a), upper (b) and upper left (c) neighbours that is nearest to
-    a + b - c; in a tie the first one. That is c only where it lies between a and b, and all distances fit in a byte.
-
-    Args:
-        lines: uint8 [rows, bytes].
-        above: the line before them [bytes].
+    Each byte is reduced by the one of its left (a), upper (b) and upper left (c) neighbours that is nearest to
+    a + b - c, in a tie the first one. That is c only where it lies between a and b, and all distances fit in a byte.
+    `lines` are uint8 [rows, bytes], `above` is the line before them.
     """
     filtered = np.empty((len(lines), 1 + lines.shape[1]), np.uint8)
     filtered[:, 0] = PAETH

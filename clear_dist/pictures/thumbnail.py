@@ -1,4 +1,4 @@
-"""A small copy of a large picture, made while its rows pass by."""
+"""Blocks of a picture's rows, and a small copy that is made while they pass by."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,11 +10,13 @@ from clear_dist.pictures.whole import JPEG_OPTIONS
 
 CHANNELS = 3
 BLOCK_ROWS = 16
-"""What is compressed at once, and a strip of a TIFF; a multiple of all factors of a thumbnail."""
+"""Rows compressed at once, and of a strip of a TIFF; a multiple of all FACTORS."""
+LONGEST_SIDE = 1024
+FACTORS = (1, 2, 4, 8, 16)
 
 
 def in_blocks(rows: Iterable[np.ndarray], height: int, width: int) -> Iterator[np.ndarray]:
-    """`rows` as uint8 [BLOCK_ROWS, width, 3], the last block maybe lower; copies, so that no part is kept alive."""
+    """Copies of `rows` as uint8 [BLOCK_ROWS, width, 3], the last one maybe lower; no part of `rows` is kept alive."""
     left = height
     block, filled = _empty(left, width), 0
     for part in rows:
@@ -37,12 +39,8 @@ def _empty(left: int, width: int) -> np.ndarray:
     return np.empty((min(BLOCK_ROWS, left), width, CHANNELS), np.uint8)
 
 
-LONGEST_SIDE = 1024
-FACTORS = (1, 2, 4, 8, 16)
-
-
 class Thumbnail:
-    """Averages of factor x factor pixels; no side is longer than LONGEST_SIDE pixels if a factor allows it."""
+    """Averages of factor x factor pixels, with sides of at most LONGEST_SIDE pixels if a factor allows it."""
 
     def __init__(self, height: int, width: int) -> None:
         fitting = (factor for factor in FACTORS if max(height, width) <= LONGEST_SIDE * factor)
@@ -50,12 +48,11 @@ class Thumbnail:
         self.image = Image.new("RGB", (-(-width // self.factor), -(-height // self.factor)))
 
     def watching(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-        """`blocks`, uint8 [BLOCK_ROWS, width, 3] but for the last one, unchanged."""
+        """`blocks` from `in_blocks`, unchanged."""
         for index, block in enumerate(blocks):
             reduced = Image.fromarray(block).reduce(self.factor)
             self.image.paste(reduced, (0, index * BLOCK_ROWS // self.factor))
             yield block
 
     def save(self, file: Path) -> None:
-        """As a JPEG."""
         self.image.save(file, **JPEG_OPTIONS)

@@ -1,4 +1,4 @@
-"""TIFF while rows arrive; BigTIFF where a file might be too large for 4-byte offsets."""
+"""TIFF written while rows arrive; BigTIFF where a file might be too large for 4-byte offsets."""
 
 import json
 import zlib
@@ -11,7 +11,7 @@ import tifffile
 from clear_dist.pictures.thumbnail import BLOCK_ROWS, CHANNELS
 
 MOST_CLASSIC_BYTES = 2**32 - 2**26
-"""Of pixels: they may grow a little when compressed, and tags and metadata come on top."""
+"""Limit of the pixels: they may grow a little when compressed, and tags and metadata come on top."""
 
 
 def write(
@@ -23,7 +23,7 @@ def write(
     *,
     most_classic_bytes: int = MOST_CLASSIC_BYTES,
 ) -> None:
-    """`blocks`: uint8 [BLOCK_ROWS, width, 3], the last one maybe lower; a strip each."""
+    """Write `blocks` from `in_blocks`, a strip each."""
     shape = (height, width, CHANNELS)
     with tifffile.TiffWriter(file, bigtiff=height * width * CHANNELS > most_classic_bytes) as out:
         out.write(

@@ -10,7 +10,7 @@ from PIL import Image
 
 EXIF_DESCRIPTION, EXIF_SOFTWARE = 0x010E, 0x0131
 MOST_EXIF_BYTES = 60_000
-"""Of the description: a JPEG holds less than 64 KB of EXIF."""
+"""Limit of the description: a JPEG holds less than 64 KB of EXIF."""
 JPEG_OPTIONS: Mapping[str, Any] = {"quality": 95, "subsampling": 0}
 SAVE_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     ".jpg": JPEG_OPTIONS,
@@ -20,7 +20,7 @@ SAVE_OPTIONS: Mapping[str, Mapping[str, Any]] = {
 
 
 def write(blocks: Iterator[np.ndarray], file: Path, height: int, width: int, metadata: Mapping[str, str]) -> None:
-    """`blocks`: uint8 [some rows, width, 3]."""
+    """Write `blocks` (uint8 [some rows, width, 3])."""
     image, top = Image.new("RGB", (width, height)), 0
     for block in blocks:
         image.paste(Image.fromarray(block), (0, top))

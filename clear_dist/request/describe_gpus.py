@@ -1,8 +1,8 @@
-"""Run as a program: name, total and free bytes of each CUDA device, a line each. Standard library only.
+"""A program that prints name, total and free bytes of each CUDA device, a line each. Standard library only.
 
-In a process of its own, because one that has initialised CUDA cannot fork ranks; no context is made, which would take
-half a gigabyte of the device. The driver knows which devices CUDA_VISIBLE_DEVICES shows, NVIDIA's management library
-how much of them is free; they agree on UUIDs.
+It is a process of its own, because one that has initialised CUDA cannot fork ranks; it makes no context, which would
+take half a gigabyte of the device. The driver knows which devices CUDA_VISIBLE_DEVICES shows, NVIDIA's management
+library how much of each is free; they agree on UUIDs.
 """
 
 import ctypes
@@ -14,12 +14,7 @@ KINDS = ("GPU", "MIG")
 
 
 def describe(driver: Any, library: Any | None) -> Iterator[str]:
-    """The lines.
-
-    Args:
-        driver: libcuda.
-        library: libnvidia-ml, initialised; without it all of a device counts as free.
-    """
+    """The lines, from libcuda and libnvidia-ml (initialised); without the latter all of a device counts as free."""
     count = ctypes.c_int()
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return

@@ -1,4 +1,4 @@
-"""What this machine has, found out without torch."""
+"""GPUs and compilers of this machine, found without torch."""
 
 import ctypes
 import os
@@ -23,7 +23,7 @@ print(count.value if not driver.cuInit(0) and not driver.cuDeviceGetCount(ctypes
 
 
 def count_gpus() -> int:
-    """CUDA devices that this process may use (the driver heeds CUDA_VISIBLE_DEVICES)."""
+    """Number of CUDA devices for this process; the driver heeds CUDA_VISIBLE_DEVICES."""
     try:
         ctypes.CDLL(DRIVER)
         answer = subprocess.run([sys.executable, "-S", "-c", _COUNT], capture_output=True, text=True, timeout=60)
@@ -33,7 +33,7 @@ def count_gpus() -> int:
 
 
 def gpus_for(device: str) -> int:
-    """How many ranks on `device` may use; raises a Refusal where `cuda` was asked for and there is none."""
+    """Number of GPUs for ranks on `device`; raises a Refusal where `cuda` was asked for and there is none."""
     gpus = count_gpus() if device != "cpu" else 0
     if device == "cuda" and not gpus:
         raise Refusal("--device cuda needs a CUDA GPU, and there is none here; nearest: cpu")
@@ -41,10 +41,10 @@ def gpus_for(device: str) -> int:
 
 
 def world_size(nproc: int | None, place: Place, *, otherwise: int) -> int:
-    """How many ranks there will be; raises a Refusal where torchrun has started another number than asked for.
+    """Number of ranks, `otherwise` where neither torchrun nor the user says.
 
-    Args:
-        otherwise: where neither torchrun nor the user says.
+    Raises:
+        Refusal: torchrun has started another number than asked for.
     """
     if place.launcher is None:
         return nproc or otherwise
@@ -55,17 +55,16 @@ def world_size(nproc: int | None, place: Place, *, otherwise: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class FoundGpu:
-    """A CUDA device of this machine."""
+    """A CUDA device of this machine; memory in bytes."""
 
     name: str
     total: int
-    """Bytes."""
     free: int
-    """Bytes; `total` where NVIDIA's management library does not tell."""
+    """`total` where NVIDIA's management library does not tell."""
 
 
 def find_gpus() -> tuple[FoundGpu, ...]:
-    """The CUDA devices that this process may use, in CUDA's order; none where the driver does not tell."""
+    """CUDA devices for this process, in CUDA's order; none where the driver does not tell."""
     try:
         ctypes.CDLL(DRIVER)
         answer = subprocess.run([sys.executable, "-S", str(DESCRIBE)], capture_output=True, text=True, timeout=60)
@@ -76,7 +75,7 @@ def find_gpus() -> tuple[FoundGpu, ...]:
 
 
 def missing_compiler(device_type: str) -> str | None:
-    """What torch.compile lacks to make kernels for a device; None: nothing."""
+    """Compiler that torch.compile lacks for a device; None: nothing."""
     if device_type == "cuda":
         return None if find_spec("triton") else "the package triton"
     compiler = os.environ.get("CXX", "g++")

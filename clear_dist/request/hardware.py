@@ -1,7 +1,7 @@
-"""Kinds of GPUs and links. Rates are those of NVIDIA's data sheets, without sparsity; less of them is reached.
+"""Kinds of GPUs and links. A GPU's rates are those of NVIDIA's data sheets, without sparsity; programs reach less.
 
-Memory is what CUDA gives to programs, a little less than the data sheet says. Rates of links are what large messages
-reach in each direction and per GPU, about 85 % of what is printed on the box.
+Memory is what CUDA gives to programs, a little less than on the data sheet. A link's rate is what large messages reach
+in each direction and per GPU, about 85 % of the nominal rate.
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,6 @@ GB, GIB, TFLOPS = 1e9, 2**30, 1e12
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """What a rank's messages travel through."""
-
     name: str
     bytes_per_second: float
     """In each direction."""
@@ -20,17 +18,17 @@ class Link:
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """A kind of GPU, or one that was found here."""
+    """A kind of GPU, or one found on this machine."""
 
     name: str
     memory: int
-    """Bytes that programs may have."""
+    """Bytes for programs."""
     flops: float
-    """Of matrix products in 16-bit numbers with sums in float32, per second; 0: not known."""
+    """Operations per second of 16-bit matrix products with sums in float32; 0: unknown."""
     bandwidth: float
-    """Of its memory, bytes per second."""
+    """Bytes per second of its memory."""
     link: str
-    """What it usually has to its neighbours."""
+    """Usual link to its neighbours."""
     float8: bool = True
     """Whether it multiplies in float8, at twice the rate."""
 
@@ -61,7 +59,7 @@ GPUS: dict[str, Gpu] = {
         _gpu("RTX3090", 23.6, 71, 936, "pcie4", float8=False),
     )
 }
-"""By the word for `--gpu`; the first one is planned for where none is named or found."""
+"""By the word for `--gpu`; the first is planned for where none is named or found."""
 
 LINKS: dict[str, Link] = {
     name: Link(name=name, bytes_per_second=gb_per_second * GB)
@@ -85,7 +83,7 @@ LINKS: dict[str, Link] = {
 
 
 def named_like(device: str) -> Gpu | None:
-    """The kind of a GPU by the name its driver gives it, such as `NVIDIA GeForce RTX 4090`; None: not in the table."""
+    """Kind of a GPU by its driver's name for it, such as `NVIDIA GeForce RTX 4090`; None: not in the table."""
     squeezed = "".join(device.lower().replace("generation", "").split()).replace("-", "")
     found = [gpu for word, gpu in GPUS.items() if word.split("-")[0].replace("-", "") in squeezed]
     sizes = [gpu for gpu in found if "-" in gpu.name and gpu.name.split("-")[1] + "gb" in squeezed]
@@ -93,5 +91,5 @@ def named_like(device: str) -> Gpu | None:
 
 
 def unknown(name: str, memory: int) -> Gpu:
-    """A GPU of which only the memory is known: no time is estimated for it."""
+    """A GPU known by its memory only, for which no time is estimated."""
     return Gpu(name=name, memory=memory, flops=0.0, bandwidth=0.0, link="pcie4")

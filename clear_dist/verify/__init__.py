@@ -1,4 +1,4 @@
-"""Whether this machine computes and communicates as it should: checks that all ranks run together, and their table."""
+"""Checks, run by all ranks together, that this machine computes and communicates as it should; and their table."""
 
 import json
 import sys
@@ -25,26 +25,25 @@ from clear_dist.verify.model import verify_model
 __all__ = ["CHECKS", "Finding", "Result", "Subjects", "run_checks", "verify"]
 
 CHECKS: Mapping[str, Check] = {
-    "environment": environment.check,
-    "halos": halos.check,
-    "text reduction": text.check,
-    "attention": attention.check,
+    "environment": environment.compare_environments,
+    "halos": halos.check_halos,
+    "text reduction": text.check_reductions,
+    "attention": attention.check_backends,
     **{f"tiny {sample.name}": partial(verify_model, sample) for sample in SAMPLES},
-    "links": links.check,
+    "links": links.measure_links,
 }
 SECONDS_TO_ANSWER = {"cpu": 15.0, "cuda": 60.0}
-"""After which a rank is given up. On CUDA kernels are compiled, which ranks need not do equally fast."""
+"""Time limit for a silent rank. On CUDA kernels are compiled, which ranks need not do equally fast."""
 SCHEMA = 1
 MOST_NAMED = 3
-"""Failed checks in the line at the end; the table has them all."""
+"""Failed checks named in the last line; the table has them all."""
 
 
 def verify(device_type: str, output: str | None, subjects: Subjects | None = None) -> None:
     """Run all checks together with the other ranks, and show them on rank 0.
 
     Args:
-        output: file for the JSON report, or `-` for stdout; None: no report.
-        subjects: what is verified; None: this package.
+        output: file of the JSON report, or `-` for stdout; None: no report.
 
     Raises:
         Failure: a check failed; on all ranks.
@@ -74,11 +73,11 @@ def verify(device_type: str, output: str | None, subjects: Subjects | None = Non
 
 
 def run_checks(group: Group, subjects: Subjects, show: Show, checks: Mapping[str, Check] = CHECKS) -> list[Result]:
-    """All findings of all ranks, on all ranks.
+    """Findings of all ranks, on all ranks.
 
     Raises:
         PeerLost: a rank went away, or did not answer.
-        RuntimeError: a check raised, which is named.
+        RuntimeError: a check raised; the message names it.
     """
     results = []
     for name, check in checks.items():

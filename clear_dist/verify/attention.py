@@ -19,7 +19,7 @@ from clear_dist.verify.finding import Finding, Subjects
 
 BATCH, HEADS, HEAD_DIM = 1, 2, 64
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-"""bfloat16 has 8 bits: weights of the softmax and outputs are each rounded by up to 2^-9 of their size."""
+"""bfloat16 has 8 bits: the softmax's weights and the outputs are each rounded by up to 2^-9 of their size."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ CASES_TO_COMPILE = 2
 """On a GPU kernels are compiled for each size and dtype, which takes seconds."""
 
 
-def check(group: Group, subjects: Subjects) -> Iterator[Finding]:
+def check_backends(group: Group, subjects: Subjects) -> Iterator[Finding]:
     """Every backend that can run on this device, in every dtype; one that raises has failed."""
     for name, backend in subjects.backends.items():
         for dtype, tolerance in TOLERANCE.items():
@@ -72,7 +72,7 @@ def check(group: Group, subjects: Subjects) -> Iterator[Finding]:
 def _largest_error(
     backend: Backend, reference: Backend, cases: Sequence[Case], dtype: torch.dtype, device: torch.device
 ) -> tuple[float, str]:
-    """Of all cases the largest error, of output or log-sum-exp, and where it is."""
+    """Largest error of output or log-sum-exp in all cases, and where it is."""
     worst, where = 0.0, ""
     for seed, case in enumerate(cases):
         tensors = tuple(tensor.to(device, dtype) for tensor in case.tensors(seed))
@@ -99,7 +99,7 @@ def _run(backend: Backend, case: Case, tensors: tuple[Tensor, ...]) -> tuple[Ten
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
-    """Queries that see no key have a log-sum-exp of -inf, which must be there and nowhere else."""
+    """Error of finite numbers; infinite unless -inf (queries that see no key) is in the same places."""
     found, expected = found.detach().cpu(), expected.detach().cpu()
     if found.shape != expected.shape or not torch.equal(found.isneginf(), expected.isneginf()):
         return float("inf")

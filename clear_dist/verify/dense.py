@@ -1,4 +1,4 @@
-"""Attention by its definition, in float64 and in one piece: what checks compare with.
+"""Attention by its definition, in float64 and in one piece, for comparison.
 
 Shapes: B batch, L queries, S keys, N heads, D head dim.
 """
@@ -8,11 +8,7 @@ from torch import Tensor
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Softmax attention of [B, L, N, D], and its log-sum-exp [B, L, N], both in float64.
-
-    Args:
-        seen: bool [L, S], which keys a query sees; None: all.
-    """
+    """Softmax attention [B, L, N, D] and log-sum-exp [B, L, N] in float64; `seen`: bool [L, S], None: all keys."""
     scores = torch.einsum("blnd,bsnd->blns", query.double(), key.double()) / query.shape[-1] ** 0.5
     if seen is not None:
         scores = scores.masked_fill(~seen[:, None], -torch.inf)
@@ -20,11 +16,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = N
 
 
 def circle(queries: tuple[int, int], key_rows: int, radius: int, row_offset: int) -> Tensor:
-    """Which image keys an image query sees, bool [L, S] in raster order: dx^2 + dy^2 < radius^2.
+    """Image keys that an image query sees, bool [L, S] in raster order: dx^2 + dy^2 < radius^2.
 
-    Args:
-        queries: rows and columns.
-        row_offset: row i of the queries is row i + row_offset of the keys.
+    `queries`: rows and columns; row i of the queries is row i + row_offset of the keys.
     """
     rows, columns = queries
     query = torch.cartesian_prod(torch.arange(rows) + row_offset, torch.arange(columns))
@@ -33,6 +27,6 @@ def circle(queries: tuple[int, int], key_rows: int, radius: int, row_offset: int
 
 
 def largest_error(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, as a share of the largest expected number; NaN where one is found."""
+    """Largest difference as a share of the largest expected number; NaN where one is found."""
     found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
     return ((found - expected).abs().max() / expected.abs().max()).item()

@@ -1,4 +1,4 @@
-"""What the ranks run on, and whether they run on the same."""
+"""Versions and devices of the ranks, and whether they are the same."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ OPTIONAL = ("huggingface_hub", "triton")
 SECONDS_FOR_A_TOOL = 5.0
 
 
-def check(group: Group, _: Subjects) -> Iterator[Finding]:
+def compare_environments(group: Group, _: Subjects) -> Iterator[Finding]:
     """Versions must be the same on all ranks; devices may differ."""
     mine = facts(group)
     everyone = group.gather_objects(mine | {"host": socket.gethostname()})
@@ -55,7 +55,6 @@ def facts(group: Group) -> dict[str, Any]:
 
 
 def differences(everyone: Sequence[dict[str, Any]], rank: int) -> list[str]:
-    """Where the versions of `rank` are not those of rank 0."""
     mine, first = everyone[rank]["versions"], everyone[0]["versions"]
     return [
         f"{name} {mine.get(name, 'missing')} here, {first.get(name, 'missing')} on rank 0"
@@ -104,7 +103,7 @@ def _cpu_name() -> str:
 
 
 def _tool(*command: str) -> str:
-    """What a program of the driver's says; empty where there is none, or it does not answer."""
+    """Output of one of the driver's programs; empty where it is missing or does not answer."""
     if shutil.which(command[0]) is None:
         return ""
     try:

@@ -1,4 +1,4 @@
-"""What a check tells: each rank's finding, and all ranks' together."""
+"""Findings of a check, each rank's and all ranks' together, and how they are shown."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from clear_dist.parallelize import parallelize
 
 @dataclass(frozen=True, kw_only=True)
 class Subjects:
-    """What is verified. Tests put something faulty in its place, to see that it is found."""
+    """Code under verification; tests put something faulty in its place, to see that it is found."""
 
     exchange: Callable[..., HaloExchange] = HaloExchange
     reduction: Callable[..., TextReduce] = TextReduce
@@ -31,16 +31,16 @@ class Subjects:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What one rank found; all ranks yield findings of the same names in the same order."""
+    """One rank's finding; all ranks yield findings of the same names in the same order."""
 
     name: str
     error: float
     """0 where all is right; NaN and infinity are never within a tolerance."""
     tolerance: float = 0.0
     figure: str
-    """What was looked at, or measured, in a few words; rank 0's is shown."""
+    """Extent of the check, or its measurement, in a few words; rank 0's is shown."""
     fault: str = ""
-    """What is wrong, where `error` exceeds the tolerance."""
+    """The fault, where `error` exceeds the tolerance."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """This rank's figures for the JSON report, plain values."""
 
@@ -50,12 +50,12 @@ class Finding:
 
 
 Check = Callable[[Group, Subjects], Iterator[Finding]]
-"""All ranks run it together. What it raises ends the run; what it yields is gathered before it goes on."""
+"""Run by all ranks together. An exception ends the run; a finding is gathered before the check goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One finding of all ranks."""
+    """All ranks' findings of one name."""
 
     findings: Sequence[Finding]
     """By rank."""
@@ -71,13 +71,13 @@ class Result:
 
     @property
     def worst(self) -> Finding:
-        """The first that failed, else the one with the largest error."""
+        """The first failed one, else the one with the largest error."""
         failed = [finding for finding in self.findings if not finding.passed]
         return failed[0] if failed else max(self.findings, key=lambda finding: finding.error)
 
     @property
     def faults(self) -> list[str]:
-        """A line for each rank that found something wrong."""
+        """A line for each rank that found a fault."""
         return [
             f"rank {rank}: {finding.fault or f'error {finding.error:.3g}'}"
             for rank, finding in enumerate(self.findings)
@@ -85,7 +85,7 @@ class Result:
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """For the JSON report; an error that is no number is a word there."""
+        """Entry of the JSON report, in which an error that is no number is a word."""
         return {
             "name": self.name,
             "passed": self.passed,
@@ -99,7 +99,7 @@ class Result:
 
 
 def gather(group: Group, finding: Finding, seconds: float) -> Result:
-    """All ranks' findings on all ranks; all call this."""
+    """All ranks' findings, on all ranks; all call this."""
     findings = group.gather_objects(finding)
     names = {theirs.name for theirs in findings}
     assert names == {finding.name}, f"ranks are at different checks: {names}"
@@ -114,17 +114,13 @@ def _plain(error: float) -> float | str:
 Show = Callable[[Result], None]
 CAPTIONS = {True: "pass", False: "FAIL"}
 WIDTHS = {"": 4, "check": 52, "error": 7, "at most": 7}
-"""Of columns, equal in all rows; `figure` takes what is left, and from `check` what it lacks."""
+"""Widths of columns, equal in all rows; `figure` takes the rest, and from `check` what it lacks."""
 NARROWEST_CHECK, FIGURE = 24, 56
 
 
 @contextmanager
 def shown(*, rank: int, to_stderr: bool) -> Iterator[Show]:
-    """What to call with each result; silent on all ranks but the first.
-
-    Args:
-        to_stderr: the result proper is written to stdout.
-    """
+    """Function that shows a result, on rank 0 only; `to_stderr` where the report itself goes to stdout."""
     stream = sys.stderr if to_stderr else sys.stdout
     if rank != 0:
         yield lambda result: None
@@ -135,7 +131,6 @@ def shown(*, rank: int, to_stderr: bool) -> Iterator[Show]:
 
 
 def coloured(stream: TextIO) -> Show:
-    """Rows of a table, for a terminal."""
     console = Console(file=stream)
     widths = WIDTHS | {"check": min(WIDTHS["check"], max(NARROWEST_CHECK, console.width - FIGURE))}
 
@@ -160,7 +155,7 @@ def coloured(stream: TextIO) -> Show:
 
 
 def plain(result: Result) -> str:
-    """The same as one line, and one for each rank that found something wrong."""
+    """One line, and one for each rank that found a fault."""
     worst = result.worst
     head = f"{CAPTIONS[result.passed]}  {result.name}: {result.findings[0].figure}; "
     return "\n      ".join([f"{head}error {worst.error:.2g}, at most {worst.tolerance:g}", *result.faults])

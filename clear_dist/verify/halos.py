@@ -1,4 +1,4 @@
-"""Whether every halo cell arrives from its owner: cells carry who they are, and what is expected uses no plan.
+"""Whether every halo cell arrives from its owner: cells carry who they are, and expectations use no plan.
 
 Shapes: B batch, R rows, W columns, N heads, M marks (in the place of the head dim).
 """
@@ -16,16 +16,16 @@ from clear_dist.geometry import cut_in_stripes, plan_halos
 from clear_dist.verify.finding import Finding, Subjects
 
 RADII = (2, 8, 32, None)
-"""One row; more than a stripe where there are three ranks, which has several owners; None: full attention."""
+"""2: a halo of one row; 8 and 32: several owners from three ranks on; None: full attention."""
 BATCH, COLUMNS, HEADS = 2, 5, 2
 TURNS = 3
-"""The second one finds the first one's rows in its buffers."""
+"""The second exchange finds the first one's rows in its buffers."""
 LARGEST_MARK = 251
 """Whole numbers below it are exact in bfloat16."""
 
 
-def check(group: Group, subjects: Subjects) -> Iterator[Finding]:
-    """Stripes of two or three rows, so that halos of several owners are among them; one rank has nothing to check."""
+def check_halos(group: Group, subjects: Subjects) -> Iterator[Finding]:
+    """Stripes of two or three rows, so that some halos have several owners; one rank has nothing to check."""
     rows = 2 * group.size + 1
     for radius in RADII if group.size > 1 else ():
         for dtype in (torch.float32, torch.bfloat16):
@@ -65,7 +65,7 @@ def _compare(group: Group, exchange: HaloExchange, rows: int, radius: int | None
 
 
 def _wrong_rows(halo: Tensor, expected: Tensor, side: Sequence[int], owners: Sequence[int]) -> tuple[int, str]:
-    """How many numbers are wrong, and where the first of them is; halos are [2, B, R, W, N, M]."""
+    """Count of wrong numbers, and where the first of them is; halos are [2, B, R, W, N, M]."""
     if halo.shape != expected.shape:
         return max(expected.numel(), 1), f"the halo must be {list(expected.shape)}, got {list(halo.shape)}"
     differs = halo != expected  # NaN does, too
@@ -90,7 +90,7 @@ def marked(rows: Sequence[int], owners: Sequence[int], mark: int, dtype: torch.d
 
 @contextmanager
 def uninitialised_memory_is_nan() -> Iterator[None]:
-    """Inside, what `torch.empty` returns is filled with NaN, so that a number nobody wrote is seen."""
+    """`torch.empty` returns NaN, so that a number nobody wrote is seen."""
     before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

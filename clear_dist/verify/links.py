@@ -1,4 +1,4 @@
-"""How fast tensors travel: between neighbours, as halos do, and in the all-reduce of a model's text."""
+"""Speed of tensors between neighbours, as halos travel, and in the all-reduce of the text's attention."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group, telling_lost_peers
+from clear_dist.comm.text_reduce import REDUCTIONS, Reduction
 from clear_dist.engine.family import Sample
 from clear_dist.families.transformers import SAMPLES
-from clear_dist.options import TEXT_ATTENTION, TextAttention
 from clear_dist.verify.dense import largest_error
 from clear_dist.verify.finding import Finding, Subjects
 
@@ -23,12 +23,12 @@ REPETITIONS, MORE_REPETITIONS, WARM_UP_RUNS = 5, 20, 1
 SMALL = 1_000_000
 """Bytes; up to here there are more repetitions, below no bandwidth is told."""
 MOST_SECONDS = 10.0
-"""For all pairs and repetitions of one size; those that would take longer are left out."""
+"""Limit for all pairs and repetitions of one size; larger sizes are left out."""
 BYTES_PER_NUMBER = 4
 
 
-def check(group: Group, subjects: Subjects) -> Iterator[Finding]:
-    """Each pair of neighbours alone, both ways at once; passes if what arrives is what was sent."""
+def measure_links(group: Group, subjects: Subjects) -> Iterator[Finding]:
+    """Each pair of neighbours alone, both ways at once; passes if data arrive as sent."""
     for size, following in pairwise((*HALO_BYTES, HALO_BYTES[-1])) if group.size > 1 else ():
         timed, wrong = _between_neighbours(group, size, subjects.post)
         pairs = group.gather_objects(timed)[:-1]  # by the lower rank of each
@@ -44,12 +44,12 @@ def check(group: Group, subjects: Subjects) -> Iterator[Finding]:
         if too_slow:  # on all ranks alike: they have the same figures
             break
     for sample in SAMPLES:
-        for mode in TEXT_ATTENTION:
-            yield _text(group, subjects, sample, mode)
+        for reduction in REDUCTIONS:
+            yield _text(group, subjects, sample, reduction)
 
 
 def _between_neighbours(group: Group, size: int, post: Callable[..., Any]) -> tuple[list[float], dict[int, int]]:
-    """Seconds of each exchange with the next rank, and how many numbers from which peer are wrong."""
+    """Seconds of each exchange with the next rank, and counts of wrong numbers by peer."""
     numbers = size // BYTES_PER_NUMBER
     mine = torch.full((numbers,), float(group.rank + 1), device=group.device)
     sending = group.wire_buffer(mine.shape, mine.dtype) if group.copies_to_wire else mine
@@ -70,7 +70,7 @@ def _between_neighbours(group: Group, size: int, post: Callable[..., Any]) -> tu
 
 
 class _Exchange:
-    """One message each way, from where it is computed to where it is read."""
+    """One message each way, from device memory to device memory."""
 
     def __init__(
         self, group: Group, peer: int, mine: Tensor, sending: Tensor, receiving: Tensor, post: Callable[..., Any]
@@ -92,21 +92,21 @@ class _Exchange:
         self._receiving.to(self._group.device, non_blocking=True)
 
 
-def _text(group: Group, subjects: Subjects, sample: Sample, mode: TextAttention) -> Finding:
+def _text(group: Group, subjects: Subjects, sample: Sample, reduction: Reduction) -> Finding:
     """The mean of the ranks' numbers, which is what both reductions give where all log-sum-exps are equal."""
     dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32
     counters = Counters()
-    reduction = subjects.reduction(group, mode, counters)
+    reduce = subjects.reduction(group, reduction, counters)
     out = torch.full(sample.text_shape, group.rank + 1.0, device=group.device, dtype=dtype)
     lse = torch.zeros(sample.text_shape[:-1], device=group.device)
     results: list[Tensor] = []
     counters.begin_step()
-    seconds = _timed(lambda: results.append(reduction.start(out, lse).wait()), group, REPETITIONS)
+    seconds = _timed(lambda: results.append(reduce.start(out, lse).wait()), group, REPETITIONS)
     taken = max(median(theirs) for theirs in group.gather_objects(seconds))
     size = int(counters.as_dict()["text_bytes_reduced"][0]) // (REPETITIONS + WARM_UP_RUNS)
     error = largest_error(results[-1], torch.full(sample.text_shape, (group.size + 1) / 2))
     return Finding(
-        name=f"all-reduce of {sample.name}'s text, {mode}",
+        name=f"all-reduce of {sample.name}'s text, {reduction.word}",
         error=error,
         tolerance=1e-2 if dtype == torch.bfloat16 else 1e-5,
         figure=f"{_megabytes(size)} in {1e3 * taken:.3g} ms",
@@ -128,7 +128,7 @@ def _timed(work: Callable[[], object], group: Group, repetitions: int) -> list[f
 
 
 def _speeds(pairs: Sequence[Sequence[float]], size: int) -> str:
-    """The slowest pair, which is what a step waits for; of several also the fastest."""
+    """Speed of the slowest pair, for which a step waits; of several also the fastest."""
     medians = [median(seconds) for seconds in pairs]
     slowest, fastest = max(medians), min(medians)
     lower = medians.index(slowest)
@@ -137,13 +137,13 @@ def _speeds(pairs: Sequence[Sequence[float]], size: int) -> str:
 
 
 def _speed(seconds: float, size: int) -> str:
-    """What matters of a small message is how late it is."""
+    """Latency, with the bandwidth of large messages."""
     late = f"{1e6 * seconds:.0f} us" if seconds < 1e-3 else f"{1e3 * seconds:.3g} ms"
     return f"{late}, {size / seconds / 1e9:.3g} GB/s each way" if size >= SMALL else late
 
 
 def _details(group: Group, seconds: Sequence[float], size: int) -> dict[str, Any]:
-    """Of the pair of this rank and the next; the last rank has none."""
+    """Figures of this rank and the next; none on the last rank."""
     if not seconds:
         return {}
     taken = median(seconds)

@@ -1,4 +1,4 @@
-"""Whether both reductions of the text queries give the softmax that they stand for, computed in one place.
+"""Whether both reductions of the text queries give what they stand for, computed in one place.
 
 Shapes: B batch, T text, N heads, D head dim.
 """
@@ -10,30 +10,30 @@ from torch import Tensor
 
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
-from clear_dist.options import TEXT_ATTENTION
+from clear_dist.comm.text_reduce import REDUCTIONS
 from clear_dist.verify.dense import attention, largest_error
 from clear_dist.verify.finding import Finding, Subjects
 
 BATCH, TEXT, HEADS, HEAD_DIM = 2, 7, 3, 16
 IMAGE_TOKENS_PER_RANK = 11
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-"""bfloat16 has 8 bits: each part is rounded by up to 2^-9 of its size, and so is what comes of them."""
+"""bfloat16 has 8 bits: each part is rounded by up to 2^-9 of its size, and so is the result."""
 
 
-def check(group: Group, subjects: Subjects) -> Iterator[Finding]:
+def check_reductions(group: Group, subjects: Subjects) -> Iterator[Finding]:
     """Every rank holds some of the image's keys, as many as the others or one fewer."""
     query, keys, values = _inputs(group.size)
-    for mode in TEXT_ATTENTION:
-        expected = _expected(mode, group.size, query, keys, values)
+    for reduction in REDUCTIONS:
+        expected_of = {"average": _mean_over_ranks, "exact": _softmax}[reduction.word]
+        expected = expected_of(group.size, query, keys, values)
         for dtype, tolerance in TOLERANCE.items():
-            reduction = subjects.reduction(group, mode, Counters())
-            mine = _keys_of(group.rank, group.size, with_text=mode == "average" or group.rank == 0)
+            mine = _keys_of(group.rank, group.size, with_text=reduction.counts_text_keys(group.rank))
             out, lse = attention(query, keys[:, mine], values[:, mine])
             part = out.to(group.device, dtype), lse.to(group.device, torch.float32)
-            reduced = reduction.start(*part).wait()
+            reduced = subjects.reduction(group, reduction, Counters()).start(*part).wait()
             error = largest_error(reduced, expected)
             yield Finding(
-                name=f"text reduction, {mode}, {str(dtype).removeprefix('torch.')}",
+                name=f"text reduction, {reduction.word}, {str(dtype).removeprefix('torch.')}",
                 error=error,
                 tolerance=tolerance,
                 figure=f"{TEXT} queries, {keys.shape[1]} keys on {group.size} ranks",
@@ -42,7 +42,7 @@ def check(group: Group, subjects: Subjects) -> Iterator[Finding]:
 
 
 def _inputs(size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [B, T, N, D], keys and values [B, T + image, N, D], the text's first; equal on all ranks."""
+    """Queries [B, T, N, D], keys and values [B, T + image, N, D] with the text first; equal on all ranks."""
     image = size * IMAGE_TOKENS_PER_RANK - (size > 1)
     generator = torch.Generator().manual_seed(size)
     query, key, value = (
@@ -57,9 +57,11 @@ def _keys_of(rank: int, size: int, *, with_text: bool) -> list[int]:
     return [*range(TEXT if with_text else 0), *range(TEXT + rank, TEXT + image, size)]
 
 
-def _expected(mode: str, size: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    if mode == "exact":
-        return attention(query, keys, values)[0]
-    # Eq. 7: the mean over ranks of attention to the text and to one rank's keys.
+def _softmax(_: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    return attention(query, keys, values)[0]
+
+
+def _mean_over_ranks(size: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Eq. 7: the mean of attention to the text and to one rank's keys."""
     parts = [_keys_of(rank, size, with_text=True) for rank in range(size)]
     return torch.stack([attention(query, keys[:, part], values[:, part])[0] for part in parts]).mean(0)

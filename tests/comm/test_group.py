@@ -13,7 +13,7 @@ from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.comm.halo_exchange import HaloExchange
 from clear_dist.comm.rows import StripeJoin
-from clear_dist.comm.text_reduce import TextReduce
+from clear_dist.comm.text_reduce import Exact, TextReduce
 from clear_dist.geometry import cut_in_stripes, plan_halos
 from tests.ranks import RanksFailedError, run_ranks
 
@@ -23,7 +23,7 @@ def exchange_and_join(group: Group) -> tuple[list[float], list[float]]:
     stripes = cut_in_stripes(group.size, group.size)
     me = torch.full((1, 1, 2, 1, 1), float(group.ranks[group.rank]))
     halos = HaloExchange(group, plan_halos(stripes, group.rank, 2), Counters()).start(me, me).wait()
-    text = TextReduce(group, "exact", Counters()).start(me.view(1, 1, 2, 1), torch.zeros(1, 1, 2)).wait()
+    text = TextReduce(group, Exact(), Counters()).start(me.view(1, 1, 2, 1), torch.zeros(1, 1, 2)).wait()
     assert text.eq(sum(group.ranks) / group.size).all()
     joined = StripeJoin(group, stripes, Counters()).join(me.view(1, 2, 1))
     return [halo[0].max().item() for halo in halos if halo.numel()], joined[0, ::2, 0].tolist()
@@ -185,7 +185,7 @@ def test_nccl_is_refused_on_cpu() -> None:
 def lose_a_rank(group: Group, where: str, how: str) -> None:
     stripes = cut_in_stripes(3 * group.size, group.size)
     exchange = HaloExchange(group, plan_halos(stripes, group.rank, 3), Counters())
-    reduction, join = TextReduce(group, "exact", Counters()), StripeJoin(group, stripes, Counters())
+    reduction, join = TextReduce(group, Exact(), Counters()), StripeJoin(group, stripes, Counters())
     stripe = torch.zeros(1, 3, 2, 1, 4)
     exchange.start(stripe, stripe).wait()
     if group.rank == 1:

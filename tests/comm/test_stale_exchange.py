@@ -13,7 +13,7 @@ from clear_dist.comm.halo_exchange import SendBuffers
 from clear_dist.comm.stale_exchange import StaleHaloExchange, StaleTextReduce
 from clear_dist.geometry import cut_in_stripes, plan_halos
 from tests.comm.test_halo_exchange import marked, not_contiguous, owners_of_rows, rows_seen
-from tests.comm.test_text_reduce import attend, expected, inputs, keys_of
+from tests.comm.test_text_reduce import REDUCTIONS, attend, expected, inputs, keys_of
 from tests.ranks import run_ranks
 
 LAYERS, STEPS = 3, 6
@@ -66,7 +66,7 @@ def test_every_halo_cell_is_of_the_step_before(size: int, transport: str) -> Non
 def reduce(group: Group, mode: str, factors: list[float], shifts: list[float], warmup: int) -> list[Tensor]:
     """In each step: values times a factor, and scores that are higher by a shift, on all ranks."""
     clock, generation = Clock(warmup_steps=warmup), object()
-    reduction = StaleTextReduce(group, mode, Counters(), clock=clock)
+    reduction = StaleTextReduce(group, REDUCTIONS[mode], Counters(), clock=clock)
     mine = keys_of(group.rank, group.size, 41, with_text=mode == "average" or group.rank == 0)
     query, key, value = inputs(41, 1.0)
     results = []

@@ -6,10 +6,11 @@ from torch import Tensor
 
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
-from clear_dist.comm.text_reduce import TextReduce
+from clear_dist.comm.text_reduce import Average, Exact, Reduction, TextReduce
 from tests.ranks import run_ranks
 
 BATCH, TEXT, HEADS, DIM = 2, 5, 3, 8
+REDUCTIONS: dict[str, Reduction] = {"average": Average(), "exact": Exact()}
 
 
 def inputs(image: int, spread: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,7 +39,7 @@ def reduce(
 ) -> tuple[list[Tensor], dict[str, list]]:
     group = Group.create("cpu", transport=transport, timeout_seconds=20)
     counters = Counters()
-    reduction = TextReduce(group, mode, counters)
+    reduction = TextReduce(group, REDUCTIONS[mode], counters)
     mine = keys_of(group.rank, group.size, image, with_text=mode == "average" or group.rank == 0)
     query, key, value = inputs(image, spread)
     results = []
@@ -56,6 +57,11 @@ def expected(mode: str, size: int, image: int, spread: float) -> Tensor:
     # Eq. 7: the mean over ranks of softmax over the text keys and the keys of one stripe.
     parts = [keys_of(rank, size, image, with_text=True) for rank in range(size)]
     return torch.stack([attend(query, key[:, part], value[:, part])[0] for part in parts]).mean(0)
+
+
+def test_text_keys_count_in_each_mean_and_once_in_a_sum() -> None:
+    assert [Average().counts_text_keys(rank) for rank in range(3)] == [True, True, True]
+    assert [Exact().counts_text_keys(rank) for rank in range(3)] == [True, False, False]
 
 
 @pytest.mark.parametrize("transport", ["gloo", "host"])
@@ -93,7 +99,7 @@ def test_its_volume_does_not_depend_on_the_image(mode: str) -> None:
 
 
 def misuse(group: Group) -> None:
-    reduction = TextReduce(group, "average", Counters())
+    reduction = TextReduce(group, Average(), Counters())
     pending = reduction.start(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3))
     with pytest.raises(AssertionError, match="not waited for"):
         reduction.start(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3))

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
+from clear_dist.comm.text_reduce import Exact
 from clear_dist.comm.text_shards import TextGather, TextScatter
 from clear_dist.geometry import TextPlan, plan_text
-from tests.comm.test_text_reduce import BATCH, DIM, HEADS, TEXT, attend, expected, inputs, keys_of
+from tests.comm.test_text_reduce import BATCH, DIM, HEADS, REDUCTIONS, TEXT, attend, expected, inputs, keys_of
 from tests.ranks import RanksFailedError, run_ranks
 
 IMAGE = 4
@@ -78,7 +79,7 @@ def scattered(
     torch.use_deterministic_algorithms(True)
     group = Group.create("cpu", transport=transport, timeout_seconds=20)
     counters = Counters()
-    reduction = TextScatter(group, plan_text(TEXT, group.size, group.rank), mode, counters)
+    reduction = TextScatter(group, REDUCTIONS[mode], counters, plan=plan_text(TEXT, group.size, group.rank))
     mine = keys_of(group.rank, group.size, 41, with_text=mode == "average" or group.rank == 0)
     query, key, value = inputs(41, spread)
     query = query[:, order_of(group.rank, TEXT, group.size)]
@@ -163,7 +164,7 @@ def test_starting_twice_and_waiting_for_nothing_are_refused() -> None:
 
 def lose_a_rank(group: Group, where: str, how: str) -> None:
     plan = plan_text(6, group.size, group.rank)
-    gather, scatter = TextGather(group, plan, Counters()), TextScatter(group, plan, "exact", Counters())
+    gather, scatter = TextGather(group, plan, Counters()), TextScatter(group, Exact(), Counters(), plan=plan)
     x = torch.zeros(1, 6, 1, 4)
     if group.rank == 1:
         if how == "raises":

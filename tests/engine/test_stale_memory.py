@@ -21,14 +21,16 @@ def test_flux_at_8192_pixels_on_8_ranks() -> None:
     """Design, section 8: 94 MB per side and layer for r = 16, 10.8 GB for an inner rank."""
     stripes = cut_in_stripes(512, 8)
     row_bytes = 2 * 512 * 3072 * 2
-    received = [room.received_bytes(plan_halos(stripes, rank, 16), row_bytes=row_bytes, layers=57) for rank in range(8)]
+    received = [
+        room.halo_bytes_kept(plan_halos(stripes, rank, 16), row_bytes=row_bytes, layers=57) for rank in range(8)
+    ]
     one_side = 15 * row_bytes
     assert one_side == pytest.approx(94e6, rel=0.01)
     assert received == [57 * one_side, *[57 * 2 * one_side] * 6, 57 * one_side]
     assert received[1] == pytest.approx(10.8e9, rel=0.01)
-    full = room.received_bytes(plan_halos(stripes, 3, None), row_bytes=row_bytes, layers=57)
+    full = room.halo_bytes_kept(plan_halos(stripes, 3, None), row_bytes=row_bytes, layers=57)
     assert received[1] / full == pytest.approx(1 / 15, rel=0.01)  # a seventeenth of all K and V, own rows included
-    assert room.sending_bytes(plan_halos(stripes, 3, 16), row_bytes=row_bytes) == 9 * 2 * one_side
+    assert room.halo_bytes_in_flight(plan_halos(stripes, 3, 16), row_bytes=row_bytes) == 9 * 2 * one_side
 
 
 def held(group: Group, arguments: dict[str, Any], guided: bool) -> tuple[int, int]:
@@ -50,7 +52,7 @@ def test_what_is_held_is_what_was_planned_and_the_text(size: int, guided: bool) 
     for mode, kept in text.items():
         arguments = {"window": 4, "text_attention": mode}
         for rank, (during, afterwards) in enumerate(run_ranks(held, size, arguments, guided)):
-            planned = room.received_bytes(plan_halos(stripes, rank, 4), row_bytes=row_bytes, layers=layers)
+            planned = room.halo_bytes_kept(plan_halos(stripes, rank, 4), row_bytes=row_bytes, layers=layers)
             assert during == (planned + layers * kept if size > 1 else 0)
             assert afterwards == during  # the most that there was, for a report at the end
 

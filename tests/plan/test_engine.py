@@ -90,9 +90,11 @@ def test_stale_buffers_are_those_that_are_refused_without_room(
         if factor > 1:
             plans.append((plan_pooled(stripes, rank, factor), row_bytes // factor))
         planned = memory.exchanged(memory.step_of(request, request.stages[0], part))
-        received = sum(room.received_bytes(plan, row_bytes=size, layers=2 * 57) for plan, size in plans)
+        received = sum(room.halo_bytes_kept(plan, row_bytes=size, layers=2 * 57) for plan, size in plans)
         assert planned["stale halos"] == received
-        assert planned["halos on their way"] == sum(room.sending_bytes(plan, row_bytes=size) for plan, size in plans)
+        assert planned["halos on their way"] == sum(
+            room.halo_bytes_in_flight(plan, row_bytes=size) for plan, size in plans
+        )
 
 
 def bytes_of_the_vae(group: Group, case: dict[str, Any]) -> dict[str, tuple[int, int]]:

@@ -10,7 +10,6 @@ import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from clear_dist.cards import clear
 from clear_dist.cards.folder import find_model, read_folder
 from clear_dist.cards.hub_name import HubFile
 from clear_dist.families.cards import CARDS
@@ -22,17 +21,10 @@ from clear_dist.request.clear_weights import find_checkpoint
 from clear_dist.request.flags import GenerateFlags
 from clear_dist.request.settle import choose, settle
 from clear_dist.weights.clear import load_clear_weights
+from tests.cards.test_clear import PUBLISHED
 from tests.tiny import make_clear_weights, make_tiny_flux, make_tiny_pipeline
 
 ALONE = Place()
-PUBLISHED = {
-    "clear_local_8.safetensors": (8, 1),
-    "clear_local_16.safetensors": (16, 1),
-    "clear_local_32.safetensors": (32, 1),
-    "clear_local_8_down_4.safetensors": (8, 4),
-    "clear_local_16_down_4.safetensors": (16, 4),
-}
-"""The table of the official README."""
 
 
 @pytest.fixture(scope="module")
@@ -250,9 +242,3 @@ def test_an_unnamed_file_tells_its_factor(tmp_path: Path) -> None:
         ValueError, match=r"lacks single_transformer_blocks\.0\.attn\.processor\.spatial_weight and 6 more"
     ):
         load_clear_weights(transformer, file)
-
-
-def test_the_published_names_are_those_of_the_readme() -> None:
-    found = {name: (clear.radius_of(name), clear.named_down_factor(name)) for name in PUBLISHED}
-    assert clear.radius_of("clear_local_0.safetensors") is None
-    assert found == PUBLISHED and set(CARDS.published[0].files) == set(PUBLISHED)

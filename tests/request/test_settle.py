@@ -16,7 +16,7 @@ from clear_dist import demo
 from clear_dist.cards.clear import radius_of
 from clear_dist.cards.folder import find_model, read_folder
 from clear_dist.families.cards import CARDS
-from clear_dist.families.flux.card import CLEAR_REPOSITORY, FLUX_DEV, FLUX_SCHNELL, FluxShape
+from clear_dist.families.flux.card import CLEAR_REPOSITORY, FLUX_DEV
 from clear_dist.launch.env import Place
 from clear_dist.options import Refusal
 from clear_dist.request import devices
@@ -37,29 +37,6 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "model"))
-
-
-@pytest.mark.parametrize("guidance", [True, False])
-def test_every_tensor_of_the_transformer_is_known(guidance: bool) -> None:
-    transformer = make_tiny_pipeline(double_blocks=2, single_blocks=3, guidance_embeds=guidance).transformer
-    expected = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
-    assert FluxShape.of(transformer.config, "here").tensors() == expected
-
-
-def test_defaults_fit_the_model(original: Path, tmp_path: Path) -> None:
-    schnell = make_tiny_flux(tmp_path / "schnell", guidance_embeds=False)
-    facts = {
-        name: find_model(name, CARDS, has_cuda=False) for name in (str(original), str(schnell), FLUX_DEV, FLUX_SCHNELL)
-    }
-    found = {
-        name: (fact.sampling.steps, fact.sampling.guidance_scale, fact.max_sequence_length)
-        for name, fact in facts.items()
-    }
-    assert found[str(original)] == found[FLUX_DEV] == (28, 3.5, 512)
-    assert found[str(schnell)] == found[FLUX_SCHNELL] == (4, 0.0, 256)
-    assert facts[str(original)].native_size == 128
-    assert find_model("auto", CARDS, has_cuda=False).is_demo
-    assert find_model("auto", CARDS, has_cuda=True).location == FLUX_DEV
 
 
 def test_the_demo_passes_its_own_checks() -> None:

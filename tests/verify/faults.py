@@ -13,7 +13,7 @@ from clear_dist.attention import BACKENDS, Backend
 from clear_dist.attention.backend import WindowCall
 from clear_dist.comm.halo_exchange import HaloExchange, Halos
 from clear_dist.comm.messages import Message, post
-from clear_dist.comm.text_reduce import TextReduce
+from clear_dist.comm.text_reduce import Average, Reduction, TextReduce
 from clear_dist.parallelize import parallelize
 
 
@@ -74,16 +74,16 @@ class ForgetsToWeigh(TextReduce):
     """Rank 1 says that its keys weigh as much as if their scores were all 1 higher."""
 
     def _begin(self, out_BTND: Tensor, lse_BTN: Tensor) -> Any:
-        return super()._begin(out_BTND, lse_BTN + (self._group.rank == 1))
+        return super()._begin(out_BTND, lse_BTN + (self.group.rank == 1))
 
 
-def averages_always(group: Any, mode: str, counters: Any) -> TextReduce:
-    return TextReduce(group, "average", counters)
+def averages_always(group: Any, reduction: Reduction, counters: Any) -> TextReduce:
+    return TextReduce(group, Average(), counters)
 
 
-def sums(group: Any, mode: str, counters: Any) -> TextReduce:
+def sums(group: Any, reduction: Reduction, counters: Any) -> TextReduce:
     """The mean is not divided by the number of ranks."""
-    return TextReduce(replace(group, ranks=group.ranks[:1]), mode, counters)  # type: ignore[arg-type]
+    return TextReduce(replace(group, ranks=group.ranks[:1]), reduction, counters)
 
 
 def with_backend(name: str, run: Any) -> dict[str, Backend]:
