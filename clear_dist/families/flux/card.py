@@ -80,7 +80,7 @@ class FluxShape:
         return linear | dict(self._original_layers()) | dict(self._xlabs_layers())
 
     def defaults(self, scheduler: Mapping[str, Any]) -> Defaults:
-        """FLUX.1-schnell takes no guidance, and where its schedule does not shift it is distilled to 4 steps."""
+        """FLUX.1-dev's, or FLUX.1-schnell's 4 steps where neither guidance is taken nor the schedule shifts."""
         if self.guidance_embeds or scheduler.get("use_dynamic_shifting", False):
             return Defaults(takes_guidance=self.guidance_embeds)
         sampling, upscaling = Sampling(steps=4, guidance_scale=0.0), Upscaling(guidance_scale=0.0)
