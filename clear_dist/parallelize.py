@@ -19,6 +19,7 @@ from clear_dist.engine.family import Family
 from clear_dist.engine.settings import Settings
 from clear_dist.engine.stock import require_stock
 from clear_dist.engine.striped import StripedModel, striped_of
+from clear_dist.families.cards import CARDS
 from clear_dist.families.transformers import controlnets_of, family_of
 from clear_dist.options import Options, Refusal, Window, check_window
 from clear_dist.parallelized import Parallelized
@@ -65,13 +66,20 @@ def parallelize(
     choose()  # raises where there is no such backend for any image
     require_quantisable(family, *nets, options=chosen)
     with on_refusal() as undo:
-        offloaded = Offloaded(pipe, device) if chosen.offload else None
+        offloaded = Offloaded(pipe, device, offloaded_parts(family.transformer)) if chosen.offload else None
         undo += [] if offloaded is None else [offloaded.remove]
         used = group or Group.create(device)
         undo += [used.close] if group is None else []
         settings = Settings(options=chosen, choose_backend=choose)
         models, replaced = put_on_stripes(pipe, family, nets, used, settings, clear_weights, controlnet_window)
     return Parallelized(*models, owns_group=group is None, replaced=replaced, offloaded=offloaded)
+
+
+def offloaded_parts(transformer: Any) -> tuple[str, ...]:
+    """Parts of the transformer's pipeline that `offload` keeps in host memory."""
+    card = CARDS.of_transformer(type(transformer).__name__)
+    assert card is not None, "each family that can be cut has a card"
+    return card.offloaded
 
 
 @contextmanager

@@ -95,11 +95,12 @@ def _draw(cell: Cell, file: Path) -> None:
 
     from clear_dist import generate, parallelize
     from clear_dist.comm.group import Group
+    from clear_dist.families.flux.card import CARD
     from clear_dist.weights import loading
 
     torch.set_num_threads(env.read().threads or len(os.sched_getaffinity(0)))
     group = Group.create("cpu")
-    pipe = loading.load_pipeline(demo.WEIGHTS, with_text_encoders=True, dtype=torch.float32, device=group.device)
+    pipe = loading.load_pipeline(demo.WEIGHTS, CARD, with_text_encoders=True, dtype=torch.float32, device=group.device)
     full = cell.text_attention == "full"
     parallelize(
         pipe,

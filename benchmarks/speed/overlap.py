@@ -94,11 +94,12 @@ def measure(arguments: argparse.Namespace, link: slow_link.Link) -> list[dict[st
     from benchmarks.lib.silent import without_communication, without_overlap
     from clear_dist import demo
     from clear_dist.comm.group import Group
+    from clear_dist.families.flux.card import CARD
     from clear_dist.weights import loading
 
     torch.set_num_threads(1)
     group = Group.create("cpu")
-    pipe = loading.load_pipeline(demo.WEIGHTS, with_text_encoders=True, dtype=torch.float32, device=group.device)
+    pipe = loading.load_pipeline(demo.WEIGHTS, CARD, with_text_encoders=True, dtype=torch.float32, device=group.device)
     pipe.register_modules(transformer=random_transformer(pipe.transformer.config, arguments))
     ways = (
         Way("alone", "sync", without_communication),

@@ -1,7 +1,7 @@
-"""The rules of CLEAR checkpoints (paper, Sec. 3.3): their names, and the tensors they hold. No torch here.
+"""CLEAR checkpoints (paper, Sec. 3.3): rules for their names and for the tensors they hold. No torch here.
 
-A name tells the radius r, and the factor d of down-sampled keys where there are any: `clear_local_<r>.safetensors`,
-`clear_local_<r>_down_<d>.safetensors`. With down-sampled keys each layer has a spatial weight besides, d x d numbers.
+A name gives the radius r and, where there are down-sampled keys, their factor d: `clear_local_<r>.safetensors`,
+`clear_local_<r>_down_<d>.safetensors`. With down-sampled keys each layer also has a spatial weight of d x d numbers.
 """
 
 import re
@@ -13,31 +13,30 @@ from clear_dist.options import Refusal, Window
 Shapes = Mapping[str, tuple[int, ...]]
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
-"""The image side of attention, which a checkpoint replaces. Single blocks have no to_out."""
+"""Image side of an attention layer, which a checkpoint replaces; some layers have no to_out."""
 SPATIAL_WEIGHT = "processor.spatial_weight"
-"""Of a layer's attention: how d x d tokens are pooled, [1, 1, 1, d, 1, d, 1]."""
-PUBLISHED = tuple(f"clear_local_{variant}.safetensors" for variant in ("8", "16", "32", "8_down_4", "16_down_4"))
+"""Weights that pool d x d tokens in an attention layer, [1, 1, 1, d, 1, d, 1]."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _NAME = re.compile(r"clear_local_([1-9]\d*)(?:_down_([1-9]\d*))?\.safetensors")
 
 
 def radius_of(checkpoint: str | Path) -> int | None:
-    """The radius in tokens that a checkpoint (a file, also one on the hub) was distilled for, if its name tells."""
+    """Radius in tokens that a checkpoint was distilled for, by the name of its file; None where the name has none."""
     match = _match(checkpoint)
     return int(match[1]) if match else None
 
 
 def named_down_factor(checkpoint: str | Path) -> int | None:
-    """The factor of down-sampled keys that its name tells, 1 without such keys; None: it tells nothing."""
+    """Factor of down-sampled keys by a checkpoint's name, 1 without such keys; None where the name says nothing."""
     match = _match(checkpoint)
     return int(match[2] or 1) if match else None
 
 
 def down_factor_of(tensors: Shapes, where: Path | str) -> int:
-    """The factor of down-sampled keys that a checkpoint's tensors tell; 1: it has no such keys.
+    """Factor of down-sampled keys by a checkpoint's tensors; 1 without such keys.
 
     Raises:
-        Refusal: spatial weights are none, or differ in size, or the name of the file says otherwise.
+        Refusal: a spatial weight has a wrong shape, or the file's name says otherwise.
     """
     weights = {name: shape for name, shape in tensors.items() if name.endswith(f".{SPATIAL_WEIGHT}")}
     found = max((size for shape in weights.values() for size in shape), default=1)
@@ -53,37 +52,37 @@ def down_factor_of(tensors: Shapes, where: Path | str) -> int:
 
 
 def spatial_shape(factor: int) -> tuple[int, ...]:
-    """Of a layer's spatial weight."""
+    """Shape of a layer's spatial weight."""
     return 1, 1, 1, factor, 1, factor, 1
 
 
 def with_spatial_weights(tensors: Shapes, factor: int) -> Shapes:
-    """The tensors of attention layers and, with down-sampled keys, a spatial weight for each of the layers."""
+    """The tensors, plus a spatial weight for each of their attention layers where the factor is above 1."""
     layers = dict.fromkeys(name.partition(".attn.")[0] for name in tensors) if factor > 1 else {}
     return {**tensors, **{f"{layer}.attn.{SPATIAL_WEIGHT}": spatial_shape(factor) for layer in layers}}
 
 
 def refuse_pickled(file: str | Path) -> None:
-    """Raises a Refusal for a file that may run code when it is read, by its name."""
+    """Raises a Refusal for a file whose name ends as pickles' do: reading one may run code."""
     path = Path(file)
     if path.suffix in PICKLED:
         raise Refusal(f"weights must be safetensors, got the pickled file {file}; nearest: {path.stem}.safetensors")
 
 
 def refuse_other_radius(checkpoint: str | Path, window: Window | None) -> None:
-    """Raises a Refusal where the checkpoint's name tells another radius than was asked for."""
+    """Raises a Refusal where the checkpoint's name has another radius than was asked for."""
     radius = radius_of(checkpoint)
     if radius is not None and window not in (None, "full", radius):
         raise Refusal(f"the window must be the {radius} of {checkpoint}, or full, got {window}; nearest: {radius}")
 
 
 def is_image_side(tensor: str) -> bool:
-    """Whether a checkpoint holds the transformer's tensor of that name."""
+    """Whether a checkpoint replaces the transformer's tensor of that name."""
     return any(f".attn.{projection}." in tensor for projection in PROJECTIONS)
 
 
 def require_same_tensors(expected: Shapes, got: Shapes, where: Path | str) -> None:
-    """Raises a Refusal that names the first tensor that is missing, unexpected or of another shape."""
+    """Raises a Refusal naming the first tensor that is missing, unexpected or of another shape."""
     missing, unexpected = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
     for kind, names in (("lacks", missing), ("has an unexpected tensor", unexpected)):
         if names:

@@ -1,119 +1,121 @@
-"""What a model is, before it is loaded: its geometry and its defaults, from its folder's files or from its name."""
+"""A model before it is loaded: which family it is of, its sizes and its defaults, from its folder or from its name."""
 
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from clear_dist import demo
+from clear_dist.cards.card import INDEX, Card, Cards, Defaults, TransformerShape
 from clear_dist.cards.clear import require_same_tensors
 from clear_dist.cards.headers import positive_number, read_component, read_json, whole_number, whole_numbers
-from clear_dist.families.flux.card import FLUX_DEV, FLUX_SCHNELL, FluxShape
 from clear_dist.options import Refusal, nearest_word, shortened
 from clear_dist.stages import Sampling, Upscaling
 
-PIPELINE, TRANSFORMER, SCHEDULER = "FluxPipeline", "FluxTransformer2DModel", "FlowMatchEulerDiscreteScheduler"
-WEIGHT_STEMS = {
-    "transformer": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-    "text_encoder_2": "model",
-}
-OTHER_PARTS = ("tokenizer", "tokenizer_2", "scheduler")
 HUB_ID = re.compile(r"(?=.{3,96}$)[\w.-]+/[\w.-]+", re.ASCII)
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
-PACKING = 2
-"""FLUX packs 2x2 latents in a token."""
-VAE_CHANNELS, LATENT_CHANNELS, NATIVE_SIZE = (128, 256, 512, 512), 16, 1024
-"""FLUX's own, where a configuration tells nothing."""
-CLIP_TOKENS = 77
-SCHEDULE = {"shift": 3.0, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
-"""What decides the noise of each step, and FLUX.1-dev's values."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelFacts:
+class ModelFacts(Defaults):
     """What checks and defaults need to know of a model."""
 
     location: str
     """A folder, or a hub id."""
     is_demo: bool = False
     folder: Path | None = None
+    card: Card | None = None
+    """None for a hub model that is not known before its files are here, as are the next two."""
+    shape: TransformerShape | None = None
+    native_size: int | None = None
+    """Pixels."""
     token_size: int = 16
     """Pixels along the side of a token."""
-    native_size: int | None = None
-    """Pixels; None: known once a hub model is loaded."""
-    flux: FluxShape | None = None
-    takes_guidance: bool = True
-    sampling: Sampling = field(default_factory=Sampling)
-    upscaling: Upscaling = field(default_factory=Upscaling)
-    """Its steps: those that the model's `sampling` asks for."""
-    negative_prompt: str | None = None
-    max_sequence_length: int = 512
+
+    @property
+    def name(self) -> str:
+        """Name that may be shared: no folders of this machine."""
+        return "demo" if self.is_demo else self.location if self.folder is None else self.folder.name
 
 
-def find(model: str, *, has_cuda: bool) -> ModelFacts:
+def find_model(model: str, cards: Cards, *, has_cuda: bool) -> ModelFacts:
     """The model that `--model` names.
 
     Raises:
-        Refusal: a folder is missing, empty, damaged or of another architecture; no name of a model.
+        Refusal: there is no such folder, or it is empty, damaged, or of no family that is known.
     """
     if model == "auto":
-        model = FLUX_DEV if has_cuda else "demo"
+        model = cards.default if has_cuda else "demo"
     if model == "demo":
-        return _demo()
+        return _demo(cards)
     if os.path.exists(model) or model.startswith((".", "/", "~")) or not HUB_ID.fullmatch(model):
-        return of_folder(Path(model).expanduser())
-    schnell = model == FLUX_SCHNELL
-    native_size = 1024 if model in (FLUX_DEV, FLUX_SCHNELL) else None
-    return ModelFacts(location=model, native_size=native_size, **_defaults(guided=not schnell, few_steps=schnell))
+        return read_folder(Path(model).expanduser(), cards)
+    found = cards.on_hub(model)
+    if found is None:
+        return ModelFacts(location=model)
+    card, known = found
+    token_size = _token_size(card, card.vae_channels)
+    facts = ModelFacts(
+        location=model, card=card, shape=known.shape, native_size=known.native_size, token_size=token_size
+    )
+    return replace(facts, **vars(known.defaults))
 
 
-def of_folder(folder: Path) -> ModelFacts:
-    """A folder in diffusers' layout, its weights' headers compared with its configurations.
+def card_of(folder: Path, cards: Cards) -> Card:
+    """The family of a folder in diffusers' layout; raises a Refusal where its pipeline is of none."""
+    name = read_json(folder / INDEX).get("_class_name")
+    card = cards.of_pipeline(name)
+    if card is None:
+        known = " or ".join(card.pipeline for card in cards.cards)
+        raise Refusal(f"--model must be a {known}, got {name} in {folder}; nearest: {cards.default}")
+    return card
+
+
+def read_folder(folder: Path, cards: Cards) -> ModelFacts:
+    """The model in a folder in diffusers' layout, its weights' headers compared with its configurations.
 
     Raises:
-        Refusal: see `find`.
+        Refusal: as `find_model`.
     """
-    _check_folder(folder)
-    _check_pipeline(folder, read_json(folder / "model_index.json"))
-    _check_tokenizers(folder)
+    _check_folder(folder, cards)
+    card = card_of(folder, cards)
+    _check_parts(folder, card, cards.default)
+    _check_tokenizers(folder, card)
     configuration, vae_file = folder / "transformer" / "config.json", folder / "vae" / "config.json"
-    flux, vae = FluxShape.of(read_json(configuration), configuration), read_json(vae_file)
+    shape, vae = card.shape_of(read_json(configuration), configuration), read_json(vae_file)
     scheduler_file = folder / "scheduler" / "scheduler_config.json"
     scheduler = read_json(scheduler_file)
-    for name, default in SCHEDULE.items():
-        positive_number(scheduler, name, default, scheduler_file)
-    token_size = PACKING * 2 ** (len(whole_numbers(vae, "block_out_channels", VAE_CHANNELS, vae_file)) - 1)
-    latent_channels = whole_number(vae, "latent_channels", LATENT_CHANNELS, vae_file)
-    native_size = whole_number(vae, "sample_size", NATIVE_SIZE, vae_file)
-    if flux.in_channels != latent_channels * PACKING**2:
+    for name, usual in card.schedule.items():
+        positive_number(scheduler, name, usual, scheduler_file)
+    token_size = _token_size(card, whole_numbers(vae, "block_out_channels", card.vae_channels, vae_file))
+    channels = card.channels_per_latent * whole_number(vae, "latent_channels", card.latent_channels, vae_file)
+    native_size = whole_number(vae, "sample_size", card.native_size, vae_file)
+    if shape.in_channels != channels:
         raise Refusal(
-            f"the transformer must take {latent_channels * PACKING**2} channels, 4 per channel of the VAE, "
-            f"got {flux.in_channels} in {folder}: models that take another picture are not supported; "
-            f"nearest: {FLUX_DEV}"
+            f"the transformer must take {channels} channels, {card.channels_per_latent} per channel of the VAE, "
+            f"got {shape.in_channels} in {folder}: models that take another picture are not supported; "
+            f"nearest: {cards.default}"
         )
-    for part, stem in WEIGHT_STEMS.items():
+    for part, stem in card.weights.items():
         shapes = read_component(folder / part, stem)
         if part == "transformer":
-            require_same_tensors(flux.tensors(), shapes, folder / part)
-    few_steps = not flux.guidance_embeds and not scheduler.get("use_dynamic_shifting", False)
+            require_same_tensors(shape.tensors(), shapes, folder / part)
     return ModelFacts(
         location=str(folder),
         folder=folder,
-        token_size=token_size,
+        card=card,
+        shape=shape,
         native_size=max(native_size // token_size, 1) * token_size,
-        flux=flux,
-        **_defaults(guided=flux.guidance_embeds, few_steps=few_steps),
+        token_size=token_size,
+        **vars(shape.defaults(scheduler)),
     )
 
 
-def _demo() -> ModelFacts:
-    facts = of_folder(demo.WEIGHTS)
+def _demo(cards: Cards) -> ModelFacts:
     return replace(
-        facts,
+        read_folder(demo.WEIGHTS, cards),
         is_demo=True,
         sampling=Sampling(steps=demo.DEFAULT_STEPS, guidance_scale=0.0, true_cfg_scale=demo.DEFAULT_TRUE_CFG_SCALE),
         upscaling=Upscaling(guidance_scale=0.0, strength=demo.DEFAULT_STRENGTH),
@@ -122,19 +124,16 @@ def _demo() -> ModelFacts:
     )
 
 
-def _defaults(*, guided: bool, few_steps: bool) -> dict[str, Any]:
-    """FLUX.1-schnell is distilled to 4 steps and takes no guidance; FLUX.1-dev takes guidance."""
-    if few_steps:
-        sampling, upscaling = Sampling(steps=4, guidance_scale=0.0), Upscaling(guidance_scale=0.0)
-        return {"takes_guidance": False, "sampling": sampling, "upscaling": upscaling, "max_sequence_length": 256}
-    return {"takes_guidance": guided}
+def _token_size(card: Card, vae_channels: tuple[int, ...]) -> int:
+    """Pixels along the side of a token: each block of the VAE but the last halves the sides."""
+    return card.packing * 2 ** (len(vae_channels) - 1)
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, cards: Cards) -> None:
     if not os.path.exists(folder):  # a Path raises for a name that is too long
-        nearest = nearest_word(str(folder), ("demo", FLUX_DEV, FLUX_SCHNELL))
+        nearest = nearest_word(str(folder), ("demo", *cards.hub_ids))
         raise Refusal(
-            f"--model must be auto, demo, a hub id such as {FLUX_DEV}, or a folder; "
+            f"--model must be auto, demo, a hub id such as {cards.default}, or a folder; "
             f"there is no {shortened(str(folder))}; nearest: {nearest}"
         )
     if not folder.is_dir():
@@ -143,31 +142,36 @@ def _check_folder(folder: Path) -> None:
         raise Refusal(f"--model must be a folder in diffusers' layout, got the empty folder {folder}; nearest: demo")
 
 
-def _check_pipeline(folder: Path, index: Mapping[str, Any]) -> None:
-    name = index.get("_class_name")
-    if name != PIPELINE:
-        raise Refusal(f"--model must be a {PIPELINE}, got {name} in {folder}; nearest: {FLUX_DEV}")
-    for part in (*WEIGHT_STEMS, *OTHER_PARTS):
+def _check_parts(folder: Path, card: Card, nearest: str) -> None:
+    """Raises a Refusal where a part is missing, or the transformer or the scheduler is of another class."""
+    for part in card.parts:
         if not (folder / part).is_dir():
-            raise Refusal(f"a {PIPELINE} must have the folder {part}, and {folder} has none; download it again")
+            raise Refusal(f"a {card.pipeline} must have the folder {part}, and {folder} has none; download it again")
     kind = read_json(folder / "transformer" / "config.json").get("_class_name")
-    if kind != TRANSFORMER:
-        raise Refusal(f"the transformer must be a {TRANSFORMER}, got {kind} in {folder}; nearest: {FLUX_DEV}")
-    listed = index.get("scheduler")  # the class that diffusers loads
-    kinds = {listed[1] if isinstance(listed, list) and len(listed) == 2 else None}
-    kinds.add(read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name"))
-    if kinds != {SCHEDULER}:
-        got = ", ".join(sorted(map(str, kinds - {SCHEDULER})))
-        raise Refusal(f"the scheduler must be a {SCHEDULER}, got {got} in {folder}; nearest: {FLUX_DEV}")
+    if kind != card.transformer:
+        raise Refusal(f"the transformer must be a {card.transformer}, got {kind} in {folder}; nearest: {nearest}")
+    if others := _schedulers(folder, read_json(folder / INDEX)) - {card.scheduler}:
+        got = ", ".join(sorted(others))
+        raise Refusal(f"the scheduler must be a {card.scheduler}, got {got} in {folder}; nearest: {nearest}")
 
 
-def _check_tokenizers(folder: Path) -> None:
-    for tokenizer in (folder / "tokenizer", folder / "tokenizer_2"):
-        files = {file.name: file for file in tokenizer.iterdir()}
+def _schedulers(folder: Path, index: Mapping[str, Any]) -> set[str]:
+    """Classes of the scheduler by the index, which decides what diffusers loads, and by its own configuration."""
+    listed = index.get("scheduler")
+    by_index = listed[1] if isinstance(listed, list) and len(listed) == 2 else None
+    return {str(by_index), str(read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name"))}
+
+
+def _check_tokenizers(folder: Path, card: Card) -> None:
+    for tokenizer in card.tokenizers:
+        files = {file.name: file for file in (folder / tokenizer).iterdir()}
         if not files.keys() & set(VOCABULARIES):
-            raise Refusal(f"{tokenizer} must hold one of {', '.join(VOCABULARIES)}, and has none; download it again")
+            raise Refusal(
+                f"{folder / tokenizer} must hold one of {', '.join(VOCABULARIES)}, and has none; download it again"
+            )
         for file in files.values():
             if file.suffix == ".json":
                 read_json(file)
-    settings = folder / "tokenizer" / "tokenizer_config.json"
-    whole_number(read_json(settings), "model_max_length", CLIP_TOKENS, settings)
+    for tokenizer, usual in card.token_limits.items():
+        settings = folder / tokenizer / "tokenizer_config.json"
+        whole_number(read_json(settings), "model_max_length", usual, settings)

@@ -1,4 +1,4 @@
-"""What files say of themselves, without torch: safetensors by their first bytes, configurations by their numbers."""
+"""Headers of safetensors files and numbers of JSON configurations, read and checked without torch."""
 
 import json
 import re
@@ -10,24 +10,24 @@ from clear_dist.cards.clear import PICKLED, Shapes, refuse_pickled
 from clear_dist.options import Refusal, shortened
 
 PICKLES = (b"PK\x03\x04", *(bytes((0x80, protocol)) for protocol in range(2, 6)))
-"""What pickled files begin with: torch's archives, and pickles themselves."""
+"""First bytes of torch's archives and of pickles themselves."""
 PART_OF_SEVERAL = re.compile(r"-\d+-of-\d+\.")
 LONGEST_HEADER = 100_000_000
-"""Bytes, as the safetensors library has it."""
+"""Bytes; the safetensors library's own limit."""
 LARGEST_NUMBER = 65_536
-"""Of layers, channels or pixels in a configuration: far above any model's."""
+"""Layers, channels or pixels in a configuration: far more than any model has."""
 
 
 def read_shapes(file: Path) -> Shapes:
-    """Name and shape of every tensor in `file`; raises a Refusal as `read_tensors`."""
+    """Name and shape of every tensor in `file`; raises a Refusal as `read_tensors` does."""
     return {name: shape for name, (_, shape) in read_tensors(file).items()}
 
 
 def read_tensors(file: Path) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-    """Name, dtype ("BF16" and the like) and shape of every tensor in `file`.
+    """Name, dtype (such as "BF16") and shape of every tensor in `file`.
 
     Raises:
-        Refusal: it is missing, empty, pickled, truncated, or no safetensors file.
+        Refusal: the file is missing, empty, pickled, truncated, or of another format.
     """
     refuse_pickled(file)
     if not file.is_file():
@@ -55,15 +55,18 @@ def read_tensors(file: Path) -> Mapping[str, tuple[str, tuple[int, ...]]]:
 
 
 def read_component(folder: Path, stem: str) -> Shapes:
-    """All tensors of a model's component; raises a Refusal as `component_files`, or where one of them is damaged."""
+    """Name and shape of every tensor of a model's part; raises a Refusal as `component_files` and `read_tensors` do."""
     return {name: shape for file in component_files(folder, stem) for name, shape in read_shapes(file).items()}
 
 
 def component_files(folder: Path, stem: str) -> list[Path]:
-    """A model's component: one file, or the files that its index names.
+    """Weight files of a model's part: one, or those that its index names.
+
+    Args:
+        stem: name of the file, or of the index, without its ending.
 
     Raises:
-        Refusal: there are no weights, or only pickled ones, or the index is damaged, or a file that it names missing.
+        Refusal: there are no weights or only pickled ones, the index is damaged, or a file that it names is missing.
     """
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
@@ -84,7 +87,7 @@ def component_files(folder: Path, stem: str) -> list[Path]:
 
 
 def _refuse_others(file: Path, index: Path) -> None:
-    """Weights that lie where `file` should."""
+    """Raises a Refusal naming weights that lie where `file` should."""
     others = sorted(file.parent.iterdir())
     for other in others:
         if other.suffix in PICKLED:
@@ -97,11 +100,7 @@ def _refuse_others(file: Path, index: Path) -> None:
 
 
 def read_json(file: Path) -> dict:
-    """The object in a JSON file.
-
-    Raises:
-        Refusal: the file is missing, or holds no JSON object.
-    """
+    """The object in a JSON file; raises a Refusal where there is none."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -114,16 +113,12 @@ def read_json(file: Path) -> dict:
 
 
 def whole_number(config: Mapping[str, Any], name: str, default: int, where: Path | str) -> int:
-    """The number `name` of a configuration.
-
-    Raises:
-        Refusal: it is none, or not from 1 to LARGEST_NUMBER.
-    """
+    """The number `name` of a configuration; raises a Refusal unless it is a whole one from 1 to LARGEST_NUMBER."""
     return _checked(config.get(name, default), name, default, where)
 
 
 def whole_numbers(config: Mapping[str, Any], name: str, default: tuple[int, ...], where: Path | str) -> tuple[int, ...]:
-    """The list of numbers `name` of a configuration; raises a Refusal as `whole_number`, and for an empty one."""
+    """The list `name` of a configuration; raises a Refusal where it is empty, or as `whole_number` does."""
     values = config.get(name, default)
     if not isinstance(values, list | tuple) or not values:
         raise Refusal(f"{name} must be a list of numbers, got {_shown(values)} in {where}; nearest: {list(default)}")
@@ -131,7 +126,7 @@ def whole_numbers(config: Mapping[str, Any], name: str, default: tuple[int, ...]
 
 
 def positive_number(config: Mapping[str, Any], name: str, default: float, where: Path | str) -> float:
-    """The number `name` of a configuration; raises a Refusal where it is none above 0."""
+    """The number `name` of a configuration; raises a Refusal unless it is above 0."""
     value = config.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST_NUMBER:
         raise Refusal(f"{name} must be a number above 0, got {_shown(value)} in {where}; nearest: {default:g}")

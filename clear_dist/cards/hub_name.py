@@ -1,4 +1,4 @@
-"""A file on the hub as a word: `owner/name:file`, or `owner/name@revision:file` for one that never changes."""
+"""Names of files on the hub: `owner/name:file`, or `owner/name@revision:file`."""
 
 import re
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ _WORD = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?(?::([\w./-]+))?", re.
 
 @dataclass(frozen=True)
 class HubFile:
-    """`str` gives the word."""
+    """A file on the hub; `str` gives its name."""
 
     repository: str
     revision: str | None
@@ -18,10 +18,10 @@ class HubFile:
 
     @classmethod
     def of(cls, word: str, *, default: str = "") -> Self | None:
-        """None where `word` is none.
+        """The file that `word` names; None where it names none.
 
         Args:
-            default: the file of a word that tells the repository only; without, that is none.
+            default: the file where `word` names a repository only; "" if such a word names no file.
         """
         match = _WORD.fullmatch(word)
         file = (match[3] or default) if match else ""

@@ -4,6 +4,7 @@ import time
 from functools import partial
 from importlib import import_module
 
+from clear_dist.families.cards import CARDS
 from clear_dist.launch import ends, env, ranks
 from clear_dist.plan import fit_here
 from clear_dist.request.flags import GenerateFlags, PictureFlags, UpscaleFlags
@@ -30,7 +31,7 @@ def _run(flags: PictureFlags) -> int:
         Refusal: the request is wrong.
     """
     began, place = time.time(), env.read()
-    request, facts, notes = settle(flags, place)
+    request, facts, notes = settle(flags, place, CARDS)
     for line in (*notes, *fit_here.require(request, facts, place)) if place.rank == 0 else ():
         ends.say(line)
     work, on_cuda = partial(_render, request, began), request.device == "cuda"

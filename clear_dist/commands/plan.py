@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from clear_dist.families.flux.card import FLUX_DEV
+from clear_dist.families.cards import CARDS
 from clear_dist.launch import env
 from clear_dist.options import Refusal, check_choice
 from clear_dist.plan import GPUS, LINKS, Gpu, Plan, Room, fit_here, nearest, planned, record, sizes
@@ -16,7 +16,7 @@ from clear_dist.request.flags import PlanFlags
 from clear_dist.request.settle import choose
 
 NO_FIT = 2
-"""As for any request that is wrong."""
+"""Exit status, as for any wrong request."""
 SWEPT = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
 """Numbers of ranks."""
 
@@ -43,11 +43,12 @@ def planned_for(flags: PlanFlags) -> Plan:
     gpu = _gpu(flags, found)
     device = "cpu" if gpu is None else "cuda"
     place = env.read()
-    request, facts, _ = choose(flags, place, device=device, gpus=len(found))
+    request, facts, _ = choose(flags, place, CARDS, device=device, gpus=len(found))
     known = sizes.find(facts)
     if known is None:
         raise Refusal(
-            f"--model must be in a folder, or one whose configuration is known, got {flags.model}; nearest: {FLUX_DEV}"
+            "--model must be in a folder, or one whose configuration is known, "
+            f"got {flags.model}; nearest: {CARDS.default}"
         )
     word = flags.link
     if word == "auto":
@@ -57,7 +58,7 @@ def planned_for(flags: PlanFlags) -> Plan:
 
 
 def _gpu(flags: PlanFlags, found: tuple[devices.FoundGpu, ...]) -> Gpu | None:
-    """The kind that was asked for, or that is here; None: a CPU."""
+    """The kind of GPU that was asked for, or is here; None: a CPU."""
     if found:
         return replace(fit_here.kind_of(found[0]), memory=found[0].total)
     if flags.gpu == "cpu" or (flags.gpu == "auto" and flags.model == "demo"):

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 
 from clear_dist import hub
+from clear_dist.cards.card import Card
+from clear_dist.cards.folder import card_of
 from clear_dist.comm.group import Group
 from clear_dist.comm.in_touch import in_touch
 from clear_dist.drawing.previews import Previews
 from clear_dist.drawing.prompts import nothing
 from clear_dist.engine.family import Encoded, PipelineAdapter
+from clear_dist.families.cards import CARDS
 from clear_dist.families.transformers import adapter_of
 from clear_dist.launch import env
 from clear_dist.launch.ends import say
@@ -72,7 +75,7 @@ def prepare(request: Request, began: float, phases: Phases) -> Prepared:
     group = Group.create(device)
     launch = time.time() - began
     with phases.phase("load", detail=" the files"):
-        request = hub.locate(request, group, local_rank=place.local_rank)
+        request = hub.locate(request, group, CARDS, local_rank=place.local_rank)
     encoded, pipe = in_touch(group, partial(_load, request, group.rank, device, phases))
     with phases.phase("load"):
         handle = _parallelize(pipe, request, group)
@@ -109,14 +112,16 @@ def _load(request: Request, rank: int, device: torch.device, phases: Phases) -> 
     Nobody waits for rank 0 meanwhile, and on its device the text encoders make room for the transformer.
     """
     first, keep = rank == 0, request.keep_text_encoder
-    encoded = encode_ahead(request, device, phases) if first and not keep else None
+    card = card_of(Path(request.model), CARDS)
+    encoded = encode_ahead(request, card, device, phases) if first and not keep else None
     with phases.phase("load", detail=" the model"):
         pipe = loading.load_pipeline(
             Path(request.model),
+            card,
             with_text_encoders=first and keep,
             dtype=getattr(torch, request.dtype),
             device=device,
-            on_host=parts_on_host(request),
+            on_host=parts_on_host(request, card),
             phases=phases,
         )
     return encoded, pipe
@@ -141,7 +146,7 @@ def _device(kind: str, local_rank: int) -> torch.device:
     return torch.device(kind, local_rank % torch.cuda.device_count()) if kind == "cuda" else torch.device(kind)
 
 
-def encode_ahead(request: Request, device: torch.device, phases: Phases) -> list[Encoded]:
+def encode_ahead(request: Request, card: Card, device: torch.device, phases: Phases) -> list[Encoded]:
     """Of each prompt, in host memory (FLUX.1-dev: 4.2 MB); the text encoders are gone from `device` when this returns.
 
     Raises:
@@ -149,7 +154,7 @@ def encode_ahead(request: Request, device: torch.device, phases: Phases) -> list
     """
     with phases.phase("load", detail=" text encoders"):
         pipe = loading.load_text_pipeline(
-            Path(request.model), dtype=getattr(torch, request.dtype), device=device, phases=phases
+            Path(request.model), card, dtype=getattr(torch, request.dtype), device=device, phases=phases
         )
         lora.load(pipe, hub.local_loras(request))
     with phases.phase("text", detail="s" if len(request.prompts) > 1 else ""):

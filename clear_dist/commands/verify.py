@@ -17,7 +17,7 @@ PRELOAD = ("torch", "clear_dist.verify")
 
 
 def verify(flags: VerifyFlags) -> int:
-    """Check this machine: halos, text reductions, attention, a tiny FLUX, and the links between ranks.
+    """Check this machine: halos, text reductions, attention, a tiny model, and the links between ranks.
 
     Takes less than a minute and downloads nothing. Ends with 0 if all checks pass, with 1 if one fails.
     """

@@ -1,99 +1,79 @@
-"""Files from the hub: fetched once per machine, while the ranks keep in touch; what goes wrong is one line."""
+"""Files from the hub: fetched once per machine while the ranks keep in touch; a failure is one line."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from clear_dist.cards.card import INDEX, Cards
 from clear_dist.cards.hub_name import HubFile
 from clear_dist.comm.group import Group
 from clear_dist.comm.in_touch import in_touch
-from clear_dist.families.flux.card import FLUX_DEV
 from clear_dist.hub.fetching import Wanted, cached, fetch
 from clear_dist.launch.ends import Failure, describe
 from clear_dist.options import Refusal
 from clear_dist.request.request import Lora, Request
 from clear_dist.request.settle import located
 
-PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-WANTED = (
-    "model_index.json",
-    *(f"{part}/*.{ending}" for part in PARTS for ending in ("json", "safetensors", "txt", "model")),
-)
 
-
-def locate(request: Request, group: Group, *, local_rank: int) -> Request:
+def locate(request: Request, group: Group, cards: Cards, *, local_rank: int) -> Request:
     """The request with its model and CLEAR weights as local files, downloaded once per machine where they are not.
 
     LoRA are fetched with them; see `local_loras`.
 
     Raises:
-        Refusal: the hub has no such model or file, or does not give it to this user, or there is no room for it; or
-            what it gave does not fit.
+        Refusal: the hub has no such model or file, does not give it to this user, or there is no room for it; or
+            what was fetched does not fit.
         Failure: the hub cannot be reached, and the files are not here. Both on all ranks.
     """
-    model, checkpoint = wanted_model(request), wanted_checkpoint(request)
+    model, checkpoint = wanted_model(request, cards), wanted_file(request.clear_weights, "--clear-weights auto")
     wants = [want for want in (model, checkpoint, *map(wanted_lora, request.loras)) if want is not None]
     if not wants:
         return request
     _raise_together(group, in_touch(group, partial(_failure_of, wants) if local_rank == 0 else lambda: None))
+    folder = Path(request.model) if model is None else _held(model)
+    if model is not None:
+        require_same_commit(group, model.repository, folder.name)
     file = request.clear_weights if checkpoint is None else str(_held(checkpoint) / checkpoint.needed)
-    if model is None:
-        return located(request, Path(request.model), file)
-    folder = _held(model)
-    require_same_commit(group, model.repository, folder.name)
-    return located(request, folder, file)
+    return located(request, folder, file, local_loras(request), cards)
 
 
-def wanted_model(request: Request) -> Wanted | None:
-    """None: it is a folder."""
+def wanted_model(request: Request, cards: Cards) -> Wanted | None:
+    """Files of the model to fetch; None: it is a folder."""
     if request.from_folder:
         return None
     return Wanted(
         repository=request.model,
         revision=request.revision,
-        patterns=WANTED,
-        needed="model_index.json",
-        nearest=f"--model {FLUX_DEV}",
+        patterns=cards.files_of(request.model),
+        needed=INDEX,
+        nearest=f"--model {cards.default}",
     )
 
 
-def wanted_checkpoint(request: Request) -> Wanted | None:
-    """None: it is a file, or there is none."""
-    checkpoint = request.clear_weights
-    if checkpoint is None or Path(checkpoint).exists():
+def wanted_file(name: str | None, nearest: str) -> Wanted | None:
+    """One file to fetch; None: it is here, or none was asked for."""
+    hub = None if name is None or os.path.exists(name) else HubFile.of(name)
+    if hub is None:
         return None
-    hub = HubFile.of(checkpoint)
-    assert hub is not None, "checked before"
     return Wanted(
-        repository=hub.repository,
-        revision=hub.revision,
-        patterns=(hub.file,),
-        needed=hub.file,
-        nearest="--clear-weights auto",
+        repository=hub.repository, revision=hub.revision, patterns=(hub.file,), needed=hub.file, nearest=nearest
     )
 
 
 def wanted_lora(lora: Lora) -> Wanted | None:
-    """None: it is a file."""
-    hub = None if Path(lora.source).is_file() else HubFile.of(lora.source)
-    if hub is None:
-        return None
-    return Wanted(
-        repository=hub.repository,
-        revision=hub.revision,
-        patterns=(hub.file,),
-        needed=hub.file,
-        nearest="--lora FILE",
-    )
+    """The LoRA's file to fetch; None: it is here."""
+    return wanted_file(lora.source, "--lora FILE")
 
 
-def local_loras(request: Request) -> list[Lora]:
-    """The request's, as files, once they are fetched; `request` goes on naming them as they were asked for."""
-    wants = [(lora, wanted_lora(lora)) for lora in request.loras]
-    return [lora if want is None else replace(lora, source=str(_held(want) / want.needed)) for lora, want in wants]
+def local_loras(request: Request) -> Iterator[Lora]:
+    """The request's LoRA as files, once they are fetched; `request` goes on naming them as they were asked for."""
+    for lora in request.loras:
+        want = wanted_lora(lora)
+        yield lora if want is None else replace(lora, source=str(_held(want) / want.needed))
 
 
 def require_same_commit(group: Group, repository: str, commit: str) -> None:
@@ -107,7 +87,7 @@ def require_same_commit(group: Group, repository: str, commit: str) -> None:
 
 
 def _held(want: Wanted) -> Path:
-    """As `cached`, once this machine's first rank has fetched."""
+    """The folder of what this machine's first rank has fetched."""
     folder = cached(want)
     if folder is None:
         raise Failure(
@@ -118,7 +98,7 @@ def _held(want: Wanted) -> Path:
 
 
 def _failure_of(wants: Sequence[Wanted]) -> Exception | None:
-    """What fetching raises, for all ranks to raise."""
+    """The exception that fetching raises, for all ranks to raise."""
     try:
         fetch(wants)
     except Exception as error:
@@ -127,7 +107,7 @@ def _failure_of(wants: Sequence[Wanted]) -> Exception | None:
 
 
 def _raise_together(group: Group, error: BaseException | None) -> None:
-    """Raise on all ranks what fetching raised on any: ranks that went on would wait for the others."""
+    """Raises on all ranks what fetching raised on any: ranks that went on would wait for the others."""
     told = error if error is None or isinstance(error, Refusal | Failure) else RuntimeError(describe(error))
     errors = [theirs for theirs in group.gather_objects(told) if theirs is not None]
     if error is not None:

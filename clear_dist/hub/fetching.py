@@ -1,24 +1,25 @@
-"""Downloads: asked for first, then fetched, with a word now and then.
+"""Downloads: first asked for, then fetched, with a line now and then.
 
-One request asks what there is before anything is downloaded: whether the hub answers at all, gives these files to this
-user, and how large they are. The libraries below ask again and again, for half a minute and longer.
+Nothing is downloaded before the hub has said that it has the files, gives them to this user, and how large they are.
+The first question is asked once: the libraries below repeat theirs for half a minute and longer where nobody answers.
 """
 
 import errno
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
-from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.constants import ENDPOINT, HF_HUB_CACHE, HF_HUB_ETAG_TIMEOUT
 from huggingface_hub.errors import (
+    DryRunError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -27,12 +28,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import (
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-    filter_repo_objects,
-)
 
 from clear_dist.comm.in_touch import in_background
 from clear_dist.launch.ends import Failure, describe, say
@@ -41,6 +36,11 @@ from clear_dist.options import Refusal, nearest_word
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NOT_GIVEN = (401, 403)
 LOCAL_FILES = "local files (--model FOLDER, --clear-weights FILE, --lora FILE)"
+SECONDS_BETWEEN_FIGURES = 15.0
+SECONDS_OF_REST = 60.0
+"""Age from which a partial file counts as left over: there are file systems whose locks hold nobody back."""
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +54,68 @@ class Wanted:
     needed: str
     """The file without which the others are of no use."""
     nearest: str
-    """What to ask for instead."""
+    """Flag to suggest where the hub has no such files."""
+
+
+def fetch(wants: Sequence[Wanted]) -> None:
+    """Downloads what this machine lacks, once all of it is known to be there and to fit on the disk.
+
+    Raises:
+        Refusal, Failure: as `hub.locate`.
+    """
+    missing = {want: size for want in wants if (size := _missing_bytes(want)) is not None}
+    for want in missing:
+        remove_leftovers(Path(HF_HUB_CACHE), _blobs(want).parent.name)
+    require_room(sum(missing.values()), " and ".join(want.repository for want in missing))
+    for want, size in missing.items():
+        try:
+            _download(want, size)
+        except Exception as error:
+            raise explained(want, error) from error
+
+
+def cached(want: Wanted) -> Path | None:
+    """The folder of the files, without asking the hub; None where they are not here."""
+    try:
+        folder = Path(_snapshot(want, want.revision, local_files_only=True))
+    except (OSError, HFValidationError):
+        return None
+    return folder if (folder / want.needed).exists() else None
+
+
+def require_room(needed: int, what: str) -> None:
+    """Raises a Refusal where the cache's disk has less than `needed` bytes free."""
+    cache = Path(HF_HUB_CACHE)
+    existing = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise Refusal(
+            f"{cache} must have {needed / 1e9:.1f} GB free to download {what}, and has "
+            f"{free / 1e9:.1f} GB; nearest: HF_HOME=FOLDER on a larger disk"
+        )
+
+
+def remove_leftovers(cache: Path, folder: str) -> int:
+    """Removes a repository's partial files that nobody is writing; returns their bytes.
+
+    Args:
+        folder: the repository's, in the cache.
+    """
+    removed = 0
+    for file in (cache / folder / "blobs").glob("*.incomplete"):
+        lock = cache / ".locks" / folder / f"{file.name.split('.')[0]}.lock"
+        with suppress(OSError, Timeout):  # gone meanwhile, not ours to remove, or being written
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock, blocking=False):
+                status = file.stat()
+                if time.time() - status.st_mtime > SECONDS_OF_REST:
+                    file.unlink()
+                    removed += status.st_size
+    return removed
 
 
 def explained(want: Wanted, error: Exception) -> Refusal | Failure:
-    """What the hub's library raised, as the line for the user."""
+    """The line for the user where the hub's library raised `error`."""
     repository = want.repository
     if isinstance(error, Refusal | Failure):
         return error
@@ -94,7 +151,7 @@ def explained(want: Wanted, error: Exception) -> Refusal | Failure:
 
 
 def cause_of(error: BaseException) -> str:
-    """Why the hub's library has failed, in a few words."""
+    """Why the hub's library failed, in a few words."""
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, HfHubHTTPError):
@@ -104,54 +161,10 @@ def cause_of(error: BaseException) -> str:
     return describe(error)
 
 
-SECONDS_BETWEEN_FIGURES = 15.0
-
-
-def fetch(wants: Sequence[Wanted]) -> None:
-    """Download what this machine lacks; nothing is downloaded before all of it is known to be there, and to fit.
-
-    Raises:
-        Refusal, Failure: as `hub.locate`.
-    """
-    missing = {want: size for want in wants if (size := _missing_bytes(want)) is not None}
-    for want in missing:
-        remove_leftovers(Path(HF_HUB_CACHE), _blobs(want).parent.name)
-    require_room(sum(missing.values()), " and ".join(want.repository for want in missing))
-    for want, size in missing.items():
-        try:
-            _download(want, size)
-        except Exception as error:
-            raise explained(want, error) from error
-
-
-def cached(want: Wanted) -> Path | None:
-    """Where the files lie, without asking the hub; None where they are not here."""
-    try:
-        folder = snapshot_download(
-            want.repository, revision=want.revision, allow_patterns=list(want.patterns), local_files_only=True
-        )
-    except (OSError, HFValidationError):
-        return None
-    return Path(folder) if Path(folder, want.needed).exists() else None
-
-
-def require_room(needed: int, what: str) -> None:
-    """Raises a Refusal where the cache's disk has no room for so many bytes."""
-    cache = Path(HF_HUB_CACHE)
-    existing = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise Refusal(
-            f"{cache} must have {needed / 1e9:.1f} GB free to download {what}, and has "
-            f"{free / 1e9:.1f} GB; nearest: HF_HOME=FOLDER on a larger disk"
-        )
-
-
 def _missing_bytes(want: Wanted) -> int | None:
-    """How much is to be downloaded; None where the hub gives nothing, and the files are here from before."""
-    asking = in_background(partial(_ask, want))
+    """Bytes to download; None where the hub gives nothing, and the files are here from before."""
     try:
-        info = asking.result(timeout=HF_HUB_ETAG_TIMEOUT)
+        return _ask(want)
     except Exception as error:
         told = explained(want, error)
         held = None if isinstance(error, RevisionNotFoundError) or told is error else cached(want)
@@ -159,41 +172,48 @@ def _missing_bytes(want: Wanted) -> int | None:
             raise told from error
         say(f"warning: using {want.repository} as it was downloaded before; the hub did not give it: {cause_of(error)}")
         return None
-    files = filter_repo_objects(info.siblings, allow_patterns=list(want.patterns), key=lambda file: file.rfilename)
-    hashes = ((file, file.lfs.sha256 if file.lfs else file.blob_id) for file in files)
-    return sum(file.size or 0 for file, name in hashes if name is None or not (_blobs(want) / name).exists())
 
 
-def _ask(want: Wanted) -> Any:
-    """One request, two where a licence must be accepted; none is repeated."""
-    timeout = HF_HUB_ETAG_TIMEOUT
-    info = HfApi().model_info(want.repository, revision=want.revision, files_metadata=True, timeout=timeout)
+def _ask(want: Wanted) -> int:
+    """Bytes to download: asks which commit the revision is and whether it has what is needed, then tries dry."""
+    about = partial(HfApi().model_info, want.repository, revision=want.revision, timeout=HF_HUB_ETAG_TIMEOUT)
+    info = _answer(about)
     names = [file.rfilename for file in info.siblings or ()]
     if want.needed not in names:
         alike = [name for name in names if "/" not in name and name.endswith(".safetensors")]
         by_name = want.needed.endswith(".safetensors") and alike
         nearest = f"--clear-weights {want.repository}:{nearest_word(want.needed, alike)}" if by_name else want.nearest
         raise Refusal(f"{want.repository} on the hub must hold {want.needed}, and does not; nearest: {nearest}")
-    if info.gated:  # everyone may see what there is; only a file tells whether it is given
-        get_hf_file_metadata(hf_hub_url(want.repository, want.needed, revision=info.sha), timeout=timeout)
-    return info
+    try:
+        files = _answer(partial(_snapshot, want, info.sha, dry_run=True))
+    except DryRunError as error:
+        raise error.__cause__ or error from error
+    return sum(file.file_size or 0 for file in files if file.will_download)
+
+
+def _answer(ask: Callable[[], Answer]) -> Answer:
+    """What the hub answers; raises TimeoutError where it is silent, also while its name is looked up."""
+    return in_background(ask).result(timeout=HF_HUB_ETAG_TIMEOUT)
 
 
 def _download(want: Wanted, size: int) -> None:
-    """With a word now and then: how much of the `size` bytes is here, and how fast it comes."""
+    """Downloads, saying now and then how much of the `size` bytes is here and how fast it comes."""
     began, before = time.monotonic(), _bytes_in(_blobs(want))
-    download = partial(snapshot_download, want.repository, revision=want.revision, allow_patterns=list(want.patterns))
-    with _without_bars():
-        downloading = in_background(download)
-        while not wait([downloading], SECONDS_BETWEEN_FIGURES).done:
-            done = (_bytes_in(_blobs(want)) - before) / 1e9
-            rate = done / (time.monotonic() - began)
-            say(f"downloading {want.repository}: {done:.1f} of {size / 1e9:.1f} GB, {rate:.2f} GB/s")
+    downloading = in_background(partial(_snapshot, want, want.revision))
+    while not wait([downloading], SECONDS_BETWEEN_FIGURES).done:
+        done = (_bytes_in(_blobs(want)) - before) / 1e9
+        rate = done / (time.monotonic() - began)
+        say(f"downloading {want.repository}: {done:.1f} of {size / 1e9:.1f} GB, {rate:.2f} GB/s")
     downloading.result()
 
 
+def _snapshot(want: Wanted, revision: str | None, **how: Any) -> Any:
+    """As huggingface_hub's `snapshot_download`, of the files that are wanted."""
+    return snapshot_download(want.repository, revision=revision, allow_patterns=list(want.patterns), **how)
+
+
 def _blobs(want: Wanted) -> Path:
-    """Where the cache keeps files, by their hash, and partial ones too."""
+    """Folder of the cache where files lie by their hash, partial ones too."""
     return Path(HF_HUB_CACHE, repo_folder_name(repo_id=want.repository, repo_type="model"), "blobs")
 
 
@@ -203,38 +223,3 @@ def _bytes_in(folder: Path) -> int:
         with suppress(FileNotFoundError):  # a partial file gets its name when it is whole
             total += file.stat().st_size
     return total
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """The library's bars fill logs, and are drawn over by ours."""
-    were_off = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not were_off:
-            enable_progress_bars()
-
-
-SECONDS_OF_REST = 60.0
-"""Unchanged for so long it is not being written: there are file systems whose locks hold nobody back."""
-
-
-def remove_leftovers(cache: Path, folder: str) -> int:
-    """Remove a repository's partial files that nobody is writing; returns their bytes.
-
-    Args:
-        folder: the repository's, in the cache.
-    """
-    removed = 0
-    for file in (cache / folder / "blobs").glob("*.incomplete"):
-        lock = cache / ".locks" / folder / f"{file.name.split('.')[0]}.lock"
-        with suppress(OSError, Timeout):  # gone meanwhile, not ours to remove, or being written
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(lock, blocking=False):
-                status = file.stat()
-                if time.time() - status.st_mtime > SECONDS_OF_REST:
-                    file.unlink()
-                    removed += status.st_size
-    return removed

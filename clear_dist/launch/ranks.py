@@ -22,6 +22,7 @@ from clear_dist.launch.interrupts import ENDING, at_once, unwinding
 
 QUIET = {
     "DIFFUSERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_VERBOSITY": "error",
     "KINETO_LOG_LEVEL": "6",
     "TRANSFORMERS_VERBOSITY": "error",

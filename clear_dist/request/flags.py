@@ -1,7 +1,7 @@
-"""What a user asks for on the command line, a record for each command; it is made from these fields.
+"""Flags of the command line: a record for each command, whose fields its parameters are made from.
 
-A mistake that the request alone shows is a Refusal here, before anything is loaded. None: not given, and a value is
-chosen that fits the model.
+A mistake that shows in the flags alone is a Refusal here, before anything is looked at. None: not given; a value that
+fits the model is chosen.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from clear_dist.request.hardware import GPUS, LINKS
 
 DRAWN, LARGE, WRITTEN = "What to draw", "Above the native size", "What is written"
 PANELS = (DRAWN, LARGE, MODEL, CUT, WRITTEN, None)
-"""Of the help, in its order."""
+"""Panels of the help, in its order."""
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 SIDES, SQUARES, STEPS = (16, 32_768), (16, 16_384), (1, 1_000)
@@ -21,7 +21,7 @@ STDOUT = "-"
 
 @dataclass(frozen=True, kw_only=True)
 class Kept(Options):
-    """Flags that stay in a request as they were given."""
+    """Flags that a request keeps as they were given."""
 
     seed: int | None = flag(
         None, "of the noise, on any number of ranks (drawn and reported)", DRAWN, bounds=(0, 2**63 - 1), planned=False
@@ -55,7 +55,7 @@ class Kept(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class PictureFlags(Kept):
-    """Flags of all commands that draw.
+    """Flags of every command that draws.
 
     Raises:
         Refusal: a value is out of its bounds, or two flags contradict each other.
@@ -71,7 +71,7 @@ class PictureFlags(Kept):
     true_cfg_scale: float | None = flag(
         None, "classifier-free guidance; above 1: on (1; demo 3, at its native size)", DRAWN, bounds=(1.0, 100.0)
     )
-    max_sequence_length: int | None = flag(None, "text tokens (dev 512, schnell 256)", DRAWN, bounds=(1, 512))
+    max_sequence_length: int | None = flag(None, "text tokens (as many as the model asks for)", DRAWN, bounds=(1, 512))
     prompt: str | None = flag(None, "what the picture shows; quote it", is_argument=True, planned=False)
     strength: float | None = flag(
         None, "share of noise that enlarged pictures get (0.7; demo 0.3)", LARGE, bounds=(0.001, 1.0)
@@ -111,7 +111,11 @@ class GenerateFlags(PictureFlags):
         None, "one prompt a line; the model is loaded once", DRAWN, metavar="FILE", planned=False
     )
     steps: int | None = flag(
-        None, "denoising steps (dev 28, schnell 4)", DRAWN, names=("--steps", "--num-inference-steps"), bounds=STEPS
+        None,
+        "denoising steps (as many as the model asks for)",
+        DRAWN,
+        names=("--steps", "--num-inference-steps"),
+        bounds=STEPS,
     )
     num_images: int = flag(1, "pictures of each prompt (1)", DRAWN, bounds=(1, 256))
     cascade: str = flag(

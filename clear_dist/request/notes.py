@@ -1,11 +1,12 @@
-"""What to tell the user, a line each: choices made for them, and flags that will have no effect."""
+"""Lines for the user: choices made for them, and flags that will have no effect."""
 
 import math
 from collections.abc import Iterable, Iterator
 
 from clear_dist import demo
+from clear_dist.cards.card import Cards
 from clear_dist.cards.clear import named_down_factor, radius_of
-from clear_dist.cards.folder import WEIGHT_STEMS, ModelFacts
+from clear_dist.cards.folder import ModelFacts
 from clear_dist.cards.headers import component_files, read_tensors
 from clear_dist.options import shortened
 from clear_dist.request.flags import PictureFlags
@@ -13,23 +14,24 @@ from clear_dist.request.request import Request
 from clear_dist.stages import Stage, Upscaling
 
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""What safetensors call them."""
+"""dtypes by their names in safetensors files."""
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 WORTH_A_WORD = 1_000_000_000
 """Bytes."""
 
 
 def casting(request: Request, facts: ModelFacts, ranks: int) -> Iterator[str]:
-    """A warning where several ranks on CPUs hold weights of their own that they could share.
+    """A warning where ranks on CPUs each cast weights that they could share.
 
     Args:
         ranks: on this machine.
     """
     if request.device != "cpu" or ranks == 1 or facts.folder is None:
         return
+    assert facts.card is not None, "known with the folder"
     stored = [
         kind
-        for file in component_files(facts.folder / "transformer", WEIGHT_STEMS["transformer"])
+        for file in component_files(facts.folder / "transformer", facts.card.weights["transformer"])
         for kind in read_tensors(file).values()
     ]
     cast = sum(math.prod(shape) for dtype, shape in stored if dtype != STORED[request.dtype])
@@ -46,8 +48,15 @@ WARNING = "warning: "
 FAR_ABOVE_NATIVE = 4
 
 
-def of(
-    flags: PictureFlags, request: Request, facts: ModelFacts, *, prompts: Iterable[str], gpus: int, ranks: int
+def notes_of(
+    flags: PictureFlags,
+    request: Request,
+    facts: ModelFacts,
+    cards: Cards,
+    *,
+    prompts: Iterable[str],
+    gpus: int,
+    ranks: int,
 ) -> tuple[str, ...]:
     """All lines, choices first.
 
@@ -57,7 +66,7 @@ def of(
     """
     stages = request.stages if request.base_res or request.native_size else ()
     choices = (
-        *_model(flags, facts, gpus),
+        *_model(flags, facts, cards, gpus),
         *_window(flags, request, facts),
         *_stages(stages),
         *_prompt(flags, request),
@@ -73,9 +82,10 @@ def of(
     return (*choices, *warnings, *_schedule(flags, request, stages), *_without_cascade(flags, stages))
 
 
-def _model(flags: PictureFlags, facts: ModelFacts, gpus: int) -> Iterator[str]:
+def _model(flags: PictureFlags, facts: ModelFacts, cards: Cards, gpus: int) -> Iterator[str]:
     if flags.model == "auto":
-        why = f"{gpus} CUDA GPU{'s' * (gpus > 1)} here" if gpus else "no CUDA GPU here; with one: FLUX.1-dev"
+        with_one = cards.default.partition("/")[2]
+        why = f"{gpus} CUDA GPU{'s' * (gpus > 1)} here" if gpus else f"no CUDA GPU here; with one: {with_one}"
         yield f"model: {'demo' if facts.is_demo else facts.location} ({why})"
 
 
@@ -167,7 +177,7 @@ def _schedule(flags: PictureFlags, request: Request, stages: tuple[Stage, ...]) 
 
 
 def _without_cascade(flags: PictureFlags, stages: tuple[Stage, ...]) -> Iterator[str]:
-    """Flags of the upper stages, where there are none."""
+    """Warnings for flags of the upper stages where there are no such stages."""
     if any(isinstance(stage.sampling, Upscaling) for stage in stages):
         return
     given = {

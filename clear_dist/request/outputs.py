@@ -1,4 +1,4 @@
-"""Whether what a request makes can be written where it is to go."""
+"""Files that a request will write: their names, folders, and room on the disk."""
 
 import os
 import shutil
@@ -13,13 +13,13 @@ from clear_dist.request.request import PROFILE_ENDINGS, Request
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 BYTES_PER_PIXEL = 3
 SHARE_OF_LOWER_STAGES = 0.5
-"""Of the last stage's pixels, at most: each has about a quarter of the next one's."""
+"""Pixels of all lower stages by those of the last, at most: each has about a quarter of the next one's."""
 LATENT_BYTES_PER_PIXEL = 1
 """64 channels of at most 4 bytes for 16 x 16 pixels."""
 
 
-def check(request: Request) -> None:
-    """Refuse an unknown ending, a folder that is missing or cannot be written, or a full disk."""
+def check_outputs(request: Request) -> None:
+    """Raises a Refusal for an unknown ending, a folder that is missing or cannot be written to, or a full disk."""
     output, latents_out, report = request.output, request.latents_out, request.report
     pixels, pictures = request.size[0] * request.size[1], len(request.prompts) * request.num_images
     check_file("--output", output, PICTURE_ENDINGS)
@@ -60,7 +60,7 @@ def check(request: Request) -> None:
 
 
 def _by_products(request: Request, pictures: int) -> list[Path]:
-    """What is written beside `--output`: numbered pictures, thumbnails, lower stages, the preview; as far as known."""
+    """Files beside `--output`, as far as known: numbered pictures, thumbnails, lower stages, the preview."""
     if not (request.base_res or request.native_size):  # a hub model's stages are known once it is located
         return []
     stages = request.stages if request.save_stages else request.stages[-1:]

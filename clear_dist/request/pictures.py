@@ -1,4 +1,4 @@
-"""A user's picture, before it is made larger: whether it can be read, and what it is to become."""
+"""A user's picture before it is made larger: whether it can be read, and its new size."""
 
 import json
 import warnings
@@ -14,20 +14,20 @@ from clear_dist.request.request import Picture
 from clear_dist.stages import Size
 
 LARGEST_SAFE = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-"""Pixels; more is a decompression bomb: Pillow's own bound."""
+"""Pixels; more is a decompression bomb by Pillow's own bound."""
 DEFAULT_GROWTH = 2
 ORIENTATION, SWAPPED, DESCRIPTION = 0x0112, (5, 6, 7, 8), 0x010E
 """EXIF tags, and the orientations that swap the sides."""
 DEEP = ("I", "F")
-"""Pillow's modes of more than 8 bits a channel begin so; it would cut them off."""
+"""First letters of Pillow's modes with more than 8 bits a channel, which it would cut off."""
 
 
-def find(flags: UpscaleFlags, facts: ModelFacts, *, unit: int, reads: bool) -> tuple[Picture, Size, str | None]:
-    """The picture, the size that it is to get, and the prompt in its file.
+def find_picture(flags: UpscaleFlags, facts: ModelFacts, *, unit: int, reads: bool) -> tuple[Picture, Size, str | None]:
+    """The picture, its new size, and the prompt in its file.
 
     Args:
-        unit: pixels that sides are multiples of.
-        reads: whether to read all of it, so that a damaged file is refused now; once on each machine is enough.
+        unit: pixels that every side is a multiple of.
+        reads: read all of it, so that a damaged file is refused now; once on each machine is enough.
 
     Raises:
         Refusal: it cannot be read, is a decompression bomb, or must not be made smaller.
@@ -50,7 +50,7 @@ def find(flags: UpscaleFlags, facts: ModelFacts, *, unit: int, reads: bool) -> t
 
 
 def load(picture: Picture) -> Image.Image:
-    """What is used of the picture, upright, in RGB."""
+    """The used part of the picture, upright, in RGB."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with Image.open(picture.file) as image:
@@ -58,7 +58,7 @@ def load(picture: Picture) -> Image.Image:
 
 
 def _open(file: Path, *, reads: bool) -> tuple[Size, str | None]:
-    """Height and width as it is to be looked at, and the prompt that clear-dist wrote into it."""
+    """Height and width of the upright picture, and the prompt that clear-dist wrote into it."""
     shown = shortened(str(file))
     if file.exists() and not file.is_file() and not file.is_dir():  # a pipe can be read once only
         raise Refusal(f"the picture must be a file, got {shown}, which is none")
@@ -84,7 +84,7 @@ def _open(file: Path, *, reads: bool) -> tuple[Size, str | None]:
 
 
 def _prompt(image: Image.Image) -> str | None:
-    """What clear-dist wrote into the file: text chunks of a PNG, JSON in the description elsewhere."""
+    """Prompt that clear-dist wrote into the file: in a PNG's text chunks, elsewhere as JSON in the description."""
     found = dict(image.info)
     with suppress(TypeError, ValueError):  # others describe as they like
         found |= json.loads(image.getexif().get(DESCRIPTION, "{}"))
@@ -93,7 +93,7 @@ def _prompt(image: Image.Image) -> str | None:
 
 
 def _target(flags: UpscaleFlags, picture: Size, native: int, unit: int) -> Size:
-    """Height and width asked for; what was left open follows from the picture's shape."""
+    """Height and width asked for; a side that was left open follows from the picture's shape."""
     height, width = flags.height, flags.width
     if height is None and width is None:
         most = SQUARES[1]
@@ -106,7 +106,7 @@ def _target(flags: UpscaleFlags, picture: Size, native: int, unit: int) -> Size:
 
 
 def _box(picture: Size, target: Size) -> tuple[int, int, int, int]:
-    """The largest box around the picture's centre that has the target's shape: left, top, right, bottom."""
+    """Largest box around the picture's centre with the target's shape: left, top, right, bottom."""
     height = min(picture[0], max(1, round(picture[1] * target[0] / target[1])))
     width = min(picture[1], max(1, round(picture[0] * target[1] / target[0])))
     top, left = (picture[0] - height) // 2, (picture[1] - width) // 2

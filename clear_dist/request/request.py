@@ -12,15 +12,15 @@ PROFILE_ENDINGS = (".json", ".json.gz")
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A user's picture that is to be made larger."""
+    """A picture of the user's that is to be made larger."""
 
     file: Path
     box: tuple[int, int, int, int]
-    """What is used of it: left, top, right and bottom in pixels; the target's shape."""
+    """The part that is used, of the target's shape: left, top, right and bottom in pixels."""
 
     @property
     def size(self) -> Size:
-        """Height and width of what is used."""
+        """Height and width of the part that is used."""
         left, top, right, bottom = self.box
         return bottom - top, right - left
 
@@ -34,7 +34,7 @@ class Lora:
     weight: float = 1.0
 
     def without_folders(self) -> "Lora":
-        """Named so that others may read it: no folders of this machine."""
+        """The same, named without folders of this machine."""
         return replace(self, source=Path(self.source).name) if os.path.exists(self.source) else self
 
 
@@ -42,19 +42,19 @@ class Lora:
 class Request(Kept):
     """A checked request with everything chosen that can be known before the model is loaded.
 
-    None: the loaded model decides (a hub model's native size and window), or rank 0 draws it (the seed).
+    None: a hub model's files decide (its sizes), or rank 0 draws it (the seed).
     """
 
     prompts: tuple[str, ...]
     negative_prompt: str | None
     num_images: int
-    """Of each prompt."""
+    """Pictures of each prompt."""
     picture: Picture | None
-    """What to start from; None: noise."""
+    """Picture to start from; None: noise."""
     model: str
     """A folder, or a hub id."""
     model_name: str
-    """As the picture's metadata tell it: no folders of this machine."""
+    """Name in the picture's metadata, without folders of this machine."""
     clear_weights: str | None
     """A file, or a hub file as `owner/name:file` or `owner/name@revision:file`."""
     loras: tuple[Lora, ...]
@@ -65,7 +65,7 @@ class Request(Kept):
     token_size: int
     """Pixels along the side of a token."""
     down_factor: int = 1
-    """So many tokens are a side of what one down-sampled key stands for; 1: there are no such keys."""
+    """Side in tokens of the area that a down-sampled key stands for; 1: there are no such keys."""
     cascade: bool
     sampling: Sampling
     upscaling: Upscaling
@@ -80,7 +80,7 @@ class Request(Kept):
 
     @property
     def unit(self) -> int:
-        """Pixels that all sides are multiples of."""
+        """Pixels that every side is a multiple of."""
         return self.token_size * self.down_factor
 
     @property
@@ -91,7 +91,7 @@ class Request(Kept):
 
     @property
     def traces(self) -> tuple[Path, ...]:
-        """What is written for `profile`, in the order of ranks."""
+        """Files of `profile`, one for each rank in order."""
         if self.profile is None:
             return ()
         name = self.profile.name
@@ -101,7 +101,7 @@ class Request(Kept):
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """The last one has the size that was asked for."""
+        """Stages of the cascade; the last has the size that was asked for."""
         native = self.base_res or self.native_size
         assert native is not None, "known once the model is located"
         if self.picture is not None:

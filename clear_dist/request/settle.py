@@ -1,26 +1,33 @@
-"""What can be checked, and chosen, before weights are loaded: no torch here."""
+"""A request settled, once: all that can be checked and chosen before weights are loaded. No torch here."""
 
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from clear_dist import demo
+from clear_dist.cards.card import Cards
 from clear_dist.cards.clear import radius_of
-from clear_dist.cards.folder import ModelFacts, find, of_folder
+from clear_dist.cards.folder import ModelFacts, find_model, read_folder
 from clear_dist.geometry import cut_in_stripes, require_units
 from clear_dist.launch.env import Place
 from clear_dist.options import Refusal, Window
-from clear_dist.request import clear_weights, devices, lora, notes, outputs, start
+from clear_dist.request import devices
+from clear_dist.request.clear_weights import down_factor, find_checkpoint
 from clear_dist.request.flags import Kept, PictureFlags
-from clear_dist.request.request import Request
+from clear_dist.request.lora import compare_loras, find_loras
+from clear_dist.request.notes import notes_of
+from clear_dist.request.outputs import check_outputs
+from clear_dist.request.request import Lora, Request
+from clear_dist.request.start import Start, find_start, upscaling
 
 LONGEST_SIDE = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500}
 """Pixels; the other formats take more than anyone asks for."""
 MOST_PIXELS = 16_384**2
 
 
-def settle(flags: PictureFlags, place: Place) -> tuple[Request, ModelFacts, tuple[str, ...]]:
-    """The request with everything chosen that can be known by now, its model, and what to tell the user about it.
+def settle(flags: PictureFlags, place: Place, cards: Cards) -> tuple[Request, ModelFacts, tuple[str, ...]]:
+    """The request with everything chosen that can be known by now, its model, and lines for the user.
 
     Raises:
         Refusal: see the checks; the first that fails is told.
@@ -31,27 +38,29 @@ def settle(flags: PictureFlags, place: Place) -> tuple[Request, ModelFacts, tupl
         raise Refusal(f"--compile needs {missing} on {device}, got none; nearest: without --compile")
     if flags.float8 and not gpus:
         raise Refusal("--float8 needs a CUDA GPU of compute capability 8.9, got cpu; nearest: without --float8")
-    request, facts, begin = choose(flags, place, device=device, gpus=gpus)
+    request, facts, begin = choose(flags, place, cards, device=device, gpus=gpus)
     if request.height is not None:
-        outputs.check(request)
+        check_outputs(request)
     ranks = place.local_world_size if place.launcher else request.world_size
-    return request, facts, notes.of(flags, request, facts, prompts=begin.prompts, gpus=gpus, ranks=ranks)
+    return request, facts, notes_of(flags, request, facts, cards, prompts=begin.prompts, gpus=gpus, ranks=ranks)
 
 
-def choose(flags: PictureFlags, place: Place, *, device: str, gpus: int) -> tuple[Request, ModelFacts, start.Start]:
-    """The request with everything chosen, its model, and where it starts; nothing of this machine is looked at.
+def choose(
+    flags: PictureFlags, place: Place, cards: Cards, *, device: str, gpus: int
+) -> tuple[Request, ModelFacts, Start]:
+    """The request with everything chosen, its model, and its start, on a machine that need not be this one.
 
     Args:
-        gpus: one rank each, where nothing else was asked for.
+        gpus: ranks, where no other number was asked for.
 
     Raises:
         Refusal: see the checks; the first that fails is told.
     """
-    facts = find(flags.model, has_cuda=device == "cuda")
-    checkpoint = clear_weights.find(flags.clear_weights, flags.window, facts)
+    facts = find_model(flags.model, cards, has_cuda=device == "cuda")
+    checkpoint = find_checkpoint(flags.clear_weights, flags.window, facts, cards)
     window = _window(flags, checkpoint)
-    down_factor = _down_factor(window, checkpoint)
-    begin = start.find(flags, facts, place, unit=facts.token_size * down_factor)
+    factor = _down_factor(window, checkpoint)
+    begin = find_start(flags, facts, place, unit=facts.token_size * factor)
     negative_prompt = facts.negative_prompt if flags.negative_prompt is None else flags.negative_prompt
     request = Request(
         prompts=tuple(_understood(prompt, facts) or "" for prompt in begin.prompts),
@@ -59,17 +68,17 @@ def choose(flags: PictureFlags, place: Place, *, device: str, gpus: int) -> tupl
         num_images=begin.num_images,
         picture=begin.picture,
         model=facts.location,
-        model_name="demo" if facts.is_demo else facts.location if facts.folder is None else facts.folder.name,
+        model_name=facts.name,
         clear_weights=checkpoint,
-        loras=lora.find(flags.lora, facts),
+        loras=find_loras(flags.lora, facts, cards),
         height=begin.height,
         width=begin.width,
         native_size=facts.native_size,
         token_size=facts.token_size,
-        down_factor=down_factor,
+        down_factor=factor,
         cascade=begin.cascade,
         sampling=begin.sampling,
-        upscaling=start.upscaling(flags, begin.sampling, facts),
+        upscaling=upscaling(flags, begin.sampling, facts),
         max_sequence_length=flags.max_sequence_length or facts.max_sequence_length,
         dtype=("bfloat16" if device == "cuda" else "float32") if flags.dtype == "auto" else flags.dtype,
         device=device,
@@ -80,15 +89,20 @@ def choose(flags: PictureFlags, place: Place, *, device: str, gpus: int) -> tupl
     return request, facts, begin
 
 
-def located(request: Request, folder: Path, checkpoint: str | None) -> Request:
-    """A hub model's request once its files are in `folder`: what could not be checked before is checked now.
+def located(request: Request, folder: Path, checkpoint: str | None, loras: Iterable[Lora], cards: Cards) -> Request:
+    """The request once all of its files are here, with the checks that had to wait for them.
+
+    Args:
+        folder: the model's.
+        checkpoint: CLEAR's file.
+        loras: the request's, as files; the request keeps the names that they were asked for by.
 
     Raises:
-        Refusal: as `check`.
+        Refusal: as `settle`.
     """
-    facts = of_folder(folder)
+    facts = read_folder(folder, cards)
     native = facts.native_size
-    found = clear_weights.find(checkpoint or "none", request.window, facts)
+    found = find_checkpoint(checkpoint or "none", request.window, facts, cards)
     settled = replace(
         request,
         model=str(folder),
@@ -99,9 +113,9 @@ def located(request: Request, folder: Path, checkpoint: str | None) -> Request:
         native_size=native,
         token_size=facts.token_size,
     )
-    lora.check_located(settled.loras, facts.flux)
+    compare_loras(loras, facts.shape, cards)
     _check_size(settled)
-    outputs.check(settled)
+    check_outputs(settled)
     return settled
 
 
@@ -111,7 +125,7 @@ def _kept(flags: Kept) -> dict[str, Any]:
 
 
 def _understood(prompt: str | None, facts: ModelFacts) -> str | None:
-    """The demo has a small language of its own: its canonical spelling is what the encoders know."""
+    """The prompt as the model's encoders know it: the demo has a small language of its own."""
     return demo.parse(prompt)[0] if prompt is not None and facts.is_demo else prompt
 
 
@@ -130,11 +144,11 @@ def _window(flags: PictureFlags, checkpoint: str | None) -> Window:
 
 
 def _down_factor(window: Window | None, checkpoint: str | None) -> int:
-    return 1 if window == "full" else clear_weights.down_factor(checkpoint)
+    return 1 if window == "full" else down_factor(checkpoint)
 
 
 def _check_size(request: Request) -> None:
-    """Checks that need both sides in pixels; a hub model without a size has them once it is located."""
+    """Checks that need both sides in pixels; those of a hub model may not be known before it is located."""
     if request.height is None or request.width is None:
         return
     height, width = request.size
@@ -159,7 +173,7 @@ def _check_size(request: Request) -> None:
 
 
 def _check_shards(request: Request) -> None:
-    """Raises a Refusal where weights are in shards and a stage has no rows, or units of rows, for some of the ranks."""
+    """Raises a Refusal where weights are in shards and some rank has no rows, or units of rows, in a stage."""
     if not request.shard_weights:
         return
     smallest = min(request.stages, key=lambda stage: stage.height)

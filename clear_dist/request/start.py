@@ -1,4 +1,4 @@
-"""Where a request starts, from noise or from a picture: its prompts, its size, and how it is denoised."""
+"""The start of a request, noise or a picture: prompts, size, and how it is denoised."""
 
 import stat
 from dataclasses import dataclass, replace
@@ -9,8 +9,8 @@ from clear_dist import demo
 from clear_dist.cards.folder import ModelFacts
 from clear_dist.launch.env import Place
 from clear_dist.options import Refusal, shortened, spelled
-from clear_dist.request import pictures
 from clear_dist.request.flags import GenerateFlags, PictureFlags, UpscaleFlags
+from clear_dist.request.pictures import find_picture
 from clear_dist.request.request import Picture
 from clear_dist.stages import Sampling, Upscaling, refining_steps
 
@@ -20,10 +20,10 @@ GUIDANCE = ("guidance_scale", "true_cfg_scale")
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """What `generate` and `upscale` choose each in their own way."""
+    """Choices that `generate` and `upscale` make each in their own way."""
 
     prompts: tuple[str, ...]
-    """As given."""
+    """As they were given."""
     height: int | None
     """Pixels; None: a hub model's native size."""
     width: int | None
@@ -34,11 +34,11 @@ class Start:
     picture: Picture | None = None
 
 
-def find(flags: PictureFlags, facts: ModelFacts, place: Place, *, unit: int) -> Start:
-    """Where the request starts.
+def find_start(flags: PictureFlags, facts: ModelFacts, place: Place, *, unit: int) -> Start:
+    """The start that was asked for.
 
     Args:
-        unit: pixels that sides are multiples of: a token, or with down-sampled keys several.
+        unit: pixels that every side is a multiple of: a token, or several with down-sampled keys.
 
     Raises:
         Refusal: prompts or picture cannot be read, or a size is no multiple of the unit.
@@ -61,7 +61,7 @@ def find(flags: PictureFlags, facts: ModelFacts, place: Place, *, unit: int) -> 
 
 
 def upscaling(flags: PictureFlags, sampling: Sampling, facts: ModelFacts) -> Upscaling:
-    """How upper stages are refined: as many steps as diffusers' img2img would take, where none were asked for."""
+    """Settings of the upper stages; steps are those of diffusers' img2img where none were asked for."""
     chosen = replace(facts.upscaling, **_given(flags, "strength", "ntk_factor", *GUIDANCE))
     return replace(chosen, steps=flags.upscale_steps or refining_steps(sampling.steps, chosen.strength))
 
@@ -73,7 +73,7 @@ def _given(flags: PictureFlags, *names: str) -> dict[str, Any]:
 
 
 def _from_picture(flags: UpscaleFlags, facts: ModelFacts, place: Place, unit: int) -> Start:
-    picture, (height, width), prompt = pictures.find(flags, facts, unit=unit, reads=place.local_rank == 0)
+    picture, (height, width), prompt = find_picture(flags, facts, unit=unit, reads=place.local_rank == 0)
     chosen = flags.prompt if flags.prompt is not None else prompt or ""
     output = flags.output or Path(f"{flags.image.stem}-upscaled.png")
     return Start(prompts=(chosen,), height=height, width=width, sampling=facts.sampling, output=output, picture=picture)
@@ -89,7 +89,7 @@ def _check_units(name: str, size: int | None, unit: int, token: int) -> None:
 
 
 def _prompts(flags: GenerateFlags, facts: ModelFacts, place: Place) -> tuple[str, ...]:
-    """A pipe can be read once only: not here and in the notes, and not by each of torchrun's ranks."""
+    """The prompts as given; a pipe can be read once only, so not by each of torchrun's ranks."""
     if flags.prompts is None:
         default = demo.DEFAULT_PROMPT if facts.is_demo else DEFAULT_PROMPT
         return (default if flags.prompt is None else flags.prompt,)

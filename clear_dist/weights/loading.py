@@ -1,9 +1,10 @@
-"""A FluxPipeline from a folder, quietly, with nothing missing from its weights."""
+"""A pipeline from a folder, quietly, with nothing missing from its weights."""
 
 import gc
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,51 +12,52 @@ import diffusers
 import torch
 import transformers
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
-from transformers import CLIPTextModel, T5EncoderModel
 
-from clear_dist.cards.clear import require_same_tensors
-from clear_dist.cards.folder import WEIGHT_STEMS
-from clear_dist.cards.headers import component_files, read_component
+from clear_dist.cards.card import Card
+from clear_dist.cards.headers import component_files
 from clear_dist.observe.progress import Phases
 from clear_dist.options import Refusal
 from clear_dist.weights.mapped import load_mapped
 
-CUTTABLE = {"transformer": FluxTransformer2DModel, "vae": AutoencoderKL}
-TEXT = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
+HOST = torch.device("cpu")
+CUTTABLE = ("transformer", "vae")
 
 
-def load_part(folder: Path, name: str, dtype: torch.dtype, device: torch.device, phases: Phases) -> Any:
-    """One of CUTTABLE and TEXT, from a pipeline's folder, on `device`.
+def load_part(folder: Path, card: Card, name: str, dtype: torch.dtype, device: torch.device, phases: Phases) -> Any:
+    """A part with weights, from a pipeline's folder, on `device`.
 
     Raises:
         Refusal: weights are missing, or do not fit their configuration.
     """
-    files = component_files(folder / name, WEIGHT_STEMS[name])
+    files = component_files(folder / name, card.weights[name])
+    library, kind = card.class_of(name)
+    stock = getattr(import_module(library), kind)
     with phases.loading(name, sum(file.stat().st_size for file in files)) as advance:
         if name == "transformer":
-            return _load_transformer(folder / name, files, dtype, device, advance)
-        return _load_stock(folder, name, dtype).to(device)
+            return _load_transformer(stock, folder / name, files, dtype, device, advance)
+        return _load_stock(stock, folder, name, dtype).to(device)
 
 
 def _load_transformer(
-    folder: Path, files: list[Path], dtype: torch.dtype, device: torch.device, advance: Callable[[int], None]
-) -> FluxTransformer2DModel:
-    """By ourselves: it is 24 GB of FLUX.1's 34, and all ranks have it."""
+    kind: Any,
+    folder: Path,
+    files: list[Path],
+    dtype: torch.dtype,
+    device: torch.device,
+    advance: Callable[[int], None],
+) -> Any:
+    """By ourselves: it is the largest part, and all ranks have it."""
     try:
         with init_empty_weights():
-            transformer: Any = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(folder))
+            transformer: Any = kind.from_config(kind.load_config(folder))
     except Exception as error:  # as in `_load_stock`
-        raise unloadable(folder, FluxTransformer2DModel.__name__, error) from error
-    expected = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
-    require_same_tensors(expected, read_component(folder, WEIGHT_STEMS["transformer"]), folder)
+        raise unloadable(folder, kind.__name__, error) from error
     load_mapped(transformer, files, dtype=dtype, device=device, advance=advance)
     return transformer.eval()
 
 
-def _load_stock(folder: Path, name: str, dtype: torch.dtype) -> Any:
+def _load_stock(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
     """By the part's own library, which knows the names that its tensors had in earlier versions."""
-    kind: Any = (CUTTABLE | TEXT)[name]
     try:
         part, info = kind.from_pretrained(
             folder,
@@ -101,20 +103,19 @@ def quietly() -> Iterator[None]:
                 library.utils.logging.enable_progress_bar()
 
 
-HOST = torch.device("cpu")
-NO_TEXT = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-
-
 def load_pipeline(
     folder: Path,
+    card: Card,
     *,
     with_text_encoders: bool,
     dtype: torch.dtype,
     device: torch.device,
     on_host: Collection[str] = (),
     phases: Phases | None = None,
-) -> FluxPipeline:
+) -> Any:
     """The pipeline of a folder in diffusers' layout, on `device`, its progress bars off.
+
+    The transformer's tensors are not compared with its configuration here: `cards.folder` has done so by headers.
 
     Args:
         with_text_encoders: without them the pipeline takes embeddings only.
@@ -124,15 +125,15 @@ def load_pipeline(
     Raises:
         Refusal: weights are missing, or do not fit their configuration.
     """
-    names = (*TEXT, *CUTTABLE) if with_text_encoders else CUTTABLE
-    without = {} if with_text_encoders else NO_TEXT
+    names = (*card.text_encoders, *CUTTABLE) if with_text_encoders else CUTTABLE
+    without = () if with_text_encoders else (*card.text_encoders, *card.tokenizers)
     places = {name: HOST if name in on_host else device for name in names}
-    return _assemble(folder, places, without, dtype, phases or Phases())
+    return _assemble(folder, card, places, without, dtype, phases or Phases())
 
 
-def load_text_pipeline(folder: Path, *, dtype: torch.dtype, device: torch.device, phases: Phases) -> FluxPipeline:
+def load_text_pipeline(folder: Path, card: Card, *, dtype: torch.dtype, device: torch.device, phases: Phases) -> Any:
     """As `load_pipeline`, with all that encodes prompts and nothing else."""
-    return _assemble(folder, dict.fromkeys(TEXT, device), dict.fromkeys(CUTTABLE), dtype, phases)
+    return _assemble(folder, card, dict.fromkeys(card.text_encoders, device), CUTTABLE, dtype, phases)
 
 
 def free(device: torch.device) -> None:
@@ -144,16 +145,20 @@ def free(device: torch.device) -> None:
 
 def _assemble(
     folder: Path,
+    card: Card,
     places: Mapping[str, torch.device],
-    without: Mapping[str, None],
+    without: Collection[str],
     dtype: torch.dtype,
     phases: Phases,
-) -> FluxPipeline:
+) -> Any:
     with quietly():
-        parts = {name: load_part(folder, name, dtype, place, phases) for name, place in places.items()}
+        parts = {name: load_part(folder, card, name, dtype, place, phases) for name, place in places.items()}
         try:
-            pipe: Any = FluxPipeline.from_pretrained(folder, **without, **parts, dtype=dtype, local_files_only=True)
+            given = dict.fromkeys(without) | parts
+            pipe = getattr(diffusers, card.pipeline).from_pretrained(
+                folder, **given, dtype=dtype, local_files_only=True
+            )
         except Exception as error:  # what the tokenizers' library raises is of no other class
-            raise unloadable(folder, "the tokenizers and the scheduler of a FluxPipeline", error) from error
+            raise unloadable(folder, f"the tokenizers and the scheduler of a {card.pipeline}", error) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe

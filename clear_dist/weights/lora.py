@@ -1,14 +1,11 @@
-"""LoRA on a pipeline: checked against the loaded model, put beside its layers."""
+"""LoRA on a pipeline, put beside its layers; whether they fit was checked by their headers."""
 
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from clear_dist.cards.headers import read_shapes
-from clear_dist.families.flux.card import FluxShape
 from clear_dist.options import Refusal
-from clear_dist.request.lora import require_fit
 from clear_dist.request.request import Lora
 
 
@@ -16,7 +13,7 @@ def load(pipe: Any, loras: Iterable[Lora]) -> None:
     """Puts them on the transformer and on the text encoder, each with its weight, where the pipeline has them.
 
     Raises:
-        Refusal: one is for another model.
+        Refusal: diffusers cannot read one, or would pass over a part of it.
     """
     weights = {}
     for number, lora in enumerate(loras):
@@ -31,22 +28,19 @@ def load(pipe: Any, loras: Iterable[Lora]) -> None:
 
 
 def _load(pipe: Any, file: Path, name: str) -> None:
-    read_shapes(file)  # refuses what is damaged
     tensors, alphas, metadata = _renamed(pipe, file)
     for tensor in tensors:
         if not tensor.startswith(("transformer.", "text_encoder.")):
             raise Refusal(f"{file} must name layers as diffusers, kohya or XLabs do, got {tensor}")
     given = {"network_alphas": alphas, "metadata": metadata, "adapter_name": name, "_pipeline": pipe}
     if pipe.transformer is not None:
-        shapes = {tensor: tuple(value.shape) for tensor, value in tensors.items()}
-        require_fit(shapes, FluxShape.of(pipe.transformer.config, "the model's configuration"), file)
         pipe.load_lora_into_transformer(tensors, transformer=pipe.transformer, **given)
     if pipe.text_encoder is not None:
         pipe.load_lora_into_text_encoder(tensors, text_encoder=pipe.text_encoder, **given)
 
 
 def _renamed(pipe: Any, file: Path) -> tuple[dict[str, Any], Any, Any]:
-    """Tensors by diffusers' names, and what scales them."""
+    """Tensors by diffusers' names, what scales them, and diffusers' metadata."""
     try:
         return pipe.lora_state_dict(
             str(file.parent),

@@ -4,7 +4,7 @@ Made of accelerate's hooks, which diffusers knows, so that a pipeline still repo
 accelerate's own offloading, weights never travel back: those in host memory are kept.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,15 +12,14 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 
+from clear_dist.cards.card import Card
 from clear_dist.request.request import Request
 
-PARTS = ("text_encoder", "text_encoder_2", "vae")
 
-
-def parts_on_host(request: Request) -> tuple[str, ...]:
-    """Parts of a pipeline that `parallelize` brings to the device when needed, rather than loading."""
+def parts_on_host(request: Request, card: Card) -> tuple[str, ...]:
+    """Parts of a pipeline that `parallelize` will bring to the device as they are needed, and loading does not."""
     sharded = ("transformer",) if request.shard_weights and request.world_size > 1 else ()
-    return (*(PARTS if request.offload else ()), *sharded)
+    return (*(card.offloaded if request.offload else ()), *sharded)
 
 
 class FromHost(ModelHook):
@@ -56,11 +55,17 @@ class FromHost(ModelHook):
 
 
 class Offloaded:
-    """Text encoders and VAE of a pipeline, in host memory until `remove`."""
+    """Parts of a pipeline, in host memory until `remove`."""
 
-    def __init__(self, pipe: Any, device: torch.device) -> None:
-        """Raises ValueError where diffusers offloads them already."""
-        parts = {name: part for name in PARTS if (part := getattr(pipe, name, None)) is not None}
+    def __init__(self, pipe: Any, device: torch.device, names: Iterable[str]) -> None:
+        """
+        Args:
+            names: the parts; those that `pipe` has not are passed over.
+
+        Raises:
+            ValueError: diffusers offloads them already.
+        """
+        parts = {name: part for name in names if (part := getattr(pipe, name, None)) is not None}
         for name, part in parts.items():
             if hasattr(part, "_hf_hook"):
                 raise ValueError(f"offload and diffusers' own offloading exclude each other, got both for {name}")

@@ -1,4 +1,5 @@
 from clear_dist.cards import clear
+from clear_dist.families.cards import CARDS
 
 PUBLISHED = {
     "clear_local_8.safetensors": (8, 1),
@@ -13,4 +14,4 @@ PUBLISHED = {
 def test_the_published_names_are_those_of_the_readme() -> None:
     found = {name: (clear.radius_of(name), clear.named_down_factor(name)) for name in PUBLISHED}
     assert clear.radius_of("clear_local_0.safetensors") is None
-    assert found == PUBLISHED and set(clear.PUBLISHED) == set(PUBLISHED)
+    assert found == PUBLISHED and set(CARDS.published[0].files) == set(PUBLISHED)

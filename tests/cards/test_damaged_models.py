@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clear_dist.cards.folder import of_folder
+from clear_dist.cards.folder import read_folder
+from clear_dist.families.cards import CARDS
+from clear_dist.families.flux.card import CARD
 from clear_dist.families.transformers import adapter_of
 from clear_dist.launch.env import Place
 from clear_dist.options import Refusal
@@ -187,12 +189,12 @@ def test_damaged_models_are_refused(folder: Path, name: str) -> None:
     damage, message = DAMAGE[name]
     damage(folder)
     with pytest.raises(Refusal, match=message):
-        settle(GenerateFlags(model=str(folder)), ALONE)
+        settle(GenerateFlags(model=str(folder)), ALONE, CARDS)
 
 
 def test_weights_in_several_files(folder: Path) -> None:
     split(folder)
-    assert of_folder(folder).token_size == 16
+    assert read_folder(folder, CARDS).token_size == 16
 
 
 def widen(file: Path, name: str) -> None:
@@ -224,7 +226,7 @@ def widen(file: Path, name: str) -> None:
 def test_what_only_loading_can_tell(folder: Path, damage: Callable[[Path], object], message: str) -> None:
     damage(folder)
     with pytest.raises(Refusal, match=message) as caught:
-        load_pipeline(folder, with_text_encoders=True, dtype=torch.float32, device=torch.device("cpu"))
+        load_pipeline(folder, CARD, with_text_encoders=True, dtype=torch.float32, device=torch.device("cpu"))
     assert "\n" not in str(caught.value)
 
 

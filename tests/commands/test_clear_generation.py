@@ -14,6 +14,7 @@ from PIL import Image
 import clear_dist
 from clear_dist import hub
 from clear_dist.comm.group import Group
+from clear_dist.families.cards import CARDS
 from clear_dist.hub.fetching import Wanted
 from clear_dist.launch.env import Place
 from clear_dist.options import Refusal
@@ -62,18 +63,18 @@ def test_a_cascade_on_three_ranks_is_that_on_one(model: Path) -> None:
 
 
 def test_all_stages_are_whole_units(model: Path, tmp_path: Path) -> None:
-    request, *_ = settle(GenerateFlags(model=str(model), height=640, width=448), ALONE)
+    request, *_ = settle(GenerateFlags(model=str(model), height=640, width=448), ALONE, CARDS)
     assert (request.window, request.down_factor, request.unit) == (2, 4, UNIT)
     sizes = [stage.size for stage in request.stages]
     assert sizes[-1] == (640, 448) and len(sizes) > 2
     assert all(side % UNIT == 0 for size in sizes for side in size)
     Image.new("RGB", (100, 75)).save(tmp_path / "x.png")
     enlarging = UpscaleFlags(model=str(model), image=tmp_path / "x.png")
-    request, *_ = settle(enlarging, ALONE)
+    request, *_ = settle(enlarging, ALONE, CARDS)
     assert request.size == (192, 256)  # twice the longer side is 200
     with pytest.raises(Refusal, match=r"--res must be a multiple of 64 pixels \(4 tokens, .* nearest: 192 or 256"):
-        settle(UpscaleFlags(model=str(model), image=tmp_path / "x.png", res=240), ALONE)
-    full, *_ = settle(GenerateFlags(model=str(model), res=240, window="full"), ALONE)
+        settle(UpscaleFlags(model=str(model), image=tmp_path / "x.png", res=240), ALONE, CARDS)
+    full, *_ = settle(GenerateFlags(model=str(model), res=240, window="full"), ALONE, CARDS)
     assert (full.down_factor, full.clear_weights) == (1, None)
 
 
@@ -114,15 +115,16 @@ def test_a_file_of_the_hub_is_fetched_at_its_revision_and_checked(
         revision: settle(
             GenerateFlags(model=str(model), clear_weights=f"o/n@{revision}:{file}", device="cpu"),
             ALONE,
+            CARDS,
         )[0]
         for revision in fetched
     }
     group = Group.create("cpu")
     try:
-        located = hub.locate(requests["v1"], group, local_rank=0)
+        located = hub.locate(requests["v1"], group, CARDS, local_rank=0)
         assert (located.clear_weights, located.down_factor) == (str(fetched["v1"] / file), 4)
         assert asked == [("o/n", file, "v1")]
         with pytest.raises(Refusal, match=r"unexpected tensor single_transformer_blocks\.1\.attn"):
-            hub.locate(requests["v2"], group, local_rank=0)
+            hub.locate(requests["v2"], group, CARDS, local_rank=0)
     finally:
         group.close()

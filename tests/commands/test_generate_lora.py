@@ -9,15 +9,19 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxPipeline
+from diffusers.loaders.lora_conversion_utils import _convert_xlabs_flux_lora_to_diffusers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from clear_dist import hub
+from clear_dist.comm.group import Group
+from clear_dist.families.cards import CARDS
 from clear_dist.families.flux.card import FLUX_DEV, FluxShape
 from clear_dist.launch.env import Place
 from clear_dist.options import Refusal
 from clear_dist.request.flags import GenerateFlags
-from clear_dist.request.lora import _layers, check_located
+from clear_dist.request.lora import compare_loras
 from clear_dist.request.request import Lora
 from clear_dist.request.settle import settle
 from clear_dist.weights import lora
@@ -41,7 +45,7 @@ def tensors() -> Tensors:
 
 
 def loras_of(model: Path | str, *loras: str) -> tuple[Lora, ...]:
-    request, *_ = settle(GenerateFlags(model=str(model), lora=list(loras), device="cpu"), Place())
+    request, *_ = settle(GenerateFlags(model=str(model), lora=list(loras), device="cpu"), Place(), CARDS)
     return request.loras
 
 
@@ -74,6 +78,18 @@ WRONG: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         "nothing else, got lora_unet_double_blocks_0_img_mlp_0.hada_w1_a",
     ),
     "no tensors": (lambda _: {}, "empty file"),
+    "XLabs, another width": (
+        lambda _: {"double_blocks.0.processor.qkv_lora2.up.weight": torch.zeros(144, 4)},
+        r"qkv_lora2\.up\.weight must have 96 outputs, got 144 in .*another model\?",
+    ),
+    "XLabs, more blocks": (
+        lambda _: {"single_blocks.7.processor.proj_lora.down.weight": torch.zeros(4, 160)},
+        r"adapts single_blocks\.7\.processor\.proj_lora, which this model has not",
+    ),
+    "another kind of XLabs": (
+        lambda _: {"double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight": torch.zeros(32, 4)},
+        "LoRA of linear layers and nothing else, got double_blocks.0.processor.ip_adapter",
+    ),
     "a number": (lambda _: {"transformer.x_embedder.lora_A.weight": torch.tensor(1.0)}, "must have 64 inputs, got 0"),
 }
 
@@ -134,12 +150,32 @@ def test_a_hub_model_is_compared_as_far_as_it_is_known(tensors: Tensors, tmp_pat
     with pytest.raises(Refusal, match="must have 3072 inputs, got 32"):
         loras_of(FLUX_DEV, str(file))
     with pytest.raises(Refusal, match="must have 48 inputs, got 32"):
-        check_located([Lora(source=str(file))], FluxShape(attention_head_dim=16, num_attention_heads=3))
+        compare_loras([Lora(source=str(file))], FluxShape(attention_head_dim=16, num_attention_heads=3), CARDS)
+
+
+def test_a_lora_of_the_hub_is_compared_once_it_is_fetched(
+    model: Path, tensors: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is loaded; the hub is played by a folder."""
+    monkeypatch.setattr(hub, "fetch", lambda wants: None)
+    monkeypatch.setattr(hub, "cached", lambda want: tmp_path)
+    flags = GenerateFlags(model=str(model), lora=["someone/style:style.safetensors:0.5"], device="cpu")
+    request, *_ = settle(flags, Place(), CARDS)
+    group = Group.create("cpu")
+    try:
+        file = save_lora(tensors, tmp_path / "style.safetensors")
+        assert hub.locate(request, group, CARDS, local_rank=0).loras == request.loras
+        assert list(hub.local_loras(request)) == [Lora(source=str(file), weight=0.5)]
+        save_lora(other_width(tensors), file)
+        with pytest.raises(Refusal, match=r"must have 32 (inputs|outputs), got 48 in .*another model\?"):
+            hub.locate(request, group, CARDS, local_rank=0)
+    finally:
+        group.close()
 
 
 def test_the_original_names_have_the_sizes_of_what_diffusers_makes_of_them() -> None:
     """Fused projections are those of their parts together."""
-    sizes = dict(_layers(FluxShape(guidance_embeds=True)))
+    sizes = FluxShape(guidance_embeds=True).lora_layers()
     double, single = "transformer_blocks_18", "single_transformer_blocks_37"
     together = {
         "double_blocks_18_img_attn_qkv": [f"{double}_attn_to_{x}" for x in "qkv"],
@@ -213,7 +249,24 @@ def test_names_that_diffusers_would_pass_over_are_refused(tensors: Tensors, tmp_
     assert not hasattr(pipe.transformer, "peft_config")
 
 
-def test_xlabs_names_are_understood_once_diffusers_has_changed_them(model: Path, tmp_path: Path) -> None:
+def test_xlabs_names_have_the_sizes_of_what_diffusers_makes_of_them() -> None:
+    shape = FluxShape(num_layers=2, num_single_layers=2, attention_head_dim=4, num_attention_heads=2)
+    layers = shape.lora_layers()
+    tensors = {}
+    for name, (outputs, inputs) in layers.items():
+        if "processor" in name:
+            layer = re.sub(r"(blocks)_(\d)_processor_", r"\1.\2.processor.", name)
+            tensors |= {f"{layer}.down.weight": torch.zeros(3, inputs), f"{layer}.up.weight": torch.zeros(outputs, 3)}
+    assert len(tensors) == 2 * (2 * 4 + 2 * 2)
+    renamed = _convert_xlabs_flux_lora_to_diffusers(tensors)
+    assert len(renamed) == 2 * (2 * 8 + 2 * 4)
+    for name, tensor in renamed.items():
+        layer, part = name.removeprefix("transformer.").split(".lora_")
+        outputs, inputs = layers[layer.replace(".", "_")]
+        assert tuple(tensor.shape) == ((3, inputs) if part == "A.weight" else (outputs, 3)), name
+
+
+def test_xlabs_names_are_understood(model: Path, tmp_path: Path) -> None:
     down, up = torch.randn(3, 32), torch.randn(96, 3) / 3
     name = "double_blocks.0.processor.qkv_lora1"
     file = save_lora({f"{name}.down.weight": down, f"{name}.up.weight": up}, tmp_path / "style.safetensors")
@@ -224,5 +277,6 @@ def test_xlabs_names_are_understood_once_diffusers_has_changed_them(model: Path,
         for layer, part in zip("qkv", up.chunk(3), strict=True):
             theirs.transformer.transformer_blocks[0].attn.get_submodule(f"to_{layer}").weight -= 0.5 * part @ down
     assert relative_error(run(ours, steps=1), run(theirs, steps=1)) < 1e-5
-    with pytest.raises(Refusal, match=r"attn\.to_q\.lora_A\.weight must have 48 inputs, got 32"):
-        lora.load(make_tiny_pipeline(heads=3), [Lora(source=str(file))])
+    wider = make_tiny_flux(tmp_path / "wider", heads=3)
+    with pytest.raises(Refusal, match=r"qkv_lora1\.down\.weight must have 48 inputs, got 32"):
+        loras_of(wider, str(file))

@@ -88,7 +88,7 @@ class Handler(BaseHTTPRequestHandler):
         elif name == "gated" and token != TOKEN:
             self.refuse(401, "GatedRepo", "Access to this model is restricted")
         else:
-            self.give(path.split("/resolve/", 1)[1])
+            self.give(path.split("/resolve/", 1)[1], name)
 
     def tell(self, words: list[str], name: str) -> None:
         """What a repository is, or which files there are."""
@@ -96,20 +96,21 @@ class Handler(BaseHTTPRequestHandler):
         if revision not in ("main", COMMIT):
             return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         files = {} if name == "other" else self.hub.files()
-        sizes = {path: 10**17 if name == "huge" else file.stat().st_size for path, file in files.items()}
+        sizes = {path: file.stat().st_size for path, file in files.items()}
         if words[0] == "tree":
             return self.send([{"type": "file", "path": p, "size": sizes[p], "oid": oid(files[p])} for p in files])
         siblings = [{"rfilename": path, "size": sizes[path], "blobId": oid(files[path])} for path in files]
         gated = "manual" if name == "gated" else False
         return self.send({"id": f"someone/{name}", "sha": COMMIT, "gated": gated, "siblings": siblings})
 
-    def give(self, rest: str) -> None:
+    def give(self, rest: str, name: str) -> None:
         revision, file = rest.split("/", 1)
         found = self.hub.files().get(file)
         if found is None or revision not in ("main", COMMIT):
             self.refuse(404, "EntryNotFound", "Entry not found")
         else:
-            self.reply(200, found.read_bytes(), ETag=f'"{oid(found)}"')
+            size = {"X-Linked-Size": str(10**17)} if name == "huge" else {}
+            self.reply(200, found.read_bytes(), ETag=f'"{oid(found)}"', **size)
 
     def send(self, value: object) -> None:
         self.reply(200, json.dumps(value).encode(), **{"Content-Type": "application/json"})

@@ -8,6 +8,7 @@ import pytest
 
 from clear_dist import hub
 from clear_dist.comm.group import Group
+from clear_dist.families.cards import CARDS
 from clear_dist.options import Refusal
 from tests.ranks import RanksFailedError, run_ranks
 
@@ -22,7 +23,7 @@ class FromTheHub:
     loras: tuple[()] = ()
 
 
-def unchecked(request: FromTheHub, folder: Path, file: str) -> str:
+def unchecked(request: FromTheHub, folder: Path, file: str, *_: object) -> str:
     """Stands in for the checks of what was fetched."""
     return file
 
@@ -36,7 +37,7 @@ def fetch_for_longer_than_the_timeout(group: Group, fails: bool) -> str:
             raise ZeroDivisionError("the cause")
 
     hub.fetch, hub.cached, hub.located = fetch, lambda want: Path("here"), unchecked  # this process is the rank's own
-    return hub.locate(FromTheHub(), impatient, local_rank=group.rank)  # type: ignore
+    return hub.locate(FromTheHub(), impatient, CARDS, local_rank=group.rank)  # type: ignore
 
 
 def test_a_slow_download_does_not_lose_the_ranks_that_wait_for_it() -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clear_dist.cards.folder import find, of_folder
+from clear_dist.cards.folder import find_model, read_folder
 from clear_dist.commands.plan import planned_for
+from clear_dist.families.cards import CARDS
 from clear_dist.families.flux.card import FLUX_DEV, FLUX_SCHNELL
 from clear_dist.launch.env import Place
 from clear_dist.options import Refusal
@@ -37,7 +38,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def fit_lines(flags: GenerateFlags, place: Place) -> tuple[str, ...]:
-    request, facts, _ = settle(flags, place)
+    request, facts, _ = settle(flags, place, CARDS)
     return fit_here.require(request, facts, place)
 
 
@@ -155,11 +156,11 @@ def test_models_whose_sizes_are_not_known_are_not_judged(gpus: Any) -> None:
 def test_sizes_of_a_folder(guidance: bool, tmp_path: Path) -> None:
     pipe = make_tiny_pipeline(double_blocks=2, single_blocks=3, guidance_embeds=guidance)
     folder = make_tiny_flux(tmp_path / "tiny", double_blocks=2, single_blocks=3, guidance_embeds=guidance)
-    assert sizes.find(of_folder(folder)) == sizes_of(pipe)
+    assert sizes.find(read_folder(folder, CARDS)) == sizes_of(pipe)
 
 
 def test_sizes_of_flux() -> None:
-    dev, schnell = (sizes.find(find(name, has_cuda=True)) for name in (FLUX_DEV, FLUX_SCHNELL))
+    dev, schnell = (sizes.find(find_model(name, CARDS, has_cuda=True)) for name in (FLUX_DEV, FLUX_SCHNELL))
     assert dev is not None and schnell is not None
     assert dev.numbers == 11_901_408_320
     assert schnell.numbers == 11_891_178_560

@@ -10,13 +10,14 @@ import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from clear_dist.cards.folder import find, of_folder
+from clear_dist.cards.folder import find_model, read_folder
 from clear_dist.cards.hub_name import HubFile
+from clear_dist.families.cards import CARDS
 from clear_dist.families.flux.card import FLUX_DEV, FLUX_SCHNELL
 from clear_dist.launch.env import Place
 from clear_dist.options import Refusal
 from clear_dist.parallelize import parallelize
-from clear_dist.request import clear_weights
+from clear_dist.request.clear_weights import find_checkpoint
 from clear_dist.request.flags import GenerateFlags
 from clear_dist.request.settle import choose, settle
 from clear_dist.weights.clear import load_clear_weights
@@ -68,9 +69,9 @@ def test_the_published_files_by_their_headers(
     file = sparse_checkpoint(tmp_path / name, shapes)
     assert len(shapes) == 19 * 8 + 38 * 6 + (57 if factor > 1 else 0)
     config = GenerateFlags(model=base, clear_weights=str(file), device="cpu", res=1024)
-    request, *_ = choose(config, ALONE, device="cpu", gpus=0)
+    request, *_ = choose(config, ALONE, CARDS, device="cpu", gpus=0)
     assert (request.clear_weights, request.window, request.down_factor) == (str(file), radius, factor)
-    by_folder = clear_weights.find(str(tmp_path), None, find(base, has_cuda=False))
+    by_folder = find_checkpoint(str(tmp_path), None, find_model(base, CARDS, has_cuda=False), CARDS)
     assert by_folder == str(file)
 
 
@@ -100,7 +101,7 @@ def test_what_does_not_fit_is_named(
     shapes = {name: shape for name, shape in (official_shapes(dev, 4) | change).items() if shape is not None}
     file = sparse_checkpoint(tmp_path / "clear_local_8_down_4.safetensors", shapes)
     with pytest.raises(Refusal, match=message):
-        clear_weights.find(str(file), None, find(FLUX_DEV, has_cuda=False))
+        find_checkpoint(str(file), None, find_model(FLUX_DEV, CARDS, has_cuda=False), CARDS)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_name_and_tensors_that_contradict_each_other(tmp_path: Path, name: str, 
     file = make_clear_weights(pipe.transformer, tmp_path / f"{name}.safetensors", down_factor=factor)
     before = {key: value.clone() for key, value in pipe.transformer.state_dict().items()}
     with pytest.raises(Refusal, match=message):
-        clear_weights.find(str(file), None, find(FLUX_DEV, has_cuda=False))
+        find_checkpoint(str(file), None, find_model(FLUX_DEV, CARDS, has_cuda=False), CARDS)
     with pytest.raises(ValueError, match=message):
         parallelize(pipe, clear_weights=file)
     assert all(torch.equal(value, before[key]) for key, value in pipe.transformer.state_dict().items())
@@ -129,14 +130,14 @@ def test_a_window_that_contradicts_the_name(tmp_path: Path) -> None:
     message = r"the window must be the 8 of .*clear_local_8.safetensors, or full, got 16; nearest: 8"
     for word in (str(file), str(tmp_path), "a/b:clear_local_8.safetensors"):
         with pytest.raises(Refusal, match=message):
-            settle(GenerateFlags(model=str(folder), clear_weights=word, window=16), ALONE)
+            settle(GenerateFlags(model=str(folder), clear_weights=word, window=16), ALONE, CARDS)
     with pytest.raises(ValueError, match=message):
         parallelize(pipe, window=16, clear_weights=file)
     config = GenerateFlags(model=str(folder), clear_weights=str(file), window="full")
-    assert settle(config, ALONE)[0].window == "full"
+    assert settle(config, ALONE, CARDS)[0].window == "full"
     unnamed = file.rename(tmp_path / "mine.safetensors")
     config = GenerateFlags(model=str(folder), clear_weights=str(unnamed), window=16)
-    assert settle(config, ALONE)[0].window == 16
+    assert settle(config, ALONE, CARDS)[0].window == 16
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt"])
@@ -148,7 +149,7 @@ def test_pickles_are_refused_by_name(tmp_path: Path, suffix: str) -> None:
     message = f"must be safetensors, got the pickled file .*clear_local_8{suffix}; nearest: clear_local_8.safetensors"
     for word in (str(file), str(file.parent), f"a/b:clear_local_8{suffix}"):
         with pytest.raises(Refusal, match=message):
-            settle(GenerateFlags(model=str(folder), clear_weights=word), ALONE)
+            settle(GenerateFlags(model=str(folder), clear_weights=word), ALONE, CARDS)
     with pytest.raises(ValueError, match=message):
         load_clear_weights(make_tiny_pipeline().transformer, file)
 
@@ -165,7 +166,7 @@ def test_pickles_are_refused_by_name(tmp_path: Path, suffix: str) -> None:
     ],
 )
 def test_words_for_files_on_the_hub(word: str, window: int | None, found: HubFile) -> None:
-    checkpoint = clear_weights.find(word, window, find(FLUX_DEV, has_cuda=False))
+    checkpoint = find_checkpoint(word, window, find_model(FLUX_DEV, CARDS, has_cuda=False), CARDS)
     assert checkpoint == str(found)
     assert HubFile.of(checkpoint) == found
 
@@ -200,13 +201,13 @@ def test_words_for_files_on_the_hub(word: str, window: int | None, found: HubFil
 )
 def test_wrong_requests_for_flux(given: dict[str, Any], message: str) -> None:
     with pytest.raises(Refusal, match=message):
-        settle(GenerateFlags(model=FLUX_DEV, device="cpu", **given), ALONE)
+        settle(GenerateFlags(model=FLUX_DEV, device="cpu", **given), ALONE, CARDS)
 
 
 def test_a_checkpoint_of_another_model_is_refused_before_the_model_is_fetched(tmp_path: Path) -> None:
     file = make_clear_weights(make_tiny_pipeline().transformer, tmp_path / "clear_local_8.safetensors")
     with pytest.raises(Refusal, match="are these the weights of another model"):
-        settle(GenerateFlags(model=FLUX_DEV, clear_weights=str(file), device="cpu"), ALONE)
+        settle(GenerateFlags(model=FLUX_DEV, clear_weights=str(file), device="cpu"), ALONE, CARDS)
 
 
 def test_a_file_that_is_cut_off_is_refused(dev: FluxTransformer2DModel, tmp_path: Path) -> None:
@@ -214,17 +215,17 @@ def test_a_file_that_is_cut_off_is_refused(dev: FluxTransformer2DModel, tmp_path
     size = file.stat().st_size
     os.truncate(file, size - 1)
     with pytest.raises(Refusal, match=f"must have {size} bytes by its own header, got {size - 1}; download it again"):
-        clear_weights.find(str(file), None, find(FLUX_SCHNELL, has_cuda=False))
+        find_checkpoint(str(file), None, find_model(FLUX_SCHNELL, CARDS, has_cuda=False), CARDS)
 
 
 def test_down_sampled_weights_come_last_in_a_folder(tmp_path: Path) -> None:
     folder = make_tiny_flux(tmp_path / "model")
-    facts, transformer = of_folder(folder), make_tiny_pipeline().transformer
+    facts, transformer = read_folder(folder, CARDS), make_tiny_pipeline().transformer
     pooled = make_clear_weights(transformer, folder / "clear_local_2_down_4.safetensors", down_factor=4)
-    assert clear_weights.find("auto", None, facts) == str(pooled)
+    assert find_checkpoint("auto", None, facts, CARDS) == str(pooled)
     plain = make_clear_weights(transformer, folder / "clear_local_8.safetensors")
-    assert clear_weights.find("auto", None, facts) == str(plain)
-    assert clear_weights.find("auto", 2, facts) == str(pooled)
+    assert find_checkpoint("auto", None, facts, CARDS) == str(plain)
+    assert find_checkpoint("auto", 2, facts, CARDS) == str(pooled)
 
 
 def test_an_unnamed_file_tells_its_factor(tmp_path: Path) -> None:

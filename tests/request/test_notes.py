@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from clear_dist.families.cards import CARDS
 from clear_dist.launch.env import Place
 from clear_dist.request.flags import GenerateFlags
 from clear_dist.request.settle import settle
@@ -12,7 +13,7 @@ from tests.tiny import make_tiny_flux
 
 def warnings(folder: Path, **flags: object) -> list[str]:
     config = GenerateFlags(model=str(folder), device="cpu", res=1024, **flags)  # type: ignore[arg-type]
-    return [line for line in settle(config, Place())[2] if "casts" in line]
+    return [line for line in settle(config, Place(), CARDS)[2] if "casts" in line]
 
 
 def test_ranks_that_cannot_share_the_weights_are_warned_of(tmp_path: Path) -> None:

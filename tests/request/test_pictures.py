@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from clear_dist.families.cards import CARDS
 from clear_dist.launch.env import Place
 from clear_dist.options import Refusal
 from clear_dist.pictures import save_picture
@@ -40,7 +41,7 @@ def picture(height: int, width: int, name: str = "in.png", **options: Any) -> Pa
 
 
 def checked(model: Path, image: Path, **given: Any) -> Request:
-    return settle(UpscaleFlags(model=str(model), image=image, **given), ALONE)[0]
+    return settle(UpscaleFlags(model=str(model), image=image, **given), ALONE, CARDS)[0]
 
 
 def test_twice_the_size_without_a_word(model: Path) -> None:
@@ -113,7 +114,7 @@ def test_prompts_are_found_in_every_format(model: Path, ending: str) -> None:
     rows = np.zeros((128, 128, 3), dtype=np.uint8)
     file = Path(f"in.{ending}")
     save_picture([rows], file, height=128, width=128, metadata={"prompt": "a red fox", "Software": "clear-dist 9"})
-    request, _, lines = settle(UpscaleFlags(model=str(model), image=file), ALONE)
+    request, _, lines = settle(UpscaleFlags(model=str(model), image=file), ALONE, CARDS)
     assert request.prompts == ("a red fox",)
     assert "prompt: 'a red fox' (from the picture's metadata)" in lines
 

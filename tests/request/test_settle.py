@@ -13,11 +13,14 @@ import pytest
 import torch
 
 from clear_dist import demo
-from clear_dist.cards.folder import find, of_folder
+from clear_dist.cards.clear import radius_of
+from clear_dist.cards.folder import find_model, read_folder
+from clear_dist.families.cards import CARDS
 from clear_dist.families.flux.card import CLEAR_REPOSITORY, FLUX_DEV
 from clear_dist.launch.env import Place
 from clear_dist.options import Refusal
-from clear_dist.request import clear_weights, devices
+from clear_dist.request import devices
+from clear_dist.request.clear_weights import find_checkpoint
 from clear_dist.request.flags import GenerateFlags
 from clear_dist.request.settle import located, settle
 from tests.cards.test_damaged_models import retensor
@@ -37,7 +40,7 @@ def folder(original: Path, tmp_path: Path) -> Path:
 
 
 def test_the_demo_passes_its_own_checks() -> None:
-    request, _, lines = settle(GenerateFlags(device="cpu"), ALONE)
+    request, _, lines = settle(GenerateFlags(device="cpu"), ALONE, CARDS)
     assert (request.height, request.width) == (demo.NATIVE_SIZE, demo.NATIVE_SIZE)
     assert request.window == demo.WINDOW
     assert request.clear_weights == str(demo.CLEAR_WEIGHTS)
@@ -91,20 +94,20 @@ def test_the_demo_passes_its_own_checks() -> None:
 )
 def test_requests_that_do_not_fit_are_refused(original: Path, given: dict[str, Any], message: str) -> None:
     with pytest.raises(Refusal, match=message):
-        settle(GenerateFlags(**({"model": str(original)} | given)), ALONE)
+        settle(GenerateFlags(**({"model": str(original)} | given)), ALONE, CARDS)
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "count_gpus", lambda: 0)
     with pytest.raises(Refusal, match="there is none here; nearest: cpu"):
-        settle(GenerateFlags(device="cuda"), ALONE)
+        settle(GenerateFlags(device="cuda"), ALONE, CARDS)
 
 
 def test_gpus_decide_device_dtype_and_ranks(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "count_gpus", lambda: 2)
-    request, *_ = settle(GenerateFlags(model=str(original)), ALONE)
+    request, *_ = settle(GenerateFlags(model=str(original)), ALONE, CARDS)
     assert (request.device, request.dtype, request.world_size) == ("cuda", "bfloat16", 2)
-    *_, lines = settle(GenerateFlags(model=str(original), nproc=4), ALONE)
+    *_, lines = settle(GenerateFlags(model=str(original), nproc=4), ALONE, CARDS)
     assert "4 ranks share 2 GPUs: they exchange through host memory" in lines
 
 
@@ -112,28 +115,28 @@ def test_a_full_disk_is_refused(original: Path, tmp_path: Path, monkeypatch: pyt
     free = 4096 * 4096 * 3 + 1
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     given = GenerateFlags(model=str(original), res=4096, output=tmp_path / "x.png")
-    settle(given, ALONE)
+    settle(given, ALONE, CARDS)
     with pytest.raises(Refusal, match=r"75 MB free for this request, and has 50 MB; nearest: --output"):
-        settle(replace(given, save_stages=True), ALONE)
+        settle(replace(given, save_stages=True), ALONE, CARDS)
 
 
 def test_torchruns_world_size_counts(original: Path) -> None:
     place = Place(rank=0, world_size=2, local_world_size=2, launcher="torchrun")
-    assert settle(GenerateFlags(model=str(original), nproc=2), place)[0].world_size == 2
+    assert settle(GenerateFlags(model=str(original), nproc=2), place, CARDS)[0].world_size == 2
     with pytest.raises(Refusal, match="got 3; nearest: 2"):
-        settle(GenerateFlags(model=str(original), nproc=3), place)
+        settle(GenerateFlags(model=str(original), nproc=3), place, CARDS)
 
 
 def test_clear_weights_are_found_and_checked(folder: Path) -> None:
-    facts = of_folder(folder)
-    assert clear_weights.find("auto", None, facts) is None
+    facts = read_folder(folder, CARDS)
+    assert find_checkpoint("auto", None, facts, CARDS) is None
     transformer = make_tiny_pipeline().transformer
     narrow = make_clear_weights(transformer, folder / "clear_local_2.safetensors")
     wide = make_clear_weights(transformer, folder / "clear_local_16.safetensors")
-    assert clear_weights.find("auto", None, facts) == str(narrow)
-    assert clear_weights.find("auto", 16, facts) == clear_weights.find(str(folder), 16, facts) == str(wide)
-    assert clear_weights.find("auto", "full", facts) is clear_weights.find("none", None, facts) is None
-    request, _, lines = settle(GenerateFlags(model=str(folder), window=3), ALONE)
+    assert find_checkpoint("auto", None, facts, CARDS) == str(narrow)
+    assert find_checkpoint("auto", 16, facts, CARDS) == find_checkpoint(str(folder), 16, facts, CARDS) == str(wide)
+    assert find_checkpoint("auto", "full", facts, CARDS) is find_checkpoint("none", None, facts, CARDS) is None
+    request, _, lines = settle(GenerateFlags(model=str(folder), window=3), ALONE, CARDS)
     assert (request.clear_weights, request.window) == (str(narrow), 3)
     assert any("distilled for a window of 2, not 3" in line for line in lines)
 
@@ -157,31 +160,31 @@ def test_clear_weights_of_another_model_are_refused(folder: Path, change: Callab
     file = make_clear_weights(make_tiny_pipeline().transformer, folder / "clear_local_4.safetensors")
     retensor(file, change)
     with pytest.raises(Refusal, match=message):
-        clear_weights.find(str(file), None, of_folder(folder))
+        find_checkpoint(str(file), None, read_folder(folder, CARDS), CARDS)
 
 
 def test_clear_weights_for_a_window_and_full_attention_are_said(folder: Path) -> None:
     file = make_clear_weights(make_tiny_pipeline().transformer, folder / "clear_local_4.safetensors")
     config = GenerateFlags(model=str(folder), clear_weights=str(file), window="full")
-    assert any("distilled for a window of 4, not for full" in line for line in settle(config, ALONE)[2])
+    assert any("distilled for a window of 4, not for full" in line for line in settle(config, ALONE, CARDS)[2])
 
 
 def test_a_folder_is_no_checkpoint(folder: Path) -> None:
     (folder / "clear_local_1.safetensors").mkdir()
-    assert clear_weights.find("auto", None, of_folder(folder)) is None
+    assert find_checkpoint("auto", None, read_folder(folder, CARDS), CARDS) is None
 
 
 def test_official_checkpoints_go_with_flux_by_name() -> None:
-    dev = find(FLUX_DEV, has_cuda=True)
-    assert clear_weights.find("auto", None, dev) == f"{CLEAR_REPOSITORY}:clear_local_16.safetensors"
-    assert clear_weights.find("auto", 8, dev) == f"{CLEAR_REPOSITORY}:clear_local_8.safetensors"
-    assert clear_weights.radius_of(f"{CLEAR_REPOSITORY}:clear_local_8.safetensors") == 8
+    dev = find_model(FLUX_DEV, CARDS, has_cuda=True)
+    assert find_checkpoint("auto", None, dev, CARDS) == f"{CLEAR_REPOSITORY}:clear_local_16.safetensors"
+    assert find_checkpoint("auto", 8, dev, CARDS) == f"{CLEAR_REPOSITORY}:clear_local_8.safetensors"
+    assert radius_of(f"{CLEAR_REPOSITORY}:clear_local_8.safetensors") == 8
 
 
 def test_a_checkpoint_without_a_radius_needs_a_window(folder: Path) -> None:
     file = make_clear_weights(make_tiny_pipeline().transformer, folder / "mine.safetensors")
     with pytest.raises(Refusal, match="--window must be given"):
-        settle(GenerateFlags(model=str(folder), clear_weights=str(file)), ALONE)
+        settle(GenerateFlags(model=str(folder), clear_weights=str(file)), ALONE, CARDS)
 
 
 @pytest.mark.parametrize(
@@ -207,24 +210,24 @@ def test_a_checkpoint_without_a_radius_needs_a_window(folder: Path) -> None:
     ],
 )
 def test_choices_and_flags_without_effect_are_said(original: Path, given: dict[str, Any], part: str) -> None:
-    *_, lines = settle(GenerateFlags(model=str(original), **given), ALONE)
+    *_, lines = settle(GenerateFlags(model=str(original), **given), ALONE, CARDS)
     assert any(part in line for line in lines), lines
 
 
 def test_compile_needs_a_compiler(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(Refusal, match=r"--compile needs a C\+\+ compiler \(no-such-compiler\) on cpu, got none"):
-        settle(GenerateFlags(model=str(original), device="cpu", compile=True), ALONE)
+        settle(GenerateFlags(model=str(original), device="cpu", compile=True), ALONE, CARDS)
 
 
 def test_float8_needs_a_gpu(original: Path) -> None:
     with pytest.raises(Refusal, match=r"--float8 needs a CUDA GPU of compute capability 8\.9, got cpu; nearest"):
-        settle(GenerateFlags(model=str(original), device="cpu", float8=True), ALONE)
+        settle(GenerateFlags(model=str(original), device="cpu", float8=True), ALONE, CARDS)
 
 
 def test_the_demo_names_words_it_does_not_know() -> None:
     config = GenerateFlags(model="demo", prompt="sunset over hills with an elephant", guidance_scale=2.0)
-    request, _, lines = settle(config, ALONE)
+    request, _, lines = settle(config, ALONE, CARDS)
     assert request.prompts == ("sunset over hills",)
     assert any("'elephant'" in line for line in lines)
     assert any("--guidance-scale has no effect" in line for line in lines)
@@ -232,28 +235,28 @@ def test_the_demo_names_words_it_does_not_know() -> None:
 
 def test_a_hub_model_is_checked_once_its_files_are_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "count_gpus", lambda: 0)
-    request, *_ = settle(GenerateFlags(model="someone/flux-like", clear_weights="none", nproc=9), ALONE)
+    request, *_ = settle(GenerateFlags(model="someone/flux-like", clear_weights="none", nproc=9), ALONE, CARDS)
     assert (request.height, request.width) == (None, None)
     with pytest.raises(Refusal, match="got 9; nearest: 8"):
-        located(request, folder, None)
+        located(request, folder, None, (), CARDS)
 
 
 def test_outputs_of_a_hub_model_are_checked_before_it_is_known(tmp_path: Path) -> None:
     config = {"model": "someone/flux-like", "clear_weights": "none", "device": "cpu", "res": 64}
-    settle(GenerateFlags(**config, output=tmp_path / "x.png"), ALONE)
+    settle(GenerateFlags(**config, output=tmp_path / "x.png"), ALONE, CARDS)
     with pytest.raises(Refusal, match="--output must lie in a folder that exists"):
-        settle(GenerateFlags(**config, output=tmp_path / "nowhere" / "x.png"), ALONE)
+        settle(GenerateFlags(**config, output=tmp_path / "nowhere" / "x.png"), ALONE, CARDS)
 
 
 def test_a_file_of_prompts(original: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\n  two \n")
-    assert settle(GenerateFlags(model=str(original), prompts=file), ALONE)[0].prompts == ("one", "two")
+    assert settle(GenerateFlags(model=str(original), prompts=file), ALONE, CARDS)[0].prompts == ("one", "two")
     file.write_text("\ufeffone\n", encoding="utf-8")
-    assert settle(GenerateFlags(model=str(original), prompts=file), ALONE)[0].prompts == ("one",)
+    assert settle(GenerateFlags(model=str(original), prompts=file), ALONE, CARDS)[0].prompts == ("one",)
     file.write_text("\n")
     with pytest.raises(Refusal, match="at least one prompt"):
-        settle(GenerateFlags(model=str(original), prompts=file), ALONE)
+        settle(GenerateFlags(model=str(original), prompts=file), ALONE, CARDS)
 
 
 def test_a_pipe_of_prompts_is_read_once(tmp_path: Path) -> None:
@@ -261,10 +264,10 @@ def test_a_pipe_of_prompts_is_read_once(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     config = GenerateFlags(model="demo", device="cpu", prompts=pipe)
     with pytest.raises(Refusal, match="must be a file under torchrun"):
-        settle(config, Place(world_size=2, local_world_size=2, launcher="torchrun"))
+        settle(config, Place(world_size=2, local_world_size=2, launcher="torchrun"), CARDS)
     writer = threading.Thread(target=pipe.write_text, args=("sunset over hills\nan elephant\n",), daemon=True)
     writer.start()
-    request, _, lines = settle(config, ALONE)
+    request, _, lines = settle(config, ALONE, CARDS)
     writer.join()
     assert request.prompts[0] == "sunset over hills" and len(request.prompts) == 2
     assert any("'elephant'" in line for line in lines)
@@ -273,6 +276,6 @@ def test_a_pipe_of_prompts_is_read_once(tmp_path: Path) -> None:
 def test_a_numbered_name_that_is_a_folder_is_refused(original: Path, tmp_path: Path) -> None:
     (tmp_path / "x-1.png").mkdir()
     output = tmp_path / "x.png"
-    settle(GenerateFlags(model=str(original), output=output), ALONE)
+    settle(GenerateFlags(model=str(original), output=output), ALONE, CARDS)
     with pytest.raises(Refusal, match=r"got the folder .*x-1\.png"):
-        settle(GenerateFlags(model=str(original), output=output, num_images=2), ALONE)
+        settle(GenerateFlags(model=str(original), output=output, num_images=2), ALONE, CARDS)

@@ -14,6 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from clear_dist.comm.counters import Counters
+from clear_dist.families.cards import CARDS
+from clear_dist.families.flux.card import CARD
 from clear_dist.families.flux.transformer import Flux
 from clear_dist.launch.env import Place
 from clear_dist.options import Options, Refusal
@@ -35,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settled(model: Path, **flags: Any) -> tuple[Any, tuple[str, ...]]:
-    request, _, lines = settle(GenerateFlags(model=str(model), device="cpu", **flags), Place())
+    request, _, lines = settle(GenerateFlags(model=str(model), device="cpu", **flags), Place(), CARDS)
     return request, lines
 
 
@@ -53,9 +55,9 @@ def test_shards_need_all_ranks_in_every_stage(model: Path, monkeypatch: pytest.M
     assert not settled(model, nproc=9, res=256)[0].shard_weights
     monkeypatch.setattr(devices, "count_gpus", lambda: 0)
     on_hub = GenerateFlags(model="someone/flux-like", clear_weights="none", nproc=9, shard_weights=True, res=256)
-    request, *_ = settle(on_hub, Place())
+    request, *_ = settle(on_hub, Place(), CARDS)
     with pytest.raises(Refusal, match=message):
-        located(request, model, None)
+        located(request, model, None, (), CARDS)
 
 
 def test_shards_need_all_ranks_where_down_sampled_keys_bind_rows_together(model: Path, tmp_path: Path) -> None:
@@ -87,10 +89,10 @@ def test_what_comes_to_the_device_later_stays_on_the_host(model: Path) -> None:
         ({"shard_weights": True, "nproc": 1}, ()),
         ({"shard_weights": True, "nproc": 2}, ("transformer",)),
     ):
-        on_host = parts_on_host(settled(model, **flags)[0])
+        on_host = parts_on_host(settled(model, **flags)[0], CARD)
         assert on_host == expected
         meta = torch.device("meta")
-        pipe = load_pipeline(model, with_text_encoders=True, dtype=torch.float32, device=meta, on_host=on_host)
+        pipe = load_pipeline(model, CARD, with_text_encoders=True, dtype=torch.float32, device=meta, on_host=on_host)
         for name in ("text_encoder", "text_encoder_2", "vae", "transformer"):
             devices_of_part = {weight.device.type for weight in getattr(pipe, name).parameters()}
             assert devices_of_part == {"cpu" if name in on_host else "meta"}, name

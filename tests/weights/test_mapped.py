@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from clear_dist.cards.clear import is_image_side
-from clear_dist.cards.folder import of_folder
+from clear_dist.cards.folder import read_folder
 from clear_dist.comm.group import Group
+from clear_dist.families.cards import CARDS
+from clear_dist.families.flux.card import CARD
 from clear_dist.observe import peaks
 from clear_dist.observe.progress import Phases
 from clear_dist.weights import loading
@@ -35,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def load_transformer(folder: Path, dtype: torch.dtype, phases: Phases | None = None) -> FluxTransformer2DModel:
-    return load_pipeline(folder, with_text_encoders=False, dtype=dtype, device=CPU, phases=phases).transformer
+    return load_pipeline(folder, CARD, with_text_encoders=False, dtype=dtype, device=CPU, phases=phases).transformer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -122,10 +124,10 @@ def test_the_stand_in_has_the_names_and_shapes_of_flux_dev(tmp_path: Path) -> No
     whole = make_stand_in(tmp_path / "whole", double_blocks=19, single_blocks=38, shards=3)  # 24 GB of holes
     transformer = meta_transformer()
     assert sum(parameter.numel() for parameter in transformer.parameters()) == 11_901_408_320
-    facts = of_folder(whole)  # compares names and shapes
-    assert facts.flux is not None and facts.flux.guidance_embeds and facts.native_size == 1024
+    facts = read_folder(whole, CARDS)  # compares names and shapes
+    assert facts.shape is not None and facts.takes_guidance and facts.native_size == 1024
     shapes = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
-    assert facts.flux.tensors() == shapes
+    assert facts.shape.tensors() == shapes
     index = json.loads((whole / "transformer/diffusion_pytorch_model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == shapes.keys()
     assert sum(is_image_side(name) for name in shapes) == 2 * (4 * 19 + 3 * 38)
@@ -139,7 +141,7 @@ def test_weights_go_straight_to_a_device_and_are_cast_there(tmp_path: Path) -> N
     if not peaks.reset_peak_memory(CPU):
         pytest.skip("the system does not let us reset the high-water mark")
     before = peaks.peak_memory(CPU)
-    pipe = load_pipeline(whole, with_text_encoders=False, dtype=torch.float32, device=meta, phases=phases)
+    pipe = load_pipeline(whole, CARD, with_text_encoders=False, dtype=torch.float32, device=meta, phases=phases)
     assert peaks.peak_memory(CPU) - before < 100_000_000
     assert {(tensor.device, tensor.dtype) for tensor in pipe.transformer.state_dict().values()} == {
         (meta, torch.float32)

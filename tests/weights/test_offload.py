@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from clear_dist.comm.group import Group
 from clear_dist.drawing.generation import generate
+from clear_dist.families.flux.card import CARD
 from clear_dist.parallelize import parallelize
-from clear_dist.weights.offload import PARTS, FromHost, Offloaded, brought
+from clear_dist.weights.offload import FromHost, Offloaded, brought
 from tests.ranks import run_ranks
 from tests.test_parallelize import run
 from tests.tiny import make_tiny_pipeline
 
+PARTS = CARD.offloaded
 META = torch.device("meta")
 """Stands in for a GPU here: weights that are there are not on the host, and forwards run, without numbers."""
 
@@ -37,7 +39,7 @@ def test_weights_come_for_the_forward_and_leave_after_it(inference: bool) -> Non
         pipe: Any = type("Pipe", (), {"text_encoder": make_module(), "text_encoder_2": None})()
         module, seen = pipe.text_encoder, []
         before, values = addresses(module), [x.clone() for x in module.parameters()]
-        offloaded = Offloaded(pipe, META)
+        offloaded = Offloaded(pipe, META, PARTS)
         module[0].register_forward_pre_hook(lambda *_: seen.append(devices(module)))
         for _ in range(2):
             assert devices(module) == {"cpu"}
@@ -54,7 +56,7 @@ def test_what_is_used_by_other_ways_than_its_forward() -> None:
     module = make_module()
     with brought(module):
         assert devices(module) == {"cpu"}
-    Offloaded(type("Pipe", (), {"vae": module})(), META)
+    Offloaded(type("Pipe", (), {"vae": module})(), META, PARTS)
     with brought(module):
         assert devices(module) == {"meta"}
         with brought(module):  # diffusers' own call, mostly
@@ -68,7 +70,7 @@ def test_what_is_used_by_other_ways_than_its_forward() -> None:
 def test_shared_weights_stay_shared() -> None:
     module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     module[1].weight = module[0].weight
-    Offloaded(type("Pipe", (), {"text_encoder": module})(), META)
+    Offloaded(type("Pipe", (), {"text_encoder": module})(), META, PARTS)
     with brought(module):
         assert devices(module) == {"meta"}
         assert module[1].weight is module[0].weight
@@ -101,6 +103,6 @@ def test_pictures_are_the_same(size: int) -> None:
 
 def test_diffusers_own_offloading_is_named() -> None:
     pipe = make_tiny_pipeline()
-    Offloaded(pipe, torch.device("cpu"))
+    Offloaded(pipe, torch.device("cpu"), PARTS)
     with pytest.raises(ValueError, match="diffusers' own offloading exclude each other, got both for text_encoder"):
         parallelize(pipe, window=4, offload=True)

@@ -1,13 +1,15 @@
-"""FLUX's transformer by its configuration alone: the name and shape of every tensor."""
+"""FLUX without torch: its hub models, the parts of its folders, and every tensor by the numbers of its config.json."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from clear_dist.cards.card import Card, Defaults, HubModel, Published
 from clear_dist.cards.clear import Shapes, is_image_side, with_spatial_weights
 from clear_dist.cards.headers import whole_number, whole_numbers
 from clear_dist.options import Refusal, shortened
+from clear_dist.stages import Sampling, Upscaling
 
 FLUX_DEV = "black-forest-labs/FLUX.1-dev"
 FLUX_SCHNELL = "black-forest-labs/FLUX.1-schnell"
@@ -19,10 +21,13 @@ MLP_RATIO = 4
 ROPE_AXES = (16, 56, 56)
 """Channels of a head that tell apart pictures, rows and columns."""
 
+Layers = Iterator[tuple[str, tuple[int, int]]]
+"""Names, each with outputs and inputs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FluxShape:
-    """The numbers of a transformer's config.json that decide its tensors; the defaults are diffusers'."""
+    """The numbers of config.json that decide the transformer's tensors; the defaults are diffusers'."""
 
     in_channels: int = 64
     out_channels: int | None = None
@@ -53,17 +58,33 @@ class FluxShape:
 
     @property
     def channels(self) -> int:
-        """Of a token inside the transformer."""
+        """Channels of a token inside the transformer."""
         return self.num_attention_heads * self.attention_head_dim
 
     def tensors(self) -> Shapes:
-        """All of the transformer's."""
+        """All tensors of the transformer."""
         return dict(self._tensors())
 
     def clear_tensors(self, down_factor: int = 1) -> Shapes:
-        """Those of a CLEAR checkpoint, with down-sampled keys where the factor is not 1."""
+        """All tensors of a CLEAR checkpoint, with down-sampled keys where the factor is not 1."""
         replaced = {name: shape for name, shape in self._tensors() if is_image_side(name)}
         return with_spatial_weights(replaced, down_factor)
+
+    def lora_layers(self) -> dict[str, tuple[int, int]]:
+        """Outputs and inputs of linear layers by three kinds of names: diffusers', the original ones and XLabs'."""
+        linear = {
+            name.removesuffix(".weight").replace(".", "_"): (shape[0], shape[1])
+            for name, shape in self._tensors()
+            if name.endswith(".weight") and len(shape) == 2
+        }
+        return linear | dict(self._original_layers()) | dict(self._xlabs_layers())
+
+    def defaults(self, scheduler: Mapping[str, Any]) -> Defaults:
+        """FLUX.1-dev's, or FLUX.1-schnell's 4 steps where neither guidance is taken nor the schedule shifts."""
+        if self.guidance_embeds or scheduler.get("use_dynamic_shifting", False):
+            return Defaults(takes_guidance=self.guidance_embeds)
+        sampling, upscaling = Sampling(steps=4, guidance_scale=0.0), Upscaling(guidance_scale=0.0)
+        return Defaults(takes_guidance=False, sampling=sampling, upscaling=upscaling, max_sequence_length=256)
 
     def _tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         width = self.channels
@@ -104,6 +125,42 @@ class FluxShape:
         yield from _linear(f"{block}.proj_mlp", width, MLP_RATIO * width)
         yield from _linear(f"{block}.proj_out", (1 + MLP_RATIO) * width, width)
 
+    def _original_layers(self) -> Layers:
+        """Black Forest Labs' names, which kohya's scripts have too; queries, keys and values are one layer."""
+        width, hidden = self.channels, MLP_RATIO * self.channels
+        for index in range(self.num_layers):
+            for side in ("img", "txt"):
+                block = f"double_blocks_{index}_{side}"
+                yield f"{block}_attn_qkv", (3 * width, width)
+                yield f"{block}_attn_proj", (width, width)
+                yield f"{block}_mlp_0", (hidden, width)
+                yield f"{block}_mlp_2", (width, hidden)
+                yield f"{block}_mod_lin", (6 * width, width)
+        for index in range(self.num_single_layers):
+            block = f"single_blocks_{index}"
+            yield f"{block}_linear1", (3 * width + hidden, width)
+            yield f"{block}_linear2", (width, width + hidden)
+            yield f"{block}_modulation_lin", (3 * width, width)
+        yield "img_in", (width, self.in_channels)
+        yield "txt_in", (width, self.joint_attention_dim)
+        inputs = {"time": TIME_CHANNELS, "guidance": TIME_CHANNELS, "vector": self.pooled_projection_dim}
+        for name, channels in inputs.items():
+            yield f"{name}_in_in_layer", (width, channels)
+            yield f"{name}_in_out_layer", (width, width)
+        yield "final_layer_linear", (self.out_channels or self.in_channels, width)
+        yield "final_layer_adaLN_modulation_1", (2 * width, width)
+
+    def _xlabs_layers(self) -> Layers:
+        """XLabs' names, by attention processors; 1 is the image side, 2 the text side."""
+        width = self.channels
+        for index in range(self.num_layers):
+            for side in (1, 2):
+                yield f"double_blocks_{index}_processor_qkv_lora{side}", (3 * width, width)
+                yield f"double_blocks_{index}_processor_proj_lora{side}", (width, width)
+        for index in range(self.num_single_layers):
+            yield f"single_blocks_{index}_processor_qkv_lora", (3 * width, width)
+            yield f"single_blocks_{index}_processor_proj_lora", (width, (1 + MLP_RATIO) * width)
+
 
 def _check_axes(axes: tuple[int, ...], head_dim: int, where: Path | str) -> None:
     if len(axes) != len(ROPE_AXES) or sum(axes) != head_dim or any(axis % 2 for axis in axes):
@@ -116,3 +173,36 @@ def _check_axes(axes: tuple[int, ...], head_dim: int, where: Path | str) -> None
 def _linear(name: str, inputs: int, outputs: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield f"{name}.weight", (outputs, inputs)
     yield f"{name}.bias", (outputs,)
+
+
+_DEV, _SCHNELL = FluxShape(guidance_embeds=True), FluxShape()
+CARD = Card(
+    pipeline="FluxPipeline",
+    scheduler="FlowMatchEulerDiscreteScheduler",
+    parts={
+        "transformer": "diffusers.FluxTransformer2DModel",
+        "vae": "diffusers.AutoencoderKL",
+        "text_encoder": "transformers.CLIPTextModel",
+        "text_encoder_2": "transformers.T5EncoderModel",
+        "tokenizer": None,
+        "tokenizer_2": None,
+        "scheduler": None,
+    },
+    shape_of=FluxShape.of,
+    packing=2,
+    channels_per_latent=4,
+    vae_channels=(128, 256, 512, 512),
+    latent_channels=16,
+    native_size=1024,
+    token_limits={"tokenizer": 77},
+    schedule={"shift": 3.0, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096},
+    hub_models=(
+        HubModel(id=FLUX_DEV, native_size=1024, shape=_DEV, defaults=_DEV.defaults({"use_dynamic_shifting": True})),
+        HubModel(id=FLUX_SCHNELL, native_size=1024, shape=_SCHNELL, defaults=_SCHNELL.defaults({})),
+    ),
+    clear=Published(
+        repository=CLEAR_REPOSITORY,
+        files=tuple(f"clear_local_{variant}.safetensors" for variant in ("8", "16", "32", "8_down_4", "16_down_4")),
+        radius=16,
+    ),
+)
