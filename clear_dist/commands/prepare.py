@@ -147,7 +147,7 @@ def _device(kind: str, local_rank: int) -> torch.device:
 
 
 def encode_ahead(request: Request, card: Card, device: torch.device, phases: Phases) -> list[Encoded]:
-    """Of each prompt, in host memory (FLUX.1-dev: 4.2 MB); the text encoders are gone from `device` when this returns.
+    """Embeddings of each prompt, in host memory; the text encoders are gone from `device` when this returns.
 
     Raises:
         Refusal: weights of a text encoder are missing, or do not fit their configuration.

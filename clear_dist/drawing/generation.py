@@ -52,11 +52,8 @@ def generate(
         ValueError: the pipeline is not parallelized or of another kind, a size is no multiple of the token size, or the
             stale schedule's buffers would not fit.
     """
-    adapter = require_striped(pipe).family.adapted(pipe)
-    if not {kind.__name__ for kind in type(pipe).__mro__} & PIPELINES.keys():
-        known = ", ".join(PIPELINES)
-        raise ValueError(f"generate draws with a {known}, got {type(pipe).__name__}; call that pipeline itself")
-    native = adapter.native_size
+    native = require_striped(pipe).family.adapted(pipe).native_size
+    require_known_pipeline(pipe)
     height, width, base = (native if size is None else size for size in (height, width, base_resolution))
     require_whole_tokens(pipe, height=height, width=width, base_resolution=base)
     stages = plan_cascade(
@@ -107,6 +104,13 @@ def upscale(
     if height * width < before.size[0] * before.size[1]:
         raise ValueError(f"upscale makes pictures larger, got {height} x {width} for one of {before.size} pixels")
     return _pictures(pipe, embeddings, stages, seed, before)
+
+
+def require_known_pipeline(pipe: Any) -> None:
+    """Raises ValueError for a pipeline that starts from anything but a prompt."""
+    if not {kind.__name__ for kind in type(pipe).__mro__} & PIPELINES.keys():
+        known = ", ".join(PIPELINES)
+        raise ValueError(f"generate draws with a {known}, got {type(pipe).__name__}; call that pipeline itself")
 
 
 def require_whole_tokens(pipe: Any, **sizes: int) -> None:
