@@ -91,6 +91,11 @@ class Flags:
             if "flag" in each.metadata:
                 flag_of(each).check(spelled(each.name), getattr(self, each.name))
 
+    @classmethod
+    def shows(cls, flag: Flag) -> bool:
+        """Whether the command takes this flag; else the field keeps its default."""
+        return True
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Flags):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from clear_dist.options import Flag, Flags, Refusal, flag_of, shortened, spelled
-from clear_dist.request.flags import PANELS, PlanFlags
+from clear_dist.request.flags import PANELS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def _shown(record: type[Flags]) -> list[Field]:
     """A record's flags by panels, and in each those of its own before those that it shares with others."""
     names = dict.fromkeys(name for kind in record.__mro__ for name in vars(kind).get("__annotations__", ()))
     by_name = {each.name: each for each in fields(record)}
-    shown = [by_name[name] for name in names if record is not PlanFlags or flag_of(by_name[name]).planned]
+    shown = [by_name[name] for name in names if record.shows(flag_of(by_name[name]))]
     return sorted(shown, key=lambda each: PANELS.index(flag_of(each).panel))
 
 

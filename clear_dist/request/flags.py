@@ -7,7 +7,7 @@ fits the model is chosen.
 from dataclasses import dataclass
 from pathlib import Path
 
-from clear_dist.options import CUT, MODEL, Flags, Options, Refusal, flag
+from clear_dist.options import CUT, MODEL, Flag, Flags, Options, Refusal, flag
 from clear_dist.request.hardware import GPUS, LINKS
 
 DRAWN, LARGE, WRITTEN = "What to draw", "Above the native size", "What is written"
@@ -154,6 +154,10 @@ class PlanFlags(GenerateFlags):
     nproc: int | None = flag(None, "ranks (the GPUs of this machine, or 1)", CUT, bounds=(1, 1_024))
     sweep: bool = flag(False, "a table over 1 to 64 ranks", WRITTEN)
     json: bool = flag(False, "for programs", WRITTEN)
+
+    @classmethod
+    def shows(cls, flag: Flag) -> bool:
+        return flag.planned
 
 
 @dataclass(frozen=True, kw_only=True)
