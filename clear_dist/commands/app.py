@@ -1,6 +1,7 @@
 """The command line: a table of commands, and their errors on one line."""
 
 from collections.abc import Sequence
+from inspect import getdoc
 from typing import Annotated
 
 import typer
@@ -62,7 +63,7 @@ def _app() -> typer.Typer:
     )
     app.callback(invoke_without_command=True)(_without_command)
     for name, command in COMMANDS.items():
-        app.command(name)(command.for_typer())
+        app.command(name, help=getdoc(command.run))(command.for_typer())
     return app
 
 

@@ -25,7 +25,7 @@ class Command:
         return {each.name: flag_of(each) for each in _shown(self.record)}
 
     def for_typer(self) -> Callable[..., int]:
-        """A function whose signature typer reads, with the help of `run`."""
+        """A function whose signature typer reads."""
 
         def call(**given: Any) -> int:
             read = {name: _read(flag, given[name]) for name, flag in self.flags().items()}
@@ -33,8 +33,6 @@ class Command:
 
         hints = get_type_hints(self.record)
         parameters = [_parameter(each, hints[each.name]) for each in _shown(self.record)]
-        call.__doc__ = self.run.__doc__
-        call.__annotations__ = {each.name: each.annotation for each in parameters}
         vars(call)["__signature__"] = Signature(parameters)
         return call
 
