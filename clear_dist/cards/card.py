@@ -12,12 +12,12 @@ INDEX = "model_index.json"
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 """Names of weight files, without their ending, by the library that writes them."""
 ENDINGS = ("json", "safetensors", "txt", "model")
-"""Of the files that a model is made of."""
+"""Endings of the files that a model is made of."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What a model is asked for where the user says nothing."""
+    """Values for a model where the user gives none."""
 
     takes_guidance: bool = True
     """Whether it was distilled with guidance."""
@@ -99,7 +99,7 @@ class Card:
     channels_per_latent: int
     """Channels that the transformer takes for each channel of the VAE."""
     vae_channels: tuple[int, ...]
-    """Of the VAE's blocks, where its configuration says nothing; as are the next two."""
+    """Channels of the VAE's blocks where its configuration has none; likewise the next two."""
     latent_channels: int
     native_size: int
     """Pixels."""
@@ -158,7 +158,7 @@ class Cards:
         return next((card for card in self.cards if card.transformer == name), None)
 
     def on_hub(self, model: str) -> tuple[Card, HubModel] | None:
-        """What is known of a model on the hub; None: nothing."""
+        """Family and facts of a model on the hub; None: it is not known."""
         return next(((card, known) for card, known in self._hub_models() if known.id == model), None)
 
     @property

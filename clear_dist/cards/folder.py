@@ -20,7 +20,7 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts(Defaults):
-    """What checks and defaults need to know of a model."""
+    """Facts about a model that checks and defaults need."""
 
     location: str
     """A folder, or a hub id."""

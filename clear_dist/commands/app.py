@@ -93,7 +93,7 @@ def _message(error: Exception, arguments: Sequence[str]) -> str | None:
 
 
 def _value_of(flags: Sequence[str], arguments: Sequence[str]) -> str:
-    """What was given for a flag, the last time; `--flag value` or `--flag=value`."""
+    """The last value given for a flag, as `--flag value` or `--flag=value`."""
     values = [""]
     for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, equals, value = word.partition("=")

@@ -14,7 +14,7 @@ from clear_dist.request.flags import PANELS
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """What is done with the flags of one command."""
+    """A record of flags, and the function that acts on it."""
 
     record: type[Flags]
     run: Callable[[Any], int]

@@ -1,4 +1,4 @@
-"""What a rank needs before it draws: its place, its device, its group, and the model on stripes."""
+"""A rank before it draws: its place, its device, its group, and the model on stripes."""
 
 import secrets
 import time
@@ -49,14 +49,14 @@ class Prepared:
     launch: float
     """Seconds until the ranks were at work."""
     encoded: list[Encoded] | None
-    """Of each prompt, on rank 0; None elsewhere, and where the pipeline keeps its text encoders."""
+    """Embeddings of each prompt on rank 0; None elsewhere, and where the pipeline keeps its text encoders."""
     loading_peak_bytes: int
     host_memory_bytes: int | None
     peak_since_loading: bool
     compile_time: CompileTime
     previews: Previews | None
     profile: Profile | None
-    """Of the last stage of the first prompt."""
+    """Profile of the last stage of the first prompt."""
 
 
 def prepare(request: Request, began: float, phases: Phases) -> Prepared:
@@ -107,7 +107,7 @@ def prepare(request: Request, began: float, phases: Phases) -> Prepared:
 
 
 def _load(request: Request, rank: int, device: torch.device, phases: Phases) -> tuple[list[Encoded] | None, Any]:
-    """What rank 0 encodes, and the pipeline: without text encoders, as on the other ranks, unless they are to stay.
+    """Embeddings on rank 0, and the pipeline, without text encoders unless they are to stay.
 
     Nobody waits for rank 0 meanwhile, and on its device the text encoders make room for the transformer.
     """

@@ -35,7 +35,7 @@ def _verify(device: str, output: str | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What to verify on."""
+    """Device and ranks to verify on."""
 
     device: str
     world_size: int

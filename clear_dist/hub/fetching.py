@@ -192,7 +192,7 @@ def _ask(want: Wanted) -> int:
 
 
 def _answer(ask: Callable[[], Answer]) -> Answer:
-    """What the hub answers; raises TimeoutError where it is silent, also while its name is looked up."""
+    """The hub's answer; raises TimeoutError where it is silent, also while its name is looked up."""
     return in_background(ask).result(timeout=HF_HUB_ETAG_TIMEOUT)
 
 

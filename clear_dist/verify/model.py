@@ -61,7 +61,7 @@ def _on_stripes(
 
 
 def _drawn_alone(sample: Sample, pipe: Any, grid: tuple[int, int], group: Group, subjects: Subjects) -> Tensor:
-    """What rank 0 computes by itself with the reference backend, on all ranks."""
+    """Latents that rank 0 computes by itself with the reference backend, on all ranks."""
     apart = group.split(1)
     drawn = None
     if group.rank == 0:

@@ -81,7 +81,7 @@ def _load_stock(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
 
 
 def unloadable(folder: Path, kind: str, error: Exception) -> Refusal:
-    """What to raise where a library could not load what is in `folder`."""
+    """The Refusal for a folder that a library could not load."""
     why = " ".join(str(error).split()) or type(error).__name__
     return Refusal(f"{folder} must hold what can be loaded as {kind}, and does not ({why}); download it again")
 
