@@ -42,15 +42,14 @@ def generate(
         pipe: a parallelized pipeline; only rank 0 needs its text encoders.
         height, width: pixels, multiples of the token size, or of a down-sampled key's; the native size by default.
         seed: of a CPU generator: the same noise as in the stock pipeline, on any number of ranks.
-        cascade: draw sizes above the native one there first, then enlarge and refine about 2 times a stage (paper,
-            Sec. 4.3).
+        cascade: draw at the native size first, then enlarge and refine, about 2 times a stage (paper, Sec. 4.3).
         base_resolution: side in pixels of a square as large as the first stage; the native size by default.
         guidance_scale, true_cfg_scale: of the first stage; `upscaling` has its own.
         upscaling: refinement of upper stages; by default as in CLEAR's notebook, `num_inference_steps` x 0.7 steps.
 
     Raises:
-        ValueError: the pipeline is not parallelized or of another kind, a size is no multiple of the token size, or the
-            stale schedule's buffers would not fit.
+        ValueError: the pipeline is not parallelized or of another kind, a size is no multiple of the token size, or
+            buffers of the stale schedule would not fit.
     """
     native = require_striped(pipe).family.adapted(pipe).native_size
     require_known_pipeline(pipe)
