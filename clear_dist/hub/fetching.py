@@ -66,7 +66,7 @@ def fetch(wants: Sequence[Wanted]) -> None:
     missing = {want: size for want in wants if (size := _missing_bytes(want)) is not None}
     for want in missing:
         remove_leftovers(Path(HF_HUB_CACHE), _blobs(want).parent.name)
-    require_room(sum(missing.values()), " and ".join(want.repository for want in missing))
+    require_disk_space(sum(missing.values()), " and ".join(want.repository for want in missing))
     for want, size in missing.items():
         try:
             _download(want, size)
@@ -83,7 +83,7 @@ def cached(want: Wanted) -> Path | None:
     return folder if (folder / want.needed).exists() else None
 
 
-def require_room(needed: int, what: str) -> None:
+def require_disk_space(needed: int, what: str) -> None:
     """Raises a Refusal where the cache's disk has less than `needed` bytes free."""
     cache = Path(HF_HUB_CACHE)
     existing = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
