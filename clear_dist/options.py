@@ -49,10 +49,8 @@ class Flag:
     """Whether `plan` takes it too."""
 
     def check(self, name: str, value: Any) -> None:
-        """Raises a Refusal where `value` is neither None nor allowed."""
+        """Raises a Refusal where `value` is not allowed."""
         check_encoding(name, value)
-        if value is None:
-            return
         if self.choices:
             check_choice(name, value, self.choices)
         if self.bounds is not None and all(isinstance(bound, int) for bound in self.bounds):
@@ -88,8 +86,9 @@ class Flags:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            if "flag" in each.metadata:
-                flag_of(each).check(spelled(each.name), getattr(self, each.name))
+            value = getattr(self, each.name)
+            if "flag" in each.metadata and (value is not None or each.default is not None):
+                flag_of(each).check(spelled(each.name), value)
 
     @classmethod
     def shows(cls, flag: Flag) -> bool:
@@ -138,14 +137,19 @@ class Options(Flags):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_window(self.window)
-        if self.window == "full" and self.text_attention == "average":
-            raise Refusal("--text-attention must be exact where the window is full, got average; nearest: exact")
         if self.text_tokens == "sharded" and self.schedule == "stale":
             raise Refusal(
                 "--text-tokens must be replicated where the schedule is stale, got sharded; nearest: replicated"
             )
         if self.float8 and self.int8:
             raise Refusal("either --float8 or --int8 can be given, got both; leave one out")
+        if self.window == "full" and self.text_attention == "average":
+            raise Refusal("--text-attention must be exact where the window is full, got average; nearest: exact")
+
+    def lags_within(self, steps: int) -> bool:
+        """Whether a run of `steps` steps has any stale step; the first one never is."""
+        assert self.warmup_steps is not None, "settled"
+        return self.schedule == "stale" and steps > max(1, self.warmup_steps)
 
     @property
     def radius(self) -> int | None:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,25 +19,25 @@ from clear_dist.engine.family import Family
 from clear_dist.engine.settings import Settings
 from clear_dist.engine.stock import require_stock
 from clear_dist.engine.striped import StripedModel, striped_of
-from clear_dist.families.cards import CARDS
 from clear_dist.families.transformers import controlnets_of, family_of
-from clear_dist.options import Options, Refusal, Window, check_window
+from clear_dist.options import Options, Refusal, Window, check_window, nearest_word
 from clear_dist.parallelized import Parallelized
 from clear_dist.request.devices import missing_compiler
 from clear_dist.weights.blocks import quantise_and_shard, require_quantisable
 from clear_dist.weights.clear import ReplacedWeights, load_clear_weights, require_radius
 from clear_dist.weights.hoisted import HoistedModulation
-from clear_dist.weights.offload import Offloaded
+from clear_dist.weights.offload import Offloaded, offloaded_parts
 from clear_dist.weights.quantised import why_not_float8
 
 
 def parallelize(
     pipe: Any,
+    options: Options | None = None,
     *,
     clear_weights: str | Path | None = None,
     controlnet_window: Window | None = None,
     group: Group | None = None,
-    **options: Any,
+    **chosen: Any,
 ) -> Parallelized:
     """Cut the transformer of `pipe`, and its ControlNets, in stripes, one per rank; all else stays diffusers'.
 
@@ -45,10 +45,10 @@ def parallelize(
 
     Args:
         pipe: a diffusers pipeline, on the device where it is to run.
+        options, chosen: a `clear_dist.Options`, its fields by name (window=16, text_attention="exact"), or both.
         clear_weights: a CLEAR checkpoint; without one a window draws noise, unless `pipe` was trained with it.
         controlnet_window: window of ControlNets, which CLEAR has not distilled; by default the transformer's.
         group: ranks that share an image; by default all of torch.distributed's, without it this process alone.
-        options: fields of `clear_dist.Options`, such as window=16, text_attention="exact", schedule="stale".
 
     Raises:
         ValueError: an argument is wrong or differs between ranks, or the pipeline's transformer cannot be cut.
@@ -57,29 +57,31 @@ def parallelize(
     family, nets = family_of(getattr(pipe, "transformer", None)), controlnets_of(pipe)
     require_stock(family.transformer, *(net.transformer for net in nets))
     with as_arguments():
-        chosen = settled(Options(**options), clear_weights)
+        options = settled(as_record(options, chosen), clear_weights)
         check_window(controlnet_window)
     device = group.device if group is not None else pipe._execution_device  # also where its parts are on the host
     dtype = family.transformer.dtype
-    require_machine(chosen, device, dtype)
-    choose = partial(choose_backend, chosen.attention_backend, device=device, dtype=dtype, head_dim=family.head_dim)
+    require_machine(options, device, dtype)
+    choose = partial(choose_backend, options.attention_backend, device=device, dtype=dtype, head_dim=family.head_dim)
     choose()  # raises where there is no such backend for any image
-    require_quantisable(family, *nets, options=chosen)
+    require_quantisable(family, *nets, options=options)
     with on_refusal() as undo:
-        offloaded = Offloaded(pipe, device, offloaded_parts(family.transformer)) if chosen.offload else None
+        offloaded = Offloaded(pipe, device, offloaded_parts(pipe.components)) if options.offload else None
         undo += [] if offloaded is None else [offloaded.remove]
         used = group or Group.create(device)
         undo += [used.close] if group is None else []
-        settings = Settings(options=chosen, choose_backend=choose)
+        settings = Settings(options=options, choose_backend=choose)
         models, replaced = put_on_stripes(pipe, family, nets, used, settings, clear_weights, controlnet_window)
     return Parallelized(*models, owns_group=group is None, replaced=replaced, offloaded=offloaded)
 
 
-def offloaded_parts(transformer: Any) -> tuple[str, ...]:
-    """Parts of the transformer's pipeline that `offload` keeps in host memory."""
-    card = CARDS.of_transformer(type(transformer).__name__)
-    assert card is not None, "each family that can be cut has a card"
-    return card.offloaded
+def as_record(options: Options | None, chosen: dict[str, Any]) -> Options:
+    """Options with those replaced that were given by name; raises TypeError where there is no such option."""
+    known = [each.name for each in fields(Options)]
+    for name in chosen.keys() - set(known):
+        nearest = nearest_word(name, known)
+        raise TypeError(f"parallelize() got an unexpected keyword argument {name!r}; nearest: {nearest}")
+    return replace(options or Options(), **chosen)
 
 
 @contextmanager
@@ -135,9 +137,11 @@ def put_on_stripes(
     assert options.window is not None, "settled"
     windows = [net_window or options.window] * len(nets)
     replaced = None if clear_weights is None else load_clear_weights(transformer, clear_weights, group.device)
+    on_all = asdict(options) | {"attention_backend": settings.choose_backend().name}
+    del on_all["offload"]  # concerns this rank's parts alone
     require_equal_settings(
         group,
-        **asdict(options) | {"attention_backend": settings.choose_backend().name},
+        **on_all,
         dtype=transformer.dtype,
         clear_weights=replaced and replaced.checksums(transformer),
         **{"ControlNets' windows": windows},
@@ -159,7 +163,7 @@ def put_model_on_stripes(family: Family, scheduler: Any, group: Group, settings:
     with on_refusal() as undo:
         modulation = HoistedModulation(family) if options.hoist_modulation else None
         undo += [] if modulation is None else [modulation.undo]
-        elsewhere = set() if modulation is None else modulation.weights
+        elsewhere = modulation.weights if modulation is not None else set()
         shards = quantise_and_shard(family, group, counters, options, elsewhere=elsewhere)
         return StripedModel(family, scheduler, group, settings, counters=counters, modulation=modulation, shards=shards)
 

@@ -135,11 +135,6 @@ class Card:
         library, _, name = kind.partition(".")
         return library, name
 
-    @property
-    def offloaded(self) -> tuple[str, ...]:
-        """Parts that `--offload` keeps in host memory: all with weights but the transformer."""
-        return (*self.text_encoders, "vae")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Cards:

@@ -31,10 +31,6 @@ class Clock:
         # Held, so that no later object can be taken for one of them.
         self._generation, self._latents = generation, latents
 
-    def lags_within(self, steps: int) -> bool:
-        """Whether a run of `steps` steps has any stale step."""
-        return steps > max(1, self._warmup_steps)
-
     def may_lag(self, step_held: int | None) -> bool:
         """Whether the warm-up is over, and what a layer holds, of step `step_held`, is from the previous step."""
         return self.step >= self._warmup_steps and step_held == self.step - 1

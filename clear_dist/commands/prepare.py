@@ -2,6 +2,8 @@
 
 import secrets
 import time
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -27,8 +29,8 @@ from clear_dist.observe.progress import Phases
 from clear_dist.options import Options, Refusal
 from clear_dist.parallelize import Parallelized, parallelize
 from clear_dist.pictures import preview_of
-from clear_dist.request.request import Request
-from clear_dist.weights import loading, lora
+from clear_dist.request.request import Lora, Request
+from clear_dist.weights import loading
 from clear_dist.weights.offload import parts_on_host
 
 SEED_BITS = 32
@@ -79,7 +81,7 @@ def prepare(request: Request, began: float, phases: Phases) -> Prepared:
     encoded, pipe = in_touch(group, partial(_load, request, group.rank, device, phases))
     with phases.phase("load"):
         handle = _parallelize(pipe, request, group)
-        lora.load(pipe, hub.local_loras(request))
+        load_loras(pipe, hub.local_loras(request))
     if group.rank == 0 and handle.replaced is not None and not handle.replaced.file.is_relative_to(request.model):
         say(f"CLEAR weights: {handle.replaced}")  # a model's own go without saying
     loading_peak = peaks.peak_memory(device)
@@ -146,6 +148,24 @@ def _device(kind: str, local_rank: int) -> torch.device:
     return torch.device(kind, local_rank % torch.cuda.device_count()) if kind == "cuda" else torch.device(kind)
 
 
+def load_loras(pipe: Any, loras: Iterable[Lora]) -> None:
+    """Put LoRA on the pipeline's transformer and text encoders, each with its weight.
+
+    Raises:
+        Refusal: diffusers cannot read one, or would pass over a part of it.
+    """
+    weights = {}
+    for number, lora in enumerate(loras):
+        weights[f"lora_{number}"] = lora.weight
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are what is wanted
+            adapter_of(pipe).load_lora(Path(lora.source), f"lora_{number}")
+    on_this_rank = {name for names in pipe.get_list_adapters().values() for name in names} if weights else set()
+    chosen = {name: weight for name, weight in weights.items() if name in on_this_rank}
+    if chosen:
+        pipe.set_adapters(list(chosen), list(chosen.values()))
+
+
 def encode_ahead(request: Request, card: Card, device: torch.device, phases: Phases) -> list[Encoded]:
     """Embeddings of each prompt, in host memory; the text encoders are gone from `device` when this returns.
 
@@ -156,7 +176,7 @@ def encode_ahead(request: Request, card: Card, device: torch.device, phases: Pha
         pipe = loading.load_text_pipeline(
             Path(request.model), card, dtype=getattr(torch, request.dtype), device=device, phases=phases
         )
-        lora.load(pipe, hub.local_loras(request))
+        load_loras(pipe, hub.local_loras(request))
     with phases.phase("text", detail="s" if len(request.prompts) > 1 else ""):
         adapter = adapter_of(pipe)
         negative = _negative(adapter, request)
@@ -167,7 +187,7 @@ def encode_ahead(request: Request, card: Card, device: torch.device, phases: Pha
 
 
 def encode_prompt(pipe: Any, request: Request, prompt: str) -> Encoded:
-    """As one of `encode_ahead`, by a pipeline that has its text encoders."""
+    """Embeddings of one prompt, by the pipeline's own text encoders."""
     adapter = adapter_of(pipe)
     return _positive(adapter, request, prompt) + _negative(adapter, request)
 

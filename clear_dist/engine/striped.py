@@ -224,7 +224,7 @@ class StripedModel:
 
     def _is_stale(self, steps: int) -> bool:
         """Whether a run of `steps` steps has any stale step; a single rank waits for nobody."""
-        return self.settings.options.schedule == "stale" and self.group.size > 1 and self._clock.lags_within(steps)
+        return self.group.size > 1 and self.settings.options.lags_within(steps)
 
     @property
     def _steps(self) -> int:

@@ -172,7 +172,7 @@ def _schedule(flags: PictureFlags, request: Request, stages: tuple[Stage, ...]) 
     most = max((stage.sampling.steps for stage in stages), default=request.sampling.steps)
     if request.world_size == 1:
         yield f"{WARNING}--schedule stale has no effect on one rank"
-    elif max(1, request.warmup_steps or 0) >= most:
+    elif not request.lags_within(most):
         yield f"{WARNING}--schedule stale has no effect: {most} steps are all warm-up; see --warmup-steps"
 
 

@@ -42,7 +42,7 @@ def settle(flags: PictureFlags, place: Place, cards: Cards) -> tuple[Request, Mo
     if request.height is not None:
         check_outputs(request)
     ranks = place.local_world_size if place.launcher else request.world_size
-    return request, facts, notes_of(flags, request, facts, cards, prompts=begin.prompts, gpus=gpus, ranks=ranks)
+    return request, facts, notes_of(flags, request, facts, cards, prompts=begin.prompts_given, gpus=gpus, ranks=ranks)
 
 
 def choose(
@@ -63,7 +63,7 @@ def choose(
     begin = find_start(flags, facts, place, unit=facts.token_size * factor)
     negative_prompt = facts.negative_prompt if flags.negative_prompt is None else flags.negative_prompt
     request = Request(
-        prompts=tuple(_understood(prompt, facts) or "" for prompt in begin.prompts),
+        prompts=tuple(_understood(prompt, facts) or "" for prompt in begin.prompts_given),
         negative_prompt=_understood(negative_prompt, facts),
         num_images=begin.num_images,
         picture=begin.picture,

@@ -22,8 +22,7 @@ GUIDANCE = ("guidance_scale", "true_cfg_scale")
 class Start:
     """Choices that `generate` and `upscale` make each in their own way."""
 
-    prompts: tuple[str, ...]
-    """As they were given."""
+    prompts_given: tuple[str, ...]
     height: int | None
     """Pixels; None: a hub model's native size."""
     width: int | None
@@ -50,7 +49,7 @@ def find_start(flags: PictureFlags, facts: ModelFacts, place: Place, *, unit: in
     assert isinstance(flags, GenerateFlags), flags
     height, width = flags.height or flags.res, flags.width or flags.res
     return Start(
-        prompts=_prompts(flags, facts, place),
+        prompts_given=_prompts(flags, facts, place),
         height=height or facts.native_size,
         width=width or facts.native_size,
         sampling=replace(facts.sampling, **_given(flags, "steps", *GUIDANCE)),
@@ -76,7 +75,9 @@ def _from_picture(flags: UpscaleFlags, facts: ModelFacts, place: Place, unit: in
     picture, (height, width), prompt = find_picture(flags, facts, unit=unit, reads=place.local_rank == 0)
     chosen = flags.prompt if flags.prompt is not None else prompt or ""
     output = flags.output or Path(f"{flags.image.stem}-upscaled.png")
-    return Start(prompts=(chosen,), height=height, width=width, sampling=facts.sampling, output=output, picture=picture)
+    return Start(
+        prompts_given=(chosen,), height=height, width=width, sampling=facts.sampling, output=output, picture=picture
+    )
 
 
 def _check_units(name: str, size: int | None, unit: int, token: int) -> None:

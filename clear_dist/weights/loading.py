@@ -132,7 +132,7 @@ def load_pipeline(
 
 
 def load_text_pipeline(folder: Path, card: Card, *, dtype: torch.dtype, device: torch.device, phases: Phases) -> Any:
-    """As `load_pipeline`, with all that encodes prompts and nothing else."""
+    """Pipeline of text encoders and tokenizers only, as `load_pipeline`."""
     return _assemble(folder, card, dict.fromkeys(card.text_encoders, device), CUTTABLE, dtype, phases)
 
 

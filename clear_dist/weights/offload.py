@@ -19,7 +19,12 @@ from clear_dist.request.request import Request
 def parts_on_host(request: Request, card: Card) -> tuple[str, ...]:
     """Parts of a pipeline that `parallelize` will bring to the device as they are needed, and loading does not."""
     sharded = ("transformer",) if request.shard_weights and request.world_size > 1 else ()
-    return (*(card.offloaded if request.offload else ()), *sharded)
+    return (*(offloaded_parts(card.parts) if request.offload else ()), *sharded)
+
+
+def offloaded_parts(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of the parts of a pipeline that `--offload` keeps in host memory."""
+    return tuple(sorted(name for name in names if name == "vae" or name.startswith("text_encoder")))
 
 
 class FromHost(ModelHook):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clear_dist import hub
 from clear_dist.comm.group import Group
+from clear_dist.commands.prepare import load_loras
 from clear_dist.families.cards import CARDS
 from clear_dist.families.flux.card import FLUX_DEV, FluxShape
 from clear_dist.launch.env import Place
@@ -24,7 +25,6 @@ from clear_dist.request.flags import GenerateFlags
 from clear_dist.request.lora import compare_loras
 from clear_dist.request.request import Lora
 from clear_dist.request.settle import settle
-from clear_dist.weights import lora
 from tests.commands.test_generate import generate_on_ranks
 from tests.test_parallelize import relative_error, run
 from tests.tiny import make_tiny_flux, make_tiny_pipeline
@@ -245,7 +245,7 @@ def test_names_that_diffusers_would_pass_over_are_refused(tensors: Tensors, tmp_
     for change in (lambda name: name.removeprefix("transformer."), lambda name: f"unet.{name}"):
         file = save_lora({change(name): x for name, x in tensors.items()}, tmp_path / "style.safetensors")
         with pytest.raises(Refusal, match=r"must name layers as diffusers|which this model has not"):
-            lora.load(pipe, [Lora(source=str(file))])
+            load_loras(pipe, [Lora(source=str(file))])
     assert not hasattr(pipe.transformer, "peft_config")
 
 
@@ -272,7 +272,7 @@ def test_xlabs_names_are_understood(model: Path, tmp_path: Path) -> None:
     file = save_lora({f"{name}.down.weight": down, f"{name}.up.weight": up}, tmp_path / "style.safetensors")
     assert loras_of(model, f"{file}:-0.5") == (Lora(source=str(file), weight=-0.5),)
     ours, theirs = make_tiny_pipeline(), make_tiny_pipeline()
-    lora.load(ours, [Lora(source=str(file), weight=-0.5)])
+    load_loras(ours, [Lora(source=str(file), weight=-0.5)])
     with torch.no_grad():
         for layer, part in zip("qkv", up.chunk(3), strict=True):
             theirs.transformer.transformer_blocks[0].attn.get_submodule(f"to_{layer}").weight -= 0.5 * part @ down

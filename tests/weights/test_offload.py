@@ -11,12 +11,12 @@ from clear_dist.comm.group import Group
 from clear_dist.drawing.generation import generate
 from clear_dist.families.flux.card import CARD
 from clear_dist.parallelize import parallelize
-from clear_dist.weights.offload import FromHost, Offloaded, brought
+from clear_dist.weights.offload import FromHost, Offloaded, brought, offloaded_parts
 from tests.ranks import run_ranks
 from tests.test_parallelize import run
 from tests.tiny import make_tiny_pipeline
 
-PARTS = CARD.offloaded
+PARTS = offloaded_parts(CARD.parts)
 META = torch.device("meta")
 """Stands in for a GPU here: weights that are there are not on the host, and forwards run, without numbers."""
 

@@ -55,7 +55,6 @@ class Second:
     transformer: Any
     head_dim = WIDTH // HEADS
     channels = WIDTH
-    modulated: Any = None
 
     @property
     def embedder(self) -> nn.Module:
@@ -70,8 +69,12 @@ class Second:
         modules = self.transformer.blocks.named_modules(prefix="blocks")
         return [name for name, module in modules if isinstance(module, nn.Linear) and "modulation" not in name]
 
+    @property
+    def modulated(self) -> dict[str, nn.Module]:
+        return {f"blocks.{index}.modulation": block.modulation for index, block in enumerate(self.transformer.blocks)}
+
     def embedder_inputs(self, inputs: tuple[Tensor, ...], timestep: Tensor) -> tuple[Tensor, ...]:
-        raise AssertionError("nothing is hoisted")
+        return (timestep.expand(len(inputs[0]))[:, None] / 1000,)
 
     def processors(self, striped: Stripes) -> dict[str, JointStripes | ImageStripes]:
         kinds = {"attn2": ImageStripes, "attn": JointStripes}

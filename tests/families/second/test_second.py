@@ -83,7 +83,7 @@ SETTINGS = [
     WINDOW,
     FULL | {"text_tokens": "sharded"},
     WINDOW | {"text_tokens": "sharded"},
-    WINDOW | {"shard_weights": True},
+    WINDOW | {"shard_weights": True, "hoist_modulation": True, "offload": True},
     WINDOW | {"schedule": "stale", "warmup_steps": STEPS},
 ]
 

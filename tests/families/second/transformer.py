@@ -5,7 +5,7 @@ attends to the image alone besides; latents come and go as [B, C, H, W]; guidanc
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -73,16 +73,27 @@ class Attention(nn.Module):
         return self.processor(self, *inputs)
 
 
+class Modulation(nn.Module):
+    """Shifts and scales from the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, 2 * WIDTH)
+
+    def forward(self, time: Tensor) -> Tensor:
+        return self.linear(silu(time))
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.attn2, self.attn = Attention(joint=False), Attention(joint=True)
         self.norm = nn.LayerNorm(WIDTH)
-        self.modulation = nn.Linear(WIDTH, 2 * WIDTH)
+        self.modulation = Modulation()
         self.ff = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
 
     def forward(self, image: Tensor, text: Tensor, time: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        shift, scale = self.modulation(silu(time))[:, None].chunk(2, dim=-1)
+        shift, scale = self.modulation(time)[:, None].chunk(2, dim=-1)
         image = image + self.attn2(self.norm(image) * (1 + scale) + shift)
         to_image, to_text = self.attn(self.norm(image), self.norm(text), mask)
         image, text = image + to_image, text + to_text
@@ -126,6 +137,7 @@ class SecondPipeline:
     """A loop of denoising; the text and its mask are made once, latents once a step, for both halves of guidance."""
 
     _execution_device = torch.device("cpu")
+    components: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, transformer: SecondTransformer) -> None:
         self.transformer = transformer
