@@ -9,6 +9,7 @@ from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from torch import Tensor
 
 from clear_dist.comm.group import Group
+from clear_dist.options import Options
 from clear_dist.parallelize import interrupt, parallelize
 from tests.oracle import DenseClearProcessor
 from tests.ranks import run_ranks
@@ -207,6 +208,24 @@ def unequal_settings(group: Group) -> None:
 
 def test_ranks_with_different_settings_are_told() -> None:
     run_ranks(unequal_settings, 2)
+
+
+def offloaded_on_one_rank(group: Group) -> bool:
+    parallelize(make_tiny_pipeline(), window=4, offload=group.rank == 0, group=group)
+    return True
+
+
+def test_offloading_concerns_a_rank_alone() -> None:
+    assert run_ranks(offloaded_on_one_rank, 2) == [True, True]
+
+
+def test_options_are_taken_as_a_record_or_by_name() -> None:
+    record = Options(window=4, text_attention="exact")
+    for arguments in ((record,), (Options(window=9), {"window": 4, "text_attention": "exact"})):
+        pipe = make_tiny_pipeline()
+        handle = parallelize(pipe, arguments[0], **dict(*arguments[1:]))
+        assert (handle.window, handle.text_attention) == (4, "exact")
+        handle.undo()
 
 
 def test_undo_restores_the_stock_pipeline() -> None:

@@ -136,3 +136,8 @@ def test_wrong_arguments_are_refused_before_anything_is_changed(arguments: dict[
     with pytest.raises(ValueError, match=message):
         parallelize(pipe, **arguments)
     assert pipe.transformer.attn_processors == before
+
+
+def test_an_unknown_option_is_refused_with_the_nearest() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'windw'; nearest: window"):
+        parallelize(make_tiny_pipeline(), windw=4)
