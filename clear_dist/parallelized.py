@@ -12,8 +12,6 @@ from clear_dist.weights.offload import Offloaded
 
 
 class Parallelized:
-    """A pipeline on stripes: its group and counters, and the way back."""
-
     def __init__(
         self,
         striped: StripedModel,
@@ -26,7 +24,6 @@ class Parallelized:
         self._controlnets = controlnets
         self._owns_group = owns_group
         self.replaced = replaced
-        """Weights replaced by a CLEAR checkpoint's."""
         self._offloaded = offloaded
 
     @property
@@ -35,12 +32,10 @@ class Parallelized:
 
     @property
     def counters(self) -> Counters:
-        """Counters of the transformer."""
         return self._striped.counters
 
     @property
     def controlnet_counters(self) -> list[Counters]:
-        """Counters of each ControlNet, in the pipeline's order."""
         return [controlnet.counters for controlnet in self._controlnets]
 
     @property
@@ -53,12 +48,12 @@ class Parallelized:
 
     @property
     def stale_buffer_bytes(self) -> int:
-        """Most bytes kept from one step to the next in the stale schedule, on this rank (`docs/slow_links.md`)."""
+        """Most bytes kept between steps of the stale schedule, on this rank (`docs/slow_links.md`)."""
         return sum(model.stale_bytes for model in (self._striped, *self._controlnets))
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the transformer's weights on this rank's device; only its shards, where they are sharded."""
+        """Bytes of the transformer's weights, or of its shards, on this rank's device."""
         modulation = self._striped.modulation
         elsewhere = set() if modulation is None else modulation.weights
         return weight_bytes(self._striped.family.transformer, but=elsewhere)
@@ -76,11 +71,7 @@ class Parallelized:
         return [(rows.start, rows.stop) for rows in self._striped.cut.stripes]
 
     def require_room(self, height: int, width: int, *, steps: int, batch: int = 1, passes: int = 1) -> None:
-        """Check that the stale schedule's buffers fit for images of `height` x `width` tokens; all ranks call this.
-
-        Raises:
-            ValueError: on all ranks, where they do not. Generations raise it too, when they begin.
-        """
+        """All ranks call this; raises ValueError on all where stale buffers for so many tokens would not fit."""
         self._striped.require_room((height, width), batch=batch, passes=passes, steps=steps)
 
     def drain(self) -> None:
@@ -89,10 +80,9 @@ class Parallelized:
             model.drain()
 
     def undo(self) -> None:
-        """Restore processors, hooks and the places of weights.
+        """Restore processors, hooks and the places of weights; all ranks call this.
 
-        Weights that a CLEAR checkpoint replaced stay replaced; its down-sampled keys go. Weights in shards are
-        gathered: all ranks call this, and each must have the memory for all of them.
+        A CLEAR checkpoint's weights stay, its down-sampled keys go; shards are gathered: each rank needs room for all.
         """
         for model in (*self._controlnets, self._striped):
             model.remove()
@@ -103,7 +93,7 @@ class Parallelized:
             self._owns_group = False
 
     def close(self) -> None:
-        """End everything that the ranks share; the pipeline is of no use afterwards."""
+        """End all that ranks share; the pipeline is of no use afterwards."""
         for model in (self._striped, *self._controlnets):
             for shards in model.shards:
                 shards.close()

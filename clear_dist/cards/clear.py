@@ -1,6 +1,6 @@
-"""CLEAR checkpoints (paper, Sec. 3.3): rules for their names and for the tensors they hold. No torch here.
+"""CLEAR checkpoints (paper, Sec. 3.3): rules for their names and tensors, without torch.
 
-A name gives the radius r and, where there are down-sampled keys, their factor d: `clear_local_<r>.safetensors`,
+Names give the radius r and, with down-sampled keys, their factor d: `clear_local_<r>.safetensors`,
 `clear_local_<r>_down_<d>.safetensors`. With down-sampled keys each layer also has a spatial weight of d x d numbers.
 """
 
@@ -21,7 +21,7 @@ _NAME = re.compile(r"clear_local_([1-9]\d*)(?:_down_([1-9]\d*))?\.safetensors")
 
 
 def radius_of(checkpoint: str | Path) -> int | None:
-    """Radius in tokens that a checkpoint was distilled for, by the name of its file; None where the name has none."""
+    """Radius in tokens by a checkpoint's file name; None where the name has none."""
     match = _match(checkpoint)
     return int(match[1]) if match else None
 
@@ -33,11 +33,7 @@ def named_down_factor(checkpoint: str | Path) -> int | None:
 
 
 def down_factor_of(tensors: Shapes, where: Path | str) -> int:
-    """Factor of down-sampled keys by a checkpoint's tensors; 1 without such keys.
-
-    Raises:
-        Refusal: a spatial weight has a wrong shape, or the file's name says otherwise.
-    """
+    """Factor of down-sampled keys, 1 without; raises a Refusal for a wrong shape, or another factor in the name."""
     weights = {name: shape for name, shape in tensors.items() if name.endswith(f".{SPATIAL_WEIGHT}")}
     found = max((size for shape in weights.values() for size in shape), default=1)
     for name, shape in weights.items():
@@ -52,12 +48,11 @@ def down_factor_of(tensors: Shapes, where: Path | str) -> int:
 
 
 def spatial_shape(factor: int) -> tuple[int, ...]:
-    """Shape of a layer's spatial weight."""
     return 1, 1, 1, factor, 1, factor, 1
 
 
 def with_spatial_weights(tensors: Shapes, factor: int) -> Shapes:
-    """The tensors, plus a spatial weight for each of their attention layers where the factor is above 1."""
+    """The tensors and, where the factor is above 1, a spatial weight per attention layer."""
     layers = dict.fromkeys(name.partition(".attn.")[0] for name in tensors) if factor > 1 else {}
     return {**tensors, **{f"{layer}.attn.{SPATIAL_WEIGHT}": spatial_shape(factor) for layer in layers}}
 

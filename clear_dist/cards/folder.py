@@ -1,4 +1,4 @@
-"""A model before it is loaded: which family it is of, its sizes and its defaults, from its folder or from its name."""
+"""Model facts before loading: family, sizes and defaults, from a folder or a name."""
 
 import os
 import re
@@ -20,19 +20,17 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts(Defaults):
-    """Facts about a model that checks and defaults need."""
+    """Facts about a model for checks and defaults; sizes in pixels, `token_size` along a token's side."""
 
     location: str
     """A folder, or a hub id."""
     is_demo: bool = False
     folder: Path | None = None
     card: Card | None = None
-    """None for a hub model that is not known before its files are here, as are the next two."""
+    """None, like the next two, for a hub model not known before its files are here."""
     shape: TransformerShape | None = None
     native_size: int | None = None
-    """Pixels."""
     token_size: int = 16
-    """Pixels along the side of a token."""
 
     @property
     def name(self) -> str:
@@ -41,11 +39,7 @@ class ModelFacts(Defaults):
 
 
 def find_model(model: str, cards: Cards, *, has_cuda: bool) -> ModelFacts:
-    """The model that `--model` names.
-
-    Raises:
-        Refusal: there is no such folder, or it is empty, damaged, or of no family that is known.
-    """
+    """The model that `--model` names; raises a Refusal for a folder that is missing, damaged or of no known family."""
     if model == "auto":
         model = cards.default if has_cuda else "demo"
     if model == "demo":
@@ -74,11 +68,7 @@ def card_of(folder: Path, cards: Cards) -> Card:
 
 
 def read_folder(folder: Path, cards: Cards) -> ModelFacts:
-    """The model in a folder in diffusers' layout, its weights' headers compared with its configurations.
-
-    Raises:
-        Refusal: as `find_model`.
-    """
+    """The model in a folder, its weights' headers compared with its configurations; raises as `find_model`."""
     _check_folder(folder, cards)
     card = card_of(folder, cards)
     _check_parts(folder, card, cards.default)
@@ -143,7 +133,6 @@ def _check_folder(folder: Path, cards: Cards) -> None:
 
 
 def _check_parts(folder: Path, card: Card, nearest: str) -> None:
-    """Raises a Refusal where a part is missing, or the transformer or the scheduler is of another class."""
     for part in card.parts:
         if not (folder / part).is_dir():
             raise Refusal(f"a {card.pipeline} must have the folder {part}, and {folder} has none; download it again")
@@ -156,7 +145,6 @@ def _check_parts(folder: Path, card: Card, nearest: str) -> None:
 
 
 def _schedulers(folder: Path, index: Mapping[str, Any]) -> set[str]:
-    """Classes of the scheduler by the index, which decides what diffusers loads, and by its own configuration."""
     listed = index.get("scheduler")
     by_index = listed[1] if isinstance(listed, list) and len(listed) == 2 else None
     return {str(by_index), str(read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name"))}

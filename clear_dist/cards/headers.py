@@ -15,20 +15,16 @@ PART_OF_SEVERAL = re.compile(r"-\d+-of-\d+\.")
 LONGEST_HEADER = 100_000_000
 """Bytes; the safetensors library's own limit."""
 LARGEST_NUMBER = 65_536
-"""Layers, channels or pixels in a configuration: far more than any model has."""
+"""Bound for layers, channels or pixels in a configuration."""
 
 
 def read_shapes(file: Path) -> Shapes:
-    """Name and shape of every tensor in `file`; raises a Refusal as `read_tensors` does."""
+    """Shapes by name; raises as `read_tensors`."""
     return {name: shape for name, (_, shape) in read_tensors(file).items()}
 
 
 def read_tensors(file: Path) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-    """Name, dtype (such as "BF16") and shape of every tensor in `file`.
-
-    Raises:
-        Refusal: the file is missing, empty, pickled, truncated, or of another format.
-    """
+    """Dtype (such as "BF16") and shape by name; raises a Refusal for a missing, pickled, truncated or foreign file."""
     refuse_pickled(file)
     if not file.is_file():
         raise Refusal(f"there is no file {file}; weights must be a safetensors file")
@@ -55,19 +51,12 @@ def read_tensors(file: Path) -> Mapping[str, tuple[str, tuple[int, ...]]]:
 
 
 def read_component(folder: Path, stem: str) -> Shapes:
-    """Name and shape of every tensor of a model's part; raises a Refusal as `component_files` and `read_tensors` do."""
+    """Shapes of a model's part by name; raises as `component_files` and `read_tensors`."""
     return {name: shape for file in component_files(folder, stem) for name, shape in read_shapes(file).items()}
 
 
 def component_files(folder: Path, stem: str) -> list[Path]:
-    """Weight files of a model's part: one, or those that its index names.
-
-    Args:
-        stem: name of the file, or of the index, without its ending.
-
-    Raises:
-        Refusal: there are no weights or only pickled ones, the index is damaged, or a file that it names is missing.
-    """
+    """Weight files of a model's part; raises a Refusal where they are missing or pickled, or their index is damaged."""
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
@@ -87,7 +76,6 @@ def component_files(folder: Path, stem: str) -> list[Path]:
 
 
 def _refuse_others(file: Path, index: Path) -> None:
-    """Raises a Refusal naming weights that lie where `file` should."""
     others = sorted(file.parent.iterdir())
     for other in others:
         if other.suffix in PICKLED:

@@ -9,20 +9,15 @@ _WORD = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?(?::([\w./-]+))?", re.
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file on the hub; `str` gives its name."""
+    """A file on the hub; `revision` is a commit, tag or branch, None: the main branch."""
 
     repository: str
     revision: str | None
-    """A commit, tag or branch; None: the repository's main branch."""
     file: str
 
     @classmethod
     def of(cls, word: str, *, default: str = "") -> Self | None:
-        """The file that `word` names; None where it names none.
-
-        Args:
-            default: the file where `word` names a repository only; "" if such a word names no file.
-        """
+        """The file that `word` names, `default` where it names a repository only; None where it names none."""
         match = _WORD.fullmatch(word)
         file = (match[3] or default) if match else ""
         return cls(match[1], match[2], file) if match and file else None

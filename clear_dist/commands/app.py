@@ -93,7 +93,6 @@ def _message(error: Exception, arguments: Sequence[str]) -> str | None:
 
 
 def _value_of(flags: Sequence[str], arguments: Sequence[str]) -> str:
-    """The last value given for a flag, as `--flag value` or `--flag=value`."""
     values = [""]
     for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, equals, value = word.partition("=")
@@ -103,5 +102,4 @@ def _value_of(flags: Sequence[str], arguments: Sequence[str]) -> str:
 
 
 def _command(arguments: Sequence[str]) -> str:
-    """The command that was asked for; nothing where there is none of that name."""
     return next((word for word in arguments if word in COMMANDS), "")

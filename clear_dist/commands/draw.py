@@ -25,11 +25,6 @@ def upscale(flags: UpscaleFlags) -> int:
 
 
 def _run(flags: PictureFlags) -> int:
-    """Check the request, start its ranks, and return the exit status; notes go to stderr, once.
-
-    Raises:
-        Refusal: the request is wrong.
-    """
     began, place = time.time(), env.read()
     request, facts, notes = settle(flags, place, CARDS)
     for line in (*notes, *fit_here.require(request, facts, place)) if place.rank == 0 else ():

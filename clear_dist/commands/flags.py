@@ -14,18 +14,15 @@ from clear_dist.request.flags import PANELS
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """A record of flags, and the function that acts on it."""
+    """A record of flags, and the function that takes one and returns the exit status."""
 
     record: type[Flags]
     run: Callable[[Any], int]
-    """Takes a record, and returns the exit status."""
 
     def flags(self) -> dict[str, Flag]:
-        """Its flags by name."""
         return {each.name: flag_of(each) for each in _shown(self.record)}
 
     def for_typer(self) -> Callable[..., int]:
-        """A function whose signature typer reads."""
 
         def call(**given: Any) -> int:
             read = {name: _read(flag, given[name]) for name, flag in self.flags().items()}
@@ -38,7 +35,6 @@ class Command:
 
 
 def no_number(name: str, flag: Flag, text: str) -> Refusal:
-    """The Refusal for `text` as the value of a flag that takes a number."""
     assert flag.bounds is not None, name
     least, most = flag.bounds
     whole = isinstance(least, int)
@@ -53,7 +49,6 @@ def no_number(name: str, flag: Flag, text: str) -> Refusal:
 
 
 def _shown(record: type[Flags]) -> list[Field]:
-    """A record's flags by panels, and in each those of its own before those that it shares with others."""
     names = dict.fromkeys(name for kind in record.__mro__ for name in vars(kind).get("__annotations__", ()))
     by_name = {each.name: each for each in fields(record)}
     shown = [by_name[name] for name in names if record.shows(flag_of(by_name[name]))]
@@ -74,7 +69,7 @@ def _parameter(each: Field, hint: Any) -> Parameter:
 
 
 def _as_text(hint: Any) -> Any:
-    """str, or with None: what is not one of the choices is refused by us."""
+    """str, or with None: choices are checked by us, not by typer."""
     return str | None if type(None) in get_args(hint) else str
 
 

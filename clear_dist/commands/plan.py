@@ -18,7 +18,6 @@ from clear_dist.request.settle import choose
 NO_FIT = 2
 """Exit status, as for any wrong request."""
 SWEPT = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
-"""Numbers of ranks."""
 
 
 def plan(flags: PlanFlags) -> int:
@@ -58,7 +57,6 @@ def planned_for(flags: PlanFlags) -> Plan:
 
 
 def _gpu(flags: PlanFlags, found: tuple[devices.FoundGpu, ...]) -> Gpu | None:
-    """The kind of GPU that was asked for, or is here; None: a CPU."""
     if found:
         return replace(fit_here.kind_of(found[0]), memory=found[0].total)
     if flags.gpu == "cpu" or (flags.gpu == "auto" and flags.model == "demo"):
@@ -75,7 +73,6 @@ def _with_ranks(first: Plan, ranks: int) -> Plan:
 
 
 def _tell(flags: PlanFlags, shown: Any, recorded: Any, *about: Any, fits: bool) -> int:
-    """On stdout, for people or for programs; returns the exit status."""
     if flags.json:
         print(json.dumps(recorded(*about), indent=1))
     else:

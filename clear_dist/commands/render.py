@@ -30,17 +30,14 @@ from clear_dist.request.request import Request
 from clear_dist.stages import Stage
 
 SAVING = 0.5
-"""Share of a denoising step, in time, on a CPU; for the time left only."""
+"""Share of a denoising step on a CPU; for the time left only."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rendering(Prepared):
-    """One request on one rank, with its model loaded."""
-
     stages: list[report.StageFigures] = field(default_factory=list)
 
     def run(self) -> None:
-        """Draw and save all pictures, and write the report."""
         request = self.request
         stages = request.stages
         saved = stages if request.save_stages else stages[-1:]
@@ -59,7 +56,6 @@ class Rendering(Prepared):
             self._report(request.report)
 
     def _render_prompt(self, index: int) -> Drawing:
-        """Draw and save all stages of one prompt; returns the last one."""
         request, began, count = self.request, time.perf_counter(), len(self.request.prompts)
         saving = Saving(
             request=request, settings=self._settings(), seed=self.seed, group=self.group, prompt=index, began=began
@@ -91,7 +87,6 @@ class Rendering(Prepared):
         return drawing
 
     def _write_profile(self, profile: Profile) -> None:
-        """Write each rank's own; one line tells, once all are there."""
         profile.write()
         self.group.barrier()
         if self.group.rank == 0:
@@ -99,7 +94,6 @@ class Rendering(Prepared):
             print(f"profile={first} ranks={self.group.size} steps={profile.steps}", flush=True)
 
     def _encode(self, index: int) -> dict[str, Tensor]:
-        """Arguments of the pipeline for a prompt."""
         encoded: Encoded = []
         if self.encoded is not None:
             encoded = self.encoded[index]
@@ -118,7 +112,6 @@ class Rendering(Prepared):
             self.previews.after_step(pipe, stage, done, latents)
 
     def _note(self, stage: Stage, drawing: Drawing) -> None:
-        """Keep a stage's figures for the report."""
         token = self.request.token_size
         figures = report.StageFigures(
             grid=(stage.height // token, stage.width // token),
@@ -128,7 +121,6 @@ class Rendering(Prepared):
         self.stages.append(figures)
 
     def _settings(self) -> dict[str, Any]:
-        """The request as plain values, with this run's choices: settings that make the picture again."""
         chosen = {"seed": self.seed, "text_attention": self.handle.text_attention, "transport": self.group.transport}
         return json.loads(json.dumps(asdict(self.request), default=str)) | chosen
 
@@ -166,11 +158,7 @@ def saving_work(stage: Stage) -> float:
 
 
 def render(request: Request, began: float) -> None:
-    """Make the pictures of `request`, given at wall clock `began`, together with the other ranks.
-
-    Raises:
-        Refusal: the request is wrong in a way that only the loaded model could tell.
-    """
+    """Make a request's pictures; `began` is wall clock. Raises a Refusal for what only the loaded model could tell."""
     with watched(rank=env.read().rank) as phases, torch.inference_mode():
         rendering = Rendering(**vars(prepare(request, began, phases)))
         with rendering.compile_time.measuring(), unwinding():  # from here on files are written

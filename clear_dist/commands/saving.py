@@ -22,16 +22,15 @@ NOT_TO_BE_SHARED = ("prompts", "negative_prompt", "output", "latents_out", "repo
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:
-    """Called alike on every rank; rank 0 writes, row by row as stripes arrive."""
+    """Called alike on every rank for prompt number `prompt`; rank 0 writes, row by row as stripes arrive."""
 
     request: Request
     settings: Mapping[str, Any]
     seed: int
     group: Group
     prompt: int
-    """Index of the prompt."""
     began: float
-    """Start of its work, by `time.perf_counter`."""
+    """By `time.perf_counter`."""
 
     def save(self, drawing: Drawing, *, last: bool) -> None:
         """Save all pictures of a stage, a lower one's named by size; raises OSError, and leaves no part of a file."""
@@ -52,7 +51,6 @@ class Saving:
                     pass
 
     def _tell(self, written: list[Path], size: Size) -> None:
-        """Print a line per picture, for people and for scripts."""
         names = ("output", "thumbnail")
         fields = {name: shlex.quote(str(file)) for name, file in zip(names, written, strict=False)}
         fields |= {
@@ -64,7 +62,7 @@ class Saving:
         print(" ".join(f"{name}={value}" for name, value in fields.items()), flush=True)
 
     def _metadata(self, index: int) -> dict[str, str]:
-        """Settings of one picture that may be shared with it: no other prompts, no folders of this machine."""
+        """Settings that may be shared: no other prompts, no folders of this machine."""
         settings = {name: value for name, value in self.settings.items() if name not in NOT_TO_BE_SHARED}
         settings["model"] = settings.pop("model_name")
         if settings["clear_weights"] is not None and Path(settings["clear_weights"]).exists():

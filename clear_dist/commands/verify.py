@@ -35,20 +35,13 @@ def _verify(device: str, output: str | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Device and ranks to verify on."""
-
     device: str
     world_size: int
     lines: tuple[str, ...]
-    """For the user."""
 
 
 def settled(flags: VerifyFlags, place: Place) -> Setting:
-    """The device and the number of ranks.
-
-    Raises:
-        Refusal: there is no such device, torchrun has started another number of ranks, or the report cannot be written.
-    """
+    """Raises a Refusal for a missing device, a number of ranks other than torchrun's, or an unwritable report."""
     gpus = devices.gpus_for(flags.device)
     size = devices.world_size(flags.nproc, place, otherwise=gpus or RANKS_ON_CPU)
     if flags.json is not None and flags.json != STDOUT:

@@ -1,6 +1,6 @@
 """Pictures stage by stage: each is drawn from noise, or from the former one, enlarged and refined (SDEdit, Sec. 4.3).
 
-Every rank holds the pixel rows of its stripe only; latents are equal on all ranks that take part in a stage.
+Ranks hold the pixel rows of their stripes only; latents are equal on all that take part in a stage.
 
 Shapes: B pictures, C channels, R my rows, E the rows that mine are interpolated from, W columns.
 """
@@ -27,7 +27,7 @@ from clear_dist.stages import Size, Stage, Upscaling
 from clear_dist.vae import decode_stripes, encode_stripes
 
 SEED_STRIDE = 0x9E3779B97F4A7C15
-"""Distance between the seeds of stages, so that none meets a neighbouring request's."""
+"""Distance between the seeds of stages, so that none meets a nearby request's."""
 
 ENCODING, DECODING = 1.5, 3.0
 """Passes through the transformer that take equally long, on a CPU with the embedded model."""
@@ -35,16 +35,15 @@ ENCODING, DECODING = 1.5, 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """Pictures of one size, each rank holding some of their rows."""
+    """Pictures of one size in pixels, each rank holding some of their rows."""
 
     size: Size
-    """Height and width in pixels."""
     rows: tuple[Rows, ...]
-    """Pixel rows of each rank; none where a rank has nothing."""
+    """Pixel rows by rank, none where a rank has nothing."""
     pixels: Tensor | None
-    """My rows [B, 3, R, W], floating-point numbers in [-1, 1], or bytes."""
+    """My rows [B, 3, R, W], floats in [-1, 1] or bytes."""
     latents: Tensor | None = None
-    """Whole pictures [B, tokens, 64], on the ranks that took part in drawing them."""
+    """Whole pictures [B, tokens, C], on the ranks that drew them."""
 
 
 class Cascade:
@@ -78,10 +77,9 @@ class Cascade:
         detail: str = "",
         around: Callable[[int], AbstractContextManager[None]] = lambda number: nullcontext(),
     ) -> Iterator[Drawing]:
-        """Pictures of one stage after the other, the first drawn from `before` or noise, each inside `around(number)`.
+        """Pictures stage by stage, the first from `before` or noise, each drawn inside `around(number)`.
 
-        Raises:
-            Refusal: before any is drawn, where the stale schedule's buffers of the last stage would not fit.
+        Raises a Refusal, before any is drawn, where the stale schedule's buffers of the last stage would not fit.
         """
         last, token = stages[-1], self._adapter.token_size
         batch = len(self._embeddings[self._adapter.arguments[0]])
@@ -95,7 +93,7 @@ class Cascade:
             yield before
 
     def draw(self, stage: Stage, before: Drawing | None = None, *, detail: str = "") -> Drawing:
-        """Pictures of one stage, from `before` or noise; with fewer units of rows than ranks some ranks are idle."""
+        """Pictures of one stage, from `before` or noise; ranks beyond the units of rows are idle."""
         group, rows, unit = self._striped.group, stage.height // self._adapter.token_size, self._striped.settings.unit
         ranks = min(group.size, rows // unit)
         if self._striped.shards and ranks < group.size:  # idle ones would not give others their share
@@ -153,7 +151,7 @@ class Cascade:
         )
 
     def _enlarge(self, before: Drawing, stage: Stage, held: tuple[Rows, ...]) -> Tensor | None:
-        """My rows [B, C, R, W] of the former pictures at this stage's size, in [-1, 1]; all ranks call this."""
+        """My rows [B, C, R, W] at this stage's size, in [-1, 1]."""
         group, (height, width) = self._striped.group, before.size
         behind = tuple(rows_behind(rows, height, stage.height) for rows in held)
         mine = None if before.pixels is None else (len(before.pixels), before.pixels.dtype)
@@ -177,7 +175,7 @@ class Cascade:
 
     @torch.no_grad()
     def _encode(self, pixels_BCRW: Tensor | None, group: Group, stripes: tuple[Rows, ...]) -> Tensor | None:
-        """Latents [B, 16, H, W] of whole pictures: the means, so that ranks need not share any noise."""
+        """Latents [B, C, H, W] of whole pictures: the means, so that ranks need not share any noise."""
         if pixels_BCRW is None:  # this rank idles
             return None
         vae, counters = self._pipe.vae, self._striped.counters
@@ -195,7 +193,6 @@ class Cascade:
         return decode_stripes(vae, rows_BCRW.to(vae.dtype), group, stripes, counters=self._striped.counters)
 
     def _in_pixels(self, stripes: tuple[Rows, ...]) -> tuple[Rows, ...]:
-        """Rows of pixels for rows of tokens, and none for each rank without a stripe."""
         token, idle = self._adapter.token_size, self._striped.group.size - len(stripes)
         return (*(Rows(token * rows.start, token * rows.stop) for rows in stripes), *(Rows(0, 0),) * idle)
 

@@ -36,20 +36,17 @@ def generate(
     base_resolution: int | None = None,
     upscaling: Upscaling | None = None,
 ) -> list[Image]:
-    """Pictures of `prompt`, on rank 0; the other ranks take part and get an empty list.
+    """Pictures of `prompt` on rank 0; the other ranks take part and get an empty list.
 
     Args:
         pipe: a parallelized pipeline; only rank 0 needs its text encoders.
-        height, width: pixels, multiples of the token size, or of a down-sampled key's; the native size by default.
-        seed: of a CPU generator: the same noise as in the stock pipeline, on any number of ranks.
+        height, width: pixels, in whole tokens or down-sampled keys; None: the native size.
+        seed: of a CPU generator: the stock pipeline's noise on any number of ranks.
         cascade: draw at the native size first, then enlarge and refine, about 2 times a stage (paper, Sec. 4.3).
-        base_resolution: side in pixels of a square as large as the first stage; the native size by default.
-        guidance_scale, true_cfg_scale: of the first stage; `upscaling` has its own.
-        upscaling: refinement of upper stages; by default as in CLEAR's notebook, `num_inference_steps` x 0.7 steps.
+        base_resolution: pixels along a square as large as the first stage; None: the native size.
+        upscaling: of upper stages, guidance too; None: as in CLEAR's notebook, `num_inference_steps` x 0.7 steps.
 
-    Raises:
-        ValueError: the pipeline is not parallelized or of another kind, a size is no multiple of the token size, or
-            buffers of the stale schedule would not fit.
+    Raises ValueError for an unsupported pipeline, a side not in whole tokens, or no room for stale buffers.
     """
     native = require_striped(pipe).family.adapted(pipe).native_size
     require_known_pipeline(pipe)
@@ -82,12 +79,8 @@ def upscale(
 ) -> list[Image]:
     """`image` enlarged and refined, stage by stage; a list of one on rank 0, empty on the others.
 
-    Args:
-        image: any size and shape, read on rank 0 only; stretched where `height` and `width` have another shape.
-        upscaling, and all others: as in `generate`.
-
-    Raises:
-        ValueError: the pipeline is not parallelized, a size is no multiple of the token size, or the picture is larger.
+    Only rank 0 reads the image, stretched where `height` and `width`, in pixels, have another shape. Raises ValueError
+    for an unsupported pipeline, a side not in whole tokens, or a larger image.
     """
     striped = require_striped(pipe)
     require_whole_tokens(pipe, height=height, width=width)
@@ -113,7 +106,7 @@ def require_known_pipeline(pipe: Any) -> None:
 
 
 def require_whole_tokens(pipe: Any, **sizes: int) -> None:
-    """Raises ValueError where a size in pixels is no multiple of the token's, or of a down-sampled key's."""
+    """Raises ValueError where a size in pixels is not in whole tokens or down-sampled keys."""
     unit = unit_size(pipe)
     for name, size in sizes.items():
         if size < unit or size % unit:
@@ -153,7 +146,6 @@ def _encoded(
     max_sequence_length: int,
     num_images: int = 1,
 ) -> dict[str, Tensor]:
-    """Embeddings of the prompts; raises ValueError where ranks' arguments differ, before any waits."""
     if not prompts:
         raise ValueError("prompt must be a text or a list of at least one, got an empty list")
     if num_images < 1:

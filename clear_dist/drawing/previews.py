@@ -23,8 +23,7 @@ LEAST_SIDE = 2
 class Previews:
     """Writes, on one rank, the finished picture as the current step expects it.
 
-    The velocity that the model predicted is the difference of two steps' latents, so there is none after the first
-    step of a stage, and keeping one step's latents is all it costs.
+    The velocity is the difference of two steps' latents, so there is no preview after a stage's first step.
     """
 
     def __init__(self, file: Path, every: int) -> None:

@@ -19,8 +19,7 @@ def encode_prompts(
 ) -> dict[str, Tensor]:
     """Embeddings with a row per picture, by name in `adapter.arguments`; only rank 0 uses its text encoders.
 
-    Prompts are padded or cut to `max_sequence_length` tokens; there are as many negative prompts, or none.
-    `counters` count the broadcast as `other_bytes`.
+    There are as many negative prompts, or none; `counters` count the broadcast as `other_bytes`.
     """
     encoded: Encoded = []
     if group.rank == 0:
@@ -32,7 +31,6 @@ def encode_prompts(
 
 
 def nothing(adapter: PipelineAdapter) -> Encoded:
-    """Placeholders for negative prompts."""
     return [None] * (len(adapter.arguments) // 2)
 
 

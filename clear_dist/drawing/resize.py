@@ -36,16 +36,12 @@ def resize_rows(
     rows: Rows,
     max_bytes: int = MAX_BYTES,
 ) -> Tensor:
-    """`rows` of `F.interpolate(whole picture, new_size, mode="bicubic")`, to float32's rounding.
+    """`rows` of `F.interpolate(whole picture, new_size, mode="bicubic")`, [B, C, R, new width], to float32's rounding.
 
     Args:
-        pixels_BCEW: the rows `rows_behind(rows, ...)` or more, the first being row `first_row` of the picture;
-            computed in float32 whatever their dtype.
+        pixels_BCEW: at least the rows `rows_behind(rows, ...)`, from `first_row` on; the result has their dtype.
         size, new_size: height and width of the whole picture before and after.
         max_bytes: limit of the temporary tensors; a chunk has one row at least.
-
-    Returns:
-        New tensor [B, C, len(rows), new width] in the dtype of `pixels_BCEW`.
     """
     batch, channels, held, width = pixels_BCEW.shape
     behind = rows_behind(rows, size[0], new_size[0])
@@ -61,7 +57,6 @@ def resize_rows(
 
 
 def _chunks(rows: Rows, size: tuple[int, int], new_size: tuple[int, int], max_values: int) -> Iterator[Rows]:
-    """Pieces of `rows` whose temporary tensors (low rows, wide ones, sum, tap) have `max_values` per channel."""
     per_low_row = size[1] + new_size[1]
     per_row = per_low_row * size[0] / new_size[0] + 2 * new_size[1]
     count = max(1, int((max_values - TAPS * per_low_row) / per_row))
@@ -70,7 +65,6 @@ def _chunks(rows: Rows, size: tuple[int, int], new_size: tuple[int, int], max_va
 
 
 def _mix(wide: Tensor, first_row: int, rows: Rows, height: int, new_height: int) -> Tensor:
-    """High rows from low ones of their final width that begin at `first_row`."""
     above_R = torch.tensor([_row_above(row, height, new_height) for row in range(rows.start, rows.stop)])
     mixed = None
     for tap, weight_R in enumerate(_weights(above_R, rows, height, new_height), start=-1):

@@ -13,24 +13,21 @@ from clear_dist.comm.group import Group
 LARGEST_WEIGHT = 8191
 
 MOST_SHAPES = 16
-"""Two numbers per compared input; models have at most five inputs, ControlNets eight."""
+"""Two numbers per input; models have at most five inputs, ControlNets eight."""
 
 LARGEST_DEVIATION = 0.05
 """Distance between ranks' embeddings of length 1: bfloat16 rounds by 0.004, another prompt changes more."""
 
 
 class SameCall:
-    """Check that all ranks have reached the same forward; otherwise they would wait for each other.
-
-    Started with the forward and finished before its first message, so that the stale schedule never waits for it.
-    """
+    """Check that all ranks are in the same forward; finished late, so that the stale schedule never waits for it."""
 
     def __init__(self, counters: Counters) -> None:
         self._counters = counters
         self._finish: Callable[[], bool] | None = None
 
     def begin(self, group: Group, clock: Clock, inputs: Sequence[Tensor]) -> None:
-        """Start the check; all ranks call this at the start of each forward."""
+        """All ranks call this at the start of each forward."""
         shapes = [size for x in inputs for size in (x.ndim, x.numel())]
         padded = (shapes + [0] * MOST_SHAPES)[:MOST_SHAPES]
         self._finish = group.start_equal([clock.step, clock.turn, *padded])
@@ -52,16 +49,7 @@ class SameCall:
 def require_equal_on_all_ranks(
     drawn: list[Tensor], encoded: list[Tensor], settings: dict[str, Any], group: Group
 ) -> None:
-    """Compare settings, noise and embeddings over ranks.
-
-    Args:
-        drawn: equal to the bit.
-        encoded: equal up to rounding, since each rank may have computed its own.
-        settings: by their names in error messages; pickled and compared with ==.
-
-    Raises:
-        ValueError: on all ranks, where something differs; mostly noise drawn without a common generator.
-    """
+    """Raises ValueError on all ranks unless `drawn` is equal to the bit, `encoded` up to rounding, `settings` by ==."""
     everyone = group.gather_objects((settings, [shadow(x) for x in encoded]))
     for name in settings:
         values = [theirs[name] for theirs, _ in everyone]

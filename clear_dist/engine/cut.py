@@ -41,7 +41,6 @@ class Cut:
     group: Group
     extrapolation: Extrapolation | None
     stale: bool
-    """Whether the exchanges follow the stale schedule."""
     stripes: tuple[Rows, ...]
     plan: HaloPlan
     joint_attention: JointAttention
@@ -62,20 +61,20 @@ class Cut:
         text_tokens: int,
         stale: bool,
     ) -> bool:
-        """Whether `cut_image` would make an equal cut from these."""
+        """Whether this cut can be reused for such an image."""
         mine = self.height, self.width, self.extrapolation, self.text_tokens, self.stale
         return self.group is group and (*size, extrapolation, text_tokens, stale) == mine
 
 
 def plan_image(size: tuple[int, int], group: Group, radius: int | None, unit: int) -> tuple[tuple[Rows, ...], HaloPlan]:
-    """All stripes of an image of `size` tokens, and this rank's halos; raises ValueError as `cut_image` does."""
+    """All stripes of an image of `size` tokens, and this rank's halos; raises as `cut_image`."""
     stripes = cut_in_stripes(size[0], group.size, unit=unit)
     require_units("width", size[1], unit)
     return stripes, plan_halos(stripes, group.rank, radius)
 
 
 def stale_bytes(size: tuple[int, int], group: Group, settings: Settings, *, row_bytes: int, layers: int) -> int:
-    """Bytes of the stale schedule's buffers on this rank for an image of `size` tokens, as in `halo_bytes_kept`."""
+    """Bytes of the stale schedule's buffers on this rank, as in `halo_bytes_kept`, for an image of `size` tokens."""
     stripes, plan = plan_image(size, group, settings.options.radius, settings.unit)
     needed = needed_bytes(plan, row_bytes=row_bytes, layers=layers)
     if settings.pooling is not None:
@@ -86,7 +85,7 @@ def stale_bytes(size: tuple[int, int], group: Group, settings: Settings, *, row_
 
 
 def largest_call(size: tuple[int, int], stripes: tuple[Rows, ...], radius: int) -> dict[str, int]:
-    """Sizes that no attention call of any rank exceeds; equal on all ranks, so that all choose one backend."""
+    """Bounds of any rank's attention calls, equal on all ranks so that all choose one backend."""
     rows = max(map(len, stripes))
     # Own rows and each halo have a call of their own, with no more rows of keys than this.
     key_rows = min(size[0], rows + 2 * (radius - 1))
@@ -103,11 +102,9 @@ def cut_image(
     clock: Clock | None,
     counters: Counters,
 ) -> Cut:
-    """Cut an image of `size` tokens for this rank; nothing is sent. No clock: the sync schedule.
+    """Cut an image of `size` tokens for this rank, nothing sent; without a clock for the sync schedule.
 
-    Raises:
-        ValueError: more ranks than rows, or units of rows; a side that is no multiple of the unit; or an image that the
-            backend cannot serve.
+    Raises ValueError for more ranks than units of rows, a side that is no multiple of the unit, or no backend.
     """
     height, width = size
     # A wider circle than the image holds the same keys.

@@ -52,14 +52,12 @@ class Exchanges:
         self._made: dict[tuple[int, int, TextPlan], Exchange] = {}
 
     def of(self, turn: int, layer: int, text: TextPlan) -> Exchange:
-        """Exchange of a layer in pass `turn` of a step."""
         which = (0, 0, text) if self._clock is None else (turn, layer, text)
         if which not in self._made:
             self._made[which] = self._make(text)
         return self._made[which]
 
     def has_begun(self, turn: int) -> bool:
-        """Whether this pass has buffers."""
         return any(made == turn for made, *_ in self._made)
 
     def drain(self) -> None:
@@ -74,7 +72,6 @@ class Exchanges:
 
     @property
     def stale_bytes(self) -> int:
-        """Bytes kept from one step to the next."""
         made = self._made.values() if self._clock is not None else ()
         pooled = sum(exchange.pooled.exchange.received_bytes for exchange in made if exchange.pooled is not None)
         return pooled + sum(exchange.halos.received_bytes + exchange.text.kept_bytes for exchange in made)

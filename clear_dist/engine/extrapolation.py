@@ -9,7 +9,7 @@ POOLED_COUNT = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Extrapolation:
-    """How a transformer runs above its native size, equally on all ranks; raises ValueError for values out of range."""
+    """A transformer above its native size, equally on all ranks; raises ValueError for values out of range."""
 
     native_tokens: int
     """Image tokens at the native size, such as 64 x 64."""
@@ -32,8 +32,7 @@ def attention_scale(
 ) -> float | None:
     """Factor of the scores, sqrt(log_n0(n) / d), which keeps the entropy of more keys ("proportional attention").
 
-    n counts all text and image keys of the whole grid, whatever the window and the ranks; n0 does at the native size.
-    None without an extrapolation: attention's own 1 / sqrt(d).
+    n counts text and image keys of the whole grid, n0 at the native size. None without an extrapolation: 1 / sqrt(d).
     """
     if extrapolation is None:
         return None

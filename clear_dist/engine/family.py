@@ -1,13 +1,13 @@
 """A model family as the engine sees it, and the engine as a family's processors, blocks and hooks see it.
 
-A family is a folder under `families/`. The engine cuts a forward's inputs, joins its output and runs joint attention
-between; differences between models are methods here. Some need no method:
+The engine cuts a forward's inputs, joins its output and runs joint attention between; differences between models are
+methods here. Some need none:
 
-- The order of text and image in a model's own sequence: `engine/heads.py` lays both out, each is filled by name.
+- The order of text and image: `engine/heads.py` lays both out, each is filled by name.
 - Rotary or absolute positions: `cut` gives each rank those of its rows, or a hook does where they are added.
-- Blocks in which text and image are apart: text alone is computed by all ranks alike, by the stock processor; the image
-  alone exchanges halos too (`Heads` with `alone=True`).
-- Classifier-free guidance as a batch of two: the engine sees a larger batch.
+- Blocks with text and image apart: all ranks compute text alone by the stock processor; the image alone exchanges halos
+  (`Heads` with `alone=True`).
+- Classifier-free guidance as a batch of two: a larger batch.
 
 Shapes: B batch, T text tokens, L tokens of one rank, C channels, N heads, D head dim.
 """
@@ -32,8 +32,6 @@ Inputs = dict[str, Any]
 
 
 class Removable(Protocol):
-    """A hook, or another temporary change of a model."""
-
     def remove(self) -> None: ...
 
 
@@ -95,11 +93,11 @@ class Family(Modulated, Protocol):
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """Blocks in the order of calls, for sharding and quantisation."""
+        """Blocks in the order of calls."""
 
     @property
     def products(self) -> Sequence[str]:
-        """Names of the blocks' linear layers that all tokens go through, for quantisation."""
+        """Names of the blocks' linear layers that all tokens go through."""
 
     def processors(self, striped: Stripes) -> Mapping[str, StripeProcessor]:
         """Processors of attention layers that see the image, by layer name, in the order of calls."""
@@ -110,13 +108,13 @@ class Family(Modulated, Protocol):
     def named_inputs(self, args: tuple[Any, ...], kwargs: Inputs) -> Inputs: ...
 
     def generation(self, inputs: Inputs) -> object:
-        """An object that a pipeline makes once per generation and passes to all its forwards."""
+        """An object made once per generation and passed to all its forwards."""
 
     def latents(self, inputs: Inputs) -> Tensor:
-        """Latents [B, ...], an object that a pipeline makes once per step for all its passes."""
+        """Latents [B, ...], an object made once per step for all its passes."""
 
     def grid_of(self, inputs: Inputs) -> tuple[int, int]:
-        """Height and width of the image in tokens; may wait for the GPU. Raises ValueError where it is no grid."""
+        """Height and width in tokens; may wait for the GPU. Raises ValueError where the image is no grid."""
 
     def text_tokens(self, inputs: Inputs) -> int: ...
 
@@ -156,7 +154,7 @@ class PipelineAdapter(Protocol):
 
     @property
     def token_size(self) -> int:
-        """Side of a token in pixels."""
+        """Pixels along the side of a token."""
 
     @property
     def native_size(self) -> int:
@@ -187,22 +185,16 @@ class PipelineAdapter(Protocol):
         start: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Latents as the pipeline returns them, equal on all ranks.
+        """Latents as the pipeline returns them, equal on all ranks; raises RuntimeError on all unless they are finite.
 
-        Args:
-            pipe: the pipeline, or `refining()` where there is a start.
-            seed: of a CPU generator.
-            start: latents from `from_vae` that are refined; None: noise.
-
-        Raises:
-            RuntimeError: on all ranks, where the latents are not finite.
+        `pipe` is the pipeline, or `refining()` with a start: latents from `from_vae`; `seed` of a CPU generator.
         """
 
     def unpacked(self, latents: Tensor, rows: slice, size: Size) -> Tensor:
         """Rows of tokens [B, C, R, W] in the VAE's layout, for pictures of `size` pixels."""
 
     def for_vae(self, latents_BCRW: Tensor) -> Tensor:
-        """Latents for the VAE's decoder."""
+        """Latents for the decoder."""
 
     def from_vae(self, mean_BCHW: Tensor) -> Tensor:
         """Latents for image-to-image, from the means of the VAE's encoder."""
@@ -212,9 +204,7 @@ class Sample(Protocol):
     """A tiny random pipeline of a family, for `clear-dist verify`."""
 
     name: str
-    """Name of the family, as people write it."""
     steps: int
-    """Denoising steps of `draw`."""
     text_shape: tuple[int, ...]
     """Text queries of the real model in one layer: batch, tokens, heads, head dim."""
 
@@ -222,4 +212,4 @@ class Sample(Protocol):
         """Transformer and scheduler; equal weights in every process."""
 
     def draw(self, pipe: Any, grid: tuple[int, int]) -> Tensor:
-        """Latents of an image of `grid` tokens, from fixed noise."""
+        """Latents of `grid` tokens, from fixed noise."""

@@ -1,7 +1,6 @@
 """Queries, keys and values of one layer on one rank, from their projection to their attention.
 
-Whatever the order of a model's own sequence, text comes first here: other ranks' (where each has a share), mine, then
-my rows of the image.
+Text comes first, whatever the model's own order: other ranks' (where each has a share), mine, then my image rows.
 
 Shapes: B batch, L tokens of this rank, N heads, D head dim.
 """
@@ -13,7 +12,7 @@ from clear_dist.engine.family import Stripes
 
 
 class Heads:
-    """Buffers that a block or processor fills in its own order; each start comes once, when its tokens are there."""
+    """Buffers that a block fills in its own order; each start comes once, when its tokens are there."""
 
     def __init__(
         self, striped: Stripes, layer: int, like: Tensor, *, tokens: int, heads: int, head_dim: int, alone: bool = False

@@ -1,7 +1,7 @@
-"""One attention layer on one rank: what is sent, what is computed meanwhile, what is waited for.
+"""One attention layer on one rank: messages, and what is computed meanwhile.
 
-Shared by all models: a family projects q, k and v (`heads.py`) and gets the output back, text tokens first. Where each
-rank has a share of the text, q, k and v have room for all of it, its own last; the output is its own.
+A family projects q, k and v (`heads.py`) and gets the output back, text tokens first. Where each rank has a share of
+the text, q, k and v have room for all of it, its own last; the output is its own.
 
 Shapes: B batch, N heads, T text, R my rows, W columns, D head dim, L = T + R x W tokens, P pooled keys, S all keys.
 """
@@ -24,10 +24,7 @@ from clear_dist.merge import RowsPart, merge, merge_rows
 
 @dataclass(frozen=True, kw_only=True)
 class WindowJointAttention:
-    """CLEAR's attention over stripes: image queries see text and circle (Sec. 3.2), text queries see all (Eq. 7).
-
-    Image queries also see the down-sampled keys of the whole image, where there are any; text queries don't.
-    """
+    """Image queries see text, circle (Sec. 3.2) and any down-sampled keys, text queries all but the latter (Eq. 7)."""
 
     plan: HaloPlan
     grid: Rows
@@ -68,7 +65,6 @@ class WindowJointAttention:
         return output_BLND
 
     def alone(self, halos: PendingHalos, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor) -> Tensor:
-        """Attention of a layer that sees the image alone: no text, no down-sampled keys."""
         query, scale = self._split(query_BLND, 0)[1], self._scale(query_BLND, 0)
         parts = self._image_parts(halos, query, (key_BLND, value_BLND), 0, scale, None)
         output_BLND = torch.empty_like(query_BLND)
@@ -85,7 +81,6 @@ class WindowJointAttention:
         scale: float | None,
         text_mask_BT: Tensor | None,
     ) -> list[RowsPart]:
-        """Attention of my rows to text and own keys, and to halos once they arrive; `keys_BLND` are keys and values."""
         (key_text, key), (value_text, value) = (self._split(x, text_tokens) for x in keys_BLND)
         no_text = key_text[:, :0]
 
@@ -179,7 +174,6 @@ class FullJointAttention:
         text_tokens: int,
         text_mask_BT: Tensor | None,
     ) -> tuple[Tensor, float | None]:
-        """Attention to the text and all rows, and the scale of its scores."""
         above, below = halos.wait()
         key_BSND, value_BSND = (
             torch.cat([x[:, :text_tokens], above[i].flatten(1, 2), x[:, text_tokens:], below[i].flatten(1, 2)], dim=1)

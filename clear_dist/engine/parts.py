@@ -1,8 +1,7 @@
 """Parts of a block between communications, as functions of tensors and of the block's own layers.
 
-Each can be compiled alone, which fuses everything between matrix products: norm with modulation, a projection's norm
-with its rotation, gate with residual. Results go straight to their destination: compiled, that takes no extra pass over
-memory. Layers are called as they are: with LoRA, quantised, in another place.
+Each can be compiled alone, which fuses all between matrix products; writing results straight to their destination then
+takes no extra pass over memory. Layers are called as they are: with LoRA, quantised, in another place.
 
 Shapes: B batch, L tokens, C channels, H hidden channels of an MLP, N heads, D head dim.
 """
@@ -18,9 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 MOST_TOKENS = 40_960
-"""Largest chunk, all pictures together. A picture of 8192 px on 8 ranks is one: cutting it would not lower a peak, and
-the links have the MLP to hide behind.
-"""
+"""Largest chunk, all pictures together; cutting 8192 px on 8 ranks would lower no peak, and hide fewer messages."""
 
 
 def modulate(norm: nn.Module, x_BLC: Tensor, shift_BC: Tensor, scale_BC: Tensor) -> Tensor:
@@ -33,18 +30,16 @@ def project(linear: nn.Module, x_BLC: Tensor, out_BLND: Tensor) -> None:
 
 
 def rotate(linear: nn.Module, norm: nn.Module, x_BLC: Tensor, cos_LD: Tensor, sin_LD: Tensor, out_BLND: Tensor) -> None:
-    """Queries or keys: projected, normalised, rotated by position in float32."""
+    """Queries or keys, rotated in float32."""
     heads_BLND = norm(linear(x_BLC).unflatten(-1, out_BLND.shape[-2:]))
     out_BLND.copy_(apply_rotary_emb(heads_BLND, (cos_LD, sin_LD), sequence_dim=1))
 
 
 def widen(linear: nn.Module, activation: nn.Module, x_BLC: Tensor, out_BLH: Tensor) -> None:
-    """First half of an MLP."""
     out_BLH.copy_(activation(linear(x_BLC)))
 
 
 def add_gated(linear: nn.Module, x_BLC: Tensor, y_BLH: Tensor, gate_BC: Tensor, out_BLC: Tensor) -> None:
-    """x + gate * linear(y)."""
     out_BLC.copy_(x_BLC + gate_BC[:, None] * linear(y_BLH))
 
 
@@ -55,7 +50,7 @@ def add_attention_and_mlp(
     modulation_BC: Sequence[Tensor],
     out_BLC: Tensor,
 ) -> None:
-    """Gated attention output, then gated MLP; `modulation_BC`: gate of the one, shift, scale and gate of the other."""
+    """Gated attention output, then gated MLP; `modulation_BC`: the one's gate, the other's shift, scale and gate."""
     to_out, norm, mlp = layers
     attention_gate, shift, scale, gate = modulation_BC
     x_BLC = x_BLC + attention_gate[:, None] * to_out(attended_BLC)

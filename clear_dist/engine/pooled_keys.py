@@ -1,8 +1,7 @@
 """Down-sampled keys (CLEAR's `..._down_4` checkpoints): each d x d tokens make one more key for all image queries.
 
 As in the official code, keys and values are pooled after norm and rotation, with d x d weights that all heads share;
-pooled keys have no positions, and text queries do not see them. Every rank pools its own rows, whole units of d, and
-exchanges them as halos on a grid of pooled rows (PeerLost where a rank went away).
+pooled keys have no positions. Ranks pool their own rows and exchange them as halos on a grid of pooled rows.
 
 Shapes: B batch, R my rows, W columns, N heads, D head dim; Y = R / d, X = W / d; P pooled keys of the whole image.
 """
@@ -18,7 +17,7 @@ from clear_dist.comm.halo_exchange import HaloExchange, PendingHalos
 @dataclass(frozen=True, kw_only=True)
 class Pooling:
     weights: tuple[Tensor, ...]
-    """[d, d] for each attention layer, in the transformer's order."""
+    """[d, d] per attention layer."""
 
     @property
     def factor(self) -> int:
@@ -35,7 +34,7 @@ class PooledKeys:
 
     @torch.no_grad()
     def start(self, layer: int, key_BRWND: Tensor, value_BRWND: Tensor) -> None:
-        """Pool my rows of attention layer `layer` and start their exchange; all ranks call this in the same order."""
+        """Pool my rows and start their exchange; all ranks call this in the same order."""
         key, value = (pool(x, self._pooling.weights[layer]) for x in (key_BRWND, value_BRWND))
         self._under_way = key, value, self.exchange.start(key, value)
 

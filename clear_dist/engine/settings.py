@@ -15,13 +15,10 @@ class Settings:
 
     options: Options
     choose_backend: Callable[..., Backend]
-    """`clear_dist.attention.choose_backend`, by the sizes of an image."""
     pooling: Pooling | None = None
-    """Down-sampled keys, which go with a window."""
 
     @property
     def reduction(self) -> Reduction:
-        """Reduction of the ranks' parts of the text queries' attention."""
         (chosen,) = (each for each in REDUCTIONS if each.word == self.options.text_attention)
         return chosen
 

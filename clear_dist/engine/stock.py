@@ -9,7 +9,7 @@ from clear_dist.engine.family import StripeProcessor
 
 
 def attention_layers(model: nn.Module) -> dict[str, Any]:
-    """Modules with an attention processor, by name, in the model's order."""
+    """Modules with an attention processor, by name."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "get_processor")}
 
 

@@ -20,14 +20,10 @@ from clear_dist.request.settle import located
 
 
 def locate(request: Request, group: Group, cards: Cards, *, local_rank: int) -> Request:
-    """The request with its model and CLEAR weights as local files, downloaded once per machine where they are not.
+    """The request with its model and weights as local files, fetched once per machine where they are missing.
 
-    LoRA are fetched with them; see `local_loras`.
-
-    Raises:
-        Refusal: the hub has no such model or file, does not give it to this user, or there is no room for it; or
-            what was fetched does not fit.
-        Failure: the hub cannot be reached, and the files are not here. Both on all ranks.
+    Raises on all ranks: a Refusal where the hub lacks or withholds a file, there is no room, or the files do not fit;
+    a Failure where the hub cannot be reached, and the files are not here.
     """
     model, checkpoint = wanted_model(request, cards), wanted_file(request.clear_weights, "--clear-weights auto")
     wants = [want for want in (model, checkpoint, *map(wanted_lora, request.loras)) if want is not None]
@@ -42,7 +38,7 @@ def locate(request: Request, group: Group, cards: Cards, *, local_rank: int) -> 
 
 
 def wanted_model(request: Request, cards: Cards) -> Wanted | None:
-    """Files of the model to fetch; None: it is a folder."""
+    """Files of the model to fetch; None: a folder."""
     if request.from_folder:
         return None
     return Wanted(
@@ -65,19 +61,18 @@ def wanted_file(name: str | None, nearest: str) -> Wanted | None:
 
 
 def wanted_lora(lora: Lora) -> Wanted | None:
-    """The LoRA's file to fetch; None: it is here."""
     return wanted_file(lora.source, "--lora FILE")
 
 
 def local_loras(request: Request) -> Iterator[Lora]:
-    """The request's LoRA as files, once they are fetched; `request` goes on naming them as they were asked for."""
+    """The request's LoRA as files, once fetched."""
     for lora in request.loras:
         want = wanted_lora(lora)
         yield lora if want is None else replace(lora, source=str(_held(want) / want.needed))
 
 
 def require_same_commit(group: Group, repository: str, commit: str) -> None:
-    """Raises a Refusal on all ranks where machines hold different ones: one may have had no answer from the hub."""
+    """Raises a Refusal on all ranks where commits differ: one machine may have had no answer from the hub."""
     commits = list(dict.fromkeys(group.gather_objects(commit)))
     if len(commits) > 1:
         raise Refusal(
@@ -87,7 +82,6 @@ def require_same_commit(group: Group, repository: str, commit: str) -> None:
 
 
 def _held(want: Wanted) -> Path:
-    """The folder of what this machine's first rank has fetched."""
     folder = cached(want)
     if folder is None:
         raise Failure(
@@ -98,7 +92,6 @@ def _held(want: Wanted) -> Path:
 
 
 def _failure_of(wants: Sequence[Wanted]) -> Exception | None:
-    """The exception that fetching raises, for all ranks to raise."""
     try:
         fetch(wants)
     except Exception as error:

@@ -1,7 +1,7 @@
 """Downloads: first asked for, then fetched, with a line now and then.
 
-Nothing is downloaded before the hub has said that it has the files, gives them to this user, and how large they are.
-The first question is asked once: the libraries below repeat theirs for half a minute and longer where nobody answers.
+Nothing is fetched before the hub has confirmed that this user may have the files, and told their sizes. The first
+question is asked once: the libraries below repeat theirs for half a minute and longer where nobody answers.
 """
 
 import errno
@@ -45,24 +45,18 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """Files of one repository."""
+    """Files of one repository, useless without `needed`; `nearest` is the flag to suggest in their place."""
 
     repository: str
     revision: str | None = None
     """Branch, tag or commit; None: the main branch."""
     patterns: tuple[str, ...]
     needed: str
-    """The file without which the others are of no use."""
     nearest: str
-    """Flag to suggest where the hub has no such files."""
 
 
 def fetch(wants: Sequence[Wanted]) -> None:
-    """Downloads what this machine lacks, once all of it is known to be there and to fit on the disk.
-
-    Raises:
-        Refusal, Failure: as `hub.locate`.
-    """
+    """Download missing files once all are known to be there and to fit on the disk; raises as `hub.locate`."""
     missing = {want: size for want in wants if (size := _missing_bytes(want)) is not None}
     for want in missing:
         remove_leftovers(Path(HF_HUB_CACHE), _blobs(want).parent.name)
@@ -96,11 +90,7 @@ def require_disk_space(needed: int, what: str) -> None:
 
 
 def remove_leftovers(cache: Path, folder: str) -> int:
-    """Removes a repository's partial files that nobody is writing; returns their bytes.
-
-    Args:
-        folder: the repository's, in the cache.
-    """
+    """Remove partial files that nobody is writing from a repository's folder of the cache; returns their bytes."""
     removed = 0
     for file in (cache / folder / "blobs").glob("*.incomplete"):
         lock = cache / ".locks" / folder / f"{file.name.split('.')[0]}.lock"
@@ -115,7 +105,6 @@ def remove_leftovers(cache: Path, folder: str) -> int:
 
 
 def explained(want: Wanted, error: Exception) -> Refusal | Failure:
-    """The line for the user where the hub's library raised `error`."""
     repository = want.repository
     if isinstance(error, Refusal | Failure):
         return error
@@ -151,7 +140,6 @@ def explained(want: Wanted, error: Exception) -> Refusal | Failure:
 
 
 def cause_of(error: BaseException) -> str:
-    """Why the hub's library failed, in a few words."""
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, HfHubHTTPError):
@@ -175,7 +163,7 @@ def _missing_bytes(want: Wanted) -> int | None:
 
 
 def _ask(want: Wanted) -> int:
-    """Bytes to download: asks which commit the revision is and whether it has what is needed, then tries dry."""
+    """Bytes to download, by a dry run at the revision's commit."""
     about = partial(HfApi().model_info, want.repository, revision=want.revision, timeout=HF_HUB_ETAG_TIMEOUT)
     info = _answer(about)
     names = [file.rfilename for file in info.siblings or ()]
@@ -197,7 +185,6 @@ def _answer(ask: Callable[[], Answer]) -> Answer:
 
 
 def _download(want: Wanted, size: int) -> None:
-    """Downloads, saying now and then how much of the `size` bytes is here and how fast it comes."""
     began, before = time.monotonic(), _bytes_in(_blobs(want))
     downloading = in_background(partial(_snapshot, want, want.revision))
     while not wait([downloading], SECONDS_BETWEEN_FIGURES).done:
@@ -208,12 +195,11 @@ def _download(want: Wanted, size: int) -> None:
 
 
 def _snapshot(want: Wanted, revision: str | None, **how: Any) -> Any:
-    """As huggingface_hub's `snapshot_download`, of the files that are wanted."""
+    """`snapshot_download` of the wanted files."""
     return snapshot_download(want.repository, revision=revision, allow_patterns=list(want.patterns), **how)
 
 
 def _blobs(want: Wanted) -> Path:
-    """Folder of the cache where files lie by their hash, partial ones too."""
     return Path(HF_HUB_CACHE, repo_folder_name(repo_id=want.repository, repo_type="model"), "blobs")
 
 

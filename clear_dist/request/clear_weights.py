@@ -23,14 +23,9 @@ HUB_FORM = "owner/name:file.safetensors, or owner/name@revision:file.safetensors
 
 
 def find_checkpoint(word: str, window: Window | None, model: ModelFacts, cards: Cards) -> str | None:
-    """The checkpoint's file, here or on the hub (spelled as `HubFile` does); None: the model's own weights.
+    """The checkpoint of `--clear-weights`: a file, or on the hub a `HubFile`'s name; None: the model's own weights.
 
-    Args:
-        word: the flag's value: `auto`, `none`, a file, a folder, or a file or repository on the hub.
-        window: the window asked for; None: the checkpoint's.
-
-    Raises:
-        Refusal: there is no such checkpoint, it is damaged, belongs to another model, or is for another window.
+    `window` None: the checkpoint's. Raises a Refusal for a missing or damaged checkpoint, another model's or window's.
     """
     if word == "none":
         return None
@@ -45,7 +40,7 @@ def find_checkpoint(word: str, window: Window | None, model: ModelFacts, cards: 
 
 
 def down_factor(checkpoint: str | None) -> int:
-    """Factor of a checkpoint's down-sampled keys, 1 without; of one on the hub by its name only."""
+    """Factor of a checkpoint's down-sampled keys, 1 without; on the hub by name only."""
     if checkpoint is None:
         return 1
     if os.path.exists(checkpoint):
@@ -66,7 +61,6 @@ def _automatic(window: Window | None, model: ModelFacts) -> str | None:
 
 
 def _published(published: Published, window: Window | None) -> str:
-    """The family's checkpoint for a window; raises a Refusal where there is none."""
     file = _plain(window or published.radius)
     if file not in published.files:
         radii = sorted({radius_of(name) or 0 for name in published.files})
@@ -127,13 +121,12 @@ def _plain(radius: Window) -> str:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in a folder: those without down-sampled keys first, then by radius."""
     files = [file for file in folder.iterdir() if radius_of(file.name) and file.is_file()]
     return sorted(files, key=lambda file: (named_down_factor(file.name), radius_of(file.name)))
 
 
 def _choose(checkpoints: list[Path], window: Window | None) -> Path:
-    """The one for the window asked for; where none was, the narrowest, which is the fastest."""
+    """The one for the window; without a window the narrowest, which is the fastest."""
     fitting = [file for file in checkpoints if radius_of(file.name) == window]
     return (fitting or checkpoints)[0]
 

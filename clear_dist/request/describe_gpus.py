@@ -1,8 +1,7 @@
 """A program that prints name, total and free bytes of each CUDA device, a line each. Standard library only.
 
-It is a process of its own, because one that has initialised CUDA cannot fork ranks; it makes no context, which would
-take half a gigabyte of the device. The driver knows which devices CUDA_VISIBLE_DEVICES shows, NVIDIA's management
-library how much of each is free; they agree on UUIDs.
+A process of its own, as one that has initialised CUDA cannot fork ranks; it makes no context, which would take half a
+gigabyte. The driver knows the devices of CUDA_VISIBLE_DEVICES, NVIDIA's management library their free memory, by UUID.
 """
 
 import ctypes

@@ -23,7 +23,7 @@ print(count.value if not driver.cuInit(0) and not driver.cuDeviceGetCount(ctypes
 
 
 def count_gpus() -> int:
-    """Number of CUDA devices for this process; the driver heeds CUDA_VISIBLE_DEVICES."""
+    """CUDA devices for this process; the driver heeds CUDA_VISIBLE_DEVICES."""
     try:
         ctypes.CDLL(DRIVER)
         answer = subprocess.run([sys.executable, "-S", "-c", _COUNT], capture_output=True, text=True, timeout=60)
@@ -41,11 +41,7 @@ def gpus_for(device: str) -> int:
 
 
 def world_size(nproc: int | None, place: Place, *, otherwise: int) -> int:
-    """Number of ranks, `otherwise` where neither torchrun nor the user says.
-
-    Raises:
-        Refusal: torchrun has started another number than asked for.
-    """
+    """Number of ranks, by default `otherwise`; raises a Refusal where torchrun started more or fewer than asked."""
     if place.launcher is None:
         return nproc or otherwise
     if nproc not in (None, place.world_size):
@@ -55,12 +51,11 @@ def world_size(nproc: int | None, place: Place, *, otherwise: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class FoundGpu:
-    """A CUDA device of this machine; memory in bytes."""
+    """A CUDA device, memory in bytes; `free` is `total` where NVIDIA's management library does not tell."""
 
     name: str
     total: int
     free: int
-    """`total` where NVIDIA's management library does not tell."""
 
 
 def find_gpus() -> tuple[FoundGpu, ...]:

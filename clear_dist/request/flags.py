@@ -1,7 +1,6 @@
 """Flags of the command line: a record for each command, whose fields its parameters are made from.
 
-A mistake that shows in the flags alone is a Refusal here, before anything is looked at. None: not given; a value that
-fits the model is chosen.
+Mistakes in the flags alone are refused here. None: not given; a value that fits the model is chosen.
 """
 
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from clear_dist.request.hardware import GPUS, LINKS
 
 DRAWN, LARGE, WRITTEN = "What to draw", "Above the native size", "What is written"
 PANELS = (DRAWN, LARGE, MODEL, CUT, WRITTEN, None)
-"""Panels of the help, in its order."""
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 SIDES, SQUARES, STEPS = (16, 32_768), (16, 16_384), (1, 1_000)
@@ -21,8 +19,6 @@ STDOUT = "-"
 
 @dataclass(frozen=True, kw_only=True)
 class Kept(Options):
-    """Flags that a request keeps as they were given."""
-
     seed: int | None = flag(
         None, "of the noise, on any number of ranks (drawn and reported)", DRAWN, bounds=(0, 2**63 - 1), planned=False
     )
@@ -55,11 +51,7 @@ class Kept(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class PictureFlags(Kept):
-    """Flags of every command that draws.
-
-    Raises:
-        Refusal: a value is out of its bounds, or two flags contradict each other.
-    """
+    """Flags of every command that draws; raises a Refusal for values out of bounds or contradictory flags."""
 
     res: int | None = flag(None, "height and width in pixels (the model's native size)", DRAWN, bounds=SQUARES)
     height: int | None = flag(None, "pixels", DRAWN, bounds=SIDES)
@@ -105,8 +97,6 @@ class PictureFlags(Kept):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateFlags(PictureFlags):
-    """One `clear-dist generate`."""
-
     prompts: Path | None = flag(
         None, "one prompt a line; the model is loaded once", DRAWN, metavar="FILE", planned=False
     )
@@ -130,8 +120,6 @@ class GenerateFlags(PictureFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class UpscaleFlags(PictureFlags):
-    """One `clear-dist upscale`."""
-
     image: Path = flag(..., "the picture to make larger", is_argument=True)
     prompt: str | None = flag(None, "what it shows (the prompt that clear-dist wrote into it)", is_argument=True)
     res: int | None = flag(None, "the longer side in pixels (twice the picture's)", DRAWN, bounds=SQUARES)
@@ -144,7 +132,7 @@ class UpscaleFlags(PictureFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanFlags(GenerateFlags):
-    """One `clear-dist plan`: a `generate` on GPUs that need not be here."""
+    """A `generate` on GPUs that need not be here."""
 
     gpu: str = flag(
         "auto", "kind (those of this machine; else H100, for the demo the CPU)", CUT,
@@ -162,8 +150,6 @@ class PlanFlags(GenerateFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyFlags(Flags):
-    """One `clear-dist verify`."""
-
     nproc: int | None = flag(
         None, "ranks to start here (visible GPUs; 2 on CPU); not under torchrun", bounds=(1, 1_024)
     )

@@ -1,7 +1,7 @@
 """Kinds of GPUs and links. A GPU's rates are those of NVIDIA's data sheets, without sparsity; programs reach less.
 
-Memory is what CUDA gives to programs, a little less than on the data sheet. A link's rate is what large messages reach
-in each direction and per GPU, about 85 % of the nominal rate.
+Memory is what programs get, a little less than on the data sheet. A link's rate is per GPU and direction, for large
+messages: about 85 % of the nominal rate.
 """
 
 from dataclasses import dataclass
@@ -13,22 +13,18 @@ GB, GIB, TFLOPS = 1e9, 2**30, 1e12
 class Link:
     name: str
     bytes_per_second: float
-    """In each direction."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """A kind of GPU, or one found on this machine."""
+    """A kind of GPU, or one found here: usable memory in bytes, bandwidth in bytes per second, its usual link."""
 
     name: str
     memory: int
-    """Bytes for programs."""
     flops: float
-    """Operations per second of 16-bit matrix products with sums in float32; 0: unknown."""
+    """16-bit matrix products with float32 sums, in operations per second; 0: unknown."""
     bandwidth: float
-    """Bytes per second of its memory."""
     link: str
-    """Usual link to its neighbours."""
     float8: bool = True
     """Whether it multiplies in float8, at twice the rate."""
 

@@ -1,8 +1,8 @@
-"""LoRA before anything is loaded: where they are and, by their headers, whether they fit the model. No torch here.
+"""LoRA before anything is loaded: where they are and, by their headers, whether they fit the model; without torch.
 
 Files name layers as diffusers does (`transformer.transformer_blocks.0.attn.to_q.lora_A.weight`), as kohya's scripts do
 (`lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight`), or as XLabs does
-(`double_blocks.0.processor.qkv_lora1.down.weight`). A model's card has all these names in one table.
+(`double_blocks.0.processor.qkv_lora1.down.weight`). A model's card has all these names.
 """
 
 import math
@@ -31,11 +31,7 @@ TEXT_ENCODER = ("text_encoder.", "lora_te")
 
 
 def find_loras(words: Iterable[str] | None, facts: ModelFacts, cards: Cards) -> tuple[Lora, ...]:
-    """The LoRA that `--lora` names, each a file, a folder or a hub id, with or without `:WEIGHT`.
-
-    Raises:
-        Refusal: there is no such file, it is damaged or pickled, or it is for another model.
-    """
+    """LoRA that `--lora` names; raises a Refusal where one is missing, damaged, pickled or for another model."""
     found = tuple(map(_found, words or ()))
     compare_loras(found, facts.shape, cards)
     if found and find_spec("peft") is None:
@@ -44,14 +40,10 @@ def find_loras(words: Iterable[str] | None, facts: ModelFacts, cards: Cards) -> 
 
 
 def compare_loras(loras: Iterable[Lora], shape: TransformerShape | None, cards: Cards) -> None:
-    """Compares the files that are here with the model.
+    """Compare local files with the model; raises a Refusal for a damaged one, another model's, or another adapter.
 
     Args:
-        shape: None: not known yet; then layers must be among those of any known model, of whatever size.
-
-    Raises:
-        Refusal: a file is damaged, or a tensor in it is for no layer of the model, has another size, or is of another
-            kind of adapter.
+        shape: the model's; None if unknown: layers of any known model pass, sizes are not checked.
     """
     for lora in loras:
         if os.path.isfile(lora.source):
@@ -60,7 +52,6 @@ def compare_loras(loras: Iterable[Lora], shape: TransformerShape | None, cards: 
 
 
 def _compare(shapes: Shapes, layers: Mapping[str, tuple[int, int] | None], where: str) -> None:
-    """Compares a file's tensors with layers: outputs and inputs of each, None where they are not known."""
     if not shapes:
         raise Refusal(f"--lora must hold the layers of a LoRA, got the empty file {where}")
     for name, shape in shapes.items():
@@ -81,7 +72,6 @@ def _compare(shapes: Shapes, layers: Mapping[str, tuple[int, int] | None], where
 
 
 def _found(word: str) -> Lora:
-    """One LoRA by its word, as a file or as `owner/name:file`."""
     source, weight = _parted(word)
     path = Path(source).expanduser()
     if source and os.path.exists(path):
@@ -112,7 +102,6 @@ def _parted(word: str) -> tuple[str, float]:
 
 
 def _in_folder(folder: Path) -> Path:
-    """The LoRA's file in a folder: the one of diffusers' name, or the only one."""
     files = sorted(folder.glob("*.safetensors"))
     if folder / DEFAULT_FILE in files:
         return folder / DEFAULT_FILE

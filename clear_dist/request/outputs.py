@@ -13,7 +13,7 @@ from clear_dist.request.request import PROFILE_ENDINGS, Request
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 BYTES_PER_PIXEL = 3
 SHARE_OF_LOWER_STAGES = 0.5
-"""Pixels of all lower stages by those of the last, at most: each has about a quarter of the next one's."""
+"""Most pixels of all lower stages per pixel of the last: each has about a quarter of the next one's."""
 LATENT_BYTES_PER_PIXEL = 1
 """64 channels of at most 4 bytes for 16 x 16 pixels."""
 
@@ -60,7 +60,6 @@ def check_outputs(request: Request) -> None:
 
 
 def _by_products(request: Request, pictures: int) -> list[Path]:
-    """Files beside `--output`, as far as known: numbered pictures, thumbnails, lower stages, the preview."""
     if not (request.base_res or request.native_size):  # a hub model's stages are known once it is located
         return []
     stages = request.stages if request.save_stages else request.stages[-1:]
@@ -97,7 +96,6 @@ def check_file(name: str, file: Path, endings: tuple[str, ...]) -> None:
 
 
 def refuse_folder(name: str, file: Path, endings: tuple[str, ...]) -> None:
-    """Raises a Refusal where `file` is a folder, or cannot be the name of a file."""
     try:
         is_folder = stat.S_ISDIR(file.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):

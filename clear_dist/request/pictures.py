@@ -14,7 +14,7 @@ from clear_dist.request.request import Picture
 from clear_dist.stages import Size
 
 LARGEST_SAFE = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-"""Pixels; more is a decompression bomb by Pillow's own bound."""
+"""Pixels; more is a decompression bomb to Pillow."""
 DEFAULT_GROWTH = 2
 ORIENTATION, SWAPPED, DESCRIPTION = 0x0112, (5, 6, 7, 8), 0x010E
 """EXIF tags, and the orientations that swap the sides."""
@@ -23,14 +23,10 @@ DEEP = ("I", "F")
 
 
 def find_picture(flags: UpscaleFlags, facts: ModelFacts, *, unit: int, reads: bool) -> tuple[Picture, Size, str | None]:
-    """The picture, its new size, and the prompt in its file.
+    """The picture, its new size in multiples of `unit` pixels, and the prompt in its file.
 
-    Args:
-        unit: pixels that every side is a multiple of.
-        reads: read all of it, so that a damaged file is refused now; once on each machine is enough.
-
-    Raises:
-        Refusal: it cannot be read, is a decompression bomb, or must not be made smaller.
+    `reads`: decode all of it, to refuse a damaged file now; once per machine is enough. Raises a Refusal for a picture
+    that cannot be read, is a decompression bomb, or would become smaller.
     """
     picture, prompt = _open(flags.image, reads=reads)
     native = flags.base_res or facts.native_size or 0
@@ -58,7 +54,6 @@ def load(picture: Picture) -> Image.Image:
 
 
 def _open(file: Path, *, reads: bool) -> tuple[Size, str | None]:
-    """Height and width of the upright picture, and the prompt that clear-dist wrote into it."""
     shown = shortened(str(file))
     if file.exists() and not file.is_file() and not file.is_dir():  # a pipe can be read once only
         raise Refusal(f"the picture must be a file, got {shown}, which is none")
@@ -93,7 +88,6 @@ def _prompt(image: Image.Image) -> str | None:
 
 
 def _target(flags: UpscaleFlags, picture: Size, native: int, unit: int) -> Size:
-    """Height and width asked for; a side that was left open follows from the picture's shape."""
     height, width = flags.height, flags.width
     if height is None and width is None:
         most = SQUARES[1]

@@ -12,35 +12,31 @@ PROFILE_ENDINGS = (".json", ".json.gz")
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A picture of the user's that is to be made larger."""
+    """A user's picture to enlarge; `box` is the part used: left, top, right and bottom in pixels."""
 
     file: Path
     box: tuple[int, int, int, int]
-    """The part that is used, of the target's shape: left, top, right and bottom in pixels."""
 
     @property
     def size(self) -> Size:
-        """Height and width of the part that is used."""
         left, top, right, bottom = self.box
         return bottom - top, right - left
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """One LoRA."""
+    """One LoRA; `source` is a file, or a hub file as `owner/name:file`."""
 
     source: str
-    """A file, or a hub file as `owner/name:file`."""
     weight: float = 1.0
 
     def without_folders(self) -> "Lora":
-        """The same, named without folders of this machine."""
         return replace(self, source=Path(self.source).name) if os.path.exists(self.source) else self
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request(Kept):
-    """A checked request with everything chosen that can be known before the model is loaded.
+    """A checked request, sizes in pixels, with everything chosen that can be known before loading.
 
     None: a hub model's files decide (its sizes), or rank 0 draws it (the seed).
     """
@@ -48,24 +44,19 @@ class Request(Kept):
     prompts: tuple[str, ...]
     negative_prompt: str | None
     num_images: int
-    """Pictures of each prompt."""
     picture: Picture | None
     """Picture to start from; None: noise."""
     model: str
-    """A folder, or a hub id."""
     model_name: str
-    """Name in the picture's metadata, without folders of this machine."""
     clear_weights: str | None
     """A file, or a hub file as `owner/name:file` or `owner/name@revision:file`."""
     loras: tuple[Lora, ...]
     height: int | None
-    """Pixels, as width."""
     width: int | None
     native_size: int | None
     token_size: int
-    """Pixels along the side of a token."""
     down_factor: int = 1
-    """Side in tokens of the area that a down-sampled key stands for; 1: there are no such keys."""
+    """Side in tokens of a down-sampled key's area; 1 without such keys."""
     cascade: bool
     sampling: Sampling
     upscaling: Upscaling
@@ -85,13 +76,12 @@ class Request(Kept):
 
     @property
     def size(self) -> Size:
-        """Height and width in pixels."""
         assert self.height is not None and self.width is not None, "known once the model is located"
         return self.height, self.width
 
     @property
     def traces(self) -> tuple[Path, ...]:
-        """Files of `profile`, one for each rank in order."""
+        """Files of `profile`, by rank."""
         if self.profile is None:
             return ()
         name = self.profile.name
@@ -101,7 +91,6 @@ class Request(Kept):
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """Stages of the cascade; the last has the size that was asked for."""
         native = self.base_res or self.native_size
         assert native is not None, "known once the model is located"
         if self.picture is not None:

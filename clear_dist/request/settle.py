@@ -1,4 +1,4 @@
-"""A request settled, once: all that can be checked and chosen before weights are loaded. No torch here."""
+"""A request settled, once: all checks and choices before weights are loaded, without torch."""
 
 from collections.abc import Iterable
 from dataclasses import fields, replace
@@ -27,11 +27,7 @@ MOST_PIXELS = 16_384**2
 
 
 def settle(flags: PictureFlags, place: Place, cards: Cards) -> tuple[Request, ModelFacts, tuple[str, ...]]:
-    """The request with everything chosen that can be known by now, its model, and lines for the user.
-
-    Raises:
-        Refusal: see the checks; the first that fails is told.
-    """
+    """The request, its model, and lines for the user; raises a Refusal for the first check that fails."""
     gpus = devices.gpus_for(flags.device)
     device = "cuda" if gpus else "cpu"
     if flags.compile and (missing := devices.missing_compiler(device)):
@@ -48,14 +44,7 @@ def settle(flags: PictureFlags, place: Place, cards: Cards) -> tuple[Request, Mo
 def choose(
     flags: PictureFlags, place: Place, cards: Cards, *, device: str, gpus: int
 ) -> tuple[Request, ModelFacts, Start]:
-    """The request with everything chosen, its model, and its start, on a machine that need not be this one.
-
-    Args:
-        gpus: ranks, where no other number was asked for.
-
-    Raises:
-        Refusal: see the checks; the first that fails is told.
-    """
+    """`settle` for any machine: the request, its model and its start; `gpus` ranks by default."""
     facts = find_model(flags.model, cards, has_cuda=device == "cuda")
     checkpoint = find_checkpoint(flags.clear_weights, flags.window, facts, cards)
     window = _window(flags, checkpoint)
@@ -90,16 +79,7 @@ def choose(
 
 
 def located(request: Request, folder: Path, checkpoint: str | None, loras: Iterable[Lora], cards: Cards) -> Request:
-    """The request once all of its files are here, with the checks that had to wait for them.
-
-    Args:
-        folder: the model's.
-        checkpoint: CLEAR's file.
-        loras: the request's, as files; the request keeps the names that they were asked for by.
-
-    Raises:
-        Refusal: as `settle`.
-    """
+    """The request once all files are here; raises as `settle`. It keeps the names that `loras` were asked for by."""
     facts = read_folder(folder, cards)
     native = facts.native_size
     found = find_checkpoint(checkpoint or "none", request.window, facts, cards)
@@ -120,7 +100,6 @@ def located(request: Request, folder: Path, checkpoint: str | None, loras: Itera
 
 
 def _kept(flags: Kept) -> dict[str, Any]:
-    """The flags that stay in a request as they are."""
     return {each.name: getattr(flags, each.name) for each in fields(Kept)}
 
 
@@ -148,7 +127,6 @@ def _down_factor(window: Window | None, checkpoint: str | None) -> int:
 
 
 def _check_size(request: Request) -> None:
-    """Checks that need both sides in pixels; those of a hub model may not be known before it is located."""
     if request.height is None or request.width is None:
         return
     height, width = request.size
@@ -173,7 +151,6 @@ def _check_size(request: Request) -> None:
 
 
 def _check_shards(request: Request) -> None:
-    """Raises a Refusal where weights are in shards and some rank has no rows, or units of rows, in a stage."""
     if not request.shard_weights:
         return
     smallest = min(request.stages, key=lambda stage: stage.height)

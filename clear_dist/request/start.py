@@ -20,11 +20,11 @@ GUIDANCE = ("guidance_scale", "true_cfg_scale")
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Choices that `generate` and `upscale` make each in their own way."""
+    """Choices that `generate` and `upscale` make each in their own way; sizes in pixels."""
 
     prompts_given: tuple[str, ...]
     height: int | None
-    """Pixels; None: a hub model's native size."""
+    """None: a hub model's native size."""
     width: int | None
     sampling: Sampling
     output: Path
@@ -34,14 +34,7 @@ class Start:
 
 
 def find_start(flags: PictureFlags, facts: ModelFacts, place: Place, *, unit: int) -> Start:
-    """The start that was asked for.
-
-    Args:
-        unit: pixels that every side is a multiple of: a token, or several with down-sampled keys.
-
-    Raises:
-        Refusal: prompts or picture cannot be read, or a size is no multiple of the unit.
-    """
+    """The start asked for; raises a Refusal for unreadable prompts or picture, or a side not in whole `unit` pixels."""
     for name in ("res", "height", "width", "base_res"):
         _check_units(name, getattr(flags, name), unit, facts.token_size)
     if isinstance(flags, UpscaleFlags):
@@ -60,13 +53,12 @@ def find_start(flags: PictureFlags, facts: ModelFacts, place: Place, *, unit: in
 
 
 def upscaling(flags: PictureFlags, sampling: Sampling, facts: ModelFacts) -> Upscaling:
-    """Settings of the upper stages; steps are those of diffusers' img2img where none were asked for."""
+    """Settings of the upper stages, by default with the steps of diffusers' img2img."""
     chosen = replace(facts.upscaling, **_given(flags, "strength", "ntk_factor", *GUIDANCE))
     return replace(chosen, steps=flags.upscale_steps or refining_steps(sampling.steps, chosen.strength))
 
 
 def _given(flags: PictureFlags, *names: str) -> dict[str, Any]:
-    """The flags of these names that were given."""
     values = {name: getattr(flags, name) for name in names}
     return {name: value for name, value in values.items() if value is not None}
 

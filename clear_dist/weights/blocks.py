@@ -25,9 +25,8 @@ def quantise_and_shard(
 ) -> tuple[ShardedWeights, ...]:
     """Quantise the blocks' linear layers, for good, and shard the blocks, until undone; one rank shards nothing.
 
-    Sharded blocks may be in host memory. They come to the group's device one by one and are quantised there, so that
-    neither memory has to hold all of them. All else that changes weights (CLEAR's, a LoRA to be fused) comes first.
-    Weights `elsewhere` stay as and where they are.
+    Sharded blocks come to the group's device one by one and are quantised there, so that no memory has to hold all.
+    Other changes of weights (CLEAR's, a LoRA to be fused) come first; weights `elsewhere` stay as and where they are.
     """
     transformer, shards = family.transformer, options.shard_weights and group.size > 1
     if shards:
@@ -56,20 +55,18 @@ def require_quantisable(*families: Family, options: Options) -> None:
 
 
 def names_within(block: nn.Module, family: Family) -> list[str]:
-    """Names of a block's products."""
     modules = set(block.modules())
     return [name for name in family.products if family.transformer.get_submodule(name) in modules]
 
 
 def bring(module: nn.Module, device: torch.device, *, but: AbstractSet[Tensor]) -> None:
-    """Move parameters and buffers to the device, except `but`."""
     for tensor in tensors_of(module):
         if tensor not in but:
             tensor.data = tensor.data.to(device)
 
 
 def weight_bytes(transformer: nn.Module, *, but: AbstractSet[Tensor]) -> int:
-    """Bytes of this rank's parameters and buffers, except `but`; of sharded ones, its own share."""
+    """Bytes of this rank's parameters and buffers, except `but`; its own share of sharded ones."""
     tensors: Iterator[Any] = tensors_of(transformer)
     mine = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors if tensor not in but)
     return sum(tensor.nbytes for tensor in mine)

@@ -27,18 +27,15 @@ from clear_dist.engine.stock import attention_layers
 
 @dataclass(frozen=True, kw_only=True)
 class ReplacedWeights:
-    """Weights replaced by a CLEAR checkpoint's, and its down-sampled keys."""
+    """Parameters replaced by a CLEAR checkpoint's, and its down-sampled keys."""
 
     file: Path
     tensors: tuple[str, ...]
-    """Names of the transformer's parameters."""
     layers: int
     pooling: Pooling | None
-    """Down-sampled keys, if the checkpoint has any."""
 
     @property
     def figures(self) -> dict[str, Any]:
-        """Entries of the report."""
         return {
             "file": str(self.file),
             "radius": radius_of(self.file),
@@ -55,7 +52,6 @@ class ReplacedWeights:
         )
 
     def checksums(self, transformer: Any) -> list[tuple[int, int]]:
-        """Checksums of the new weights, to compare ranks by."""
         replaced = [transformer.get_parameter(name) for name in self.tensors]
         return [checksum(tensor) for tensor in (*replaced, *(self.pooling.weights if self.pooling is not None else ()))]
 
@@ -71,13 +67,9 @@ def require_radius(path: str | Path) -> int:
 
 
 def load_clear_weights(transformer: Any, path: str | Path, device: torch.device | str = "cpu") -> ReplacedWeights:
-    """Replace the image side of attention by a checkpoint's.
+    """Replace the image side of attention by a checkpoint's; LoRA layers stay on top.
 
-    Text projections, norms and everything else stay the base model's; LoRA layers stay on top.
-
-    Raises:
-        ValueError: before anything is replaced: the file is unreadable, its name and tensors contradict each other, a
-            tensor is missing, unexpected or of another shape, or a LoRA is fused in the weights.
+    Raises ValueError, before any change, for a file that is damaged or another model's, or a LoRA fused in the weights.
     """
     require_unfused_lora(transformer)
     parameters = dict(image_attention_parameters(transformer))
@@ -106,7 +98,7 @@ def require_unfused_lora(transformer: Any) -> None:
 
 
 def image_attention_parameters(transformer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Name in a CLEAR checkpoint and parameter, for every tensor that a checkpoint must hold."""
+    """Parameters that a checkpoint must hold, by their names in it."""
     for name, module in transformer.named_modules():
         if name.endswith(tuple(f".attn.{projection}" for projection in PROJECTIONS)):
             linear = getattr(module, "base_layer", module)  # under a LoRA's wrapping
@@ -115,7 +107,6 @@ def image_attention_parameters(transformer: nn.Module) -> Iterator[tuple[str, nn
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Any]:
-    """A memory-mapped safetensors file; raises ValueError where it is missing, truncated or of another format."""
     refuse_pickled(path)
     try:
         with safe_open(path, framework="pt") as file:

@@ -1,8 +1,8 @@
 """AdaLN modulation ahead of time: computed for all steps of a pass at once, its weights kept in host memory.
 
-Layers that make shifts, scales and gates hold 27 % of a model of 12 billion parameters (6.46 GB in bfloat16) and see
-only an embedding of the time, the guidance and the pooled prompt. So each is brought to the device once for all steps,
-and a step looks up the outputs for its embedding: by the embedding itself, never by the number of the step.
+These layers hold 27 % of a model of 12 billion parameters (6.46 GB in bfloat16) and see only an embedding of time,
+guidance and pooled prompt. Each comes to the device once for all steps; a step looks up the outputs for its embedding,
+never for its number.
 
 Shapes: S steps, B batch, C channels of the embedding; a layer's output has several times as many.
 """
@@ -17,11 +17,11 @@ from torch.nn import functional
 from clear_dist.engine.family import Modulated
 
 LORA = "peft.tuners.lora.layer.Linear"
-"""Adds to the output of the layer below, and changes neither that layer nor its input."""
+"""Adds to the output of the layer below, and changes nothing else."""
 
 
 class HoistedLinear(nn.Linear):
-    """A linear layer's stand-in, with its parameters under their names, in host memory."""
+    """Stand-in of a linear layer, whose parameters keep their names, in host memory."""
 
     def __init__(self, stock: nn.Linear) -> None:
         super().__init__(stock.in_features, stock.out_features, bias=stock.bias is not None, device="meta")
@@ -39,7 +39,6 @@ class HoistedLinear(nn.Linear):
         return [functional.linear(x, **parameters) for x in inputs]
 
     def to_host(self) -> None:
-        """Move parameters on a device to pinned host memory."""
         for held in self.parameters():
             if held.device.type != "cpu":
                 host = torch.empty(held.shape, dtype=held.dtype, pin_memory=held.is_cuda)
@@ -48,8 +47,6 @@ class HoistedLinear(nn.Linear):
 
 @dataclass(frozen=True)
 class HoistedPlace:
-    """A linear layer's place: in a norm, or in the adapter around it."""
-
     name: str
     norm: Any
     stock: nn.Linear
@@ -93,20 +90,16 @@ class HoistedPlace:
 
 
 def innermost(norm: Any) -> Any:
-    """The linear layer itself, under adapters too."""
     return getattr(norm.linear, "base_layer", norm.linear)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Outputs of the layers in the steps of one pass."""
+    """Outputs per layer and step for embeddings [S, B, C]; `weights`: versions of those behind them, per layer."""
 
     embeddings: Tensor
-    """[S, B, C]."""
     outputs: list[list[Tensor]]
-    """Per layer and step."""
     weights: list[tuple[Any, ...]]
-    """Versions of the weights behind `outputs`, per layer."""
 
     def find(self, embedding_BC: Tensor) -> int | None:
         """The step that has this very embedding (waits for the device, once per forward)."""
@@ -134,7 +127,6 @@ class HoistedModulation:
 
     @property
     def weights(self) -> set[nn.Parameter]:
-        """Parameters in host memory."""
         return {held for place in self._places for held in place.hoisted.parameters()}
 
     def begin(self, turn: int, scheduler: Any, *, generation: bool) -> None:
@@ -172,7 +164,6 @@ class HoistedModulation:
 
     @torch.no_grad()
     def _computed(self, inputs: tuple[Tensor, ...], embedding_BC: Tensor, weights: list[tuple[Any, ...]]) -> Table:
-        """Outputs for the current embedding and, as far as known, for those of later steps."""
         # Without a call, whose hook would come back here.
         embed, at_step = self._model.embedder.forward, self._model.embedder_inputs
         embeddings = [embedding_BC, *(embed(*at_step(inputs, step)) for step in to_come(self._scheduler))]

@@ -1,8 +1,7 @@
 """Weights from memory-mapped safetensors: one copy in host memory, however many ranks there are.
 
-On a CPU parameters are views of the files, whose pages all ranks of a machine share; a rank that writes to one gets a
-copy of that page, and the file stays as it is. Tensors go to a GPU one by one, as they are stored, and are cast there.
-Only a cast on a CPU takes memory in each rank.
+On a CPU parameters are views of the files, whose pages all ranks of a machine share until one writes to them; only a
+cast takes memory in each rank. Tensors go to a GPU one by one, as they are stored, and are cast there.
 """
 
 import mmap
@@ -22,12 +21,9 @@ def load_mapped(
     device: torch.device,
     advance: Callable[[int], None],
 ) -> None:
-    """Load a model on the meta device from `files`, which hold all its tensors and no others, and bring its buffers.
+    """Load a model on the meta device from `files` with exactly its tensors; floating-point ones become `dtype`.
 
-    Floating-point tensors become `dtype`; `advance` is called with the bytes of each tensor.
-
-    Raises:
-        SafetensorError: a file is damaged.
+    `advance` is called with the bytes of each tensor. Raises SafetensorError for a damaged file.
     """
     tensors = {}
     for file in files:
@@ -39,7 +35,7 @@ def load_mapped(
 
 
 def _views(file: Path) -> list[tuple[str, Tensor]]:
-    """Names and views of a file's tensors, in the file's order; the mapping lasts as long as any view."""
+    """Names and views in the file's order; the mapping lasts as long as any view."""
     with safe_open(file, framework="pt") as opened:
         views = [(name, opened.get_tensor(name)) for name in opened.keys()]  # noqa: SIM118 (no mapping)
     return sorted(views, key=lambda named: named[1].data_ptr())

@@ -1,11 +1,12 @@
-"""Linear layers with 8-bit weights: half the memory.
+"""In place":"Quantise in place, for good; raises as `plain_layers`, before any change.",
+"Linear layers with 8-bit weights: half the memory.
 
-int8: each row is rounded to integers times a scale, on any device. A layer holds both as plain tensors, so that
-casting, moving, sharding and adapting layers (FSDP, LoRA) works as ever. Each call makes the weights anew: with
-thousands of tokens that costs less than scaling the output, and it rounds no product.
+int8: rows are integers times a scale, on any device, in plain tensors that casts, moves, shards and adapters take as
+ever. Each call makes the weights anew: with thousands of tokens that costs less than scaling the output, and it rounds
+no product.
 
 float8: each row of weights and each token has its own scale (the largest number becomes 448), and products run at up to
-twice the rate. Tokens are quantised in each call, which `--compile` fuses with the operations before it.
+twice the rate. `--compile` fuses the tokens' quantisation with the operations before it.
 
 Shapes: O outputs, I inputs of a layer; L tokens.
 """
@@ -47,7 +48,7 @@ def rounded(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_int8(transformer: Any, names: list[str]) -> None:
-    """Quantise the layers of these names in place, for good; raises as `plain_layers`, before any change."""
+    """Quantise in place, for good; raises as `plain_layers`, before any change."""
     for name, layer in plain_layers(transformer, names, "int8").items():
         transformer.set_submodule(name, Int8Linear(layer))
 

@@ -53,7 +53,7 @@ class FluxStripeAttnProcessor:
 
 
 def heads_of(attn: Any, like_BLC: Tensor, tokens: int, mask: Tensor | None = None) -> Heads:
-    """Buffers for an attention layer's queries, keys and values; raises ValueError where there is a mask."""
+    """Buffers of an attention layer; raises ValueError where there is a mask."""
     if mask is not None:
         raise ValueError("an attention mask cannot be combined with clear_dist.parallelize; pass none")
     processor = attn.processor
@@ -67,7 +67,6 @@ def of_image(attn: Any) -> Projections:
 
 
 def of_text(attn: Any) -> Projections:
-    """Projections of text tokens in double blocks."""
     return attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k
 
 
@@ -85,10 +84,7 @@ def fill(
     *,
     first: int = 0,
 ) -> Tensor:
-    """Compute queries, keys and values of `x_BLC`, my tokens from `first` on; returns the last chunk, `modulated`.
-
-    Halos leave with the image's keys and values; the image ends where all tokens do.
-    """
+    """Compute q, k and v of `x_BLC`, my tokens from `first` on, and send halos; returns the last chunk, `modulated`."""
     to_q, to_k, to_v, norm_q, norm_k = projections
     parts = heads.striped.parts
     query, key, value = heads.own

@@ -1,10 +1,9 @@
 """FLUX's blocks on stripes: diffusers' arithmetic in our own order, in chunks where there are many tokens.
 
-A block keeps its layers, their names and its hooks; only its class changes, and changes back. Halos leave as soon as
-there are keys and values. With few tokens a single block's MLP is computed while they travel; with many its hidden
-state would be the peak of memory, so that it follows the attention, chunk by chunk. A block then holds at most five
-tensors of all tokens: input, queries, keys, values and the attention's output. Shared text tokens leave before the
-image is projected in a double block, and before the MLP in a single one.
+Only a block's class changes, and changes back; layers, names and hooks stay. Halos and shared text leave as soon as
+they are projected. With few tokens a single block's MLP is computed meanwhile; with many its hidden state would be the
+peak of memory, so it follows the attention, chunk by chunk. A block then holds at most five tensors of all tokens:
+input, queries, keys, values and the attention's output.
 
 Shapes: B batch, L tokens, T text tokens and R image tokens of this rank, C channels, N heads, D head dim.
 """
@@ -25,8 +24,6 @@ LARGEST_FLOAT16 = 65_504
 
 
 class StripedDoubleBlock(FluxTransformerBlock):
-    """Block with text and image apart, except in the attention."""
-
     def forward(
         self,
         hidden_states: Tensor,
@@ -65,8 +62,6 @@ class StripedDoubleBlock(FluxTransformerBlock):
 
 
 class StripedSingleBlock(FluxSingleTransformerBlock):
-    """Block with text and image as one sequence; its MLP is parallel to the attention."""
-
     def forward(
         self,
         hidden_states: Tensor,
@@ -123,7 +118,7 @@ class StripedBlock:
 
     @classmethod
     def of(cls, block: nn.Module) -> "StripedBlock":
-        """Change the class, as FSDP does: the block stays the same object, with everything attached to it."""
+        """Change the class, as FSDP does: the block stays the same object."""
         block.__class__ = STRIPED.get(type(block), type(block))
         return cls(block)
 

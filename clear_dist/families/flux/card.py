@@ -1,4 +1,4 @@
-"""FLUX without torch: its hub models, the parts of its folders, and every tensor by the numbers of its config.json."""
+"""FLUX without torch: hub models, parts of folders, and all tensors by the numbers of config.json."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,12 +22,11 @@ ROPE_AXES = (16, 56, 56)
 """Channels of a head that tell apart pictures, rows and columns."""
 
 Layers = Iterator[tuple[str, tuple[int, int]]]
-"""Names, each with outputs and inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FluxShape:
-    """The numbers of config.json that decide the transformer's tensors; the defaults are diffusers'."""
+    """Numbers of config.json that decide the transformer's tensors; the defaults are diffusers'."""
 
     in_channels: int = 64
     out_channels: int | None = None
@@ -41,14 +40,7 @@ class FluxShape:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], where: Path | str) -> Self:
-        """From the contents of config.json.
-
-        Args:
-            where: the file, for messages.
-
-        Raises:
-            Refusal: a number is none, or the axes of the positions do not fill the heads.
-        """
+        """From the contents of the file `where`; raises a Refusal for wrong numbers, or axes that do not fill heads."""
         names = [name for name in cls.__dataclass_fields__ if name not in ("guidance_embeds", "out_channels")]
         numbers = {name: whole_number(config, name, getattr(cls, name), where) for name in names}
         if config.get("out_channels") is not None:
@@ -58,20 +50,17 @@ class FluxShape:
 
     @property
     def channels(self) -> int:
-        """Channels of a token inside the transformer."""
         return self.num_attention_heads * self.attention_head_dim
 
     def tensors(self) -> Shapes:
-        """All tensors of the transformer."""
         return dict(self._tensors())
 
     def clear_tensors(self, down_factor: int = 1) -> Shapes:
-        """All tensors of a CLEAR checkpoint, with down-sampled keys where the factor is not 1."""
         replaced = {name: shape for name, shape in self._tensors() if is_image_side(name)}
         return with_spatial_weights(replaced, down_factor)
 
     def lora_layers(self) -> dict[str, tuple[int, int]]:
-        """Outputs and inputs of linear layers by three kinds of names: diffusers', the original ones and XLabs'."""
+        """Outputs and inputs of linear layers by diffusers', the original and XLabs' names."""
         linear = {
             name.removesuffix(".weight").replace(".", "_"): (shape[0], shape[1])
             for name, shape in self._tensors()
@@ -126,7 +115,7 @@ class FluxShape:
         yield from _linear(f"{block}.proj_out", (1 + MLP_RATIO) * width, width)
 
     def _original_layers(self) -> Layers:
-        """Black Forest Labs' names, which kohya's scripts have too; queries, keys and values are one layer."""
+        """Black Forest Labs' names, which kohya's scripts share; queries, keys and values are one layer."""
         width, hidden = self.channels, MLP_RATIO * self.channels
         for index in range(self.num_layers):
             for side in ("img", "txt"):

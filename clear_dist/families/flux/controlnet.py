@@ -1,7 +1,6 @@
 """FLUX's ControlNets on the transformer's stripes: the same blocks and exchanges; outputs stay cut.
 
-A ControlNet adds a tensor of all tokens to each block of the transformer. On stripes it computes its own rows of them,
-with keys and values that travel as the transformer's do, and the transformer takes them as they are.
+A ControlNet adds a tensor of all tokens to each block; on stripes each rank computes and adds its own rows.
 
 Shapes: B batch, R my rows, W columns, C channels, P patch size of a hint.
 """

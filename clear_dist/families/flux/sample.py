@@ -17,7 +17,6 @@ class FluxSample:
     text_shape: tuple[int, ...] = (1, 512, 24, 128)
 
     def pipeline(self, device: torch.device, dtype: torch.dtype) -> Any:
-        """A FluxPipeline of a transformer and a scheduler only; equal weights in every process."""
         transformer = FluxTransformer2DModel(
             in_channels=64, num_layers=1, num_single_layers=1, num_attention_heads=HEADS, attention_head_dim=HEAD_DIM,
             axes_dims_rope=(4, 6, 6), joint_attention_dim=TEXT_WIDTH, pooled_projection_dim=POOLED_WIDTH,
@@ -50,7 +49,7 @@ class FluxSample:
 
 
 def _drawn_weight(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
-    """Noise of a scale at which attention and modulation matter: outputs of order 1, scores with a spread of 2."""
+    """Noise at which attention and modulation matter: outputs of order 1, scores with a spread of 2."""
     noise = torch.randn(like.shape, generator=generator)
     if like.ndim > 1:
         return (3.0 if ".to_v." in name else 1.0) * noise / math.sqrt(like.shape[1])
