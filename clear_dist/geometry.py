@@ -1,14 +1,11 @@
-"""Rows of tokens that each rank holds and receives: whole numbers only, no tensors, no processes.
-
-A stripe has the grid's full width, so columns matter to the circle only.
-"""
+"""Rows of tokens that each rank holds and receives, at the grid's full width: no tensors, no processes."""
 
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isqrt
 
 LEAST_TEXT = 0.1
-"""Smallest share of a rank's tokens at which sharing the text is worth a second collective in each layer."""
+"""Share of a rank's tokens from which sharing the text is worth a second collective in each layer."""
 
 
 @dataclass(frozen=True, order=True)
@@ -50,27 +47,23 @@ class MovePlan:
 
 @dataclass(frozen=True)
 class HaloPlan:
-    """Rows that one rank sends and receives in each layer."""
+    """Rows that one rank sends and receives in each layer, in ascending order; a side may have several owners."""
 
     own: Rows
     extended: Rows
     """Own rows and every row that their windows reach."""
     receives: tuple[Transfer, ...]
-    """In ascending order of rows; several owners on one side where stripes are thinner than the halo."""
     sends: tuple[Transfer, ...]
 
     @property
     def halos(self) -> tuple[Rows, Rows]:
-        """Rows above `own` and rows below it; empty at the border of the grid."""
+        """Rows above and below `own`; empty at the border of the grid."""
         return Rows(self.extended.start, self.own.start), Rows(self.own.stop, self.extended.stop)
 
 
 @dataclass(frozen=True)
 class TextPlan:
-    """Text tokens that a rank takes through the blocks: a share, or all where text is replicated.
-
-    In the attention every rank has all of them: the other ranks' in the order of ranks, then its own.
-    """
+    """Text tokens of a rank in the blocks: a share, or all; attention has other ranks' in order, then its own."""
 
     counts: tuple[int, ...]
     """Tokens of each share; one number where the text is replicated, or there is one rank."""
@@ -82,29 +75,23 @@ class TextPlan:
 
     @property
     def before(self) -> int:
-        """Text tokens of lower ranks."""
+        """Text tokens on lower ranks."""
         return sum(self.counts[: self.rank])
 
     @property
     def elsewhere(self) -> int:
-        """Text tokens of all other ranks."""
+        """Text tokens on other ranks."""
         return sum(self.counts) - self.counts[self.rank]
 
     @property
     def own(self) -> slice:
-        """This rank's tokens in the text's own order."""
         return slice(self.before, self.before + self.counts[self.rank])
 
 
 def cut_in_stripes(rows: int, ranks: int, *, unit: int = 1) -> tuple[Rows, ...]:
-    """One stripe of whole units per rank, the taller ones first.
+    """One stripe per rank in whole units of `unit` rows (1, or the factor of down-sampled keys), the taller ones first.
 
-    Args:
-        rows: height of the grid in tokens.
-        unit: rows that stay together: 1, or the factor of down-sampled keys.
-
-    Raises:
-        ValueError: `rows` is not a multiple of `unit`, or there are more ranks than units.
+    Raises ValueError where `rows` is not a multiple of `unit`, or there are more ranks than units.
     """
     require_units("height", rows, unit)
     units = rows // unit
@@ -124,10 +111,7 @@ def require_units(side: str, tokens: int, unit: int) -> None:
 
 
 def plan_halos(stripes: tuple[Rows, ...], rank: int, radius: int | None) -> HaloPlan:
-    """Halos of `rank` for windows of `radius` tokens; None: every row of the grid (full attention).
-
-    A key is seen if dx^2 + dy^2 < radius^2, strictly, so a halo is radius - 1 rows.
-    """
+    """Halos of radius - 1 rows, as a key is seen if dx^2 + dy^2 < radius^2 in tokens; None: every row of the grid."""
     grid = Rows(0, stripes[-1].stop)
     extended = tuple(reach(stripe, grid, radius) for stripe in stripes)
     moves = plan_moves(stripes, extended, rank)
@@ -143,9 +127,7 @@ def plan_pooled(stripes: tuple[Rows, ...], rank: int, factor: int) -> HaloPlan:
 def plan_moves(have: tuple[Rows, ...], want: tuple[Rows, ...], rank: int) -> MovePlan:
     """Sends and receives of `rank` that take every rank p from rows have[p] to rows want[p].
 
-    Args:
-        have: disjoint, in any order; may be empty.
-        want: may overlap and be empty; some rank has each of their rows.
+    `have` is disjoint, in any order; `want` may overlap, and some rank has each of its rows; both may be empty.
     """
     assert len(have) == len(want), f"{len(have)} ranks have rows, {len(want)} want some"
     others = [peer for peer in range(len(have)) if peer != rank]
@@ -168,10 +150,9 @@ def plan_text(tokens: int, ranks: int, rank: int) -> TextPlan:
 
 
 def sharing_text_pays(tokens: int, image_tokens: int, ranks: int) -> bool:
-    """Whether a share of the text on each rank should take less time than all of it on all.
+    """Whether a share of the text on each rank should take less time than all of it, by counts of operations.
 
-    True of 512 text tokens at 64 x 64 image tokens from 2 ranks on, at 128 x 128 from 4, at 256 x 256 from 15. The
-    bound comes from counts of operations; it was tried on CPUs only.
+    512 tokens: from 2 ranks at 64 x 64 image tokens, 4 at 128 x 128, 15 at 256 x 256; it was tried on CPUs only.
     """
     return tokens >= LEAST_TEXT * (tokens + image_tokens / ranks)
 
@@ -194,10 +175,9 @@ def covering_radius(height: int, width: int) -> int:
 
 
 def reached_tiles(radius: int, query_tile: tuple[int, int], key_tile: tuple[int, int]) -> dict[int, range]:
-    """Tiles of keys that the circles of one tile of queries touch: columns of tiles, by row of tiles.
+    """Columns of tiles of keys that circles of a tile of queries touch, by row; tiles are (rows, columns) in tokens.
 
-    Tiles are (rows, columns) in tokens. Tile (y, x) of the keys begins y * key_tile[0] rows below and
-    x * key_tile[1] columns right of the first query, so this, like the mask, is the same for all tiles of queries.
+    Tile (y, x) begins y * key_tile[0] rows below and x * key_tile[1] columns right of the first query.
     """
     widths = half_widths(radius)
     (query_rows, query_columns), (key_rows, key_columns) = query_tile, key_tile
@@ -212,12 +192,7 @@ def reached_tiles(radius: int, query_tile: tuple[int, int], key_tile: tuple[int,
 def visited_tiles(
     first_key: tuple[int, int], keys: tuple[int, int], tiles: dict[int, range], key_tile: tuple[int, int]
 ) -> int:
-    """Number of `tiles`, as `reached_tiles` returns them, that hold a key.
-
-    Args:
-        first_key: row and column of the keys at the tile's first query; the row may lie outside.
-        keys: rows and columns of keys.
-    """
+    """Number of `tiles` (from `reached_tiles`) that hold a key; the first query is at `first_key`, maybe outside."""
     (row, column), (rows, columns), (tile_rows, tile_columns) = first_key, keys, key_tile
     present = range(-column // tile_columns, -((column - columns) // tile_columns))
     return sum(

@@ -1,7 +1,6 @@
 """Attention over parts of the keys, merged by log-sum-exp into attention over all of them.
 
 O = sum_p O_p e^(lse_p - m) / sum_p e^(lse_p - m), where m is the largest lse_p: exact, however the keys were cut.
-Text keys and image keys, halos, split keys and ranks are all merged here.
 
 Shape suffixes: B batch, L queries (or R rows and W columns of them), N heads, D head dim.
 """
@@ -17,17 +16,9 @@ from clear_dist.geometry import Rows
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Merge attention over disjoint sets of keys.
+    """Merge attention over disjoint sets of keys: (out [B, L, N, D], lse [B, L, N] in float32) each.
 
-    Args:
-        parts: (out [B, L, N, D], lse [B, L, N] in float32) of each set of keys; an lse of -inf means no key, whatever
-            the output.
-
-    Returns:
-        (out in the dtype of the first part, lse in float32); out 0 and lse -inf where no part has a key.
-
-    Raises:
-        ValueError: there is no part.
+    An lse of -inf means no key, whatever the output; dtype as of the first part. Raises ValueError where there is none.
     """
     if not parts:
         raise ValueError("merge needs at least one part, got none")
@@ -41,25 +32,19 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class RowsPart:
-    """Attention of some rows of queries to one set of keys."""
+    """Attention of some rows of queries to one set of keys: out [B, R, W, N, D], lse [B, R, W, N] in float32."""
 
     rows: Rows
     out: Tensor
-    """[B, R, W, N, D]"""
     lse: Tensor
-    """[B, R, W, N] in float32"""
 
     def of(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """(out, lse) of some of its rows."""
         mine = rows.relative_to(self.rows.start)
         return self.out[:, mine], self.lse[:, mine]
 
 
 def merge_rows(parts: Sequence[RowsPart], merged_BRWND: Tensor, first_row: int) -> None:
-    """Merge attention over disjoint sets of keys into `merged_BRWND`, which begins at row `first_row`.
-
-    Each set concerns some rows only, together they concern all; each row is rounded once.
-    """
+    """Merge parts, each of some rows, into `merged_BRWND`, which begins at `first_row`; each row is rounded once."""
     ends = sorted({end for part in parts for end in (part.rows.start, part.rows.stop)})
     for rows in starmap(Rows, pairwise(ends)):
         here = [part.of(rows) for part in parts if len(part.rows.intersect(rows))]
@@ -67,14 +52,9 @@ def merge_rows(parts: Sequence[RowsPart], merged_BRWND: Tensor, first_row: int) 
 
 
 def weigh(out_BLND: Tensor, lse_BLN: Tensor, maximum_BLN: Tensor) -> Tensor:
-    """One part's terms of numerator and denominator in one buffer, to be summed over parts or ranks.
+    """Terms of one part to be summed over parts or ranks: float32 [B, L, N, D + 1], contiguous.
 
-    Args:
-        lse_BLN: in float32; -inf where the part has no key.
-        maximum_BLN: largest lse of all parts.
-
-    Returns:
-        [B, L, N, D + 1] in float32, contiguous: O_p e^(lse_p - m), then e^(lse_p - m); 0 where the part has no key.
+    O_p e^(lse_p - m), then e^(lse_p - m), where m = `maximum_BLN` is the largest lse; 0 where the part has no key.
     """
     return torch.cat(_weigh(out_BLND, lse_BLN, maximum_BLN), dim=-1)
 

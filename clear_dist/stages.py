@@ -1,7 +1,6 @@
-"""Stages of a cascade: the sizes at which a picture is drawn, and how each is denoised. No tensors.
+"""Stages of a cascade: heights and widths in pixels at which a picture is drawn, and how each is denoised.
 
-A picture above the native size is drawn there first, then enlarged and refined by SDEdit, stage by stage (paper,
-Sec. 4.3). All sizes are height and width in pixels.
+A large picture is drawn at the native size, then enlarged and refined by SDEdit, stage by stage (paper, Sec. 4.3).
 """
 
 from dataclasses import dataclass, field
@@ -39,14 +38,13 @@ class Upscaling(Sampling):
     """Refinement, by default as in CLEAR's notebook; raises ValueError for a strength outside (0, 1]."""
 
     steps: int = 20
-    """Steps of every stage: `strength` decides where they begin, not how many there are."""
+    """Steps of every stage; `strength` decides where they begin."""
     guidance_scale: float = 7.5
     strength: float = 0.7
     """Share of noise in the enlarged picture: 1 leaves nothing of it."""
     ntk_factor: float = 10.0
     """Factor of the rotary embedding's base above the native size."""
     interpolate_positions: bool = False
-    """Whether position ids are scaled to the native range above the native size."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,10 +74,7 @@ def refining_steps(steps: int, strength: float) -> int:
 def plan_cascade(
     size: Size, *, native: int, token: int, sampling: Sampling, upscaling: Upscaling, cascade: bool = True
 ) -> tuple[Stage, ...]:
-    """Stages from noise to `size`; only one up to the native size, or without `cascade`.
-
-    `native` is the side in pixels of a square at the native size; `token` is a token's, and all sizes are multiples.
-    """
+    """Stages from noise to `size`, one up to the native size; `native` and `token` are sides of squares in pixels."""
     base = base_size(size, native=native, token=token) if cascade else size
     first = Stage(height=base[0], width=base[1], sampling=sampling)
     return (first, *_refining(sizes_up_to(size, start=base, token=token), upscaling))

@@ -1,8 +1,7 @@
 """Attention on local tensors: check -> choose -> run.
 
-Image queries see all text keys and the image keys of a circle around them (`window_attention`); text queries see
-everything (`attend`). Both return their log-sum-exp, so that `clear_dist.merge` can join calls over several tensors of
-keys. Layout: sequence before heads, [B, L, N, D]; the image as rows and columns, [B, R, W, N, D].
+Image queries see all text keys and the image keys of a circle around them (`window_attention`), text queries see
+everything (`attend`); both return their log-sum-exp, so that `clear_dist.merge` can join calls.
 
 Shape suffixes: B batch, R rows of queries, E rows of keys, W columns, N heads, T text tokens, D head dim.
 """
@@ -35,8 +34,7 @@ BACKENDS = {
         reference.BACKEND,
     )
 }
-"""By name, in the order in which `auto` tries them where none was measured. A new kernel is one file, one row here and
-its name in `options.ATTENTION_BACKENDS`."""
+"""In `auto`'s order where none was measured; a new kernel is a file, a row here and a name in ATTENTION_BACKENDS."""
 
 
 def window_attention(
@@ -53,21 +51,13 @@ def window_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of image queries to all text keys and to the image keys of a circle (CLEAR, section 3.2).
 
-    A key is seen if dx^2 + dy^2 < radius^2, strictly. A circle cut off by the border has fewer keys.
-
     Args:
-        key_text_BTND: T may be 0.
-        radius: in tokens, at least 1.
-        row_offset: row i of the queries is row i + row_offset of the keys, which may lie wholly above or below the
-            queries. Rows of keys out of reach are not read.
+        radius: in tokens, at least 1; a key is seen if dx^2 + dy^2 < radius^2, strictly.
+        row_offset: row i of the queries is row i + row_offset of the keys, which may lie wholly above or below.
         scale: factor of the scores, positive; None: 1 / sqrt(D).
 
-    Returns:
-        (out [B, R, W, N, D] in the dtype of the queries, lse [B, R, W, N] in float32); out 0 and lse -inf for a query
-        that sees no key.
-
-    Raises:
-        ValueError: the shapes don't fit together, radius or scale is out of range, or the backend cannot run.
+    Returns (out [B, R, W, N, D] in the queries' dtype, lse [B, R, W, N] in float32), 0 and -inf where no key is seen.
+    Raises ValueError for shapes that don't fit together, a radius or scale out of range, or a backend that cannot run.
     """
     call = WindowCall(
         query=query_BRWND,
@@ -96,17 +86,10 @@ def choose_backend(
     text: int = 0,
     radius: int = 0,
 ) -> Backend:
-    """The backend called `name`, or for `auto` the best that can run; the log says why others were skipped.
+    """Backend called `name`; for `auto` the fastest in the nearest measured shape, else the first that can run.
 
-    The best is the fastest in the nearest measured shape (`measured.json`), or the first of BACKENDS where nothing was
-    measured on this kind of device or sizes are not known yet.
-
-    Args:
-        heads: batch times heads.
-        rows, key_rows, columns, text, radius: of one call, in tokens; these and `head_dim` may be 0, not known yet.
-
-    Raises:
-        ValueError: there is no such backend, or it cannot run here; the message names what works.
+    `heads` is batch times heads; sizes are in tokens, 0 where not known yet. The log says why backends were skipped.
+    Raises ValueError, naming what works, where `name` does not exist or cannot run here.
     """
     shape = CallShape(torch.device(device).type, dtype, head_dim, heads, rows, key_rows, columns, text, radius)
     if name == "auto":
@@ -120,7 +103,6 @@ def choose_backend(
 
 
 def _best(shape: CallShape) -> Backend:
-    """The fastest measured backend that can run, else the first that may be chosen here."""
     measured = nearest(shape)
     if shape.rows:
         unmeasured = f"were not measured on {shape.device_type}: tried in their order"
@@ -142,7 +124,7 @@ def _require(backend: Backend, shape: CallShape) -> None:
 
 
 def _run(backend: Backend, call: WindowCall) -> tuple[Tensor, Tensor]:
-    """`window_attention` of a checked call: only queries that see a key reach the backend."""
+    """Run a checked call; only queries that see a key reach the backend."""
     mine, visible = _cut_down(call)
     if visible.query.numel():
         _require(backend, visible.shape)

@@ -7,24 +7,20 @@ import torch
 from torch import Tensor
 
 MAX_SCORE_BYTES = 2**30
-"""Limit of a backend that holds every score at once."""
 
 
 @dataclass(frozen=True)
 class CallShape:
-    """A call before it is made; sizes may be 0, not known yet."""
+    """A call before it is made: batch times heads, rows of queries and keys, text keys; 0 means not known yet."""
 
     device_type: str
     dtype: torch.dtype
     head_dim: int = 0
     heads: int = 1
-    """Batch times heads."""
     rows: int = 0
-    """Rows of queries."""
     key_rows: int = 0
     columns: int = 0
     text: int = 0
-    """Text keys."""
     radius: int = 0
 
     @property
@@ -50,25 +46,21 @@ class Geometry:
 
 @dataclass(frozen=True, kw_only=True)
 class WindowCall:
-    """One call of windowed attention, checked and cut down to rows that matter: every query sees a key.
+    """One checked call of windowed attention, cut down to rows that matter: every query sees a key.
 
-    There may be no text keys, or no image keys; where there is text, some queries may see no image key.
+    Queries are [B, R, W, N, D], keys and values [B, E, W, N, D], those of the text [B, T, N, D]; E or T may be 0. A key
+    is seen if dx^2 + dy^2 < radius^2 in tokens, strictly; row i of the queries is row i + row_offset of the keys.
 
     Shape suffixes: B batch, R rows of queries, E rows of keys, W columns, N heads, T text tokens, D head dim.
     """
 
     query: Tensor
-    """[B, R, W, N, D]"""
     key: Tensor
-    """[B, E, W, N, D], as `value`"""
     value: Tensor
     key_text: Tensor
-    """[B, T, N, D], as `value_text`"""
     value_text: Tensor
     radius: int
-    """In tokens: a key is seen if dx^2 + dy^2 < radius^2, strictly."""
     row_offset: int
-    """Row i of the queries is row i + row_offset of the keys; may be negative."""
     scale: float
 
     @property
@@ -89,9 +81,9 @@ class Backend:
     why_not: Callable[[CallShape], str | None]
     """Reason why it cannot compute a call, without its name; None if it can."""
     run: Callable[[WindowCall], tuple[Tensor, Tensor]]
-    """Returns (out [B, R, W, N, D] in the dtype of the queries, lse [B, R, W, N] in float32)."""
+    """(out [B, R, W, N, D] in the dtype of the queries, lse [B, R, W, N] in float32)"""
     automatic_on: tuple[str, ...] = ()
-    """Device types where `auto` may choose it unmeasured; elsewhere it runs when measured, or by name."""
+    """Device types where `auto` may choose it unmeasured."""
 
 
 def why_too_many_scores(shape: CallShape) -> str | None:

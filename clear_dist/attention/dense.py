@@ -1,9 +1,7 @@
-"""Dense attention that also returns its log-sum-exp, for text queries, whose keys lie on several ranks.
+"""Dense attention with its log-sum-exp, which PyTorch's own does not return, for text queries.
 
-`torch.nn.functional.scaled_dot_product_attention` does not return it; the kernels that it chooses from do.
-
-Text queries are few and their keys many: a GPU would have fewer blocks of queries than processors, each walking all
-keys. So the keys are cut in pieces that are attended to side by side and merged as the parts of several ranks are.
+They are few and their keys many, so on a GPU the keys are cut in pieces that are attended to side by side, which keeps
+all its processors busy, and merged as the parts of several ranks are.
 
 Shape suffixes: B batch, L queries, S keys, N heads, D head dim.
 """
@@ -14,26 +12,20 @@ from torch import Tensor
 from clear_dist.merge import merge
 
 QUERY_BLOCK = 128
-"""Queries in one block of the GPU's kernels."""
 BLOCKS_PER_PROCESSOR = 8
 """Enough that the last ones leave little idle."""
 SHORTEST_PIECE = 8192
-"""Keys worth a part of their own."""
+"""Keys worth a piece of their own."""
 BIAS_ALIGNMENT = 8
-"""Alignment of a mask's rows, in elements, that PyTorch's memory-efficient kernel asks for."""
+"""Elements; asked for in a mask's rows by PyTorch's memory-efficient kernel."""
 
 
 def attend(
     query_BLND: Tensor, key_BSND: Tensor, value_BSND: Tensor, scale: float | None = None, *, pieces: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of every query to every key.
+    """Attention to every key, in `pieces` of keys (None: as suits the device); `scale` None: 1 / sqrt(D).
 
-    Args:
-        scale: factor of the scores; None: 1 / sqrt(D).
-        pieces: number of pieces of keys; None: what suits the device, one on a CPU.
-
-    Returns:
-        (out [B, L, N, D] in the dtype of the queries, lse [B, L, N] in float32); 0 and -inf without keys (S = 0).
+    Returns (out [B, L, N, D] in the queries' dtype, lse [B, L, N] in float32); 0 and -inf without keys (S = 0).
     """
     if query_BLND.numel() == 0 or key_BSND.shape[1] == 0:
         # The kernels divide by these sizes.
@@ -69,7 +61,7 @@ def _pieces(query_BLND: Tensor, key_BSND: Tensor) -> int:
 
 
 def count_pieces(blocks: int, keys: int, processors: int) -> int:
-    """Pieces of keys that give each processor of a GPU enough blocks; 1 where there are enough without."""
+    """Pieces of keys that give each processor of a GPU enough blocks."""
     return max(1, min(-(-BLOCKS_PER_PROCESSOR * processors // blocks), keys // SHORTEST_PIECE))
 
 
@@ -102,9 +94,7 @@ def fused(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) from the kernel for this device and dtype.
 
-    Args:
-        bias_LS: is added to the scores, in the dtype of the queries; [L, S] or [B, 1, L, S]. On CUDA its rows must
-            begin at multiples of BIAS_ALIGNMENT elements.
+    The bias of the scores, [L, S] or [B, 1, L, S], has the queries' dtype and on CUDA rows aligned by BIAS_ALIGNMENT.
     """
     aten = torch.ops.aten
     device_type, dtype = query_BNLD.device.type, query_BNLD.dtype

@@ -1,9 +1,7 @@
 """Windowed attention with PyTorch's FlexAttention: one compiled kernel that visits only blocks the circle touches.
 
-Tokens are put in the order of tiles, so that a block is compact in the image and few blocks are visited
-(`flex_mask.py`). By their bytes these copies take 2.9 % of a layer of 3072 channels at 8192 px on an H200.
-
-There are two kernels: `flex` is PyTorch's own, in Triton; `flash` is FlashAttention 4, where that is installed.
+Tokens are copied into the order of tiles (`flex_mask.py`), 2.9 % of a layer of 3072 channels at 8192 px on an H200 by
+their bytes. `flex` is PyTorch's kernel in Triton, `flash` FlashAttention 4, where that is installed.
 
 Shape suffixes: B batch, R rows of queries, E rows of keys, W columns, N heads, T text tokens, D head dim,
 L queries and S keys in tile order, Y rows of tiles, X columns of tiles, H rows and V columns of a tile.
@@ -25,21 +23,19 @@ from clear_dist.attention.backend import Backend, CallShape, WindowCall, why_too
 from clear_dist.attention.flex_mask import BLOCK, TILE_COLUMNS, TILE_ROWS, block_mask
 
 FLASH_ROWS = {9: 8, 10: 16}
-"""Rows of a query tile by the GPU's major compute capability: FlashAttention 4 takes blocks of 128 x 128 on Hopper, of
-256 x 128 on Blackwell."""
+"""Rows of a query tile by major compute capability: FlashAttention 4 takes 128 queries on Hopper, 256 on Blackwell."""
 FLASH_HEAD_DIMS = (64, 96, 128)
 """With wider heads its blocks of keys have another size (its interface.py)."""
 FLASH_TORCH = "2.13"
 """Before, FlexAttention returned a wrong log-sum-exp with it (pytorch/pytorch#181645)."""
 
 SHAPES_COMPILED = 64
-"""A cascade needs more than Dynamo's own limit of 8, beyond which all scores would be held at once."""
+"""A cascade needs more than Dynamo's limit of 8, beyond which all scores would be held at once."""
 
 
 def run(
     call: WindowCall, *, query_rows: int = TILE_ROWS, kernel_options: dict[str, Any] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Windowed attention (out, lse); `kernel_options` are FlexAttention's, where it is compiled."""
     geometry, device = call.geometry, call.query.device
     attention = partial(_compiled(), kernel_options=kernel_options) if device.type == "cuda" else _unfused
     with torch._dynamo.config.patch(recompile_limit=SHAPES_COMPILED):
@@ -63,7 +59,7 @@ def run_flash(call: WindowCall) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=1)
 def _compiled() -> Callable[..., tuple[Tensor, AuxOutput]]:
-    """FlexAttention compiled once per shape for all layers; it fails rather than fall back to all scores."""
+    """FlexAttention compiled once per shape; it fails rather than fall back to all scores."""
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
@@ -92,7 +88,6 @@ def _tokens(text_BTND: Tensor, image_BEWND: Tensor, tile_rows: int) -> Tensor:
 
 
 def _in_raster_order(tokens: Tensor, rows: int, columns: int, tile_rows: int) -> Tensor:
-    """[B, rows, columns, N, D] from an image's tokens, tile after tile."""
     down, across = -(-rows // tile_rows), -(-columns // TILE_COLUMNS)
     tiles = tokens.unflatten(1, (down, across, tile_rows, TILE_COLUMNS)).transpose(2, 3)
     return tiles.flatten(3, 4).flatten(1, 2)[:, :rows, :columns].contiguous()
@@ -127,7 +122,6 @@ def why_not_flash(shape: CallShape) -> str | None:
 
 
 def _capability() -> int:
-    """Major compute capability of the current GPU; 0 where there is none."""
     return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
 
 

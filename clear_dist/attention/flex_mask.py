@@ -1,8 +1,7 @@
 """FlexAttention's mask for a circle: which blocks of keys each tile of queries visits, and what it sees there.
 
-Tokens are ordered by tiles of 8x16, so that a block of 128 is compact in the image; text keys come first, padded to
-whole blocks. The blocks that a tile visits follow from distances between tiles: as many entries as there are visits,
-never blocks x blocks.
+Tokens come in tiles of 8x16, so that a block of 128 is compact in the image; text keys come first, padded to whole
+blocks. The lists have as many entries as there are visits, never blocks x blocks.
 
 Shape suffixes: P tiles of queries, K blocks of keys that one tile of queries may visit.
 """
@@ -18,7 +17,7 @@ from clear_dist.attention.backend import Geometry
 
 TILE_ROWS, TILE_COLUMNS = 8, 16
 BLOCK = TILE_ROWS * TILE_COLUMNS
-"""Tokens of a tile: FlexAttention's own block size."""
+"""FlexAttention's own block size."""
 GEOMETRIES_KEPT = 16
 """Own rows and two halos for each stage of a cascade, and room for more."""
 
@@ -52,12 +51,11 @@ def block_mask(geometry: Geometry, device: torch.device, query_rows: int = TILE_
 
 
 def tiles_in(tokens: int, size: int) -> int:
-    """Tiles or blocks of `size` that hold `tokens`, the last one padded."""
     return -(-tokens // size)
 
 
 def mask_of(geometry: Geometry, query_rows: int = TILE_ROWS) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """FlexAttention's `mask_mod`: whether a query sees a key, from their positions in tile order."""
+    """FlexAttention's `mask_mod`, on positions in tile order."""
     first_image_key, tiles_across = tiles_in(geometry.text, BLOCK) * BLOCK, tiles_in(geometry.columns, TILE_COLUMNS)
 
     def position(token: Tensor, tile_rows: int) -> tuple[Tensor, Tensor]:
@@ -77,12 +75,7 @@ def mask_of(geometry: Geometry, query_rows: int = TILE_ROWS) -> Callable[[Tensor
 
 
 def _image_blocks(geometry: Geometry, query_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tiles of keys near each tile of queries.
-
-    Returns:
-        Three int64 tensors [P, K]: the tile of keys; the squared distance between the nearest tokens of both tiles;
-        that between the farthest, out of reach if the tile of keys is padded or doesn't exist.
-    """
+    """Near tiles of keys; squared distances of nearest and farthest (padded: out of reach) tokens: int64 [P, K]."""
     row_tile, row_near, row_far = _neighbours(
         geometry.rows, geometry.row_offset, geometry.key_rows, (query_rows, TILE_ROWS), geometry.radius
     )
@@ -100,11 +93,9 @@ def _image_blocks(geometry: Geometry, query_rows: int) -> tuple[Tensor, Tensor, 
 def _neighbours(
     queries: int, offset: int, keys: int, sides: tuple[int, int], radius: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tiles of keys [K] that each tile of queries [P] may reach along one dimension; `sides` are lengths of both.
+    """Tiles of keys along one dimension; distances of their nearest and farthest tokens: int64 [P, K] each.
 
-    Returns:
-        Three int64 tensors [P, K]: the tile of keys; the distance between the nearest tokens; between the farthest.
-        A tile that does not exist is `radius` away; a padded one has its farthest token `radius` away.
+    A tile that does not exist is `radius` away, as is the farthest token of a padded one; `sides` are lengths of both.
     """
     query_side, side = sides
     first_query = torch.arange(0, queries, query_side)[:, None] + offset

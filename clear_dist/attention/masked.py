@@ -1,7 +1,6 @@
 """Windowed attention of a whole call at once under a mask, by PyTorch's own attention.
 
-For images not much larger than their circles, where little is computed in vain and nothing is gathered. One mask is
-kept for all layers, heads and steps.
+For images not much larger than their circles; one mask is kept for all layers, heads and steps.
 
 Shape suffixes: B batch, R rows of queries, E rows of keys, W columns, N heads, T text tokens, D head dim, L queries,
 S text and image keys.
@@ -41,7 +40,7 @@ def run(call: WindowCall) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=MASKS_KEPT)
 def bias(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Added to the scores [L, S]: 0 where a query sees a key, else -inf."""
+    """Bias of the scores, [L, S]: 0 where a query sees a key, else -inf."""
     row, column = torch.arange(geometry.rows, device=device), torch.arange(geometry.columns, device=device)
     down_RE = row[:, None] + geometry.row_offset - torch.arange(geometry.key_rows, device=device)
     across_WW = column[:, None] - column

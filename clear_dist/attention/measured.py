@@ -1,7 +1,6 @@
-"""Backends by measured speed: `measured.json`, a table made by `benchmarks/speed/backends.py`.
+"""Backends by measured speed: `measured.json`, made by `benchmarks/speed/backends.py`.
 
-A row holds seconds of one call on each of several backends that took turns; only their order within the row matters.
-`sources` gives device and date of the result file that a row was taken from.
+A row has seconds of one call on several backends; only their order matters. `sources`: device and date of its file.
 """
 
 import json
@@ -20,7 +19,7 @@ FEW_TEXT_TOKENS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A row of the table: a call whose keys are the queries' own rows and the text."""
+    """A row of the table: a call whose keys are the queries' own rows and the text; seconds by backend."""
 
     device_type: str
     dtype: str
@@ -30,7 +29,6 @@ class Measured:
     text: int
     head_dim: int
     seconds: Mapping[str, float]
-    """By backend."""
     source: str
 
     def __str__(self) -> str:
@@ -60,7 +58,7 @@ def table() -> tuple[Measured, ...]:
 
 
 def nearest(shape: CallShape) -> Measured | None:
-    """The row of the nearest shape on this kind of device; None where there is none, or no shape is known yet."""
+    """Row of the nearest shape on this kind of device; None where there is none, or no shape is known yet."""
     if not (shape.rows and shape.columns and shape.radius and shape.head_dim):
         return None
     rows = [row for row in table() if row.device_type == shape.device_type]

@@ -10,7 +10,6 @@ from clear_dist.attention.backend import Backend, WindowCall, why_too_many_score
 
 
 def run(call: WindowCall) -> tuple[Tensor, Tensor]:
-    """Windowed attention (out, lse) by its definition: a masked softmax over text and image keys."""
     query = call.query.flatten(1, 2).float()
     key = torch.cat([call.key_text, call.key.flatten(1, 2)], dim=1).float()
     value = torch.cat([call.value_text, call.value.flatten(1, 2)], dim=1).float()

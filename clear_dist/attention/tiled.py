@@ -1,8 +1,7 @@
 """Windowed attention on 2D tiles of queries with PyTorch's own attention: runs anywhere, without a compiler.
 
-A tile of queries may see the rectangle of keys that circles reach around it, cut off at the border. These keys are
-gathered behind the text keys and attended to under a mask; tiles that are cut off alike share the mask and one call. So
-work and memory traffic per token are constant, and so is the working memory.
+The rectangle of keys that a tile's circles reach is gathered behind the text keys and attended to under a mask; tiles
+cut off alike by the border share the mask and one call. Work and memory per token are constant.
 
 Shape suffixes: B batch, R rows of queries, E rows of keys, W columns, N heads, T text tokens, D head dim;
 Y rows of tiles, X columns of tiles, H rows and V columns of one tile or of its rectangle of keys, S keys of a tile.
@@ -44,7 +43,6 @@ class Span:
     key_start: int
     key_length: int
     lead: int
-    """Position of the first query within its keys."""
     tiles: int = 1
 
     def starts_at(self, tile: int, side: int) -> tuple[int, int]:
@@ -52,7 +50,7 @@ class Span:
 
 
 def run(call: WindowCall, tiling: Tiling | None = None) -> tuple[Tensor, Tensor]:
-    """Windowed attention (out, lse), for inference only: autograd refuses buffers that are reused."""
+    """Windowed attention for inference only: autograd refuses buffers that are reused."""
     if tiling is None:
         tiling = CPU_TILING if call.query.device.type == "cpu" else GPU_TILING
     out_BRWND = call.query.new_empty(call.query.shape)
@@ -67,10 +65,7 @@ def run(call: WindowCall, tiling: Tiling | None = None) -> tuple[Tensor, Tensor]
 
 
 def cut_in_spans(queries: int, offset: int, keys: int, side: int, radius: int) -> list[Span]:
-    """One dimension in tiles of `side` (the last may be shorter), neighbours that are cut off alike joined.
-
-    Query i is key i + offset. Tiles that reach no key have a rectangle of length 0.
-    """
+    """Tiles of `side` along one dimension, those cut off alike joined; query i is key i + offset."""
     spans: list[Span] = []
     for start in range(0, queries, side):
         length = min(side, queries - start)
@@ -99,12 +94,7 @@ def radius_across(row_span: Span, radius: int) -> int:
 
 @lru_cache(maxsize=4)
 def circle_bias(radius: int, side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Added to the scores of a tile that is not cut off: 0 in the circle, -inf outside.
-
-    Returns:
-        [side, side, side + 2 * radius - 2, side + 2 * radius - 2]: row and column of the query, row and column of the
-        key. Tiles that are cut off use a part of it.
-    """
+    """Bias [side, side, side + 2 * radius - 2, same], row and column of query, then of key: 0 inside, -inf outside."""
     reach = radius - 1
     query = torch.arange(side, device=device) + reach
     key = torch.arange(side + 2 * reach, device=device)
@@ -162,7 +152,7 @@ def _buffers(call: WindowCall, row_span: Span, column_span: Span, tiling: Tiling
 
 
 def _behind_text(buffer_BYXSND: Tensor, tiles_BYXHVND: Tensor) -> Tensor:
-    """Copy tiles behind the text tokens of a buffer; returns the view [B * Y * X, N, S, D] of what is filled."""
+    """Copy tiles behind the text of a buffer; returns the view [B * Y * X, N, S, D] of what is filled."""
     down, across, rows, columns = tiles_BYXHVND.shape[1:5]
     filled = buffer_BYXSND[:, :down, :across]
     filled[:, :, :, filled.shape[3] - rows * columns :].unflatten(3, (rows, columns)).copy_(tiles_BYXHVND)

@@ -1,8 +1,7 @@
 """The Triton kernel of `triton_window.py`: one program computes one tile of queries of one head.
 
-Input and output are in raster order. Text keys come first, then the tiles of keys that the circle touches
-(`geometry.reached_tiles`), row of tiles by row of tiles. What is seen of a tile of keys depends only on its offset from
-the tile of queries: no mask is read.
+Text keys come first, then the tiles of keys that the circle touches (`geometry.reached_tiles`). What is seen of a tile
+depends only on its offset from the tile of queries: no mask is read.
 
 Shape suffixes: Q queries of a tile, K keys of a tile, D head dim. Strides are those of [B, R, W, N, D], of [B, T, N, D]
 for text and of [B, R, W, N] for the log-sum-exp, in elements.
@@ -19,7 +18,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def product(left, right, total=None):
-    """left @ right + total in float32; for float32 matrices three products on tensor cores, which is nearly exact."""
+    """left @ right + total in float32; float32 matrices take three products on tensor cores, nearly exact."""
     if INTERPRETED:  # it would multiply the bits of bfloat16 as whole numbers
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, total, input_precision="tf32x3")
@@ -42,7 +41,6 @@ def see_text(
     query_QD, key, value, key_strides, value_strides, text, out_QD, weight_Q, maximum_Q, log2_scale,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Absorb the text keys of one head, which every query sees."""
     token_K, dim_D = tl.arange(0, BLOCK), tl.arange(0, HEAD_DIM)
     key_KD = key + token_K[:, None] * key_strides[1] + dim_D * key_strides[3]
     value_KD = value + token_K[:, None] * value_strides[1] + dim_D * value_strides[3]
@@ -63,13 +61,9 @@ def see_text(
 
 @triton.jit
 def hide(score_QK, y, x, inside_K, radius, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    """Scores with -inf for keys outside the circle.
+    """Scores with -inf for keys outside the circle; `y`, `x`: offset of the tile of keys from the tile of queries.
 
     The squared distance is |k|^2 - 2 q k + |q|^2, in floats that hold it exactly: two multiplications for each score.
-
-    Args:
-        y, x: offset of the tile of keys from the tile of queries.
-        QUERIES, KEYS: rows and columns of these tiles.
     """
     query_Q = tl.arange(0, QUERIES[0] * QUERIES[1])
     key_K = tl.arange(0, KEYS[0] * KEYS[1])
@@ -84,15 +78,10 @@ def hide(score_QK, y, x, inside_K, radius, QUERIES: tl.constexpr, KEYS: tl.const
 
 @triton.jit
 def visits(tiles, row, column, keys, FIRST: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr):
-    """Visited tiles of keys: those that `tiles` lists and that hold a key.
+    """(first row of tiles, first column of tiles with keys and the one after the last, number of tiles) to visit.
 
-    Args:
-        tiles: first column and the one after the last, for each of ROWS rows of tiles beginning at FIRST.
-        row, column: position of the first query in the keys.
-        keys: rows and columns of keys; SIZE: those of a tile.
-
-    Returns:
-        (first row of tiles, first column of tiles that holds keys and the one after the last, number of tiles).
+    `tiles` has the first column and the one after the last, for each of ROWS rows of tiles from FIRST on; `row` and
+    `column` are the first query's in the keys, `keys` their rows and columns.
     """
     above = -(row + FIRST * SIZE[0])
     below = keys[0] + above
@@ -112,7 +101,6 @@ def see_image(
     out_QD, weight_Q, maximum_Q, log2_scale,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Absorb the image keys of one head that the circles touch, tile by tile."""
     token_K, dim_D = tl.arange(0, KEYS[0] * KEYS[1]), tl.arange(0, HEAD_DIM)
     down_K, across_K = token_K // KEYS[1], token_K % KEYS[1]
     key_KD = (down_K * key_strides[1] + across_K * key_strides[2])[:, None] + dim_D * key_strides[4]

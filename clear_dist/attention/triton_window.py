@@ -1,7 +1,7 @@
 """Windowed attention with a Triton kernel of our own: raster order in and out, no mask in memory, halos read in place.
 
-Working memory does not grow with the image: a table of the tiles that the circle touches, two numbers for each row of
-tiles. On a CPU it runs under Triton's interpreter, for tests: TRITON_INTERPRET=1 before Python starts.
+Working memory is a table of two numbers for each row of tiles that the circle touches. On a CPU it runs under Triton's
+interpreter, for tests: TRITON_INTERPRET=1 before Python starts.
 
 Shape suffixes: B batch, R rows of queries, E rows of keys, W columns, N heads, T text tokens, D head dim.
 """
@@ -24,11 +24,10 @@ HEAD_DIMS = (16, 32, 64, 128, 256)
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tile sizes of one program, in tokens (rows, columns)."""
+    """Tiles of one program, (rows, columns) in tokens; text keys come in blocks as large as `keys`."""
 
     queries: tuple[int, int]
     keys: tuple[int, int]
-    """A block of text keys is as large."""
     warps: int
     stages: int
     """Tiles of keys and values under way at once."""
@@ -40,8 +39,8 @@ TILINGS = {
     512: Tiling((8, 8), (4, 8), warps=8, stages=2),
     1024: Tiling((4, 8), (4, 4), warps=4, stages=2),
 }
-"""By the most bytes of one key of one head. Chosen by the share of visited pairs that are wanted, and so that registers
-(bfloat16, compiled for sm_90) and shared memory suffice; not measured on a GPU."""
+"""By the most bytes of one key of one head; chosen for few masked pairs, within registers (bfloat16, built for sm_90)
+and shared memory; not measured on a GPU."""
 
 
 def run(call: WindowCall) -> tuple[Tensor, Tensor]:
@@ -87,18 +86,13 @@ def choose_tiling(key_bytes: int) -> Tiling:
 def tile_table(
     radius: int, query_tile: tuple[int, int], key_tile: tuple[int, int], device: torch.device
 ) -> tuple[int, Tensor]:
-    """Tiles of keys that circles touch, as the kernel reads them.
-
-    Returns:
-        First row of tiles; int32 [rows + 1, 2]: first column of tiles and the one after the last, with a row to spare.
-    """
+    """First row of tiles that circles touch; int32 [rows + 1, 2]: first column, one after the last; a row to spare."""
     reached = reached_tiles(radius, query_tile, key_tile)
     ends = [(columns.start, columns.stop) for columns in reached.values()]
     return min(reached), torch.tensor([*ends, (0, 0)], dtype=torch.int32, device=device)
 
 
 def _largest_distance(call: WindowCall) -> int:
-    """Radius whose circles hold all keys, whatever the query."""
     rows, key_rows = call.query.shape[1], call.key.shape[1]
     span = max(call.row_offset + rows, key_rows) - min(call.row_offset, 0)
     return covering_radius(span, call.query.shape[2])

@@ -1,17 +1,16 @@
-"""Which step and pass of a generation a forward is: a transformer is told neither, nor where a run ends."""
+"""Step and pass of each forward, worked out from the objects it is given."""
 
 
 class Clock:
-    """Tells generations, steps and passes apart by the identity of what arrives, never by values or length."""
+    """Counter of steps and passes by the identity of what arrives, never by values or length."""
 
     def __init__(self, *, warmup_steps: int) -> None:
         self._warmup_steps = warmup_steps
         self.begins = True
-        """Whether this forward is the first of its generation."""
         self.step = 0
-        """From 0 in each generation: also in image-to-image, and in each stage of a cascade."""
+        """Step of the generation, from 0; also in image-to-image and in each stage of a cascade."""
         self.turn = 0
-        """Pass within the step, from 0: classifier-free guidance takes two."""
+        """Pass within the step, from 0; classifier-free guidance takes two."""
         self.forget()
 
     def forget(self) -> None:
@@ -20,7 +19,7 @@ class Clock:
         self._latents: object = object()
 
     def tick(self, generation: object, latents: object) -> None:
-        """A forward begins, with objects that the pipeline makes once per generation and once per step."""
+        """Begin a forward, given the objects that the pipeline makes once per generation and once per step."""
         self.begins = generation is not self._generation
         if self.begins:
             self.step = self.turn = 0
@@ -32,5 +31,5 @@ class Clock:
         self._generation, self._latents = generation, latents
 
     def may_lag(self, step_held: int | None) -> bool:
-        """Whether the warm-up is over, and what a layer holds, of step `step_held`, is from the previous step."""
+        """Whether the warm-up is over and what a layer holds is from the previous step."""
         return self.step >= self._warmup_steps and step_held == self.step - 1

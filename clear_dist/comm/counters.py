@@ -1,4 +1,4 @@
-"""Bytes that one rank sends and seconds that it waits, per denoising step, for the report; labels for profiles."""
+"""Bytes sent and seconds waited by one rank in each denoising step; labels for profiles."""
 
 import time
 from collections.abc import Iterator
@@ -16,11 +16,7 @@ AMOUNTS = (
 
 
 class Counters:
-    """Bytes of the tensors handed over, not of those on the wire.
-
-    Bytes before the first step count in it, those after a step in that one. Waits count inside steps only: those of
-    encoding and decoding say nothing about a step.
-    """
+    """Bytes handed over and seconds waited in each step; bytes between steps count in the step before, if any."""
 
     def __init__(self) -> None:
         self._steps = [_Step()]
@@ -28,18 +24,13 @@ class Counters:
         self._paused = True
 
     def add(self, name: str, amount: int) -> None:
-        """Add `amount` (bytes, or messages) to one of AMOUNTS in the current step."""
+        """Add bytes or messages to one of AMOUNTS in the current step."""
         assert name in AMOUNTS, name
         self._steps[-1].amounts[name] += amount
 
     @contextmanager
     def waiting(self, label: str, wire: torch.device) -> Iterator[None]:
-        """Time the waits inside: wall time, or on CUDA the time that the current stream stands still.
-
-        Args:
-            label: their name in a profile, "comm: ...".
-            wire: where the tensors lie while they travel (`Group.wire`).
-        """
+        """Time the waits inside: wall time, or on CUDA (`wire`) the time that the current stream stands still."""
         with labelled(label):
             if self._paused:
                 yield
@@ -69,11 +60,10 @@ class Counters:
         self._paused = True
 
     def resume(self) -> None:
-        """Another pass of the step begun last."""
         self._paused = False
 
     def as_dict(self) -> dict[str, list[int] | list[float]]:
-        """One list per name with an entry per step; `seconds_waiting` in seconds. Waits for the GPU's events."""
+        """One list per name with an entry per step, waits in seconds; blocks until the GPU's events are over."""
         steps = self._steps[: self._steps_begun]
         amounts: dict[str, list[int] | list[float]] = {name: [step.amounts[name] for step in steps] for name in AMOUNTS}
         return amounts | {"seconds_waiting": [step.seconds_waiting() for step in steps]}
@@ -95,7 +85,7 @@ class _Step:
 
 @contextmanager
 def labelled(label: str) -> Iterator[None]:
-    """torch's record_function, around a block or a function; it costs nothing where no profiler runs."""
+    """torch's `record_function`, around a block or a function; free where no profiler runs."""
     if _profiler_enabled():
         with record_function(label):
             yield

@@ -1,4 +1,4 @@
-"""The ranks that make one image together: where they compute, and what their tensors travel through."""
+"""The ranks that make one image together: their devices, and how their tensors travel."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,12 +26,12 @@ _SIGNS_OF_LOSS = (*_SIGNS_OF_DEATH, "refused", "timed out", "timeout", "socket")
 
 
 class PeerLost(RuntimeError):
-    """Another rank went away or stopped answering: the cause is there, this rank's error only follows from it."""
+    """Another rank went away or stopped answering; this rank's error only follows from it."""
 
 
 @contextmanager
 def telling_lost_peers(who: str = "another rank") -> Iterator[None]:
-    """Turn the transport's errors inside into PeerLost; others pass. Goes around every post and every wait."""
+    """Turn the transport's errors inside into PeerLost; goes around every post and every wait."""
     try:
         yield
     except RuntimeError as error:
@@ -45,23 +45,21 @@ def telling_lost_peers(who: str = "another rank") -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Ranks are numbered 0 ... size - 1 *within* the group. All call what communicates, in the same order."""
+    """Ranks of one image, numbered 0 ... size - 1 *within* the group; all call what communicates, in the same order."""
 
     rank: int
     ranks: tuple[int, ...]
     """Global numbers."""
     device: torch.device
-    """Where this rank computes."""
     transport: Transport
-    """nccl: from GPU to GPU; gloo: CPU tensors; host: gloo, from and to the device through (pinned) host memory."""
+    """nccl: from GPU to GPU; gloo: CPU tensors; host: gloo through (pinned) host memory."""
     asked_transport: Transport | Literal["auto"]
-    """As given to `create`; `split` asks for the same."""
     timeout: timedelta
     main: dist.ProcessGroup
     text: dist.ProcessGroup
-    """For text only: operations of one NCCL group queue up, so they would wait behind the halos."""
+    """For text alone, which would wait behind the halos in one NCCL group."""
     initialised_torch: bool
-    """Whether torch.distributed was initialised for this group, so that `close` must shut it down."""
+    """Whether `close` must shut torch.distributed down."""
 
     @classmethod
     def create(
@@ -75,16 +73,11 @@ class Group:
         """Make the group of all ranks of `process_group`; all of them call this, others need not.
 
         Args:
-            device: where this rank computes; a CUDA device becomes the current one, as NCCL demands.
-            process_group: None: torch.distributed's default group, initialised where there is none yet: with
-                torchrun's ranks, else with this process alone.
+            device: a CUDA device becomes the current one, as NCCL demands.
+            process_group: None: the default one, which is initialised with torchrun's ranks, or alone, if need be.
             transport: "auto" is gloo on CPU, NCCL where each rank has a GPU of its own, host where ranks share one.
-            timeout_seconds: how long to wait for a rank that does not answer.
 
-        Raises:
-            ValueError: this process is not in `process_group`, or the transport cannot carry the device's tensors.
-            ConnectionError: the ranks cannot meet, or cannot connect to each other.
-            PeerLost: a rank went away meanwhile.
+        Raises ValueError (not a rank of it, or a transport unfit for the device), ConnectionError or PeerLost.
         """
         device, timeout = with_index(torch.device(device)), timedelta(seconds=timeout_seconds)
         if device.type == "cuda":
@@ -107,7 +100,7 @@ class Group:
         timeout: timedelta,
         initialised_torch: bool = False,
     ) -> "Group":
-        """The group of the part (global ranks, disjoint) that this process is in; the ranks of all parts call this."""
+        """Group of the part (global ranks, disjoint) that this process is in; the ranks of all parts call this."""
         with _telling_failed_connections():
             main = new_process_group(parts, backends(device), timeout)
             chosen = choose_transport(device, main) if transport == "auto" else transport
@@ -129,13 +122,7 @@ class Group:
         return group
 
     def split(self, count: int) -> "Group":
-        """A new group of the first `count` ranks, on the others one of the rest; all ranks call this.
-
-        Transport and timeout are this group's, which stays in use. Each new group is closed by all of its ranks.
-
-        Raises:
-            ConnectionError, PeerLost: as `create`.
-        """
+        """New group of the first `count` ranks, on the others of the rest; all ranks call this. Raises as `create`."""
         assert 1 <= count <= self.size, f"the first {count} of {self.size} ranks"
         parts = [part for part in (self.ranks[:count], self.ranks[count:]) if part]
         return self._of(parts, self.device, self.asked_transport, self.timeout)
@@ -146,12 +133,11 @@ class Group:
 
     @property
     def wire(self) -> torch.device:
-        """Where tensors must lie to be sent and received."""
+        """Device on which tensors are sent and received."""
         return self.device if self.transport == "nccl" else torch.device("cpu")
 
     @property
     def copies_to_wire(self) -> bool:
-        """Whether tensors are copied between where they are computed and the wire."""
         return self.transport == "host"
 
     def wire_buffer(
@@ -166,12 +152,12 @@ class Group:
             return torch.empty(tuple(shape), dtype=dtype, device=self.wire, pin_memory=pinned)
 
     def settle(self) -> None:
-        """Make the host wait for copies between device and wire, of which gloo knows nothing."""
+        """Make the host wait for copies between device and wire, which gloo knows nothing of."""
         if self.wire != self.device:
             torch.cuda.current_stream(self.device).synchronize()
 
     def all_reduce(self, tensor: torch.Tensor, op: Literal["sum", "max"]) -> torch.Tensor:
-        """Sum or maximum over ranks of `tensor` (any shape, on `device`), a new tensor, equal on all ranks."""
+        """Sum or maximum over ranks of `tensor` (any shape, on `device`): a new tensor, equal on all ranks."""
         carried = self.wire_buffer(tensor.shape, tensor.dtype)
         carried.copy_(tensor)
         with telling_lost_peers():
@@ -179,7 +165,7 @@ class Group:
         return carried.to(self.device)
 
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
-        """`value` of rank `source`, pickled, on all ranks. Tensors: see `broadcast_tensors`."""
+        """`value` of rank `source`, pickled, on all ranks."""
         values = [value]
         with telling_lost_peers():
             dist.broadcast_object_list(values, self.ranks[source], group=self.main, device=torch.device("cpu"))
@@ -200,7 +186,6 @@ class Group:
         ]
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """`value` of each rank in order, pickled, on all ranks."""
         values = [None] * self.size
         with telling_lost_peers():
             dist.all_gather_object(values, value, group=self.main)
@@ -208,7 +193,7 @@ class Group:
 
     @labelled("comm: agree")
     def agree(self, flag: bool) -> bool:
-        """Whether `flag` is set on any rank: what one rank decides on its own would leave the others waiting."""
+        """Whether `flag` is set on any rank: a decision taken alone would leave the others waiting."""
         # A CPU tensor, also with NCCL: it goes through gloo and leaves the GPU's queue alone.
         flags = torch.tensor([int(flag)])
         with telling_lost_peers():
@@ -216,12 +201,12 @@ class Group:
         return bool(flags.item())
 
     def equal(self, values: Sequence[int]) -> bool:
-        """Whether all ranks hold the same whole numbers, the same count on each; one answer for all ranks."""
+        """Whether all ranks hold the same whole numbers, the same count on each; one answer for all."""
         return self.start_equal(values)()
 
     @labelled("comm: agree")
     def start_equal(self, values: Sequence[int]) -> Callable[[], bool]:
-        """Begin to compare, as `equal`; returns a function that waits for the answer."""
+        """As `equal`; returns a function that waits for the answer."""
         # Through gloo, as in `agree`. 62 bits of each: their negatives exist.
         mine = torch.tensor([value & (2**62 - 1) for value in values])
         extremes = torch.cat([mine, -mine])
@@ -277,13 +262,12 @@ class Group:
 
 
 def reduce_op(op: Literal["sum", "max"]) -> dist.ReduceOp.RedOpType:
-    """torch.distributed's name for `op`."""
     return {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op]
 
 
 @contextmanager
 def _telling_failed_connections() -> Iterator[None]:
-    """Turn errors while ranks connect into ConnectionError: all may fail for one cause, so none may be silent."""
+    """Turn errors while ranks connect into ConnectionError; all may have one cause, so none may be silent."""
     try:
         yield
     except RuntimeError as error:

@@ -6,9 +6,7 @@
     ...                                      and then to these
     pending.release()
 
-The `HaloPlan` (geometry.py) says which rows those are. In full attention all rows are halos; so are the pooled rows of
-down-sampled keys. The stale schedule uses the halos of the step before (stale_exchange.py). Where a neighbour went away
-both raise PeerLost.
+The `HaloPlan` (geometry.py) says which rows those are; in full attention all. Both may raise PeerLost.
 
 Shapes: B batch, R my rows, W columns, N heads, D head dim. A halo of h rows is [2, B, h, W, N, D]: keys, then values.
 """
@@ -26,13 +24,13 @@ from clear_dist.comm.messages import post
 from clear_dist.geometry import HaloPlan
 
 Halos = tuple[torch.Tensor, torch.Tensor]
-"""Above my rows, and below."""
+"""Above and below my rows."""
 Named = tuple[str, dist.Work]
-"""Peer, for errors, and what to wait for."""
+"""Peer, for errors, and its message."""
 
 
 class HaloExchange:
-    """The exchange of one plan, used for one layer after the other; buffers are kept as long as the shape stays."""
+    """Exchange of one plan, used for one layer after the other; buffers are kept as long as the shape stays."""
 
     def __init__(
         self,
@@ -49,18 +47,12 @@ class HaloExchange:
         self._counted_as = counted_as
         self._sends = sends or SendBuffers(group, counters, layers=0)
         self._received: list[torch.Tensor] = []
-        """One buffer on the wire's side for each transfer of `plan.receives`."""
         self._arriving: list[Named] = []
         self._pending: PendingHalos | None = None
 
     @torch.no_grad()
     def start(self, key_BRWND: torch.Tensor, value_BRWND: torch.Tensor) -> "PendingHalos":
-        """Send the rows that others need and begin to receive theirs; all ranks call this, in the same order.
-
-        Args:
-            key_BRWND: keys of this rank's rows, [B, R, W, N, D] on the group's device; need not be contiguous.
-            value_BRWND: values, of the same shape and dtype.
-        """
+        """Begin to exchange keys and values (contiguous or not) of my rows; all ranks call this, in the same order."""
         assert self._pending is None, "start: the previous exchange was not waited for"
         assert key_BRWND.shape == value_BRWND.shape and key_BRWND.dtype == value_BRWND.dtype
         assert key_BRWND.shape[1] == len(self._plan.own), f"{key_BRWND.shape[1]} rows for {self._plan.own}"
@@ -68,7 +60,7 @@ class HaloExchange:
         return self._pending
 
     def drain(self) -> None:
-        """Wait for all messages: before buffers are dropped, or after a forward that was broken off."""
+        """Wait for all messages, before buffers are dropped or after a forward that was broken off."""
         self._wait_for_arrivals()
         self._sends.drain()
 
@@ -79,7 +71,6 @@ class HaloExchange:
 
     @property
     def received_bytes(self) -> int:
-        """Bytes of the receive buffers."""
         return sum(buffer.nbytes for buffer in self._received)
 
     def _begin(self, key_BRWND: torch.Tensor, value_BRWND: torch.Tensor) -> "PendingHalos":
@@ -88,7 +79,6 @@ class HaloExchange:
 
     @labelled("comm: halos start")
     def _post(self, key_BRWND: torch.Tensor, value_BRWND: torch.Tensor) -> None:
-        """Post all messages of a layer at once, sends and receives."""
         self._make_buffers(key_BRWND)
         sends = self._packed(key_BRWND, value_BRWND)
         incoming = [(move.peer, buffer) for move, buffer in zip(self._plan.receives, self._received, strict=True)]
@@ -104,7 +94,6 @@ class HaloExchange:
         self._sends.posted(sends, leaving)
 
     def _packed(self, key_BRWND: torch.Tensor, value_BRWND: torch.Tensor) -> list[torch.Tensor]:
-        """Keys and values of my rows, one message for each transfer of `plan.sends`."""
         mine = [transfer.rows.relative_to(self._plan.own.start) for transfer in self._plan.sends]
         shapes = [(2, *key_BRWND[:, rows].shape) for rows in mine]
         messages = self._sends.take(shapes, key_BRWND.dtype)
@@ -117,7 +106,6 @@ class HaloExchange:
         return messages
 
     def _make_buffers(self, key_BRWND: torch.Tensor) -> None:
-        """Make the receive buffers, or keep those of this shape and dtype."""
         batch, _, *row_shape = key_BRWND.shape
         self._no_rows = key_BRWND.new_empty((2, batch, 0, *row_shape))
         before: Sequence[torch.Tensor | None] = self._received or [None] * len(self._plan.receives)
@@ -145,8 +133,6 @@ class HaloExchange:
 
 
 class PendingHalos:
-    """Halos on their way."""
-
     def __init__(
         self, exchange: HaloExchange, *, lag: bool = False, on_release: Callable[[], None] | None = None
     ) -> None:
@@ -157,24 +143,22 @@ class PendingHalos:
 
     @torch.no_grad()
     def wait(self) -> Halos:
-        """The halos above and below my rows; to be called once. On NCCL the current stream waits, the host does not.
+        """Halos above and below my rows, [2, B, rows, W, N, D] each, rows ascending; call once, read until `release`.
 
-        Returns:
-            Two tensors [2, B, rows, W, N, D], keys and values, rows in ascending order, 0 rows at the border of the
-            grid; valid until `release`.
+        On NCCL the current stream waits, the host does not. At the border of the grid there are 0 rows.
         """
         assert self._exchange._pending is self, "wait: these halos were waited for already"
         return self._exchange._finish()
 
     @torch.no_grad()
     def release(self) -> None:
-        """The halos are not read any more: the next ones may arrive in their place."""
+        """Let the next halos arrive in the place of these."""
         if self._on_release is not None:
             self._on_release()
 
 
 class SendBuffers:
-    """Messages of the last few layers on their way out; `limit` leaves those of `layers` layers there."""
+    """Messages on their way out; `limit` leaves those of the last `layers` layers there."""
 
     def __init__(self, group: Group, counters: Counters, *, layers: int) -> None:
         self._group = group
@@ -196,7 +180,7 @@ class SendBuffers:
             self._wait_for_oldest()
 
     def drain(self) -> None:
-        """Wait for all of them, and keep no buffer."""
+        """Wait for all messages and drop the buffers."""
         while self._leaving:
             self._wait_for_oldest()
         self._free.clear()

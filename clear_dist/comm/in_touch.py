@@ -11,17 +11,13 @@ import torch
 from clear_dist.comm.group import Group
 
 SECONDS_BETWEEN_WORDS = 1.0
-"""Between messages among ranks while one is busy."""
+"""Interval of messages among ranks while one is busy."""
 
 Result = TypeVar("Result")
 
 
 def in_touch(group: Group, work: Callable[[], Result]) -> Result:
-    """Result of `work`, done on a thread, once all ranks' work is done; all ranks call this.
-
-    Raises:
-        what `work` raises, on this rank; on the others PeerLost, once it has gone.
-    """
+    """Result of `work`, done on a thread, once all ranks are done; raises its error, or PeerLost for another rank's."""
     doing = in_background(partial(_as_here, group.device, torch.is_inference_mode_enabled(), work))
     while group.agree(_is_underway(doing)):
         pass
@@ -43,7 +39,6 @@ def in_background(work: Callable[[], Result]) -> "Future[Result]":
 
 
 def _as_here(device: torch.device, inference_mode: bool, work: Callable[[], Result]) -> Result:
-    """Do `work` with the device and the mode of the caller's thread."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with torch.inference_mode(inference_mode):
@@ -51,7 +46,6 @@ def _as_here(device: torch.device, inference_mode: bool, work: Callable[[], Resu
 
 
 def _is_underway(doing: Future[Any]) -> bool:
-    """Whether the work takes longer than another moment; raises what it raised."""
     wait([doing], SECONDS_BETWEEN_WORDS)
     if not doing.done():
         return True

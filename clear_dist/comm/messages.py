@@ -11,15 +11,13 @@ Message = tuple[int, torch.Tensor]
 """Peer (rank within the group), and a buffer on the wire's side."""
 
 all_gather: Callable[..., dist.Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""All-gather of equal buffers into one; renamed in torch 2.13."""
+"""Renamed in torch 2.13."""
 
 
 def post(group: Group, incoming: Sequence[Message], outgoing: Sequence[Message]) -> list[dist.Work]:
     """Post all messages at once: apart, two ranks could wait for each other.
 
-    Returns:
-        gloo: one work per message, incoming first; NCCL: one for all; none for no message. All must be waited for,
-        sends too: gloo drops a forgotten one.
+    Returns works to wait for: on gloo one per message, incoming first (it drops forgotten sends); on NCCL one in all.
     """
     # Receives come first: gloo sends and receives at the same time only if the receive was posted before.
     messages = [

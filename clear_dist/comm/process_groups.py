@@ -1,4 +1,4 @@
-"""torch.distributed's process groups: how ranks meet, and what their tensors travel through."""
+"""torch.distributed's process groups: how ranks meet, and how their tensors travel."""
 
 import socket
 from collections.abc import Sequence
@@ -14,7 +14,6 @@ Transport = Literal["nccl", "gloo", "host"]
 
 
 def with_index(device: torch.device) -> torch.device:
-    """`device`, with its number if it is CUDA."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device(device.type) if device.type == "cpu" else device
@@ -30,15 +29,12 @@ def check_transport(device: torch.device, transport: str) -> None:
 
 
 def backends(device: torch.device) -> str:
-    """CPU tensors (objects, decisions) always go through gloo. NCCL connects at its first use, so naming it is free."""
+    """Backends by device; CPU tensors (objects, decisions) always go through gloo, and unused NCCL never connects."""
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
 
 
 def initialise_torch(device: torch.device, timeout: timedelta) -> None:
-    """Make torch.distributed's default group, of torchrun's ranks or of this process alone.
-
-    Raises ConnectionError: the ranks cannot meet.
-    """
+    """Make the default group of torchrun's ranks, or of this process alone; ConnectionError if they cannot meet."""
     meeting = env.read().meeting
     if meeting is None:
         dist.init_process_group(backends(device), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -52,10 +48,7 @@ def initialise_torch(device: torch.device, timeout: timedelta) -> None:
 
 
 def new_process_group(parts: Sequence[tuple[int, ...]], backend: str, timeout: timedelta) -> dist.ProcessGroup:
-    """The group of the part (global ranks) that this process is in; the ranks of all parts call this, no others.
-
-    Parts are disjoint, and in the same order on all ranks.
-    """
+    """Group of the part (global ranks) that holds this process; all ranks of all parts call this, no others."""
     # Where everyone is here, groups are numbered alike on all ranks. Else local synchronisation: ranks outside need
     # not take part, so that others may use them at will. Its groups are found by their ranks and by how many groups
     # this process has at the time, which must be equal on the members: so all parts are made at once.
@@ -69,8 +62,7 @@ def new_process_group(parts: Sequence[tuple[int, ...]], backend: str, timeout: t
 def forget_addresses(*process_groups: dist.ProcessGroup) -> None:
     """Remove the ranks' addresses from the store; one rank calls this, while none of them connects.
 
-    With local synchronisation the next group of the same ranks has the name of this one, once this one is destroyed,
-    and would connect to its addresses.
+    The next group of the same ranks takes this one's name once it is destroyed, and would connect to its addresses.
     """
     for process_group in process_groups:
         store = process_group.get_group_store()
@@ -79,7 +71,7 @@ def forget_addresses(*process_groups: dist.ProcessGroup) -> None:
 
 
 def choose_transport(device: torch.device, process_group: dist.ProcessGroup) -> Transport:
-    """The transport for everyone's devices, equal on all ranks."""
+    """Transport for everyone's devices, equal on all ranks."""
     if device.type != "cuda":
         return "gloo"
     mine = (socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid))

@@ -1,11 +1,9 @@
-"""Rows of a picture between ranks, in four ways.
+"""Rows of a picture between ranks, in four ways; all raise PeerLost where a rank went away.
 
     StripeJoin.join        all stripes of tokens to all ranks, once a step
     move_rows              rows from the ranks that have them to those that need them next
     RowHalos.fill          one border row from each neighbour, before a convolution
     collect_stripes        all stripes to rank 0, one at a time
-
-All raise PeerLost where a rank went away.
 
 Shapes: B batch, C channels, H rows, R my rows, E = R + 2 with a halo row on each side, W columns.
 """
@@ -23,7 +21,7 @@ from clear_dist.geometry import Rows, plan_moves
 
 
 class StripeJoin:
-    """Joins stripes of tokens into the whole grid, on all ranks; its buffers are kept as long as the shape stays."""
+    """Join of token stripes into the whole grid, on all ranks; its buffers are kept as long as the shape stays."""
 
     def __init__(self, group: Group, stripes: tuple[Rows, ...], counters: Counters) -> None:
         assert len(stripes) == group.size, f"{len(stripes)} stripes for {group.size} ranks"
@@ -35,14 +33,7 @@ class StripeJoin:
 
     @torch.no_grad()
     def join(self, local: Tensor) -> Tensor:
-        """All stripes, in order; all ranks call this.
-
-        Args:
-            local: this rank's tokens in raster order, [B, R*W, C] on the group's device.
-
-        Returns:
-            A new tensor [B, H*W, C], equal on all ranks.
-        """
+        """New tensor [B, H*W, C], equal on all ranks, from all [B, R*W, C] in raster order; all ranks call this."""
         group, heights = self._group, [len(stripe) for stripe in self._stripes]
         batch, tokens, channels = local.shape
         columns, rest = divmod(tokens, heights[group.rank])
@@ -71,16 +62,13 @@ def move_rows(
     dtype: torch.dtype,
     counters: Counters,
 ) -> Tensor:
-    """The rows that this rank wants, wherever they are; all ranks call this.
+    """New tensor [B, C, len(want[rank]), W] of the rows that this rank wants; all ranks call this.
 
     Args:
-        local_BCRW: the rows have[rank], on the group's device; None on ranks with none.
-        have: each rank's rows, disjoint, possibly none.
-        want: the rows that each rank needs; they may overlap, and some rank has each of them.
-        shape: B, C and W, which ranks with nothing could not know.
-
-    Returns:
-        A new tensor [B, C, len(want[rank]), W] on the group's device.
+        local_BCRW: rows have[rank], on the group's device; None on ranks with none.
+        have: disjoint, possibly empty.
+        want: may overlap; some rank has each of the rows.
+        shape: B, C and W, which ranks without rows could not know.
     """
     batch, channels, width = shape
     mine, wanted = have[group.rank], want[group.rank]
@@ -108,7 +96,7 @@ def move_rows(
 
 
 class RowHalos:
-    """The exchange of border rows between stripes that lie on the ranks in ascending order of rows."""
+    """Exchange of border rows between stripes that lie on the ranks in ascending order of rows."""
 
     def __init__(self, group: Group, counters: Counters) -> None:
         self._group = group
@@ -119,11 +107,7 @@ class RowHalos:
 
     @torch.no_grad()
     def fill(self, stripe_BCEW: Tensor) -> None:
-        """Fill the first and the last row with the neighbours' rows; all ranks call this, in the same order.
-
-        Args:
-            stripe_BCEW: on the group's device, at least one row besides the halos; those beyond the picture stay.
-        """
+        """Fill first and last row with the neighbours' rows, if any; all ranks call this, in the same order."""
         group = self._group
         shape, dtype = stripe_BCEW[:, :, 0].shape, stripe_BCEW.dtype
         incoming, outgoing = (
@@ -141,11 +125,9 @@ class RowHalos:
 
 
 def collect_stripes(local: Tensor, group: Group, heights: tuple[int, ...]) -> Iterator[Tensor]:
-    """The stripes of all ranks on the CPU of rank 0, from the top; nothing on the others. All exhaust the iterator.
+    """Stripes of all ranks on the CPU of rank 0, from the top, and none elsewhere; all ranks exhaust the iterator.
 
-    Args:
-        local: this rank's stripe [rows, ...] on the group's device; equal on all ranks but for the number of rows.
-        heights: each rank's rows, 0 where there is no stripe.
+    `local` ([rows, ...] on the group's device) may differ among ranks in `rows` only; a height of 0 means no stripe.
     """
     assert len(local) == heights[group.rank], f"{len(local)} rows for {heights[group.rank]}"
     if group.rank == 0:
@@ -160,7 +142,6 @@ def collect_stripes(local: Tensor, group: Group, heights: tuple[int, ...]) -> It
 
 
 def _receive(local: Tensor, group: Group, heights: tuple[int, ...]) -> Iterator[Tensor]:
-    """The other ranks' stripes, in the dtype and row shape of `local`."""
     for peer, rows in enumerate(heights):
         if peer == group.rank or not rows:
             continue

@@ -1,9 +1,7 @@
 """The stale schedule: a layer uses what was sent during the step before, and sends its own for the next.
 
-So each layer in each pass of a step has its own exchange and reduction, which keep what they received. In the warm-up,
-and where a layer holds nothing from the step before, they exchange and wait as their parents do.
-
-Shapes: as in halo_exchange.py and text_reduce.py.
+So each layer in each pass of a step has an exchange and a reduction of its own; where they hold nothing from the step
+before, they act as their parents. Shapes: as in halo_exchange.py and text_reduce.py.
 """
 
 from collections.abc import Callable
@@ -20,7 +18,7 @@ from clear_dist.geometry import HaloPlan
 
 
 class StaleHaloExchange(HaloExchange):
-    """The halos of one layer in one pass; all layers share `sends`."""
+    """Halos of one layer in one pass; all layers share `sends`."""
 
     def __init__(
         self,
@@ -51,7 +49,7 @@ class StaleHaloExchange(HaloExchange):
 
 
 class StaleTextReduce(TextReduce):
-    """The text queries' reduction of one layer in one pass; it lags on all ranks alike, so text tokens stay equal."""
+    """Text reduction of one layer in one pass; it lags on all ranks alike, so text tokens stay equal."""
 
     def __init__(self, group: Group, reduction: Reduction, counters: Counters, *, clock: Clock) -> None:
         super().__init__(group, reduction, counters)

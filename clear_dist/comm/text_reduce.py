@@ -1,8 +1,7 @@
 """Attention of the text queries, which see all stripes: the ranks' parts become one.
 
-`Average` and `Exact` are the two ways, `TextReduce` the messages that they post. Each has three forms: reduced over all
-ranks (`post`, `finish`), a step late (`post_late`; stale_exchange.py), and each rank its own text tokens (`packed`,
-`merged`; text_shards.py). All raise PeerLost where a rank went away.
+`Average` and `Exact` reduce over all ranks (`post`, `finish`), a step late (`post_late`; stale_exchange.py), or to each
+rank's own text tokens (`packed`, `merged`; text_shards.py). All raise PeerLost where a rank went away.
 
 Shapes: P ranks, B batch, T text, S text of one rank, N heads, D head dim.
 """
@@ -25,12 +24,11 @@ LARGEST_CHANGE = 60.0
 
 
 class Average:
-    """Eq. 7 of CLEAR: the mean of the ranks' outputs. Its error grows with the number of ranks."""
+    """Eq. 7 of CLEAR: mean of the ranks' outputs, with an error that grows with the number of ranks."""
 
     word: TextAttention = "average"
 
     def counts_text_keys(self, rank: int) -> bool:
-        """Whether the part of `rank` includes the text keys."""
         return True
 
     def post(self, ranks: "TextReduce", out_BTND: Tensor, lse_BTN: Tensor) -> None:
@@ -41,7 +39,6 @@ class Average:
         return ranks.held("sum").div_(ranks.group.size)
 
     def post_late(self, ranks: "TextReduce", out_BTND: Tensor, lse_BTN: Tensor) -> Tensor:
-        """Send this step's part; returns the mean of the step before."""
         before_BTND = ranks.held("sum")
         ranks.post("sum", out_BTND)
         return before_BTND.div_(ranks.group.size)
@@ -54,7 +51,7 @@ class Average:
 
 
 class Exact:
-    """Outputs weighted by their share of the softmax, from each rank's log-sum-exp: what one rank would compute."""
+    """Outputs weighted by their share of the softmax, from each rank's log-sum-exp: as one rank would compute."""
 
     word: TextAttention = "exact"
 
@@ -87,11 +84,7 @@ class Exact:
         ranks.post("sum", weigh(out_BTND, lse_BTN, ranks.held("max")))
 
     def post_late(self, ranks: "TextReduce", out_BTND: Tensor, lse_BTN: Tensor) -> Tensor:
-        """Send this step's part; returns the output of the step before.
-
-        Weights are relative to all ranks' log-sum-exp of the step before. Any reference does that all ranks know and
-        that is near the maximum, so the maximum needs no reduction.
-        """
+        """Output of the step before, whose log-sum-exp is this step's reference: no maximum need be reduced."""
         before_BTND1 = ranks.held("sum")
         reference_BTN = ranks.held("max") + before_BTND1[..., -1].log()
         ranks.hold("max", reference_BTN)
@@ -100,7 +93,7 @@ class Exact:
         return unweigh(before_BTND1, out_BTND.dtype)
 
     def packed(self, out_BTND: Tensor, lse_BTN: Tensor) -> Tensor:
-        """The output, then the bits of the float32 log-sum-exp in the output's dtype."""
+        """Output, then the bits of the float32 log-sum-exp in the output's dtype."""
         return torch.cat([out_BTND, lse_BTN.unsqueeze(-1).view(out_BTND.dtype)], dim=-1)
 
     def merged(self, parts_PBSND: Tensor, head_dim: int) -> Tensor:
@@ -114,7 +107,7 @@ REDUCTIONS = (Average(), Exact())
 
 
 class TextReduce:
-    """The reduction over all ranks of a group, used for one layer after the other; its buffers are kept."""
+    """Reduction over all ranks of a group, used for one layer after the other; its buffers are kept."""
 
     def __init__(self, group: Group, reduction: Reduction, counters: Counters) -> None:
         self.group = group
@@ -129,9 +122,7 @@ class TextReduce:
     def start(self, out_BTND: Tensor, lse_BTN: Tensor) -> "PendingText":
         """Begin to reduce; all ranks call this, in the same order and after the layer's halos were started.
 
-        Args:
-            out_BTND: this rank's part, [B, T, N, D]: attention to its stripe, and to the text if `counts_text_keys`.
-            lse_BTN: log-sum-exp of the part's scores, [B, T, N] float32.
+        A part is attention to a rank's stripe, and to the text if `counts_text_keys`; its log-sum-exp is float32.
         """
         assert self._pending is None, "start: the previous reduction was not waited for"
         assert lse_BTN.shape == out_BTND.shape[:-1] and lse_BTN.dtype == torch.float32
@@ -139,7 +130,7 @@ class TextReduce:
         return self._pending
 
     def drain(self) -> None:
-        """Wait for what was posted; a forward that was broken off leaves it on its way."""
+        """Wait for what a forward that was broken off has posted."""
         work, self._posted = self._posted, None
         if work is not None:
             with self._counters.waiting("comm: text wait", self.group.wire), telling_lost_peers():
@@ -147,17 +138,14 @@ class TextReduce:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of the buffers."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def _begin(self, out_BTND: Tensor, lse_BTN: Tensor) -> Callable[[], Tensor]:
-        """Post what can be posted by now; returns what gives the result."""
         self._reduction.post(self, out_BTND, lse_BTN)
         return partial(self._reduction.finish, self, out_BTND, lse_BTN)
 
     @labelled("comm: text start")
     def post(self, op: Literal["sum", "max"], part: Tensor) -> dist.Work:
-        """Begin an all-reduce of `part`, in the buffer `op`."""
         carried = self.hold(op, part)
         self._counters.add("text_bytes_reduced", carried.nbytes)
         with telling_lost_peers():
@@ -172,23 +160,17 @@ class TextReduce:
         return carried
 
     def held(self, name: str) -> Tensor:
-        """A copy of the buffer `name` on the group's device."""
         return self._buffers[name].to(self.group.device, non_blocking=True, copy=True)
 
 
 class PendingText:
-    """A reduction under way."""
-
     def __init__(self, reduce: TextReduce, finish: Callable[[], Tensor]) -> None:
         self._reduce = reduce
         self._finish = finish
 
     @torch.no_grad()
     def wait(self) -> Tensor:
-        """The text queries' output, [B, T, N, D] in the parts' dtype, equal on all ranks; to be called once.
-
-        From a `TextScatter`: [B, S, N, D] of this rank's share. On NCCL the current stream waits, the host does not.
-        """
+        """Output of the text queries, [B, T, N, D], or [B, S, N, D] of my share; on NCCL only the stream waits."""
         assert self._reduce._pending is self, "wait: this reduction was waited for already"
         self._reduce._pending = None
         return self._finish()

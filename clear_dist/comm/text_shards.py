@@ -7,12 +7,9 @@
     ...                                      meanwhile my rows attend to my keys
     out = pending.wait()                     all parts of my tokens, merged: by log-sum-exp, or their mean (Eq. 7)
 
-Where a rank went away all raise PeerLost.
-
-A layer has two collectives of a fixed size. The second sends parts as they are and merges them on arrival: one message
-in the model's dtype, for `Exact` too, where a reduce-scatter would need the maximum of the log-sum-exps first, and sums
-in float32. With 512 text tokens of 3072 channels in bfloat16, one of 8 ranks receives 8.3 MB and 2.8 MB a layer; the
-all-reduce of replicated text brings 5.5 MB (`Average`) or 11.2 MB (`Exact`).
+Parts are sent in the model's dtype and merged on arrival: a reduce-scatter would need the maximum of the log-sum-exps
+first, and sums in float32. With 512 text tokens of 3072 channels in bfloat16, one of 8 ranks receives 8.3 MB and 2.8 MB
+a layer; the all-reduce of replicated text brings 5.5 MB (`Average`) or 11.2 MB (`Exact`). All raise PeerLost.
 
 Shapes: P ranks, B batch, T text tokens (of all ranks), S of my share, L = T + image tokens, N heads, D head dim.
 """
@@ -45,11 +42,9 @@ class TextGather:
     @torch.no_grad()
     @labelled("comm: text tokens start")
     def start(self, *tensors_BLND: torch.Tensor) -> None:
-        """Send my share of each; all ranks call this, in the same order, where text is shared.
+        """Send my share of queries, keys and values; all ranks call this, in the same order, where text is shared.
 
-        Args:
-            tensors_BLND: queries, keys and values, [B, L, N, D] on the group's device: T - S text tokens for `wait` to
-                fill in, then my S, then the image's.
+        Each is [B, L, N, D] on the group's device: T - S text tokens for `wait` to fill in, my S, then the image's.
         """
         assert self.plan.is_shared, "start: the text is not shared"
         assert self._posted is None, "start: the previous tokens were not waited for"
@@ -69,7 +64,7 @@ class TextGather:
 
     @torch.no_grad()
     def wait(self) -> None:
-        """Fill in the others' tokens. On NCCL the current stream waits, the host does not."""
+        """Fill in the others' tokens; on NCCL the current stream waits, the host does not."""
         if not self.plan.is_shared:
             return
         assert self._posted is not None and self._all is not None, "wait: no tokens were sent"
@@ -82,7 +77,6 @@ class TextGather:
             torch.cat(shares, dim=1, out=x[:, : self.plan.elsewhere])
 
     def drain(self) -> None:
-        """Wait for what was posted; a forward that was broken off leaves it on its way."""
         work, self._posted = self._posted, None
         if work is not None:
             with self._counters.waiting("comm: text tokens wait", self._group.wire), telling_lost_peers():
@@ -90,7 +84,7 @@ class TextGather:
 
 
 class TextScatter(TextReduce):
-    """The text queries' attention from each rank's part of it, where their tokens are: [B, S, N, D] on each rank."""
+    """Attention of the text queries from each rank's part of it, where their tokens are: [B, S, N, D] on each rank."""
 
     def __init__(self, group: Group, reduction: Reduction, counters: Counters, *, plan: TextPlan) -> None:
         super().__init__(group, reduction, counters)
@@ -108,7 +102,7 @@ class TextScatter(TextReduce):
 
     @labelled("comm: text start")
     def _post_parts(self, part_BTND: torch.Tensor) -> None:
-        """Send each rank the part of its own tokens: the first dimension, the only one that may differ in length."""
+        """Send each rank its part, along the first dimension: only that may differ in length."""
         sent = self.hold("sent", self._in_order_of_ranks(part_BTND).transpose(0, 1))
         received = self._buffers["received"] = self.group.wire_buffer(
             (self.group.size * self._own, *sent.shape[1:]), sent.dtype, reuse=self._buffers.get("received")
@@ -125,6 +119,5 @@ class TextScatter(TextReduce):
             )
 
     def _in_order_of_ranks(self, x_BTND: torch.Tensor) -> torch.Tensor:
-        """Move my tokens from behind the others' to between them."""
         before, elsewhere = self._plan.before, self._plan.elsewhere
         return torch.cat([x_BTND[:, :before], x_BTND[:, elsewhere:], x_BTND[:, before:elsewhere]], dim=1)

@@ -1,6 +1,4 @@
-"""Weights sharded over ranks by FSDP2: each holds a share of every block, and gathers a block when it is needed.
-
-While a block computes, the next one's weights are on their way: a rank holds its share and two whole blocks.
+"""Weights sharded over ranks by FSDP2: a rank holds its share, the block that computes, and the next on its way.
 
 FSDP works on a shell around each block that is no part of the model: the block keeps its class, its names and its
 hooks. Once the shell is gone only hooks for `state_dict` are left, which find nothing to do.
@@ -30,13 +28,7 @@ class ShardedWeights:
     def __init__(
         self, blocks: Iterable[nn.Module], group: Group, counters: Counters, *, whole: AbstractSet[Any]
     ) -> None:
-        """
-        Args:
-            blocks: in the order in which the model calls them, equal on all ranks; each is sharded before the next one
-                is asked for, and takes no gradients any more.
-            counters: for `weight_bytes_sent`.
-            whole: parameters that are left as they are and where they are.
-        """
+        """Shard `blocks` one by one, in calling order and without gradients, except the parameters `whole`."""
         assert group.size > 1, "one rank has nobody to share with"
         self._group = group
         backend = "nccl" if group.transport == "nccl" else "gloo"
@@ -69,7 +61,7 @@ class ShardedWeights:
         self.close()
 
     def close(self) -> None:
-        """Destroy the process group; weights left in shards are of no use. A second call has no effect."""
+        """Destroy the process group, without which remaining shards are of no use; a second call has no effect."""
         if self._closed:
             return
         self._closed = True
@@ -117,7 +109,7 @@ class WeightGather:
 
     @labelled("comm: weights start")
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> "Gathering":
-        """Begin to gather; FSDP waits for what is returned, whatever `async_op` says."""
+        """Begin to gather; FSDP waits for the result, whatever `async_op` says."""
         # As bytes: gloo does not know every dtype.
         mine, everyone = input_tensor.view(torch.uint8), output_tensor.view(torch.uint8)
         received = everyone
@@ -138,8 +130,6 @@ class WeightGather:
 
 
 class Gathering(dist.Work):
-    """Weights on their way."""
-
     def __init__(self, work: dist.Work, finish: Any) -> None:
         super().__init__()
         self._work = work
@@ -152,7 +142,7 @@ class Gathering(dist.Work):
 
 
 def weights_of(block: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """Each parameter with the module that it belongs to and its name there."""
+    """Each parameter with its module and its name there."""
     for module in block.modules():
         for name, weight in module.named_parameters(recurse=False):
             yield module, name, weight

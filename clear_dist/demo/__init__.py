@@ -1,7 +1,4 @@
-"""The embedded demo model: a small trained pipeline in FLUX's architecture that draws landscapes.
-
-Nothing heavy is imported here; `grammar` holds the words that the model knows, `weights` is in diffusers' layout.
-"""
+"""The embedded demo model, a small trained pipeline in FLUX's architecture that draws landscapes; light to import."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Training data of the demo model: renders and their landscapes, made by several processes, kept in one folder."""
+"""Training data of the demo model: renders and their landscapes, kept in one folder."""
 
 from __future__ import annotations
 

@@ -67,7 +67,6 @@ class Landscape:
 
 
 def phrases(landscape: Landscape) -> list[str]:
-    """Phrases of the caption in canonical order; attributes that are None are left out."""
     place = " ".join(word for word in (landscape.season, landscape.land) if word)
     if landscape.season and not landscape.land:
         place = f"{landscape.season} land"
@@ -84,11 +83,7 @@ def caption(landscape: Landscape) -> str:
 
 
 def parse(prompt: str) -> tuple[str, list[str]]:
-    """(canonical caption, words without meaning to the model) of a free prompt.
-
-    Forgiving in order, spelling and synonyms. Where a prompt names an attribute twice, the first mention counts and
-    the second is unknown. A prompt without any known word gives an empty caption.
-    """
+    """(canonical caption, words without meaning) of a prompt; of two mentions of an attribute the first counts."""
     found: dict[str, str] = {}
     unknown: list[str] = []
     for word in re.findall(r"[^\W\d_]+|\d+", prompt.lower()):

@@ -39,7 +39,7 @@ def rgb(text: str) -> Colour:
 
 
 def mix(first: Colour | float, second: Colour | float, amount: float | np.ndarray) -> np.ndarray:
-    """Linear mixture; `amount` 1 is all `second`."""
+    """Linear mixture, at `amount` 1 all `second`."""
     return np.asarray(first + (second - first) * amount)
 
 

@@ -46,7 +46,6 @@ def build_transformer() -> FluxTransformer2DModel:
 
 
 def build_clip() -> CLIPTextModel:
-    """CLIP's text model; its pooled output steers the modulations."""
     tokenizer = tokenizers.clip_tokenizer()
     return CLIPTextModel(
         CLIPTextConfig(
@@ -59,7 +58,6 @@ def build_clip() -> CLIPTextModel:
 
 
 def build_t5() -> T5EncoderModel:
-    """T5's encoder; its output is the text tokens of the joint attention."""
     encoder = T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizers.t5_tokenizer()), d_model=TEXT_WIDTH, d_kv=TEXT_WIDTH // TEXT_HEADS,
@@ -75,7 +73,6 @@ def build_t5() -> T5EncoderModel:
 def assemble(
     vae: AutoencoderKL, transformer: FluxTransformer2DModel, clip: CLIPTextModel, t5: T5EncoderModel
 ) -> FluxPipeline:
-    """A stock FluxPipeline of these parts and the demo's tokenizers and scheduler."""
     return FluxPipeline(
         scheduler=build_scheduler(), vae=vae, transformer=transformer, text_encoder=clip, text_encoder_2=t5,
         tokenizer=tokenizers.clip_tokenizer(), tokenizer_2=tokenizers.t5_tokenizer(),
@@ -83,7 +80,7 @@ def assemble(
 
 
 def export(pipeline: FluxPipeline, folder: Path, extra: dict[str, Path] | None = None) -> None:
-    """Write the pipeline in float16 and diffusers' layout, and `extra` files beside; replaces `folder` at once."""
+    """Write the pipeline in float16 and diffusers' layout, with `extra` files beside; replaces `folder` at once."""
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".weights-"))
     temporary.chmod(0o755)
     pipeline.to(torch.float16).save_pretrained(temporary, safe_serialization=True)

@@ -1,7 +1,6 @@
-"""Procedural landscapes: a `Landscape` and a seed give one scene, drawn at any height and width.
+"""Procedural landscapes: a `Landscape` and a seed give one scene, at any resolution, with edges smoothed over a pixel.
 
-Lengths are in picture heights (y from 0 at the top to 1, x from 0 to width / height), so that a scene does not depend
-on the resolution. Edges are smoothed analytically over one pixel.
+Lengths are in picture heights (y from 0 at the top to 1, x from 0 to width / height).
 """
 
 from __future__ import annotations
@@ -107,7 +106,6 @@ def _paint_sky(canvas: Canvas, scene: Scene) -> None:
 
 
 def _paint_light(canvas: Canvas, scene: Scene) -> None:
-    """The sun: a disc in a wide glow. The moon: a crescent in a narrow one."""
     distance = np.hypot(canvas.x - scene.light_x, canvas.y - scene.light_y)
     sun = scene.words.body == "sun"
     reach, strength = (0.20, 0.75) if sun else (0.11, 0.5)

@@ -81,7 +81,6 @@ def _nearest(tops: np.ndarray, margin: float = 0.07) -> tuple[np.ndarray, np.nda
 
 
 def hills(x: np.ndarray, rng: np.random.Generator, low: float, height: float, length: float) -> Ridge:
-    """Rounded hills: the top edge waves around `low`; lit at the crest, fading downwards."""
     top = low + height * waves(x, rng, length, 2)
     crest = np.full_like(x, low - height)
     # the lit "side" is everything near the crest: the dividing line lies far away
@@ -89,7 +88,6 @@ def hills(x: np.ndarray, rng: np.random.Generator, low: float, height: float, le
 
 
 def dunes(x: np.ndarray, rng: np.random.Generator, low: float, spread: float) -> Ridge:
-    """Dunes: few crests with hollow flanks; the shaded side runs down in a long curve."""
     count = int(np.ceil((MAX_ASPECT + 1) / spread)) + 1
     peak_x = (np.arange(count) + rng.uniform(0.2, 0.8, count) - 0.7) * spread
     rise = rng.uniform(0.06, 0.13, count)
@@ -105,14 +103,13 @@ def dunes(x: np.ndarray, rng: np.random.Generator, low: float, spread: float) ->
 
 
 def crescent(x: np.ndarray, y: np.ndarray, centre: tuple[float, float], radius: float, height: int) -> np.ndarray:
-    """A disc with a smaller disc taken out of its upper right."""
     disc = np.hypot(x - centre[0], y - centre[1]) - radius
     bite = np.hypot(x - centre[0] - 0.5 * radius, y - centre[1] + 0.22 * radius) - 0.82 * radius
     return cover(np.maximum(disc, -bite), height)
 
 
 def puffs(x: np.ndarray, y: np.ndarray, size: float, rng: np.random.Generator, height: int) -> np.ndarray:
-    """A cloud with a flat base, of circles side by side [h, w]; x, y relative to the middle of the base."""
+    """Cloud with a flat base, of circles side by side [h, w]; x, y relative to the middle of the base."""
     distance = np.full(np.broadcast_shapes(x.shape, y.shape), 9.0, dtype=np.float32)
     for place in (-1.1, -0.6, -0.1, 0.4, 0.9):
         radius = size * (0.55 - 0.28 * abs(place)) * rng.uniform(0.85, 1.25)

@@ -18,7 +18,6 @@ START, END, UNKNOWN, PAD = "<|startoftext|>", "<|endoftext|>", "<|unknown|>", "<
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """Byte-pair encoding whose merges build exactly the grammar's words."""
     merges = _word_merges()
     pieces = [*CHARACTERS, *(character + "</w>" for character in CHARACTERS), *(a + b for a, b in merges)]
     # the end token must not be number 2, for which CLIPTextModel keeps an old rule
@@ -30,7 +29,7 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 def _word_merges() -> list[tuple[str, str]]:
-    """Merges in order of priority; a word keeps what earlier words' merges make of it and then grows to the right."""
+    """Merges in order of priority: a word keeps what earlier words' merges make of it, then grows to the right."""
     merges: list[tuple[str, str]] = []
     for word in WORDS:
         parts = [*word[:-1], word[-1] + "</w>"]
@@ -61,7 +60,7 @@ def t5_tokenizer() -> T5TokenizerFast:
 
 
 def save_clip_files(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """vocab.json and merges.txt beside tokenizer.json, for readers that want the slow tokenizer's files."""
+    """vocab.json and merges.txt beside tokenizer.json, for the slow tokenizer."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"]))

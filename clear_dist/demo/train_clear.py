@@ -1,7 +1,6 @@
 """CLEAR's own recipe on the demo: the image side of attention learns the window from the base with full attention.
 
-Only the layers that a CLEAR checkpoint holds are trained. The loss is the flow's, plus the distance to the teacher's
-prediction, plus the distance to the teacher's attention outputs at image tokens.
+The loss is the flow's, plus distances to the teacher's prediction and to its attention outputs at image tokens.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ RECIPE = Recipe(
 
 @contextmanager
 def recorded_attention(transformer: Any) -> Iterator[list[torch.Tensor]]:
-    """Collects the attention outputs at image tokens, [B, GRID^2, C] per layer, of one forward."""
+    """Collect the attention outputs at image tokens, [B, GRID^2, C] per layer, of one forward."""
     outputs: list[torch.Tensor] = []
 
     def record(_module: nn.Module, _inputs: tuple, output: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -59,7 +58,6 @@ def recorded_attention(transformer: Any) -> Iterator[list[torch.Tensor]]:
 
 
 def distillation_loss(student: nn.ModuleDict, teacher: nn.ModuleDict, batch: Batch) -> torch.Tensor:
-    """Flow, prediction and attention losses of the windowed student against the teacher with full attention."""
     noise = torch.randn_like(batch.latents)
     sigmas = draw_sigmas(len(noise), batch.most_noise)
     noisy = (1 - sigmas) * batch.latents + sigmas * noise

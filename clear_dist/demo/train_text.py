@@ -1,7 +1,4 @@
-"""A head start for CLIP: its pooled output learns to tell the seven attributes before it steers the transformer.
-
-Without it the pooled output hardly depends on the caption at first, and the transformer learns to ignore it.
-"""
+"""A head start for CLIP, whose pooled output learns the attributes first: else the transformer learns to ignore it."""
 
 from __future__ import annotations
 
@@ -40,7 +37,6 @@ def spread(clip: CLIPTextModel, captions: list[str]) -> torch.Tensor:
 
 
 def pretrain_clip(clip: CLIPTextModel, figures: Figures) -> None:
-    """Train `clip` in place with one linear classifier per attribute on the pooled output."""
     torch.manual_seed(SEED)
     rng, tokenizer = np.random.default_rng(SEED), tokenizers.clip_tokenizer()
     sizes = [len(choices) + 1 for choices in CHOICES.values()]

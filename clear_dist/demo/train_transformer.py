@@ -1,8 +1,7 @@
 """The demo's transformer and text encoders, trained together on cached latents by rectified flow.
 
-A random half of the batches attends through CLEAR's window, the other half everywhere, so that the base model draws
-with both. Some batches are cut out of larger pictures, at their true positions and without the highest noise, as in
-the upper stages of a cascade.
+Half of the batches attend through CLEAR's window, so that the base model draws with and without; some are cut out of
+larger pictures, at their true positions and without the highest noise, as in the upper stages of a cascade.
 """
 
 from __future__ import annotations
@@ -55,7 +54,6 @@ class Batch:
 
 
 def build_models() -> nn.ModuleDict:
-    """Three parts to train together, named as FluxPipeline names them."""
     transformer = pipeline.build_transformer()
     transformer.set_attn_processor(DenseAttnProcessor())
     return nn.ModuleDict(
@@ -68,7 +66,6 @@ def build_models() -> nn.ModuleDict:
 
 
 def draw_batch(native: LatentSet, large: list[LatentSet], rng: np.random.Generator) -> Batch:
-    """A batch of native pictures or, with odds LARGE_ODDS, of cut-outs of larger ones."""
     from_large = len(large) > 0 and rng.random() < LARGE_ODDS
     source = large[rng.integers(len(large))] if from_large else native
     index = rng.integers(0, len(source.latents), BATCH)
@@ -100,11 +97,7 @@ def _tokenizers():
 
 
 def draw_sigmas(count: int, most: float) -> torch.Tensor:
-    """Logit-normal times, shifted towards noise: [count, 1, 1].
-
-    Pictures this smooth show their colours through a lot of noise: only near 1 does the caption decide anything. So
-    most times are shifted further than the scheduler shifts them.
-    """
+    """Logit-normal times [count, 1, 1], shifted to noise, through which pictures this smooth show their colours."""
     shift = torch.where(torch.rand(count, 1, 1) < STRONG_ODDS, STRONG_SHIFT, TIME_SHIFT)
     sigmas = torch.sigmoid(torch.randn(count, 1, 1))
     return most * shift * sigmas / (1 + (shift - 1) * sigmas)
@@ -134,7 +127,6 @@ def flow_loss(models: nn.ModuleDict, batch: Batch, text_length: int, window: boo
 
 @torch.no_grad()
 def held_out_loss(models: nn.ModuleDict, held_out: LatentSet, window: bool) -> float:
-    """Loss on held-out pictures with full captions and always the same noise."""
     state = torch.get_rng_state()
     torch.manual_seed(RECIPE.seed)
     count, losses = len(held_out.latents), []

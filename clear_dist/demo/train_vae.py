@@ -50,7 +50,7 @@ def to_tensor(pictures: np.ndarray) -> torch.Tensor:
 
 
 def random_batch(pictures: np.ndarray, rng: np.random.Generator, size: int, count: int) -> torch.Tensor:
-    """Crops [count, 3, size, size]; mirrored half of the time, since no caption is involved here."""
+    """Crops [count, 3, size, size], half of them mirrored."""
     top, left = rng.integers(0, (data.SIZE - size) // 8 + 1, (2, count)) * 8
     index = rng.integers(0, len(pictures), count)
     crops = [pictures[i, y : y + size, x : x + size] for i, y, x in zip(index, top, left, strict=True)]
@@ -66,7 +66,6 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
 
 
 def training_loss(vae: AutoencoderKL, batch: torch.Tensor) -> torch.Tensor:
-    """Reconstruction through noisy latents, with a weak pull of the latents' scale towards 1."""
     with torch.autocast("cpu", torch.bfloat16):
         mean = vae.encoder(batch)[:, :16]
         noisy = mean + LATENT_NOISE * torch.randn_like(mean)

@@ -18,7 +18,7 @@ from torch import nn
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Numbers of one stage; `warm_up` and `hold` are shares of its minutes, see `learning_rate`."""
+    """Numbers of one stage; `warm_up` and `hold` are shares of its minutes."""
 
     seed: int
     peak_rate: float
@@ -31,7 +31,7 @@ class Recipe:
 
 
 class MovingAverage:
-    """An exponential moving average of a module's parameters; its half-life grows with the steps taken."""
+    """Exponential moving average of a module's parameters; its half-life grows with the steps taken."""
 
     def __init__(self, module: nn.Module, decay: float):
         self.module: Any = copy.deepcopy(module).requires_grad_(False).eval()
@@ -62,7 +62,7 @@ def save_checkpoint(path: Path, **state: Any) -> None:
 
 
 class Figures:
-    """Figures of a run: one JSON object per line, appended to figures.jsonl beside the checkpoint, and printed."""
+    """Figures of a run, a JSON object per line, appended to figures.jsonl beside the checkpoint and printed."""
 
     def __init__(self, checkpoint: Path):
         self.path, self.stage = checkpoint.with_name("figures.jsonl"), checkpoint.stem
@@ -99,8 +99,7 @@ def fit(
 ) -> Any:
     """Train the parameters of `module` that require gradients for `minutes`; returns its moving average.
 
-    Goes on from `checkpoint` where it exists. `loss(rng, progress)` draws a batch and gives `module`'s loss on it;
-    `validate(average, last)` gives figures of the average, `last` at the end of training.
+    Goes on from `checkpoint` if any; `loss` gets (rng, progress), `validate` (average, whether this is the end).
     """
     average, trained = MovingAverage(module, recipe.average_decay), [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=recipe.weight_decay, foreach=True)

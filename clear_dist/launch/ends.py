@@ -1,6 +1,6 @@
-"""How a run ends: one line from whoever knows the cause, silence from the others, and the exit status.
+"""How a run ends: one line from whoever knows the cause, and an exit status, which functions that tell return.
 
-0 done, 2 the request is wrong, 1 it failed while running, 130 interrupted. Functions that tell return the status.
+0 done, 2 the request is wrong, 1 it failed while running, 130 interrupted.
 """
 
 import json
@@ -23,7 +23,7 @@ HOW_TO_SEE_MORE = "(for the traceback: --traceback)"
 
 
 class Failure(Exception):
-    """A failure whose message tells all: nothing broke, so there is no traceback to see."""
+    """A failure whose message tells all: nothing broke, so no traceback is shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,6 @@ class Cause:
 
 
 def run_rank(work: Callable[[], None], *, traceback: bool) -> int:
-    """Do a rank's work; on failure tell it, leave it to the launcher, or be silent."""
     place = env.read()
     try:
         work()
@@ -64,14 +63,12 @@ def refuse(message: str) -> int:
 
 
 def fail(error: Exception, *, traceback: bool) -> int:
-    """Tell of an error outside the ranks' work."""
     place = env.read()
     cause = _cause(place, FAILED, f"failed: {describe(error)} {HOW_TO_SEE_MORE}", error)
     return _tell(place, cause, traceback=traceback)
 
 
 def interrupted() -> int:
-    """Tell that this process was interrupted, once where several ranks were."""
     place = env.read()
     if place.launcher is None:
         _restore_terminal()
@@ -79,7 +76,7 @@ def interrupted() -> int:
 
 
 def causes(folder: Path) -> list[Cause]:
-    """Causes that failed ranks have left in `folder`, the first one first."""
+    """Causes that failed ranks have left in `folder`, in order of time."""
     found = [Cause(**json.loads(file.read_text())) for file in folder.glob("rank*.json")]
     return sorted(found, key=lambda cause: cause.seconds)
 
@@ -103,13 +100,12 @@ def conclude(statuses: Mapping[int, int | None], folder: Path, *, traceback: boo
 
 
 def say(line: str) -> None:
-    """Write one line for people to stderr: stdout is for the result."""
+    """Write one line to stderr: stdout is for the result."""
     sys.stderr.write(f"clear-dist: {line}\n")  # in one piece: print would write the end of the line by itself
     sys.stderr.flush()
 
 
 def describe(error: BaseException) -> str:
-    """Kind and message on one line."""
     text = f"{type(error).__name__}: {error}".rstrip(": ")
     text = " ".join(text.split())
     return text if len(text) <= LONGEST_CAUSE else text[:LONGEST_CAUSE] + " ..."
@@ -147,7 +143,7 @@ def _print(cause: Cause, *, traceback: bool) -> int:
 
 
 def _speaks(place: env.Place, cause: Cause) -> bool:
-    """Whether no other rank of this machine has spoken, as far as anyone can know."""
+    """Whether no other rank of this machine is known to have spoken."""
     if place.failures is None or not place.failures.is_dir():
         # Each may have a cause of its own, but all are interrupted alike.
         return place.rank == 0 or cause.status != INTERRUPTED
@@ -159,7 +155,6 @@ def _speaks(place: env.Place, cause: Cause) -> bool:
 
 
 def _lost_peer(error: BaseException | None) -> BaseException | None:
-    """The PeerLost that `error` is or follows from."""
     group = sys.modules.get("clear_dist.comm.group")  # not imported: nothing can have been lost
     while group is not None and error is not None:
         if isinstance(error, group.PeerLost):

@@ -23,11 +23,10 @@ class Place:
     threads: int | None = None
     """This rank's share of the cores; None: as OpenMP was told."""
     meeting: tuple[str, int] | None = None
-    """Host and port at which the ranks find each other."""
 
 
 def read(environment: Mapping[str, str] = os.environ) -> Place:
-    """Raises a ValueError where the launcher's variables are there but make no sense."""
+    """Raises ValueError where the launcher's variables make no sense."""
     if not launched_by_torchrun(environment):
         return Place()
     rank, world_size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
@@ -51,7 +50,7 @@ def launched_by_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def variables(*, rank: int, size: int, port: int, failures: Path, threads: int | None) -> dict[str, str]:
-    """torchrun's variables for one of `size` ranks on this machine that meet at `port`."""
+    """torchrun's variables for one of `size` ranks on this machine."""
     own = {} if threads is None else {_THREADS: str(threads)}
     return own | {
         "RANK": str(rank),

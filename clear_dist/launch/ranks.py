@@ -38,19 +38,13 @@ Work = Callable[[], None]
 
 
 def run(work: Work, *, nproc: int, on_cuda: bool = False, traceback: bool = False, preload: Sequence[str] = ()) -> int:
-    """Do `work` in this process or, if nobody launched it and nproc > 1, in `nproc` new ones.
+    """Do `work` in this process or, if nobody launched it and nproc > 1, in `nproc` new ones; returns the exit status.
 
     Args:
-        work: a rank's work; `env.read` tells its place. An interrupt ends a single rank at once, except inside
-            `interrupts.unwinding`.
-        nproc: ranks on this machine; no effect where torchrun has started them.
+        work: a rank's work. An interrupt ends a single rank at once, except inside `interrupts.unwinding`.
         on_cuda: ranks will use CUDA, which does not survive a fork after its first use.
-        traceback: print also the traceback of the rank that failed first.
-        preload: modules imported once before ranks are forked: in each of eight ranks torch and diffusers would cost
-            a minute on two cores.
-
-    Returns:
-        The exit status.
+        traceback: print also that of the rank that failed first.
+        preload: modules imported before the fork: in each of eight ranks they would cost a minute on two cores.
     """
     hush()
     with at_once():
@@ -119,7 +113,6 @@ def _leave(status: int) -> int:
 
 
 def _share_of_threads(size: int) -> int | None:
-    """Threads of each of `size` ranks; None: the user has told OpenMP."""
     if "OMP_NUM_THREADS" in os.environ:
         return None
     threads = max(1, len(os.sched_getaffinity(0)) // size)
@@ -128,7 +121,6 @@ def _share_of_threads(size: int) -> int | None:
 
 
 def _wait(processes: list[BaseProcess], folder: Path) -> None:
-    """Wait until all have ended, or one has failed and the cause is known."""
     running = {process.sentinel: process for process in processes}
     deadline: float | None = None
     while running:
@@ -166,7 +158,7 @@ def _die_with(launcher: int) -> None:
 
 @contextmanager
 def _reserved_port() -> Iterator[int]:
-    """Port that no other program gets: bound but not listening, so that rank 0 can still listen on it."""
+    """Port bound but not listening, so that no other program gets it and rank 0 can still listen on it."""
     with socket.socket() as reserved:
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         reserved.bind(("127.0.0.1", 0))
@@ -175,7 +167,7 @@ def _reserved_port() -> Iterator[int]:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Signals that end the launcher wait until it has started, or ended, all of its ranks."""
+    """Hold back signals that end the launcher until it has started, or ended, all of its ranks."""
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield

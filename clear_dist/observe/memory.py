@@ -20,7 +20,6 @@ def _available(root: Path) -> int:
 
 
 def _cgroups(root: Path) -> Iterator[tuple[Path, Path, Path, str]]:
-    """Limit, usage and statistics of each of this process's groups, and their word for droppable file pages."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:

@@ -1,8 +1,4 @@
-"""`--profile`: a trace of torch's profiler for each rank, for ui.perfetto.dev; and the time of compilation.
-
-Besides every operation a trace shows the labels of comm, engine and families: "layer 12", "comm: ..."
-and "compute: ...".
-"""
+"""`--profile`: a labelled trace of torch's profiler for each rank, for ui.perfetto.dev; and the time of compilation."""
 
 import gzip
 import json
@@ -32,7 +28,6 @@ class Profile:
     def __init__(self, file: Path, rank: int, *, steps: int, drain: Callable[[], None]) -> None:
         """`steps`: those of the stage; `drain` waits for all messages that are on their way."""
         self.steps = min(RECORDED_STEPS, steps)
-        """Recorded steps."""
         self._file = file
         self._rank = rank
         self._first = steps - self.steps
@@ -43,7 +38,6 @@ class Profile:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Context in which the stage, and no other, is drawn."""
         self._profiler.start()
         self._is_under_way = True
         yield  # after a failure it is left running, as messages may be on their way: see below
@@ -74,7 +68,7 @@ class Profile:
 
 
 def readable(trace: dict[str, Any], rank: int) -> dict[str, Any]:
-    """`trace` changed so that viewers show all of it, and tell ranks apart where several traces are opened as one."""
+    """`trace` changed so that viewers show all of it, and tell ranks apart."""
     processes: dict[int, int] = {}
     events: list[dict[str, Any]] = []
     for event in trace["traceEvents"]:

@@ -30,8 +30,6 @@ class Times:
 
 @dataclass(frozen=True)
 class LoadedPart:
-    """A part of the model, its files' bytes, and how long they took."""
-
     name: str
     nbytes: int
     seconds: float
@@ -51,7 +49,7 @@ class Phases:
         self._step_began = 0.0
 
     def expect(self, work: float) -> None:
-        """Set the whole run's work, in any unit, from which the time left is told."""
+        """Set the whole run's work, in any unit."""
         if self._progress is not None:
             self._whole = self._progress.add_task(WHOLE, total=work, shown="", known_at=0.0)
 
@@ -60,13 +58,7 @@ class Phases:
 
     @contextmanager
     def phase(self, name: str, *, detail: str = "", steps: int | None = None, work: float = 0.0) -> Iterator[None]:
-        """Time the body as `name`, one of PHASES; several times add up.
-
-        Args:
-            detail: tells several such phases apart; the bar goes when its phase ends.
-            steps: length of the bar.
-            work: share of the work expected.
-        """
+        """Time the body as `name`, one of PHASES, which add up; `steps` is the bar's length, `work` its share."""
         began = self._step_began = time.perf_counter()
         self._work_per_step = work / (steps or 1)
         if self._progress is not None:
@@ -105,7 +97,7 @@ class Phases:
             progress.update(bar, completed=nbytes, visible=False)
 
     def end_step(self, done: int) -> None:
-        """To be called at the end of each denoising step with the number of steps done in this phase."""
+        """Note the end of a denoising step, `done` being the steps of this phase so far."""
         now = time.perf_counter()
         for times in (self.times, *self.stages[-1:]):
             times.seconds_per_step.append(now - self._step_began)

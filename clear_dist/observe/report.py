@@ -19,7 +19,7 @@ STAGE_PHASES = ("encode", "denoise", "decode", "save")
 
 @dataclass(frozen=True, kw_only=True)
 class RankFigures:
-    """Measurements of one rank, gathered on rank 0."""
+    """Measurements of one rank."""
 
     peak_memory_bytes: int
     peak_since_loading: bool
@@ -31,9 +31,8 @@ class RankFigures:
     compile_seconds: float
     comm: Mapping[str, Sequence[float]]
     loading_peak_bytes: int = 0
-    """`peak_memory_bytes` until the model was loaded."""
     host_memory_bytes: int | None = None
-    """Proportional share of the host's memory after loading: pages of k ranks count 1/k in each. None: unknown."""
+    """Proportional set size after loading: pages of k ranks count 1/k in each. None: unknown."""
 
 
 def versions() -> dict[str, str]:
@@ -63,15 +62,7 @@ def build(
     clear_weights: Mapping[str, Any] | None = None,
     parts: Sequence[LoadedPart] = (),
 ) -> dict[str, Any]:
-    """The report as plain JSON values.
-
-    Args:
-        times: of the whole run.
-        launch, total: seconds until the ranks were at work, and of everything.
-        stages: in the order drawn, at least one.
-        clear_weights: layers replaced by a CLEAR checkpoint.
-        parts: in the order in which rank 0 loaded them.
-    """
+    """The report as plain JSON values; `launch` and `total` are seconds until the ranks were at work, and overall."""
     listed = [_stage(stage) for stage in stages]
     return {
         "schema": SCHEMA,

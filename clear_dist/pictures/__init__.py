@@ -1,7 +1,4 @@
-"""Pictures on disk: whole or not at all, with metadata that say what made them.
-
-PNG and TIFF are written while rows arrive, so that nobody holds the whole picture.
-"""
+"""Pictures on disk, whole or not at all, with metadata; PNG and TIFF are written while rows arrive."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -30,13 +27,8 @@ def save_picture(
 ) -> list[Path]:
     """Write a picture in the format of the file's ending; returns the files written.
 
-    Args:
-        rows: from the top, uint8 [some rows, width, 3] each; used up to the end.
-        metadata: by name; text chunks of a PNG, elsewhere a JSON object as the description (in EXIF long values are
-            cut and end in "..."). None: none is written.
-
-    Raises:
-        OSError: it cannot be written; then, as after whatever `rows` raises, nothing is left behind.
+    Rows are uint8 [some rows, width, 3], from the top. Metadata are text chunks of a PNG, elsewhere a JSON description
+    (in EXIF long values are cut and end in "..."). Raises OSError; then, as when `rows` raises, nothing is left behind.
     """
     # Numpy and Pillow: checks and --help do without.
     from clear_dist.pictures.thumbnail import Thumbnail, in_blocks

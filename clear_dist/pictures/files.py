@@ -15,7 +15,6 @@ def numbered(file: Path, index: int, count: int) -> Path:
 
 
 def stage_file(file: Path, height: int, width: int) -> Path:
-    """Name of a lower stage's picture: `file`'s with its size."""
     return file.with_name(f"{file.stem}.{width}x{height}{file.suffix}")
 
 

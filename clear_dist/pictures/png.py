@@ -47,11 +47,10 @@ def _international_text(name: str, value: str) -> bytes:
 
 
 def _filtered(lines: np.ndarray, above: np.ndarray) -> np.ndarray:
-    """Lines after Paeth's filter, each behind the filter's number: uint8 [rows, 1 + bytes].
+    """Lines after Paeth's filter, each behind the filter's number: uint8 [rows, 1 + bytes]; `above` is the line before.
 
-    Each byte is reduced by the one of its left (a), upper (b) and upper left (c) neighbours that is nearest to
-    a + b - c, in a tie the first one. That is c only where it lies between a and b, and all distances fit in a byte.
-    `lines` are uint8 [rows, bytes], `above` is the line before them.
+    A byte is reduced by its left (a), upper (b) or upper left (c) neighbour, the first nearest to a + b - c. That is c
+    only where it lies between a and b, and all distances fit in a byte.
     """
     filtered = np.empty((len(lines), 1 + lines.shape[1]), np.uint8)
     filtered[:, 0] = PAETH

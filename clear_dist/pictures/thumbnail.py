@@ -48,7 +48,6 @@ class Thumbnail:
         self.image = Image.new("RGB", (-(-width // self.factor), -(-height // self.factor)))
 
     def watching(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-        """`blocks` from `in_blocks`, unchanged."""
         for index, block in enumerate(blocks):
             reduced = Image.fromarray(block).reduce(self.factor)
             self.image.paste(reduced, (0, index * BLOCK_ROWS // self.factor))

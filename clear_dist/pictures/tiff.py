@@ -23,7 +23,6 @@ def write(
     *,
     most_classic_bytes: int = MOST_CLASSIC_BYTES,
 ) -> None:
-    """Write `blocks` from `in_blocks`, a strip each."""
     shape = (height, width, CHANNELS)
     with tifffile.TiffWriter(file, bigtiff=height * width * CHANNELS > most_classic_bytes) as out:
         out.write(

@@ -20,7 +20,6 @@ SAVE_OPTIONS: Mapping[str, Mapping[str, Any]] = {
 
 
 def write(blocks: Iterator[np.ndarray], file: Path, height: int, width: int, metadata: Mapping[str, str]) -> None:
-    """Write `blocks` (uint8 [some rows, width, 3])."""
     image, top = Image.new("RGB", (width, height)), 0
     for block in blocks:
         image.paste(Image.fromarray(block), (0, top))

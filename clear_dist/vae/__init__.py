@@ -3,9 +3,9 @@
     pixels = decode_stripes(vae, my_rows_of_latents, group, stripes)
     moments = encode_stripes(vae, my_rows_of_pixels, group, stripes)
 
-Convolutions get one row of halo; group norms, moments of the whole picture; mid-block attention, its keys and values.
-A rank holds two feature maps of its rows and the temporary tensors of a chunk of rows: at 8192 px on 8 ranks in
-bfloat16 at most 6.6 GB, of which 4.3 and 2.1 are 256 and 128 channels at full size.
+Convolutions exchange one halo row, group norms their moments, mid-block attention its keys and values.
+A rank holds two feature maps of its rows and a chunk's temporary tensors: at 8192 px on 8 ranks in bfloat16 at most
+6.6 GB, of which 4.3 and 2.1 are 256 and 128 channels at full size.
 
 Shapes: B batch, C channels, R my rows, W columns.
 """
@@ -42,20 +42,14 @@ def decode_stripes(
     max_bytes: int | None = None,
     counters: Counters | None = None,
 ) -> Tensor:
-    """This rank's rows of `vae.decode(latents).sample`; all ranks call this. Slicing and tiling have no effect.
+    """This rank's rows of `vae.decode(latents).sample`, [B, C, R * 8, W * 8] at scale 8; all ranks call this.
 
     Args:
         latents_BCRW: this rank's rows, scaled for the VAE, in its dtype and on the group's device.
         stripes: each rank's rows, from `cut_in_stripes`, in any common unit, such as tokens.
         max_bytes: limit of one chunk's temporary tensors; a chunk has one row at least. None: MAX_BYTES.
-        counters: take the bytes sent and the time spent waiting.
 
-    Returns:
-        [B, C, R * 8, W * 8] for a VAE that scales by 8.
-
-    Raises:
-        ValueError: the rows don't fit the stripe, `max_bytes` is not positive, or the VAE has blocks unknown here.
-        PeerLost: a rank went away.
+    Raises ValueError (rows that don't fit the stripe, `max_bytes` not positive, blocks unknown here) or PeerLost.
     """
     ops = _ops(latents_BCRW, group, stripes, max_bytes, counters)
     with brought(vae):
@@ -75,20 +69,10 @@ def encode_stripes(
     max_bytes: int | None = None,
     counters: Counters | None = None,
 ) -> Tensor:
-    """This rank's rows of `vae.encode(pixels).latent_dist.parameters`; all ranks call this.
+    """This rank's rows of `vae.encode(pixels).latent_dist.parameters`, pixels being in [-1, 1]; all ranks call this.
 
-    To sample, join the rows first and give them to diffusers' `DiagonalGaussianDistribution`: noise that each rank
-    drew for its own rows would depend on the number of ranks.
-
-    Args:
-        pixels_BCRW: this rank's rows of the picture in [-1, 1]; the rest as in `decode_stripes`.
-
-    Returns:
-        [B, 2 * C, R / 8, W / 8] for a VAE that scales by 8: means, then logarithms of variances.
-
-    Raises:
-        ValueError: as `decode_stripes`, or R is not a multiple of the VAE's scale.
-        PeerLost: a rank went away.
+    Returns [B, 2 * C, R / 8, W / 8] at scale 8: means, then logarithms of variances. To sample, join the rows first:
+    noise drawn by rank would depend on their number. Raises as `decode_stripes`, and where the scale doesn't divide R.
     """
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     ops = _ops(pixels_BCRW, group, stripes, max_bytes, counters)
@@ -109,7 +93,6 @@ def _run(layers: Sequence[Layer], rows_BCRW: Tensor) -> Tensor:
 def _ops(
     rows_BCRW: Tensor, group: Group, stripes: tuple[Rows, ...], max_bytes: int | None, counters: Counters | None
 ) -> StripeOps:
-    """Raises a ValueError where the arguments don't fit together."""
     stripe = len(stripes[group.rank])
     if rows_BCRW.ndim != 4 or rows_BCRW.shape[2] == 0 or rows_BCRW.shape[2] % stripe:
         raise ValueError(f"rows must be [B, C, R, W] with R a multiple of {stripe}, got {tuple(rows_BCRW.shape)}")

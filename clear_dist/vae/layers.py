@@ -19,7 +19,7 @@ Layer = Callable[[Tensor], Tensor]
 
 
 def decoder_layers(ops: StripeOps, decoder: Decoder) -> Iterator[Layer]:
-    """Raises a ValueError for blocks of a kind unknown here."""
+    """Raises ValueError for blocks of a kind unknown here."""
     yield partial(ops.convolve, conv=decoder.conv_in)
     yield from _mid_layers(ops, decoder.mid_block)
     for block in decoder.up_blocks:
@@ -30,7 +30,7 @@ def decoder_layers(ops: StripeOps, decoder: Decoder) -> Iterator[Layer]:
 
 
 def encoder_layers(ops: StripeOps, encoder: Encoder) -> Iterator[Layer]:
-    """Raises a ValueError for blocks of a kind unknown here."""
+    """Raises ValueError for blocks of a kind unknown here."""
     yield partial(ops.convolve, conv=encoder.conv_in)
     for block in encoder.down_blocks:
         _require(block, DownEncoderBlock2D)
@@ -50,7 +50,6 @@ def _mid_layers(ops: StripeOps, block: Any) -> Iterator[Layer]:
 
 
 def _resnet(ops: StripeOps, block: Any, x_BCEW: Tensor) -> Tensor:
-    """Norm, activation and convolution, twice, beside a shortcut."""
     batch, _, extended, width = x_BCEW.shape
     # One row more than a stripe, so that the second convolution can overwrite its input.
     room = x_BCEW.new_empty(batch, block.conv1.out_channels, extended + 1, width)
@@ -66,7 +65,6 @@ def _resnet(ops: StripeOps, block: Any, x_BCEW: Tensor) -> Tensor:
 
 
 def _attention(ops: StripeOps, block: Any, x_BCEW: Tensor) -> Tensor:
-    """Attention of every position to every position, beside a shortcut."""
     rows_BCRW = unframe(x_BCEW)
     normed_BLC = ops.normalised(x_BCEW, block.group_norm)(rows_BCRW).flatten(2).transpose(1, 2)
     out_BLC = ops.attend(block.to_q(normed_BLC), block.to_k(normed_BLC), block.to_v(normed_BLC), block.heads)

@@ -1,8 +1,7 @@
 """The three operations of a VAE that look beyond a pixel, on stripes: convolution, group norm, attention.
 
-A stripe carries one row of halo on either side, which `convolve` fills just before it reads it. Work is done in chunks
-of rows, so that the temporary tensors of only one chunk exist at a time; a chunk also stays below 2^31 elements, beyond
-which several GPU kernels cannot count.
+`convolve` fills a stripe's two halo rows just before it reads them. Work is done in chunks of rows, which bound the
+temporary tensors and stay below 2^31 elements, beyond which several GPU kernels cannot count.
 
 Shapes: B batch, C channels, R my rows, E = R + 2 my rows with halos, W columns, L = R * W positions, S positions of the
 whole picture, G groups of channels.
@@ -29,7 +28,7 @@ BYTES_PER_VALUE = 12  # at most three temporary tensors of float32 at a time
 
 
 class StripeOps:
-    """The operations of one decode or encode; all ranks call the same ones in the same order."""
+    """Operations of one decode or encode; all ranks call the same ones in the same order."""
 
     def __init__(self, group: Group, stripes: tuple[Rows, ...], *, max_bytes: int, counters: Counters) -> None:
         self._group = group
@@ -48,17 +47,13 @@ class StripeOps:
         after: Callable[[Tensor, slice], Tensor] | None = None,
         out_BCEW: Tensor | None = None,
     ) -> Tensor:
-        """3x3 convolution: stride 1 with a border of zeros, or stride 2 with zeros below and on the right only.
+        """3x3 convolution, halos not filled: stride 1 with zeros around, or stride 2 with zeros below and right only.
 
         Args:
-            before: applied to the input.
-            upsample: whether the input is then made twice as high and wide (nearest).
+            upsample: whether the input, after `before`, is made twice as high and wide (nearest).
             after: applied to a chunk of the output and its rows in the output.
-            out_BCEW: the output; None: new memory. At stride 1 it may share the memory of `x_BCEW` if it begins one
-                row above: then a chunk is written where no later one reads.
-
-        Returns:
-            The output's stripe, its halos not filled.
+            out_BCEW: None: new memory. At stride 1 it may share that of `x_BCEW` from one row above: then a chunk is
+                written where no later one reads.
         """
         self._halos.fill(x_BCEW)
         step, zoom = conv.stride[0], 2 if upsample else 1
@@ -90,13 +85,7 @@ class StripeOps:
         return apply
 
     def attend(self, query_BLC: Tensor, key_BLC: Tensor, value_BLC: Tensor, heads: int) -> Tensor:
-        """Attention [B, L, C] of this rank's positions to those of the whole picture, which are gathered.
-
-        Only fused kernels are allowed: the others hold the L x S matrix of scores.
-
-        Raises:
-            RuntimeError: the device has no fused kernel for this dtype and head dim.
-        """
+        """Attention [B, L, C] to the whole picture; RuntimeError without a fused kernel (others hold all scores)."""
         query, key, value = (
             part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query_BLC, *self._gather(key_BLC, value_BLC))
         )

@@ -33,21 +33,13 @@ CHECKS: Mapping[str, Check] = {
     "links": links.measure_links,
 }
 SECONDS_TO_ANSWER = {"cpu": 15.0, "cuda": 60.0}
-"""Time limit for a silent rank. On CUDA kernels are compiled, which ranks need not do equally fast."""
+"""Time limit for a silent rank; on CUDA kernels are compiled, not equally fast on all ranks."""
 SCHEMA = 1
 MOST_NAMED = 3
-"""Failed checks named in the last line; the table has them all."""
 
 
 def verify(device_type: str, output: str | None, subjects: Subjects | None = None) -> None:
-    """Run all checks together with the other ranks, and show them on rank 0.
-
-    Args:
-        output: file of the JSON report, or `-` for stdout; None: no report.
-
-    Raises:
-        Failure: a check failed; on all ranks.
-    """
+    """Run and show all checks, with a JSON report in `output` (`-`: stdout, None: none); Failure on all ranks."""
     began, place = time.perf_counter(), env.read()
     if place.threads is not None:
         torch.set_num_threads(place.threads)
@@ -73,12 +65,7 @@ def verify(device_type: str, output: str | None, subjects: Subjects | None = Non
 
 
 def run_checks(group: Group, subjects: Subjects, show: Show, checks: Mapping[str, Check] = CHECKS) -> list[Result]:
-    """Findings of all ranks, on all ranks.
-
-    Raises:
-        PeerLost: a rank went away, or did not answer.
-        RuntimeError: a check raised; the message names it.
-    """
+    """All ranks' findings, on all ranks; raises PeerLost for a silent rank, RuntimeError naming a broken check."""
     results = []
     for name, check in checks.items():
         try:

@@ -34,7 +34,7 @@ class Case:
     radius: int
 
     def tensors(self, seed: int) -> tuple[Tensor, ...]:
-        """Query, key, value, text key, text value; on the CPU in float32, equal on all ranks."""
+        """Query, key, value, text key, text value: CPU, float32, equal on all ranks."""
         generator = torch.Generator().manual_seed(seed)
         image = [(BATCH, rows, self.columns, HEADS, HEAD_DIM) for rows in (self.rows, self.key_rows, self.key_rows)]
         text = [(BATCH, self.text, HEADS, HEAD_DIM)] * 2
@@ -47,7 +47,7 @@ CASES = (
     Case(rows=16, key_rows=16, columns=16, row_offset=0, text=64, radius=40),  # wider than the image
 )
 CASES_TO_COMPILE = 2
-"""On a GPU kernels are compiled for each size and dtype, which takes seconds."""
+"""Few: on a GPU kernels are compiled for each size and dtype, which takes seconds."""
 
 
 def check_backends(group: Group, subjects: Subjects) -> Iterator[Finding]:
@@ -72,7 +72,6 @@ def check_backends(group: Group, subjects: Subjects) -> Iterator[Finding]:
 def _largest_error(
     backend: Backend, reference: Backend, cases: Sequence[Case], dtype: torch.dtype, device: torch.device
 ) -> tuple[float, str]:
-    """Largest error of output or log-sum-exp in all cases, and where it is."""
     worst, where = 0.0, ""
     for seed, case in enumerate(cases):
         tensors = tuple(tensor.to(device, dtype) for tensor in case.tensors(seed))

@@ -16,10 +16,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = N
 
 
 def circle(queries: tuple[int, int], key_rows: int, radius: int, row_offset: int) -> Tensor:
-    """Image keys that an image query sees, bool [L, S] in raster order: dx^2 + dy^2 < radius^2.
-
-    `queries`: rows and columns; row i of the queries is row i + row_offset of the keys.
-    """
+    """Image keys that queries (rows, columns) see, bool [L, S]: row i of queries is row i + row_offset of keys."""
     rows, columns = queries
     query = torch.cartesian_prod(torch.arange(rows) + row_offset, torch.arange(columns))
     key = torch.cartesian_prod(torch.arange(key_rows), torch.arange(columns))

@@ -103,7 +103,6 @@ def _cpu_name() -> str:
 
 
 def _tool(*command: str) -> str:
-    """Output of one of the driver's programs; empty where it is missing or does not answer."""
     if shutil.which(command[0]) is None:
         return ""
     try:

@@ -20,7 +20,7 @@ from clear_dist.parallelize import parallelize
 
 @dataclass(frozen=True, kw_only=True)
 class Subjects:
-    """Code under verification; tests put something faulty in its place, to see that it is found."""
+    """Code under verification; tests put something faulty in its place."""
 
     exchange: Callable[..., HaloExchange] = HaloExchange
     reduction: Callable[..., TextReduce] = TextReduce
@@ -38,11 +38,9 @@ class Finding:
     """0 where all is right; NaN and infinity are never within a tolerance."""
     tolerance: float = 0.0
     figure: str
-    """Extent of the check, or its measurement, in a few words; rank 0's is shown."""
+    """Extent of the check, or its measurement; rank 0's is shown."""
     fault: str = ""
-    """The fault, where `error` exceeds the tolerance."""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """This rank's figures for the JSON report, plain values."""
 
     @property
     def passed(self) -> bool:
@@ -50,15 +48,14 @@ class Finding:
 
 
 Check = Callable[[Group, Subjects], Iterator[Finding]]
-"""Run by all ranks together. An exception ends the run; a finding is gathered before the check goes on."""
+"""Run by all ranks together; an exception ends the run, a finding is gathered before the check goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """All ranks' findings of one name."""
+    """All ranks' findings of one name, by rank."""
 
     findings: Sequence[Finding]
-    """By rank."""
     seconds: float
 
     @property
@@ -77,7 +74,6 @@ class Result:
 
     @property
     def faults(self) -> list[str]:
-        """A line for each rank that found a fault."""
         return [
             f"rank {rank}: {finding.fault or f'error {finding.error:.3g}'}"
             for rank, finding in enumerate(self.findings)
@@ -85,7 +81,6 @@ class Result:
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """Entry of the JSON report, in which an error that is no number is a word."""
         return {
             "name": self.name,
             "passed": self.passed,
@@ -99,7 +94,6 @@ class Result:
 
 
 def gather(group: Group, finding: Finding, seconds: float) -> Result:
-    """All ranks' findings, on all ranks; all call this."""
     findings = group.gather_objects(finding)
     names = {theirs.name for theirs in findings}
     assert names == {finding.name}, f"ranks are at different checks: {names}"
@@ -120,7 +114,7 @@ NARROWEST_CHECK, FIGURE = 24, 56
 
 @contextmanager
 def shown(*, rank: int, to_stderr: bool) -> Iterator[Show]:
-    """Function that shows a result, on rank 0 only; `to_stderr` where the report itself goes to stdout."""
+    """Function that shows a result, on rank 0 only; `to_stderr` where the report goes to stdout."""
     stream = sys.stderr if to_stderr else sys.stdout
     if rank != 0:
         yield lambda result: None
@@ -155,7 +149,6 @@ def coloured(stream: TextIO) -> Show:
 
 
 def plain(result: Result) -> str:
-    """One line, and one for each rank that found a fault."""
     worst = result.worst
     head = f"{CAPTIONS[result.passed]}  {result.name}: {result.findings[0].figure}; "
     return "\n      ".join([f"{head}error {worst.error:.2g}, at most {worst.tolerance:g}", *result.faults])

@@ -25,7 +25,7 @@ LARGEST_MARK = 251
 
 
 def check_halos(group: Group, subjects: Subjects) -> Iterator[Finding]:
-    """Stripes of two or three rows, so that some halos have several owners; one rank has nothing to check."""
+    """Stripes of two or three rows, so that some halos have several owners."""
     rows = 2 * group.size + 1
     for radius in RADII if group.size > 1 else ():
         for dtype in (torch.float32, torch.bfloat16):
@@ -65,7 +65,7 @@ def _compare(group: Group, exchange: HaloExchange, rows: int, radius: int | None
 
 
 def _wrong_rows(halo: Tensor, expected: Tensor, side: Sequence[int], owners: Sequence[int]) -> tuple[int, str]:
-    """Count of wrong numbers, and where the first of them is; halos are [2, B, R, W, N, M]."""
+    """Count of wrong numbers, and place of the first; halos are [2, B, R, W, N, M]."""
     if halo.shape != expected.shape:
         return max(expected.numel(), 1), f"the halo must be {list(expected.shape)}, got {list(halo.shape)}"
     differs = halo != expected  # NaN does, too

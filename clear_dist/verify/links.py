@@ -70,8 +70,6 @@ def _between_neighbours(group: Group, size: int, post: Callable[..., Any]) -> tu
 
 
 class _Exchange:
-    """One message each way, from device memory to device memory."""
-
     def __init__(
         self, group: Group, peer: int, mine: Tensor, sending: Tensor, receiving: Tensor, post: Callable[..., Any]
     ) -> None:
@@ -116,7 +114,6 @@ def _text(group: Group, subjects: Subjects, sample: Sample, reduction: Reduction
 
 
 def _timed(work: Callable[[], object], group: Group, repetitions: int) -> list[float]:
-    """Seconds of each repetition, the device's work included."""
     seconds = []
     for _ in range(WARM_UP_RUNS + repetitions):
         began = time.perf_counter()
@@ -128,7 +125,7 @@ def _timed(work: Callable[[], object], group: Group, repetitions: int) -> list[f
 
 
 def _speeds(pairs: Sequence[Sequence[float]], size: int) -> str:
-    """Speed of the slowest pair, for which a step waits; of several also the fastest."""
+    """Speed of the slowest pair, for which a step waits, and of the fastest."""
     medians = [median(seconds) for seconds in pairs]
     slowest, fastest = max(medians), min(medians)
     lower = medians.index(slowest)
@@ -137,13 +134,11 @@ def _speeds(pairs: Sequence[Sequence[float]], size: int) -> str:
 
 
 def _speed(seconds: float, size: int) -> str:
-    """Latency, with the bandwidth of large messages."""
     late = f"{1e6 * seconds:.0f} us" if seconds < 1e-3 else f"{1e3 * seconds:.3g} ms"
     return f"{late}, {size / seconds / 1e9:.3g} GB/s each way" if size >= SMALL else late
 
 
 def _details(group: Group, seconds: Sequence[float], size: int) -> dict[str, Any]:
-    """Figures of this rank and the next; none on the last rank."""
     if not seconds:
         return {}
     taken = median(seconds)

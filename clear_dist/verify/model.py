@@ -13,15 +13,12 @@ from clear_dist.verify.finding import Finding, Subjects
 
 COLUMNS, LEAST_ROWS, RADIUS = 9, 13, 4
 TOLERANCE, BFLOAT16_TOLERANCE = 1e-4, 5e-2
-"""bfloat16 rounds each of some hundred operations between input and output by up to 2^-9, and N ranks add up in another
-order than one: on a CPU the largest difference was 0.5 to 0.9 per cent of the largest latent."""
+"""bfloat16 rounds each of some hundred operations by up to 2^-9, and N ranks add in another order than one: on a CPU
+the largest difference was 0.5 to 0.9 per cent of the largest latent."""
 
 
 def verify_model(sample: Sample, group: Group, subjects: Subjects) -> Iterator[Finding]:
-    """Each comparison draws the same latents in two ways; every rank compares what it has at the end.
-
-    The one rank that others are compared with computes with the reference backend.
-    """
+    """Each comparison draws the same latents in two ways; the one rank compared with takes the reference backend."""
     grid, model = (max(LEAST_ROWS, 2 * group.size + 1), COLUMNS), f"tiny {sample.name}"
     ranks = f"{group.size} rank{'s' * (group.size > 1)}"
     pipe = sample.pipeline(group.device, torch.float32)
@@ -61,7 +58,6 @@ def _on_stripes(
 
 
 def _drawn_alone(sample: Sample, pipe: Any, grid: tuple[int, int], group: Group, subjects: Subjects) -> Tensor:
-    """Latents that rank 0 computes by itself with the reference backend, on all ranks."""
     apart = group.split(1)
     drawn = None
     if group.rank == 0:

@@ -1,4 +1,4 @@
-"""Whether both reductions of the text queries give what they stand for, computed in one place.
+"""Check of both text reductions against a computation on one rank.
 
 Shapes: B batch, T text, N heads, D head dim.
 """
@@ -62,6 +62,6 @@ def _softmax(_: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def _mean_over_ranks(size: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Eq. 7: the mean of attention to the text and to one rank's keys."""
+    """Eq. 7: mean of attention to the text and to one rank's keys."""
     parts = [_keys_of(rank, size, with_text=True) for rank in range(size)]
     return torch.stack([attention(query, keys[:, part], values[:, part])[0] for part in parts]).mean(0)
