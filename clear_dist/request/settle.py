@@ -1,4 +1,7 @@
-"""A request settled, once: all checks and choices before weights are loaded, without torch."""
+"""A request settled: checks and choices before weights are loaded, without torch.
+
+Those that need the files of a hub's model follow in `located`, once they are here.
+"""
 
 from collections.abc import Iterable
 from dataclasses import fields, replace
