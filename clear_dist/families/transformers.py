@@ -27,9 +27,10 @@ def family_of(transformer: Any) -> Family:
 
 
 def adapter_of(pipe: Any) -> PipelineAdapter:
-    """Adapter of a pipeline, with a transformer or without."""
-    kinds = [kind.__name__ for kind in type(pipe).__mro__]
-    return next(PIPELINES[name] for name in kinds if name in PIPELINES)(pipe)
+    """How a pipeline draws: by its transformer, or by its own class where text encoders are alone."""
+    if pipe.transformer is not None:
+        return family_of(pipe.transformer).adapted(pipe)
+    return PIPELINES[type(pipe).__name__](pipe)
 
 
 def controlnets_of(pipe: Any) -> list[Family]:
