@@ -1,5 +1,4 @@
-"""In place":"Quantise in place, for good; raises as `plain_layers`, before any change.",
-"Linear layers with 8-bit weights: half the memory.
+"""Linear layers with 8-bit weights: half the memory.
 
 int8: rows are integers times a scale, on any device, in plain tensors that casts, moves, shards and adapters take as
 ever. Each call makes the weights anew: with thousands of tokens that costs less than scaling the output, and it rounds
@@ -88,6 +87,7 @@ def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_float8(transformer: Any, names: list[str]) -> None:
+    """As `to_int8`."""
     for name, layer in plain_layers(transformer, names, "float8").items():
         transformer.set_submodule(name, Float8Linear(layer))
 
