@@ -24,19 +24,18 @@ class Row:
     """One flag as some of the commands have it."""
 
     name: str
-    """Of the field."""
     flag: Flag
     values: str
     default: str
 
     @property
     def title(self) -> str:
-        """Of the table that it stands in."""
+        """Heading of its table."""
         return ARGUMENTS if self.flag.is_argument else self.flag.panel or OTHERS
 
     @property
     def shown(self) -> str:
-        """As the command line has it, in code marks."""
+        """Spelling on the command line, as code."""
         if self.flag.is_argument:
             return f"`{self.name.upper()}`"
         return ", ".join(f"`{name.strip(' /')}`" for name in self.flag.names or (spelled(self.name),))
