@@ -12,6 +12,8 @@ from clear_dist.weights.offload import Offloaded
 
 
 class Parallelized:
+    """A pipeline on stripes: its group, its counters, and the way back."""
+
     def __init__(
         self,
         striped: StripedModel,
@@ -36,10 +38,12 @@ class Parallelized:
 
     @property
     def controlnet_counters(self) -> list[Counters]:
+        """Counters of each ControlNet, in the pipeline's order."""
         return [controlnet.counters for controlnet in self._controlnets]
 
     @property
     def window(self) -> int | Literal["full"]:
+        """Radius in tokens, or `full`."""
         return self._striped.settings.options.radius or "full"
 
     @property

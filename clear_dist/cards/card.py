@@ -132,9 +132,6 @@ class Cards:
     def of_pipeline(self, name: object) -> Card | None:
         return next((card for card in self.cards if card.pipeline == name), None)
 
-    def of_transformer(self, name: object) -> Card | None:
-        return next((card for card in self.cards if card.transformer == name), None)
-
     def on_hub(self, model: str) -> tuple[Card, HubModel] | None:
         return next(((card, known) for card, known in self._hub_models() if known.id == model), None)
 

@@ -31,7 +31,7 @@ from clear_dist.parallelize import Parallelized, parallelize
 from clear_dist.pictures import preview_of
 from clear_dist.request.request import Lora, Request
 from clear_dist.weights import loading
-from clear_dist.weights.offload import parts_on_host
+from clear_dist.weights.offload import offloaded_parts
 
 SEED_BITS = 32
 
@@ -127,6 +127,12 @@ def _load(request: Request, rank: int, device: torch.device, phases: Phases) -> 
             phases=phases,
         )
     return encoded, pipe
+
+
+def parts_on_host(request: Request, card: Card) -> tuple[str, ...]:
+    """Parts of a pipeline that `parallelize` will bring to the device as they are needed, and loading does not."""
+    sharded = ("transformer",) if request.shard_weights and request.world_size > 1 else ()
+    return (*(offloaded_parts(card.parts) if request.offload else ()), *sharded)
 
 
 def _profile(request: Request, group: Group, handle: Parallelized) -> Profile | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clear_dist.commands.prepare import Prepared, encode_prompt, prepare
 from clear_dist.commands.saving import Saving
-from clear_dist.drawing.cascade import Cascade, Drawing, work_of
+from clear_dist.drawing.cascade import Cascade, Drawing, nth_stage, work_of
 from clear_dist.drawing.generation import from_image
 from clear_dist.drawing.prompts import share
 from clear_dist.engine.family import Encoded
@@ -75,9 +75,10 @@ class Rendering(Prepared):
             drawing = from_image(load(request.picture) if self.group.rank == 0 else None, self.group)
         for number, drawn in enumerate(cascade.run(stages, drawing, detail=detail, around=around)):
             drawing, stage = drawn, stages[number]
-            of_several = f", stage {number + 1} of {len(stages)}" if len(stages) > 1 else ""
             if number == last or request.save_stages:
-                with self.phases.phase("save", detail=f"{detail}{of_several}", work=saving_work(stage)):
+                with self.phases.phase(
+                    "save", detail=f"{detail}{nth_stage(number, len(stages))}", work=saving_work(stage)
+                ):
                     saving.save(drawing, last=number == last)
             if profile is not None and number == last:
                 with self.phases.phase("save", detail=", the profile"):

@@ -86,10 +86,9 @@ class Cascade:
         grid, sampling = (last.height // token, last.width // token), last.sampling
         self._striped.require_room(grid, batch=batch, passes=sampling.passes, steps=sampling.steps)
         for number, stage in enumerate(stages):
-            of_several = f", stage {number + 1} of {len(stages)}" if len(stages) > 1 else ""
             self._phases.begin_stage()
             with around(number):
-                before = self.draw(stage, before, detail=f"{detail}{of_several}")
+                before = self.draw(stage, before, detail=f"{detail}{nth_stage(number, len(stages))}")
             yield before
 
     def draw(self, stage: Stage, before: Drawing | None = None, *, detail: str = "") -> Drawing:
@@ -195,6 +194,11 @@ class Cascade:
     def _in_pixels(self, stripes: tuple[Rows, ...]) -> tuple[Rows, ...]:
         token, idle = self._adapter.token_size, self._striped.group.size - len(stripes)
         return (*(Rows(token * rows.start, token * rows.stop) for rows in stripes), *(Rows(0, 0),) * idle)
+
+
+def nth_stage(number: int, count: int) -> str:
+    """Words for a phase of stage `number`, from 0; none where there is one stage."""
+    return f", stage {number + 1} of {count}" if count > 1 else ""
 
 
 def work_of(stage: Stage) -> dict[str, float]:

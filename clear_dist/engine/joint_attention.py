@@ -65,6 +65,7 @@ class WindowJointAttention:
         return output_BLND
 
     def alone(self, halos: PendingHalos, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor) -> Tensor:
+        """Where a layer sees the image alone: neither text nor down-sampled keys."""
         query, scale = self._split(query_BLND, 0)[1], self._scale(query_BLND, 0)
         parts = self._image_parts(halos, query, (key_BLND, value_BLND), 0, scale, None)
         output_BLND = torch.empty_like(query_BLND)

@@ -12,15 +12,6 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 
-from clear_dist.cards.card import Card
-from clear_dist.request.request import Request
-
-
-def parts_on_host(request: Request, card: Card) -> tuple[str, ...]:
-    """Parts of a pipeline that `parallelize` will bring to the device as they are needed, and loading does not."""
-    sharded = ("transformer",) if request.shard_weights and request.world_size > 1 else ()
-    return (*(offloaded_parts(card.parts) if request.offload else ()), *sharded)
-
 
 def offloaded_parts(names: Iterable[str]) -> tuple[str, ...]:
     """Names of the parts of a pipeline that `--offload` keeps in host memory."""

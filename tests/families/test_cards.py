@@ -136,7 +136,6 @@ def test_a_folder_is_settled(folder: Path) -> None:
 def test_a_request_travels_and_its_card_is_found_again(folder: Path) -> None:
     request = pickle.loads(pickle.dumps(settled(folder)))
     assert card_of(Path(request.model), BOTH) is SECOND
-    assert BOTH.of_transformer("SecondTransformer") is SECOND
     assert (SECOND.text_encoders, SECOND.tokenizers) == (("text_encoder",), ("tokenizer",))
     assert offloaded_parts(SECOND.parts) == ("text_encoder", "vae")
     assert offloaded_parts(FLUX.parts) == ("text_encoder", "text_encoder_2", "vae")

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from clear_dist.comm.counters import Counters
+from clear_dist.commands.prepare import parts_on_host
 from clear_dist.families.cards import CARDS
 from clear_dist.families.flux.card import CARD
 from clear_dist.families.flux.transformer import Flux
@@ -24,7 +25,6 @@ from clear_dist.request.flags import GenerateFlags
 from clear_dist.request.settle import located, settle
 from clear_dist.weights import blocks
 from clear_dist.weights.loading import load_pipeline
-from clear_dist.weights.offload import parts_on_host
 from tests.tiny import make_clear_weights, make_tiny_flux, make_tiny_pipeline
 
 SCRIPT = str(Path(__file__).parents[2] / "clear-dist")

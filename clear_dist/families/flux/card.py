@@ -178,7 +178,7 @@ CARD = Card(
         "scheduler": None,
     },
     shape_of=FluxShape.of,
-    packing=2,
+    packing=PACKING,
     channels_per_latent=4,
     vae_channels=(128, 256, 512, 512),
     latent_channels=16,
