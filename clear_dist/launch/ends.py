@@ -75,6 +75,14 @@ def interrupted() -> int:
     return _tell(place, _cause(place, INTERRUPTED, "interrupted", None), traceback=False)
 
 
+def ended_by_torchrun() -> int:
+    """Tell it where no rank of this machine has told why; called outside the main thread."""
+    place = env.read()
+    line = f"rank {place.rank} was ended by torchrun, which lost another rank or was ended itself"
+    cause = _cause(place, FAILED, line, None)
+    return _print(cause, traceback=False) if _speaks(place, cause) else cause.status
+
+
 def causes(folder: Path) -> list[Cause]:
     """Causes that failed ranks have left in `folder`, in order of time."""
     found = [Cause(**json.loads(file.read_text())) for file in folder.glob("rank*.json")]

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -9,6 +11,8 @@ from types import FrameType
 from clear_dist.launch import ends, env
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LAST_WORDS_SECONDS = 0.5
+"""Time for a line that another thread of this rank has begun."""
 
 
 @contextmanager
@@ -32,8 +36,31 @@ def unwinding() -> Iterator[None]:
 
 
 @contextmanager
+def heeding_torchrun() -> Iterator[None]:
+    """torchrun ends all ranks once it has lost one, perhaps before they notice: one of them tells."""
+    arrived, sent = os.pipe()
+    os.set_blocking(sent, False)
+
+    def listen() -> None:
+        while os.read(arrived, 1) != bytes([signal.SIGTERM]):
+            pass
+        status = ends.ended_by_torchrun()
+        time.sleep(LAST_WORDS_SECONDS)
+        os._exit(status)
+
+    # A thread hears of it even while the main one waits inside a library.
+    threading.Thread(target=listen, daemon=True).start()
+    handler, before = signal.signal(signal.SIGTERM, lambda *_: None), signal.set_wakeup_fd(sent)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
 def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    # A rank's launcher ends it by SIGTERM, of which it must not speak.
+    # By SIGTERM torchrun ends its ranks.
     numbers = ENDING[:1] if env.launched_by_torchrun() else ENDING
     before = {number: signal.getsignal(number) for number in numbers}
     # Ignored on purpose: by nohup, by a shell's &, by our own ranks.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from clear_dist.launch import ends, env
-from clear_dist.launch.interrupts import ENDING, at_once, unwinding
+from clear_dist.launch.interrupts import ENDING, at_once, heeding_torchrun, unwinding
 
 QUIET = {
     "DIFFUSERS_VERBOSITY": "error",
@@ -49,7 +49,8 @@ def run(work: Work, *, nproc: int, on_cuda: bool = False, traceback: bool = Fals
     hush()
     with at_once():
         if env.read().launcher is not None:
-            return _leave(ends.run_rank(work, traceback=traceback))
+            with heeding_torchrun():
+                return _leave(ends.run_rank(work, traceback=traceback))
         if nproc == 1:
             return ends.run_rank(work, traceback=traceback)
         threads = _share_of_threads(nproc)
