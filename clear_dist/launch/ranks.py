@@ -99,7 +99,7 @@ def _be_rank(work: Work, variables: dict[str, str], launcher: int) -> None:
     for number in ENDING[1:]:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
-    _die_with(launcher)
+    die_with(launcher)
     os.environ.update(variables)
     _leave(ends.run_rank(work, traceback=False))
 
@@ -149,7 +149,7 @@ def _end(processes: list[BaseProcess]) -> None:
         process.join()
 
 
-def _die_with(launcher: int) -> None:
+def die_with(launcher: int) -> None:
     """Have the kernel kill this process when the launcher dies, even by SIGKILL."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
