@@ -38,6 +38,7 @@ ROWS = (
 PRODUCTS, CONVOLUTIONS, ATTENTION = "products", "convolutions", "attention"
 KINDS = {"convolution": CONVOLUTIONS, "mm": PRODUCTS, "addmm": PRODUCTS, "bmm": PRODUCTS, "_scaled_mm_v2": PRODUCTS}
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+COPY, UNSAFE_VIEW = torch.ops.aten.copy_.default, torch.ops.aten._unsafe_view.default
 META = torch.device("meta")
 
 
@@ -102,9 +103,9 @@ class Allocated(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not makes_new_tensors(function):
+            return args[0] if function is COPY and args[0].is_meta else function(*args, **kwargs)
         given = list(tensors_in((*args, *kwargs.values())))
-        if function is torch.ops.aten.copy_.default and args[0].is_meta:
-            return args[0]
         result = self._result(function, args, kwargs, given)
         is_product = self._operate(function.overloadpacket, args, kwargs, result)
         for x in given if is_product and self._unmade else ():
@@ -123,7 +124,7 @@ class Allocated(TorchDispatchMode):
 
     def _result(self, function: Any, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
         """What the operation returns; without values from memory, which is several times as fast."""
-        if not given or not makes_new_tensors(function) or not all(x.is_meta for x in given):
+        if not given or not all(x.is_meta for x in given):
             return function(*args, **kwargs)
         key, known = (function, described(args), described(kwargs.items())), layouts()
         if key not in known:
@@ -214,7 +215,11 @@ def layouts() -> dict[Any, Any]:
 def makes_new_tensors(function: Any) -> bool:
     """Whether an operation neither changes its arguments nor returns views of them."""
     schema = function._schema
-    return not schema.is_mutable and all(each.alias_info is None for each in schema.returns)
+    return (
+        function is not UNSAFE_VIEW
+        and not schema.is_mutable
+        and all(each.alias_info is None for each in schema.returns)
+    )
 
 
 @cache

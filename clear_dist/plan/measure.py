@@ -61,10 +61,8 @@ def of_vae(question: VaeQuestion) -> dict[str, Any]:
         found = dict(_stripe(_line(question)))
         return {"peak": max(found.pop("peaks").values())} | weights | found
 
-    def stripe(rows: int, ranks: int) -> dict[str, Any]:
-        return _stripe(_line(replace(question, rows=rows, ranks=ranks)))
-
-    return weights | grown(stripe(few, 1), stripe(2 * few, 1), stripe(few, 3), question.rows / few, question.ranks)
+    low, high = (_stripe(_line(replace(question, rows=rows, ranks=ranks))) for rows, ranks in ((few, 1), (2 * few, 3)))
+    return weights | grown(question, few, low, high)
 
 
 def rows_of_chunks(question: VaeQuestion, module: Any) -> int:
@@ -74,28 +72,35 @@ def rows_of_chunks(question: VaeQuestion, module: Any) -> int:
     return -(-CHUNKS * max(1, MAX_BYTES[question.device] // row) // scale)
 
 
-def grown(low: Any, high: Any, third: Any, times: float, ranks: int) -> dict[str, Any]:
-    """What a stripe `times` as high as the low one takes, among `ranks`.
-
-    By itself the low one, one twice as high, and the low one in the middle of three, show what its rows add and, in
-    attention, the whole picture's.
-    """
+def grown(question: VaeQuestion, few: int, low: Any, high: Any) -> dict[str, Any]:
+    """What a stripe takes, by one of `few` rows alone, and one twice as high in the middle of three."""
+    times, ranks, attending = question.rows / few, question.ranks, _of_others(question)
 
     def line(name: str, kind: str) -> int:
-        first, second, in_three = (each[kind].get(name, 0) for each in (low, high, third))
-        of_others = (in_three - first) / 2 if name in ATTENDING else 0.0
-        return round(first + (second - first - of_others) * (times - 1) + of_others * (ranks * times - 1))
+        first, second = (each[kind].get(name, 0) for each in (low, high))
+        others = attending[name] * few * question.columns if kind == "peaks" and name in attending else 0.0
+        return round(first + (second - first - 5 * others) * (times - 1) + others * (ranks * times - 1))
 
     operations = {name: line(name, "operations") for name in low["operations"]}
     if ATTENTION in operations:  # each row to all
         operations[ATTENTION] = round(low["operations"][ATTENTION] * times**2 * ranks)
-    sent = third["bytes"] | {"join_bytes": round(third["bytes"]["join_bytes"] * times)} if ranks > 1 else low["bytes"]
+    sent = low["bytes"]
+    if ranks > 1:
+        sent = high["bytes"] | {"join_bytes": round(high["bytes"]["join_bytes"] * times / 2)}
     return {
-        "peak": max(line(where, "peaks") for where in third["peaks"]),
+        "peak": max(line(where, "peaks") for where in high["peaks"]),
         "picture": round(low["picture"] * times),
         "bytes": sent,
         "operations": operations,
     }
+
+
+def _of_others(question: VaeQuestion) -> dict[str, float]:
+    """Bytes that each position of the whole picture adds, by function at work: keys and values of attention."""
+    narrow = replace(question, rows=8, columns=16)
+    alone, in_three = (_stripe(_line(replace(narrow, ranks=ranks)))["peaks"] for ranks in (1, 3))
+    positions = 2 * narrow.rows * narrow.columns
+    return {where: (in_three[where] - alone[where]) / positions for where in ATTENDING if where in alone}
 
 
 @cache

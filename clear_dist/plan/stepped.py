@@ -28,8 +28,8 @@ DENSE = ("masked", "reference")
 """Backends that compute every pair of a query and a key."""
 VISITED = "visited"
 """Pairs of a query and a key that windowed attention computes, for each head."""
-STEPS = {False: 1, True: 3}
-"""By whether halos lag: the warm-up, the first lagging step, and one whose buffers are all there from its start on."""
+STEPS = {False: 1, True: 2}
+"""By whether halos lag: then the first one makes the buffers that the others find."""
 
 
 class Weighed(StripedModel):
