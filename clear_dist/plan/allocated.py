@@ -103,8 +103,10 @@ class Allocated(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not makes_new_tensors(function):
-            return args[0] if function is COPY and args[0].is_meta else function(*args, **kwargs)
+        if function is COPY and args[0].is_meta:
+            return args[0]
+        if only_views(function):
+            return function(*args, **kwargs)
         given = list(tensors_in((*args, *kwargs.values())))
         result = self._result(function, args, kwargs, given)
         is_product = self._operate(function.overloadpacket, args, kwargs, result)
@@ -124,7 +126,7 @@ class Allocated(TorchDispatchMode):
 
     def _result(self, function: Any, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
         """What the operation returns; without values from memory, which is several times as fast."""
-        if not given or not all(x.is_meta for x in given):
+        if not given or not makes_new_tensors(function) or not all(x.is_meta for x in given):
             return function(*args, **kwargs)
         key, known = (function, described(args), described(kwargs.items())), layouts()
         if key not in known:
@@ -213,13 +215,20 @@ def layouts() -> dict[Any, Any]:
 
 @cache
 def makes_new_tensors(function: Any) -> bool:
-    """Whether an operation neither changes its arguments nor returns views of them."""
+    """Whether an operation never changes its arguments, nor returns them or views of them."""
     schema = function._schema
     return (
         function is not UNSAFE_VIEW
         and not schema.is_mutable
         and all(each.alias_info is None for each in schema.returns)
     )
+
+
+@cache
+def only_views(function: Any) -> bool:
+    """Whether an operation always changes its arguments, or returns views; one made of others may copy as well."""
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd")
+    return not makes_new_tensors(function) and not composite
 
 
 @cache

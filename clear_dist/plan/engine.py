@@ -79,7 +79,7 @@ class Engine:
             images=request.num_images,
             text_tokens=request.max_sequence_length,
             passes=stage.sampling.passes,
-            lags=asked.lags(stage, part.ranks),
+            steps=stage.sampling.steps if asked.lags(stage, part.ranks) else 1,
             down_factor=request.down_factor,
             has_lora=asked.lora_numbers > 0,
             **asked.kind,

@@ -17,6 +17,7 @@ from clear_dist.comm.pretend import META, Pretended, Tally
 from clear_dist.drawing.cascade import to_bytes
 from clear_dist.engine.room import SENDING_LAYERS
 from clear_dist.geometry import Rows
+from clear_dist.launch import ends
 from clear_dist.plan.allocated import ATTENTION, Allocated, FusedAttention
 from clear_dist.plan.built import Built, count_weights, cut_down, load
 from clear_dist.plan.questions import Question, StepQuestion, VaeQuestion, WeightsQuestion, as_json, from_json
@@ -34,8 +35,8 @@ def main() -> None:
     for line in sys.stdin:
         try:
             answer: dict[str, Any] = {"answer": answered(from_json(json.loads(line)))}
-        except ValueError as error:
-            answer = {"error": " ".join(str(error).split())}
+        except Exception as error:  # a model may be unfit in any way
+            answer = {"error": f"the model cannot be planned: {ends.describe(error)}"}
         print(json.dumps(answer), flush=True)
 
 
@@ -44,7 +45,7 @@ def answered(question: Question) -> dict[str, Any]:
     if isinstance(question, VaeQuestion):
         return of_vae(question)
     if isinstance(question, StepQuestion):
-        return run_steps(question, _transformer(question, SENDING_LAYERS + 1 if question.lags else 0).copy())
+        return run_steps(question, _transformer(question, SENDING_LAYERS + 1 if question.steps > 1 else 0).copy())
     assert isinstance(question, WeightsQuestion), question
     group = Pretended.of(0, question.ranks, "gloo")
     return count_weights(_transformer(question, 0).copy(), question.options, group)
@@ -119,11 +120,13 @@ def _stripe(line: str) -> dict[str, Any]:
             latents = _empty(question, module.config.latent_channels, question.rows, question.columns)
             decode_stripes(module, latents, group, stripes, **rest)
         peaks, operations = dict(allocated.peaks), dict(allocated.operations)
+        drawn = _empty(question, 3, *pixels)
         allocated.begin()
-        to_bytes(_empty(question, 3, *pixels)[:1])
+        before = allocated.bytes
+        to_bytes(drawn[:1])
     return {
         "peaks": peaks,
-        "picture": allocated.peak,
+        "picture": allocated.peak - before,
         "bytes": dict(tally.sums),
         "operations": {kind: amount for (_, kind), amount in operations.items()},
     }

@@ -64,10 +64,10 @@ class StepQuestion(Question):
     images: int
     text_tokens: int
     passes: int
-    lags: bool
-    """Whether it exchanges by the stale schedule."""
     down_factor: int
     has_lora: bool
+    steps: int
+    """Of the stage where halos lag; else 1."""
 
 
 @dataclass(frozen=True, kw_only=True)

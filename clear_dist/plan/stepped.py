@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from math import ceil
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from clear_dist.attention.flex_mask import TILE_COLUMNS, TILE_ROWS
 from clear_dist.comm.pretend import META, Pretended, PretendedShards, Tally
 from clear_dist.engine.family import Family, Inputs
 from clear_dist.engine.pooled_keys import Pooling
+from clear_dist.engine.room import SENDING_LAYERS
 from clear_dist.engine.settings import Settings
 from clear_dist.engine.striped import StripedModel
 from clear_dist.geometry import reached_tiles
@@ -28,8 +30,6 @@ DENSE = ("masked", "reference")
 """Backends that compute every pair of a query and a key."""
 VISITED = "visited"
 """Pairs of a query and a key that windowed attention computes, for each head."""
-STEPS = {False: 1, True: 2}
-"""By whether halos lag: then the first one makes the buffers that the others find."""
 
 
 class Weighed(StripedModel):
@@ -162,7 +162,7 @@ def _settings(question: StepQuestion, family: Family, allocated: Allocated) -> S
         )
         return Backend(chosen.name, lambda shape: None, partial(_attend, chosen, question, allocated))
 
-    plain = replace(question.options, compile=False, warmup_steps=1, schedule="stale" if question.lags else "sync")
+    plain = replace(question.options, compile=False, warmup_steps=1, schedule="stale" if question.steps > 1 else "sync")
     return Settings(options=plain, choose_backend=choose, pooling=pooling if plain.radius is not None else None)
 
 
@@ -198,22 +198,27 @@ def visited_pairs(backend: str, call: WindowCall, all_tokens: int) -> int:
 
 def _run(question: StepQuestion, family: Family, in_blocks: InBlocks, allocated: Allocated) -> "Counter[str]":
     """Run steps; returns the bytes of buffers that the first one makes at its end, and the others find."""
-    sizes = {"images": question.images, "text_tokens": question.text_tokens}
-    inputs = [family.empty_inputs((question.height, question.width), **sizes) for _ in range(question.passes)]
+    size, sizes = (question.height, question.width), {"images": question.images, "text_tokens": question.text_tokens}
+    inputs = [family.empty_inputs(size, **sizes) for _ in range(question.passes)]
+    shape, generation = family.latents(inputs[0]).shape, family.generation(inputs[0])
+    inputs = [_of_one_generation(family, each, generation) for each in inputs]
     before = allocated.by_row()["latents"]
-    for _ in range(STEPS[question.lags]):
+    # Where halos lag, until as many messages are on their way as may be.
+    enough = 1 + ceil((SENDING_LAYERS + 1) / (len(family.blocks) * question.passes))
+    for _ in range(min(question.steps, enough)):
         in_blocks.begin_step()
-        latents = _new_latents(family, inputs[0])
-        outputs = [family.transformer(**_together(family, inputs[0], each, latents)) for each in inputs]
+        latents = _new_latents(shape, getattr(torch, question.dtype))
+        calls = ({name: latents if x is None else x for name, x in each.items()} for each in inputs)
+        outputs = [family.transformer(**call) for call in calls]
         del outputs, latents
     return Counter({"latents": allocated.by_row()["latents"] - before})
 
 
-def _new_latents(family: Family, inputs: Inputs) -> Tensor:
-    return torch.empty_like(family.latents(inputs))
+def _of_one_generation(family: Family, inputs: Inputs, generation: object) -> Inputs:
+    """Inputs of a pass, None in place of the latents, which are new in each step."""
+    shared = {id(family.generation(inputs)): generation, id(family.latents(inputs)): None}
+    return {name: shared.get(id(x), x) for name, x in inputs.items()}
 
 
-def _together(family: Family, first: Inputs, inputs: Inputs, latents: Tensor) -> Inputs:
-    """Inputs of a pass of one generation, whose passes are of one step where latents are the same."""
-    shared = {id(family.generation(inputs)): family.generation(first), id(family.latents(inputs)): latents}
-    return {name: shared.get(id(value), value) for name, value in inputs.items()}
+def _new_latents(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)

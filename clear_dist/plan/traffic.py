@@ -17,10 +17,10 @@ class Traffic:
     text_gathered: int
     text_reduced: int
     join: int
-    pooled_sent: int
+    pooled_sent: int = 0
     """Down-sampled keys and values."""
-    pooled_received: int
-    weights_sent: int
+    pooled_received: int = 0
+    weights_sent: int = 0
     """A rank's share of blocks that are in shards."""
 
     @property
