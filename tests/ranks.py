@@ -17,9 +17,9 @@ import torch.distributed as dist
 
 from clear_dist.comm.group import Group, PeerLost
 
-# Imported once, in the server that ranks are forked from: transformers alone takes seconds, in each rank.
-PRELOADED = ["torch", "torch.distributed", "diffusers.pipelines.flux.pipeline_flux", "pytest", "hypothesis"]
-SECONDS_AFTER_A_FAILURE = 5.0
+# Imported once, in the server that ranks are forked from, and all that these import: seconds, in each rank.
+PRELOADED = ["pytest", "hypothesis", "clear_dist.drawing.generation", "tests.oracle", "tests.tiny", "tests.ranks"]
+SECONDS_AFTER_A_FAILURE = 10.0
 
 
 class RanksFailedError(AssertionError):

@@ -6,7 +6,6 @@ import re
 import socket
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,25 +20,29 @@ from tests.tiny import make_clear_weights, make_tiny_flux
 from tests.tiny_lora import make_lora, save_lora
 
 ROOT = Path(__file__).parents[2]
-# Fetches one after the other; tells what came of each, and how long it took.
+# Fetches one after the other; tells what came of each, and how often a connection was asked for.
 FETCH = """
-import json, sys, time
+import json, sys
 from clear_dist.families.cards import CARDS
 from clear_dist.hub import Wanted, fetching
 
 fetching.SECONDS_BETWEEN_FIGURES = 0.4
+connections = []
+sys.addaudithook(lambda event, _: connections.append(event) if event == "socket.connect" else None)
 for repository, revision, needed in json.loads(sys.argv[1]):
     want = Wanted(
         repository=repository, revision=revision, needed=needed, nearest="--model demo",
         patterns=CARDS.files_of(repository) if needed == "model_index.json" else (needed,),
     )
-    began, told = time.monotonic(), None
+    before, told = len(connections), None
     try:
         fetching.fetch([want])
     except Exception as error:
         told = [type(error).__name__, str(error)]
-    print(json.dumps([told, time.monotonic() - began]), flush=True)
+    print(json.dumps([told, len(connections) - before]), flush=True)
 """
+ONCE = 2
+"""Connections of one question: the library has one of its own, once a day. Its repetitions would be five and more."""
 INDEX = "model_index.json"
 QUICK = ("--res", "64", "--steps", "1", "--seed", "5", "--device", "cpu", "--max-sequence-length", "16")
 
@@ -62,11 +65,11 @@ def hub(folder: Path) -> Iterator[Hub]:
 def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
     ours = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    return kept | ranks.QUIET | ours | {"HF_HUB_ETAG_TIMEOUT": "2"} | more
+    return kept | ranks.QUIET | ours | {"HF_HUB_ETAG_TIMEOUT": "30"} | more
 
 
 def fetch(endpoint: str, home: Path, *wants: tuple[str, str | None, str], **more: str) -> tuple[list[Any], str]:
-    """For each of (repository, revision, needed file): (kind of error and message, or None; seconds); and stderr."""
+    """For each of (repository, revision, needed file): (kind of error and message, or None; connections); and stderr."""
     command = [sys.executable, "-c", FETCH, json.dumps(wants)]
     done = subprocess.run(command, env=environment(endpoint, home, **more), capture_output=True, text=True, timeout=90)
     assert "Traceback" not in done.stderr, done.stderr
@@ -82,10 +85,12 @@ def generate(hub: Hub, home: Path, cwd: Path, *arguments: str, **more: str) -> t
     return done.returncode, done.stderr.splitlines()
 
 
-def refused_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+@pytest.fixture
+def refusing() -> Iterator[str]:
+    """Where nobody listens, and nobody else can while a test runs."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
 def test_what_the_hub_says_no_to(hub: Hub, tmp_path: Path) -> None:
@@ -130,25 +135,26 @@ def test_what_the_hub_says_no_to(hub: Hub, tmp_path: Path) -> None:
     assert len(others) == len(wants) - 2, "one request each, none for what is no name; files tell of a licence"
 
 
-def test_a_hub_that_does_not_answer_is_given_up_in_seconds(hub: Hub, tmp_path: Path) -> None:
-    answers, _ = fetch(hub.endpoint, tmp_path, ("someone/silent", None, INDEX), ("someone/broken", None, INDEX))
-    (silent, seconds), (broken, soon) = answers
+def test_a_hub_that_does_not_answer_is_given_up_after_the_timeout(hub: Hub, tmp_path: Path) -> None:
+    """It would be silent for ever."""
+    wants = (("someone/silent", None, INDEX), ("someone/broken", None, INDEX))
+    answers, _ = fetch(hub.endpoint, tmp_path, *wants, HF_HUB_ETAG_TIMEOUT="2")
+    (silent, _), (broken, _) = answers
     assert silent[0] == broken[0] == "Failure"
-    assert silent[1].startswith("cannot get someone/silent from the hub (")
+    # Ours, or the library's of equal length where ours is late.
+    assert re.match(r"cannot get someone/silent from the hub \((no answer within 2 s|ReadTimeout: )", silent[1])
     assert silent[1].endswith(
         "): check the network and HF_ENDPOINT, or pass local files (--model FOLDER, --clear-weights FILE, --lora FILE)"
     )
     assert "(down)" in broken[1]
-    assert 1.9 < seconds < 5
-    assert soon < 2
     assert len(hub.requests) == 2, "nothing is asked twice"
 
 
-def test_there_is_no_hub(tmp_path: Path) -> None:
-    ((told, seconds),), _ = fetch(f"http://127.0.0.1:{refused_port()}", tmp_path, ("someone/tiny", None, INDEX))
+def test_there_is_no_hub(refusing: str, tmp_path: Path) -> None:
+    ((told, connections),), _ = fetch(refusing, tmp_path, ("someone/tiny", None, INDEX))
     assert told[0] == "Failure"
     assert "Connection refused" in told[1]
-    assert seconds < 3
+    assert 1 <= connections <= ONCE, "it is not tried again"
 
 
 def test_a_disk_too_small(hub: Hub, folder: Path, tmp_path: Path) -> None:
@@ -182,7 +188,7 @@ def test_tokens(hub: Hub, tmp_path: Path) -> None:
     assert told is None
 
 
-def test_what_is_here_serves_without_the_hub(hub: Hub, tmp_path: Path) -> None:
+def test_what_is_here_serves_without_the_hub(hub: Hub, refusing: str, tmp_path: Path) -> None:
     tiny = ("someone/tiny", None, INDEX)
     answers, errors = fetch(hub.endpoint, tmp_path, tiny, tiny)
     assert [told for told, _ in answers] == [None, None]
@@ -190,14 +196,17 @@ def test_what_is_here_serves_without_the_hub(hub: Hub, tmp_path: Path) -> None:
     downloads = [path for method, path in hub.requests if method == "GET" and "/resolve/" in path]
     assert len(downloads) == len(set(downloads)) == len([file for file in hub.files() if file == INDEX or "/" in file])
     warning = "clear-dist: warning: using someone/tiny as it was downloaded before; the hub did not give it: "
-    refused = f"http://127.0.0.1:{refused_port()}"
-    for endpoint, more in ((refused, {}), (hub.endpoint, {"HF_HUB_OFFLINE": "1"}), (hub.endpoint, {"HF_TOKEN": "x"})):
-        ((told, seconds),), errors = fetch(endpoint, tmp_path, tiny, **more)
+    for endpoint, more, most in (
+        (refusing, {}, ONCE),
+        (hub.endpoint, {"HF_HUB_OFFLINE": "1"}, 0),
+        (hub.endpoint, {"HF_TOKEN": "x"}, ONCE),
+    ):
+        ((told, connections),), errors = fetch(endpoint, tmp_path, tiny, **more)
         assert told is None
-        assert seconds < 3
+        assert connections <= most
         assert errors.startswith(warning)
         assert errors.count("\n") == 1
-    ((told, _),), _ = fetch(refused, tmp_path, ("someone/tiny", "v2", INDEX))
+    ((told, _),), _ = fetch(refusing, tmp_path, ("someone/tiny", "v2", INDEX))
     assert told[0] == "Failure"
 
 
@@ -211,7 +220,6 @@ def test_a_long_download_tells_how_far_it_is(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_of_three_ranks_one_asks(hub: Hub, folder: Path, tmp_path: Path) -> None:
-    began = time.monotonic()
     asked_for = (
         "--model",
         "someone/tiny",
@@ -223,7 +231,6 @@ def test_of_three_ranks_one_asks(hub: Hub, folder: Path, tmp_path: Path) -> None
     status, errors = generate(hub, tmp_path / "home", tmp_path, *asked_for)
     assert status == 0, errors
     assert (tmp_path / "clear-dist.png").exists()
-    assert time.monotonic() - began < 100
     asked = list(hub.requests)
     assert max(Counter(asked).values()) == 2, "dry, then to download"
     files = [file for file in hub.files() if file == INDEX or "/" in file]
@@ -247,7 +254,8 @@ def test_of_three_ranks_one_asks(hub: Hub, folder: Path, tmp_path: Path) -> None
 def test_three_ranks_tell_it_once(
     hub: Hub, tmp_path: Path, arguments: tuple[str, ...], status: int, words: str, requests: int
 ) -> None:
-    ended, errors = generate(hub, tmp_path / "home", tmp_path, *arguments, "--nproc", "3")
+    patience = {"HF_HUB_ETAG_TIMEOUT": "2"} if "someone/silent" in arguments else {}
+    ended, errors = generate(hub, tmp_path / "home", tmp_path, *arguments, "--nproc", "3", **patience)
     said = [line for line in errors if line.startswith("clear-dist: ") and "warning" not in line]
     assert ended == status, errors
     assert words in said[-1]
