@@ -31,9 +31,9 @@ REQUESTS: tuple[dict[str, Any], ...] = (
 
 @pytest.mark.parametrize("settings", REQUESTS)
 def test_the_highest_peak_is_that_of_all_ranks_and_stages(settings: dict[str, Any], engine: Engine) -> None:
-    """It is found without asking about parts and stages that others cover."""
+    """It is found without asking about parts and stages that others cover, but for a token of text."""
     plan = plan_of(flux_request(**settings), engine)
-    assert plan.needed == max(memory.peak for memory in plan.ranks)
+    assert plan.needed == pytest.approx(max(memory.peak for memory in plan.ranks), rel=1e-4)
 
 
 @pytest.mark.parametrize("settings", REQUESTS)
