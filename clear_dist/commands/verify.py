@@ -10,6 +10,7 @@ from clear_dist.launch import ends, env, ranks
 from clear_dist.launch.env import Place
 from clear_dist.request import devices, outputs
 from clear_dist.request.flags import STDOUT, VerifyFlags
+from clear_dist.request.notes import sharing
 
 RANKS_ON_CPU = 2
 """The fewest that have something to say to each other."""
@@ -53,7 +54,6 @@ def settled(flags: VerifyFlags, place: Place) -> Setting:
 def _notes(flags: VerifyFlags, gpus: int, size: int, here: int) -> Iterator[str]:
     if flags.device == "auto" and not gpus:
         yield "device: cpu (no CUDA GPU here)"
-    if gpus and here > gpus:
-        yield f"{here} ranks share {gpus} GPU{'s' * (gpus > 1)}: they exchange through host memory"
+    yield from sharing(gpus, here)
     if size == 1:
         yield "one rank: no halos, nothing between neighbours; for these: --nproc 2"

@@ -35,13 +35,16 @@ def find_checkpoint(word: str, window: Window | None, model: ModelFacts, cards: 
     if word != "auto":  # for a choice of ours the user gets a note instead
         refuse_other_radius(found, window)
     if os.path.exists(found):
-        _compare(Path(found), model)
+        shapes = read_shapes(Path(found))
+        factor = down_factor_of(shapes, found)
+        if model.shape is not None:
+            require_same_tensors(model.shape.clear_tensors(factor), shapes, found)
     return found
 
 
-def down_factor(checkpoint: str | None) -> int:
-    """Factor of a checkpoint's down-sampled keys, 1 without; on the hub by name only."""
-    if checkpoint is None:
+def down_factor(window: Window | None, checkpoint: str | None) -> int:
+    """Factor of a checkpoint's down-sampled keys, 1 without or with a full window; on the hub by name only."""
+    if window == "full" or checkpoint is None:
         return 1
     if os.path.exists(checkpoint):
         return down_factor_of(read_shapes(Path(checkpoint)), checkpoint)
@@ -56,8 +59,7 @@ def _automatic(window: Window | None, model: ModelFacts) -> str | None:
     if model.folder is None:
         published = None if model.card is None else model.card.clear
         return None if published is None else _published(published, window)
-    own = _checkpoints(model.folder)
-    return str(_choose(own, window)) if own else None
+    return _checkpoint_in(model.folder, window)
 
 
 def _published(published: Published, window: Window | None) -> str:
@@ -95,12 +97,11 @@ def _given(word: str, window: Window | None, model: ModelFacts, cards: Cards) ->
 def _local(path: Path, window: Window | None) -> str:
     if os.path.isfile(path):
         return str(path)
-    own = _checkpoints(path)
-    if not own:
-        for file in sorted(path.glob("clear_local_*")):
-            refuse_pickled(file)
-        raise Refusal(f"--clear-weights: {path} holds no clear_local_<radius>.safetensors; nearest: none")
-    return str(_choose(own, window))
+    if found := _checkpoint_in(path, window):
+        return found
+    for file in sorted(path.glob("clear_local_*")):
+        refuse_pickled(file)
+    raise Refusal(f"--clear-weights: {path} holds no clear_local_<radius>.safetensors; nearest: none")
 
 
 def _on_the_hub(found: HubFile, cards: Cards) -> str:
@@ -120,19 +121,8 @@ def _plain(radius: Window) -> str:
     return f"clear_local_{radius}.safetensors"
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def _checkpoint_in(folder: Path, window: Window | None) -> str | None:
+    """The folder's checkpoint for the window; without one the narrowest, which is the fastest."""
     files = [file for file in folder.iterdir() if radius_of(file.name) and file.is_file()]
-    return sorted(files, key=lambda file: (named_down_factor(file.name), radius_of(file.name)))
-
-
-def _choose(checkpoints: list[Path], window: Window | None) -> Path:
-    """The one for the window; without a window the narrowest, which is the fastest."""
-    fitting = [file for file in checkpoints if radius_of(file.name) == window]
-    return (fitting or checkpoints)[0]
-
-
-def _compare(file: Path, model: ModelFacts) -> None:
-    shapes = read_shapes(file)
-    factor = down_factor_of(shapes, file)
-    if model.shape is not None:
-        require_same_tensors(model.shape.clear_tensors(factor), shapes, file)
+    files.sort(key=lambda file: (radius_of(file.name) != window, named_down_factor(file.name), radius_of(file.name)))
+    return str(files[0]) if files else None

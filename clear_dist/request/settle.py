@@ -51,7 +51,7 @@ def choose(
     facts = find_model(flags.model, cards, has_cuda=device == "cuda")
     checkpoint = find_checkpoint(flags.clear_weights, flags.window, facts, cards)
     window = _window(flags, checkpoint)
-    factor = _down_factor(window, checkpoint)
+    factor = down_factor(window, checkpoint)
     begin = find_start(flags, facts, place, unit=facts.token_size * factor)
     negative_prompt = facts.negative_prompt if flags.negative_prompt is None else flags.negative_prompt
     request = Request(
@@ -90,7 +90,7 @@ def located(request: Request, folder: Path, checkpoint: str | None, loras: Itera
         request,
         model=str(folder),
         clear_weights=found,
-        down_factor=_down_factor(request.window, found),
+        down_factor=down_factor(request.window, found),
         height=request.height or native,
         width=request.width or native,
         native_size=native,
@@ -125,10 +125,6 @@ def _window(flags: PictureFlags, checkpoint: str | None) -> Window:
     return radius
 
 
-def _down_factor(window: Window | None, checkpoint: str | None) -> int:
-    return 1 if window == "full" else down_factor(checkpoint)
-
-
 def _check_size(request: Request) -> None:
     if request.height is None or request.width is None:
         return
@@ -141,21 +137,16 @@ def _check_size(request: Request) -> None:
     if height * width > MOST_PIXELS:
         nearest = f"{MOST_PIXELS // height // request.token_size * request.token_size} wide"
         raise Refusal(f"a picture has at most {MOST_PIXELS} pixels, got {width} x {height}; nearest: {nearest}")
-    if request.base_res is not None and request.base_res > max(height, width):
-        most = max(height, width)
-        raise Refusal(f"--base-res must be at most the final {most} px, got {request.base_res}; nearest: {most}")
-    side, longest = max(height, width), LONGEST_SIDE.get(request.output.suffix.lower())
-    if longest is not None and side > longest:
-        raise Refusal(
-            f"a {request.output.suffix} picture is at most {longest} pixels wide and high, got {side}; nearest: .png"
-        )
-    if request.base_res or request.native_size:  # else a hub model, whose stages are known once it is located
+    side, base, ending = max(height, width), request.base_res, request.output.suffix
+    if base is not None and base > side:
+        raise Refusal(f"--base-res must be at most the final {side} px, got {base}; nearest: {side}")
+    if side > (longest := LONGEST_SIDE.get(ending.lower(), side)):
+        raise Refusal(f"a {ending} picture is at most {longest} pixels wide and high, got {side}; nearest: .png")
+    if request.shard_weights and request.stages:
         _check_shards(request)
 
 
 def _check_shards(request: Request) -> None:
-    if not request.shard_weights:
-        return
     smallest = min(request.stages, key=lambda stage: stage.height)
     units, together = smallest.height // request.unit, request.down_factor
     if units < request.world_size:
