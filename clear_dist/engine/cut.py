@@ -36,8 +36,8 @@ class Cut:
 
     height: int
     width: int
-    text_tokens: int
-    """Text tokens that the attention backend was chosen for."""
+    made_for: tuple[object, ...]
+    """Size, extrapolation, text tokens, whether stale: it serves all images of the group for which these are equal."""
     group: Group
     extrapolation: Extrapolation | None
     stale: bool
@@ -52,19 +52,6 @@ class Cut:
         """This rank's tokens in raster order."""
         return slice(self.plan.own.start * self.width, self.plan.own.stop * self.width)
 
-    def serves(
-        self,
-        size: tuple[int, int],
-        group: Group,
-        extrapolation: Extrapolation | None,
-        *,
-        text_tokens: int,
-        stale: bool,
-    ) -> bool:
-        """Whether this cut can be reused for such an image."""
-        mine = self.height, self.width, self.extrapolation, self.text_tokens, self.stale
-        return self.group is group and (*size, extrapolation, text_tokens, stale) == mine
-
 
 def plan_image(size: tuple[int, int], group: Group, radius: int | None, unit: int) -> tuple[tuple[Rows, ...], HaloPlan]:
     """All stripes of an image of `size` tokens, and this rank's halos; raises as `cut_image`."""
@@ -78,9 +65,8 @@ def stale_bytes(size: tuple[int, int], group: Group, settings: Settings, *, row_
     stripes, plan = plan_image(size, group, settings.options.radius, settings.unit)
     needed = needed_bytes(plan, row_bytes=row_bytes, layers=layers)
     if settings.pooling is not None:
-        factor = settings.pooling.factor
-        pooled = plan_pooled(stripes, group.rank, factor)
-        needed += needed_bytes(pooled, row_bytes=row_bytes // factor, layers=layers)
+        pooled = plan_pooled(stripes, group.rank, settings.unit)
+        needed += needed_bytes(pooled, row_bytes=row_bytes // settings.unit, layers=layers)
     return needed
 
 
@@ -123,7 +109,7 @@ def cut_image(
     return Cut(
         height=height,
         width=width,
-        text_tokens=text_tokens,
+        made_for=(size, extrapolation, text_tokens, clock is not None),
         group=group,
         extrapolation=extrapolation,
         stale=clock is not None,

@@ -45,8 +45,7 @@ class Exchanges:
         self._counters = counters
         self._clock = clock
         self._pooling = settings.pooling
-        factor = 1 if self._pooling is None else self._pooling.factor
-        self._pooled_plan = plan_pooled(stripes, group.rank, factor)
+        self._pooled_plan = plan_pooled(stripes, group.rank, settings.unit)
         layers = 0 if clock is None else SENDING_LAYERS
         self._sends, self._pooled_sends = (SendBuffers(group, counters, layers=layers) for _ in range(2))
         self._made: dict[tuple[int, int, TextPlan], Exchange] = {}

@@ -17,9 +17,11 @@ from clear_dist.comm.counters import labelled
 from clear_dist.comm.halo_exchange import PendingHalos
 from clear_dist.engine.exchanges import Exchange
 from clear_dist.engine.extrapolation import Extrapolation, attention_scale
-from clear_dist.engine.pooled_keys import PooledKeys
 from clear_dist.geometry import HaloPlan, Rows, reach
 from clear_dist.merge import RowsPart, merge, merge_rows
+
+Projected = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values [B, L, N, D], text tokens first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +37,8 @@ class WindowJointAttention:
     """Whether this rank's part of the text queries' attention holds the text keys (`exact`: on one rank only)."""
     extrapolation: Extrapolation | None
 
-    def __call__(
-        self,
-        exchange: Exchange,
-        halos: PendingHalos,
-        query_BLND: Tensor,
-        key_BLND: Tensor,
-        value_BLND: Tensor,
-        text_mask_BT: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, exchange: Exchange, halos: PendingHalos, qkv: Projected, text_mask_BT: Tensor | None) -> Tensor:
+        query_BLND, key_BLND, value_BLND = qkv
         text_tokens = query_BLND.shape[1] - len(self.plan.own) * self.width
         query_text, query = self._split(query_BLND, text_tokens)
         scale = self._scale(query_BLND, text_tokens, pooled=exchange.pooled is not None)
@@ -55,7 +50,9 @@ class WindowJointAttention:
         text = exchange.text.start(*part)
         parts = self._image_parts(halos, query, (key_BLND, value_BLND), text_tokens, scale, text_mask_BT)
         if exchange.pooled is not None:
-            parts.append(self._to_pooled_keys(exchange.pooled, query, scale))
+            pooled_BPND = exchange.pooled.wait()
+            with labelled("compute: pooled keys"):
+                parts.append(self._part_of_own(query, attend(query.flatten(1, 2), *pooled_BPND, scale)))
         elsewhere = exchange.gather.plan.elsewhere
         output_BLND = torch.empty_like(query_BLND[:, elsewhere:])
         output_text, output = self._split(output_BLND, text_tokens - elsewhere)
@@ -64,8 +61,9 @@ class WindowJointAttention:
         output_text.copy_(text.wait())
         return output_BLND
 
-    def alone(self, halos: PendingHalos, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor) -> Tensor:
+    def alone(self, halos: PendingHalos, qkv: Projected) -> Tensor:
         """Where a layer sees the image alone: neither text nor down-sampled keys."""
+        query_BLND, key_BLND, value_BLND = qkv
         query, scale = self._split(query_BLND, 0)[1], self._scale(query_BLND, 0)
         parts = self._image_parts(halos, query, (key_BLND, value_BLND), 0, scale, None)
         output_BLND = torch.empty_like(query_BLND)
@@ -111,11 +109,6 @@ class WindowJointAttention:
         halos.release()
         return parts
 
-    def _to_pooled_keys(self, pooled: PooledKeys, query_BRWND: Tensor, scale: float | None) -> RowsPart:
-        keys_BPND, values_BPND = pooled.wait()
-        with labelled("compute: pooled keys"):
-            return self._part_of_own(query_BRWND, attend(query_BRWND.flatten(1, 2), keys_BPND, values_BPND, scale))
-
     def _part_of_own(self, query_BRWND: Tensor, results: tuple[Tensor, Tensor]) -> RowsPart:
         return RowsPart(self.plan.own, *(result.unflatten(1, query_BRWND.shape[1:3]) for result in results))
 
@@ -143,19 +136,12 @@ class FullJointAttention:
     """As in `WindowJointAttention`; used only where halos lag."""
     extrapolation: Extrapolation | None
 
-    def __call__(
-        self,
-        exchange: Exchange,
-        halos: PendingHalos,
-        query_BLND: Tensor,
-        key_BLND: Tensor,
-        value_BLND: Tensor,
-        text_mask_BT: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, exchange: Exchange, halos: PendingHalos, qkv: Projected, text_mask_BT: Tensor | None) -> Tensor:
+        query_BLND, key_BLND, value_BLND = qkv
         text_tokens = query_BLND.shape[1] - len(self.plan.own) * self.width
         exchange.gather.wait()
-        query = query_BLND[:, exchange.gather.plan.elsewhere :]
-        output_BLND, scale = self._to_all(halos, query, (key_BLND, value_BLND), text_tokens, text_mask_BT)
+        own = query_BLND[:, exchange.gather.plan.elsewhere :], key_BLND, value_BLND
+        output_BLND, scale = self._to_all(halos, own, text_tokens, text_mask_BT)
         if halos.lag:  # keys differ from rank to rank, text tokens must not
             with labelled("compute: text queries"):
                 seen = text_tokens if self.counts_text_keys else 0
@@ -164,17 +150,13 @@ class FullJointAttention:
             output_BLND[:, :text_tokens] = exchange.text.start(*mine).wait()
         return output_BLND
 
-    def alone(self, halos: PendingHalos, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor) -> Tensor:
-        return self._to_all(halos, query_BLND, (key_BLND, value_BLND), 0, None)[0]
+    def alone(self, halos: PendingHalos, qkv: Projected) -> Tensor:
+        return self._to_all(halos, qkv, 0, None)[0]
 
     def _to_all(
-        self,
-        halos: PendingHalos,
-        query_BLND: Tensor,
-        keys_BLND: tuple[Tensor, Tensor],
-        text_tokens: int,
-        text_mask_BT: Tensor | None,
+        self, halos: PendingHalos, qkv: Projected, text_tokens: int, text_mask_BT: Tensor | None
     ) -> tuple[Tensor, float | None]:
+        query_BLND, *keys_BLND = qkv
         above, below = halos.wait()
         key_BSND, value_BSND = (
             torch.cat([x[:, :text_tokens], above[i].flatten(1, 2), x[:, text_tokens:], below[i].flatten(1, 2)], dim=1)
@@ -187,18 +169,13 @@ class FullJointAttention:
         )
         mask_B11S = None if text_mask_BT is None else pad(text_mask_BT, (0, image_tokens), value=True)[:, None, None]
         with labelled("compute: full attention"):
-            output_BNLD = scaled_dot_product_attention(
-                query_BLND.transpose(1, 2),
-                key_BSND.transpose(1, 2),
-                value_BSND.transpose(1, 2),
-                attn_mask=mask_B11S,
-                scale=scale,
-            )
+            query, key, value = (x.transpose(1, 2) for x in (query_BLND, key_BSND, value_BSND))
+            output_BNLD = scaled_dot_product_attention(query, key, value, attn_mask=mask_B11S, scale=scale)
         return output_BNLD.transpose(1, 2), scale
 
 
 JointAttention = WindowJointAttention | FullJointAttention
-"""(exchange, halos, q, k, v, mask of padded text) -> output; tensors are [B, L, N, D], text tokens first."""
+"""(exchange, halos, q, k and v, mask of padded text) -> output [B, L, N, D], text tokens first."""
 
 
 def text_part(

@@ -71,7 +71,9 @@ def load_clear_weights(transformer: Any, path: str | Path, device: torch.device 
 
     Raises ValueError, before any change, for a file that is damaged or another model's, or a LoRA fused in the weights.
     """
-    require_unfused_lora(transformer)
+    for name, module in transformer.named_modules():
+        if is_image_side(f"{name}.") and getattr(module, "merged", False):
+            raise ValueError(f"CLEAR weights replace {name}, a fused LoRA included; call pipe.unfuse_lora() first")
     parameters = dict(image_attention_parameters(transformer))
     layers = list(attention_layers(transformer))
     with _opened(path) as file, torch.no_grad():
@@ -88,13 +90,6 @@ def load_clear_weights(transformer: Any, path: str | Path, device: torch.device 
             weights = [file.get_tensor(f"{layer}.{SPATIAL_WEIGHT}").reshape(factor, factor) for layer in layers]
             pooling = Pooling(weights=tuple(weight.to(device, transformer.dtype) for weight in weights))
     return ReplacedWeights(file=Path(path), tensors=tuple(parameters), layers=len(layers), pooling=pooling)
-
-
-def require_unfused_lora(transformer: Any) -> None:
-    """Raises ValueError where a LoRA is fused in the weights, and would be lost with them."""
-    for name, module in transformer.named_modules():
-        if is_image_side(f"{name}.") and getattr(module, "merged", False):
-            raise ValueError(f"CLEAR weights replace {name}, a fused LoRA included; call pipe.unfuse_lora() first")
 
 
 def image_attention_parameters(transformer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
