@@ -13,6 +13,7 @@ Shapes: B batch, R my rows, W columns, N heads, D head dim. A halo of h rows is 
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -132,14 +133,12 @@ class HaloExchange:
         return above, below
 
 
+@dataclass(eq=False)
 class PendingHalos:
-    def __init__(
-        self, exchange: HaloExchange, *, lag: bool = False, on_release: Callable[[], None] | None = None
-    ) -> None:
-        self._exchange = exchange
-        self.lag = lag
-        """Whether they are from the previous step."""
-        self._on_release = on_release
+    _exchange: HaloExchange
+    lag: bool = False
+    """Whether they are from the previous step."""
+    on_release: Callable[[], None] | None = None
 
     @torch.no_grad()
     def wait(self) -> Halos:
@@ -153,8 +152,8 @@ class PendingHalos:
     @torch.no_grad()
     def release(self) -> None:
         """Let the next halos arrive in the place of these."""
-        if self._on_release is not None:
-            self._on_release()
+        if self.on_release is not None:
+            self.on_release()
 
 
 class SendBuffers:

@@ -130,22 +130,16 @@ def collect_stripes(local: Tensor, group: Group, heights: tuple[int, ...]) -> It
     `local` ([rows, ...] on the group's device) may differ among ranks in `rows` only; a height of 0 means no stripe.
     """
     assert len(local) == heights[group.rank], f"{len(local)} rows for {heights[group.rank]}"
-    if group.rank == 0:
-        if len(local):
-            yield local.cpu()
-        yield from _receive(local, group, heights)
+    if len(local) and group.rank == 0:
+        yield local.cpu()
     elif len(local):
         carried = group.wire_buffer(local.shape, local.dtype)
         carried.copy_(local)
         with telling_lost_peers("rank 0"):
             dist.send(carried, group=group.main, group_dst=0)
-
-
-def _receive(local: Tensor, group: Group, heights: tuple[int, ...]) -> Iterator[Tensor]:
     for peer, rows in enumerate(heights):
-        if peer == group.rank or not rows:
-            continue
-        carried = group.wire_buffer((rows, *local.shape[1:]), local.dtype)
-        with telling_lost_peers(f"rank {group.ranks[peer]}"):
-            dist.recv(carried, group=group.main, group_src=peer)
-        yield carried.cpu()
+        if group.rank == 0 and peer != 0 and rows:
+            carried = group.wire_buffer((rows, *local.shape[1:]), local.dtype)
+            with telling_lost_peers(f"rank {group.ranks[peer]}"):
+                dist.recv(carried, group=group.main, group_src=peer)
+            yield carried.cpu()

@@ -7,6 +7,7 @@ Shapes: P ranks, B batch, T text, S text of one rank, N heads, D head dim.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clear_dist.comm.counters import Counters, labelled
-from clear_dist.comm.group import Group, reduce_op, telling_lost_peers
+from clear_dist.comm.group import REDUCE_OPS, Group, telling_lost_peers
 from clear_dist.merge import unweigh, weigh
 from clear_dist.options import TextAttention
 
@@ -149,7 +150,7 @@ class TextReduce:
         carried = self.hold(op, part)
         self._counters.add("text_bytes_reduced", carried.nbytes)
         with telling_lost_peers():
-            self._posted = dist.all_reduce(carried, reduce_op(op), group=self.group.text, async_op=True)
+            self._posted = dist.all_reduce(carried, REDUCE_OPS[op], group=self.group.text, async_op=True)
         return self._posted
 
     def hold(self, name: str, x: Tensor) -> Tensor:
@@ -163,10 +164,10 @@ class TextReduce:
         return self._buffers[name].to(self.group.device, non_blocking=True, copy=True)
 
 
+@dataclass(eq=False)
 class PendingText:
-    def __init__(self, reduce: TextReduce, finish: Callable[[], Tensor]) -> None:
-        self._reduce = reduce
-        self._finish = finish
+    _reduce: TextReduce
+    _finish: Callable[[], Tensor]
 
     @torch.no_grad()
     def wait(self) -> Tensor:

@@ -103,7 +103,9 @@ class TextScatter(TextReduce):
     @labelled("comm: text start")
     def _post_parts(self, part_BTND: torch.Tensor) -> None:
         """Send each rank its part, along the first dimension: only that may differ in length."""
-        sent = self.hold("sent", self._in_order_of_ranks(part_BTND).transpose(0, 1))
+        before, elsewhere = self._plan.before, self._plan.elsewhere
+        in_order_of_ranks = part_BTND[:, :before], part_BTND[:, elsewhere:], part_BTND[:, before:elsewhere]
+        sent = self.hold("sent", torch.cat(in_order_of_ranks, dim=1).transpose(0, 1))
         received = self._buffers["received"] = self.group.wire_buffer(
             (self.group.size * self._own, *sent.shape[1:]), sent.dtype, reuse=self._buffers.get("received")
         )
@@ -117,7 +119,3 @@ class TextScatter(TextReduce):
                 group=self.group.text,
                 async_op=True,
             )
-
-    def _in_order_of_ranks(self, x_BTND: torch.Tensor) -> torch.Tensor:
-        before, elsewhere = self._plan.before, self._plan.elsewhere
-        return torch.cat([x_BTND[:, :before], x_BTND[:, elsewhere:], x_BTND[:, before:elsewhere]], dim=1)

@@ -86,16 +86,11 @@ class StripeOps:
 
     def attend(self, query_BLC: Tensor, key_BLC: Tensor, value_BLC: Tensor, heads: int) -> Tensor:
         """Attention [B, L, C] to the whole picture; RuntimeError without a fused kernel (others hold all scores)."""
-        query, key, value = (
-            part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query_BLC, *self._gather(key_BLC, value_BLC))
-        )
+        join = StripeJoin(self._group, self._stripes, self._counters)
+        parts = query_BLC, join.join(key_BLC), join.join(value_BLC)
+        query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
         with sdpa_kernel(list(FUSED)):
             return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-
-    def _gather(self, *parts_BLC: Tensor) -> list[Tensor]:
-        """[B, S, C] each."""
-        join = StripeJoin(self._group, self._stripes, self._counters)
-        return [join.join(part) for part in parts_BLC]
 
     def _moments(self, x_BCEW: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         """Mean and variance over the whole picture, [B, G] each, in float64."""

@@ -59,21 +59,8 @@ class FluxPipelineAdapter:
         return lines
 
     def load_lora(self, file: Path, name: str) -> None:
-        tensors, alphas, metadata = self._lora_tensors(file)
-        for tensor in tensors:
-            if not tensor.startswith(("transformer.", "text_encoder.")):
-                raise Refusal(f"{file} must name layers as diffusers, kohya or XLabs do, got {tensor}")
-        pipe = self._pipe
-        given = {"network_alphas": alphas, "metadata": metadata, "adapter_name": name, "_pipeline": pipe}
-        if pipe.transformer is not None:
-            pipe.load_lora_into_transformer(tensors, transformer=pipe.transformer, **given)
-        if pipe.text_encoder is not None:
-            pipe.load_lora_into_text_encoder(tensors, text_encoder=pipe.text_encoder, **given)
-
-    def _lora_tensors(self, file: Path) -> tuple[dict[str, Any], Any, Any]:
-        """Tensors by diffusers' names, their alphas, and diffusers' metadata."""
         try:
-            return self._pipe.lora_state_dict(
+            tensors, alphas, metadata = self._pipe.lora_state_dict(
                 str(file.parent),
                 weight_name=file.name,
                 return_alphas=True,
@@ -84,6 +71,15 @@ class FluxPipelineAdapter:
         except (ValueError, KeyError, RuntimeError) as error:  # diffusers gives up in several ways
             why = " ".join(str(error).split()) or type(error).__name__
             raise Refusal(f"{file} must be a LoRA that diffusers can read, and is not ({why})") from error
+        for tensor in tensors:
+            if not tensor.startswith(("transformer.", "text_encoder.")):
+                raise Refusal(f"{file} must name layers as diffusers, kohya or XLabs do, got {tensor}")
+        pipe = self._pipe
+        given = {"network_alphas": alphas, "metadata": metadata, "adapter_name": name, "_pipeline": pipe}
+        if pipe.transformer is not None:
+            pipe.load_lora_into_transformer(tensors, transformer=pipe.transformer, **given)
+        if pipe.text_encoder is not None:
+            pipe.load_lora_into_text_encoder(tensors, text_encoder=pipe.text_encoder, **given)
 
     def refining(self) -> FluxImg2ImgPipeline:
         """Image-to-image pipeline with the scheduler's static shift (paper, Sec. 4.3).
