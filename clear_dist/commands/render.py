@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from clear_dist.commands.prepare import Prepared, encode_prompt, prepare
+from clear_dist.commands.prepare import Prepared, encode, prepare
 from clear_dist.commands.saving import Saving
 from clear_dist.drawing.cascade import Cascade, Drawing, nth_stage, work_of
 from clear_dist.drawing.generation import from_image
@@ -83,7 +83,10 @@ class Rendering(Prepared):
             if profile is not None and number == last:
                 with self.phases.phase("save", detail=", the profile"):
                     self._write_profile(profile)
-            self._note(stage, drawing)
+            token = request.token_size
+            stripes = [(rows.start // token, rows.stop // token) for rows in drawing.rows if len(rows)]
+            grid = stage.height // token, stage.width // token
+            self.stages.append(report.StageFigures(grid=grid, stripes=stripes, times=self.phases.stages[-1]))
         assert drawing is not None, "there is at least one stage"
         return drawing
 
@@ -99,7 +102,7 @@ class Rendering(Prepared):
         if self.encoded is not None:
             encoded = self.encoded[index]
         elif self.group.rank == 0:
-            encoded = encode_prompt(self.pipe, self.request, self.request.prompts[index])
+            (encoded,) = encode(self.pipe, self.request, [self.request.prompts[index]])
         adapter, counters = adapter_of(self.pipe), self.handle.counters
         return share(adapter, self.group, counters, encoded, num_images=self.request.num_images)
 
@@ -111,15 +114,6 @@ class Rendering(Prepared):
             self.profile.after_step()
         if self.previews is not None:
             self.previews.after_step(pipe, stage, done, latents)
-
-    def _note(self, stage: Stage, drawing: Drawing) -> None:
-        token = self.request.token_size
-        figures = report.StageFigures(
-            grid=(stage.height // token, stage.width // token),
-            stripes=[(rows.start // token, rows.stop // token) for rows in drawing.rows if len(rows)],
-            times=self.phases.stages[-1],
-        )
-        self.stages.append(figures)
 
     def _settings(self) -> dict[str, Any]:
         chosen = {"seed": self.seed, "text_attention": self.handle.text_attention, "transport": self.group.transport}

@@ -51,15 +51,10 @@ class Saving:
                     pass
 
     def _tell(self, written: list[Path], size: Size) -> None:
-        names = ("output", "thumbnail")
-        fields = {name: shlex.quote(str(file)) for name, file in zip(names, written, strict=False)}
-        fields |= {
-            "seed": str(self.seed),
-            "size": f"{size[1]}x{size[0]}",
-            "ranks": str(self.group.size),
-            "seconds": f"{time.perf_counter() - self.began:.2f}",
-        }
-        print(" ".join(f"{name}={value}" for name, value in fields.items()), flush=True)
+        files = zip(("output", "thumbnail"), map(shlex.quote, map(str, written)), strict=False)
+        figures = f"seed={self.seed} size={size[1]}x{size[0]} ranks={self.group.size}"
+        seconds = f"seconds={time.perf_counter() - self.began:.2f}"
+        print(*(f"{name}={file}" for name, file in files), figures, seconds, flush=True)
 
     def _metadata(self, index: int) -> dict[str, str]:
         """Settings that may be shared: no other prompts, no folders of this machine."""
