@@ -1,5 +1,7 @@
 """Pipelines on stripes, as `parallelize` returns them."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from clear_dist.comm.counters import Counters
@@ -11,22 +13,15 @@ from clear_dist.weights.clear import ReplacedWeights
 from clear_dist.weights.offload import Offloaded
 
 
+@dataclass(eq=False)
 class Parallelized:
     """A pipeline on stripes: its group, its counters, and the way back."""
 
-    def __init__(
-        self,
-        striped: StripedModel,
-        *controlnets: StripedModel,
-        owns_group: bool,
-        replaced: ReplacedWeights | None = None,
-        offloaded: Offloaded | None = None,
-    ) -> None:
-        self._striped = striped
-        self._controlnets = controlnets
-        self._owns_group = owns_group
-        self.replaced = replaced
-        self._offloaded = offloaded
+    _striped: StripedModel
+    _controlnets: Sequence[StripedModel]
+    _owns_group: bool
+    replaced: ReplacedWeights | None
+    _offloaded: Offloaded | None
 
     @property
     def group(self) -> Group:

@@ -13,7 +13,7 @@ Shapes: B batch, R my rows, W columns, N heads, D head dim. A halo of h rows is 
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Literal
 
 import torch
@@ -30,23 +30,18 @@ Named = tuple[str, dist.Work]
 """Peer, for errors, and its message."""
 
 
+@dataclass(eq=False)
 class HaloExchange:
     """Exchange of one plan, used for one layer after the other; buffers are kept as long as the shape stays."""
 
-    def __init__(
-        self,
-        group: Group,
-        plan: HaloPlan,
-        counters: Counters,
-        *,
-        sends: "SendBuffers | None" = None,
-        counted_as: Literal["halo", "pooled"] = "halo",
-    ) -> None:
-        self._group = group
-        self._plan = plan
-        self._counters = counters
-        self._counted_as = counted_as
-        self._sends = sends or SendBuffers(group, counters, layers=0)
+    _group: Group
+    _plan: HaloPlan
+    _counters: Counters
+    sends: "InitVar[SendBuffers | None]" = None
+    counted_as: Literal["halo", "pooled"] = "halo"
+
+    def __post_init__(self, sends: "SendBuffers | None") -> None:
+        self._sends = sends or SendBuffers(self._group, self._counters, layers=0)
         self._received: list[torch.Tensor] = []
         self._arriving: list[Named] = []
         self._pending: PendingHalos | None = None
@@ -101,8 +96,8 @@ class HaloExchange:
         for rows, message in zip(mine, messages, strict=True):
             message[0].copy_(key_BRWND[:, rows], non_blocking=True)
             message[1].copy_(value_BRWND[:, rows], non_blocking=True)
-            self._counters.add(f"{self._counted_as}_bytes_sent", message.nbytes)
-            self._counters.add(f"{self._counted_as}_messages_sent", 1)
+            self._counters.add(f"{self.counted_as}_bytes_sent", message.nbytes)
+            self._counters.add(f"{self.counted_as}_messages_sent", 1)
         self._group.settle()
         return messages
 

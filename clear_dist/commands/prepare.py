@@ -4,7 +4,7 @@ import secrets
 import time
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from clear_dist.observe import peaks
 from clear_dist.observe.profiling import CompileTime, Profile
 from clear_dist.observe.progress import Phases
 from clear_dist.options import Options, Refusal
-from clear_dist.parallelize import Parallelized, parallelize
+from clear_dist.parallelize import parallelize
 from clear_dist.pictures import preview_of
 from clear_dist.request.request import Lora, Request
 from clear_dist.weights import loading
@@ -36,81 +36,50 @@ from clear_dist.weights.offload import offloaded_parts
 SEED_BITS = 32
 
 
-@dataclass(frozen=True, kw_only=True)
 class Prepared:
     """One request on one rank, its model loaded."""
 
-    request: Request
-    seed: int
-    device: torch.device
-    group: Group
-    pipe: Any
-    handle: Parallelized
-    phases: Phases
-    began: float
-    launch: float
-    """Seconds until the ranks were at work."""
-    encoded: list[Encoded] | None
-    """Embeddings of each prompt on rank 0; None elsewhere, and where the pipeline keeps its text encoders."""
-    loading_peak_bytes: int
-    host_memory_bytes: int | None
-    peak_since_loading: bool
-    compile_time: CompileTime
-    previews: Previews | None
-    profile: Profile | None
-    """Profile of the last stage of the first prompt."""
+    def __init__(self, request: Request, began: float, phases: Phases) -> None:
+        """Meet the other ranks, load the model, and put it on stripes; `began` is wall clock.
 
-
-def prepare(request: Request, began: float, phases: Phases) -> Prepared:
-    """Meet the other ranks, load the model, and put it on stripes; `began` is wall clock.
-
-    Raises a Refusal where only the loaded model could tell that the request is wrong.
-    """
-    place = env.read()
-    if place.threads is not None:
-        torch.set_num_threads(place.threads)  # torch may have been imported before the share was known
-    device = torch.device(request.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
-    group = Group.create(device)
-    launch = time.time() - began
-    with phases.phase("load", detail=" the files"):
-        request = hub.locate(request, group, CARDS, local_rank=place.local_rank)
-    encoded, pipe = in_touch(group, partial(_load, request, group.rank, device, phases))
-    with phases.phase("load"):
-        try:
-            options = {each.name: getattr(request, each.name) for each in fields(Options)}
-            handle = parallelize(pipe, clear_weights=request.clear_weights, group=group, **options)
-        except ValueError as error:
-            raise Refusal(str(error)) from error
-        load_loras(pipe, hub.local_loras(request))
-    if group.rank == 0 and handle.replaced is not None and not handle.replaced.file.is_relative_to(request.model):
-        say(f"CLEAR weights: {handle.replaced}")  # a model's own go without saying
-    loading_peak = peaks.peak_memory(device)
-    seed = group.broadcast_object(secrets.randbits(SEED_BITS) if request.seed is None else request.seed)
-    torch.manual_seed(seed)
-    every, profile = request.preview_every, None
-    if request.profile is not None:
-        steps = request.stages[-1].sampling.steps
-        profile = Profile(request.traces[group.rank], group.rank, steps=steps, drain=handle.drain)
-    return Prepared(
-        request=request,
-        seed=seed,
-        device=device,
-        group=group,
-        pipe=pipe,
-        handle=handle,
-        phases=phases,
-        began=began,
-        launch=launch,
-        encoded=encoded,
-        loading_peak_bytes=loading_peak,
-        host_memory_bytes=None if request.report is None else peaks.host_memory(),
-        peak_since_loading=peaks.reset_peak_memory(device),
-        compile_time=CompileTime(),
-        previews=None if every is None or group.rank != 0 else Previews(preview_of(request.output), every),
-        profile=profile,
-    )
+        Raises a Refusal where only the loaded model could tell that the request is wrong.
+        """
+        place = env.read()
+        if place.threads is not None:
+            torch.set_num_threads(place.threads)  # torch may have been imported before the share was known
+        self.device = device = torch.device(request.device)
+        if device.type == "cuda":
+            self.device = device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
+        self.began, self.phases = began, phases
+        self.group = group = Group.create(device)
+        self.launch = time.time() - began
+        """Seconds until the ranks were at work."""
+        with phases.phase("load", detail=" the files"):
+            self.request = request = hub.locate(request, group, CARDS, local_rank=place.local_rank)
+        self.encoded, self.pipe = in_touch(group, partial(_load, request, group.rank, device, phases))
+        """Embeddings of each prompt on rank 0; None elsewhere, and where the pipeline keeps its text encoders."""
+        with phases.phase("load"):
+            try:
+                options = {each.name: getattr(request, each.name) for each in fields(Options)}
+                self.handle = parallelize(self.pipe, clear_weights=request.clear_weights, group=group, **options)
+            except ValueError as error:
+                raise Refusal(str(error)) from error
+            load_loras(self.pipe, hub.local_loras(request))
+        replaced = self.handle.replaced
+        if group.rank == 0 and replaced is not None and not replaced.file.is_relative_to(request.model):
+            say(f"CLEAR weights: {replaced}")  # a model's own go without saying
+        self.loading_peak_bytes = peaks.peak_memory(device)
+        self.seed = group.broadcast_object(secrets.randbits(SEED_BITS) if request.seed is None else request.seed)
+        torch.manual_seed(self.seed)
+        self.host_memory_bytes = None if request.report is None else peaks.host_memory()
+        self.peak_since_loading = peaks.reset_peak_memory(device)
+        self.compile_time = CompileTime()
+        every, self.previews, self.profile = request.preview_every, None, None
+        if every is not None and group.rank == 0:
+            self.previews = Previews(preview_of(request.output), every)
+        if request.profile is not None:  # of the last stage of the first prompt
+            steps = request.stages[-1].sampling.steps
+            self.profile = Profile(request.traces[group.rank], group.rank, steps=steps, drain=self.handle.drain)
 
 
 def _load(request: Request, rank: int, device: torch.device, phases: Phases) -> tuple[list[Encoded] | None, Any]:

@@ -4,7 +4,7 @@ import json
 import shlex
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from clear_dist.commands.prepare import Prepared, encode, prepare
+from clear_dist.commands.prepare import Prepared, encode
 from clear_dist.commands.saving import Saving
 from clear_dist.drawing.cascade import Cascade, Drawing, nth_stage, work_of
 from clear_dist.drawing.generation import from_image
@@ -33,11 +33,9 @@ SAVING = 0.5
 """Share of a denoising step on a CPU; for the time left only."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Rendering(Prepared):
-    stages: list[report.StageFigures] = field(default_factory=list)
-
     def run(self) -> None:
+        self.stages: list[report.StageFigures] = []
         request = self.request
         stages = request.stages
         saved = stages if request.save_stages else stages[-1:]
@@ -155,7 +153,7 @@ def saving_work(stage: Stage) -> float:
 def render(request: Request, began: float) -> None:
     """Make a request's pictures; `began` is wall clock. Raises a Refusal for what only the loaded model could tell."""
     with watched(rank=env.read().rank) as phases, torch.inference_mode():
-        rendering = Rendering(**vars(prepare(request, began, phases)))
+        rendering = Rendering(request, began, phases)
         with rendering.compile_time.measuring(), unwinding():  # from here on files are written
             rendering.run()
     rendering.handle.close()

@@ -116,7 +116,7 @@ def cut_image(
         stripes=stripes,
         plan=plan,
         joint_attention=joint_attention,
-        exchanges=Exchanges(group, stripes, plan, settings, counters, clock=clock),
+        exchanges=Exchanges(group, stripes, plan, settings, counters, clock),
         join=StripeJoin(group, stripes, counters),
     )
 
