@@ -70,10 +70,9 @@ class Group:
     ) -> "Group":
         """Make the group of all ranks of `process_group`; all of them call this, others need not.
 
-        Args:
-            device: a CUDA device becomes the current one, as NCCL demands.
-            process_group: None: the default one, which is initialised with torchrun's ranks, or alone, if need be.
-            transport: "auto" is gloo on CPU, NCCL where each rank has a GPU of its own, host where ranks share one.
+        Without one the default group is taken, which is initialised with torchrun's ranks, or alone, if need be. A CUDA
+        device becomes the current one, as NCCL demands. "auto" is gloo on CPU, NCCL where each rank has a GPU of its
+        own, host where ranks share one.
 
         Raises ValueError (not a rank of it, or a transport unfit for the device), ConnectionError or PeerLost.
         """

@@ -29,8 +29,7 @@ def needed_bytes(plan: HaloPlan, *, row_bytes: int, layers: int) -> int:
 
 def require_room(needed: int, group: Group) -> None:
     """All ranks call this; raises Refusal on all where those on one device need more bytes than it has free."""
-    place, free = _place_and_free_bytes(group.wire)
-    everyone = group.gather_objects((place, needed, free))
+    everyone = group.gather_objects((_place(group.wire), needed, _free_bytes(group.wire)))
     for place in {where for where, _, _ in everyone}:
         together = sum(bytes_needed for where, bytes_needed, _ in everyone if where == place)
         free = min(bytes_free for where, _, bytes_free in everyone if where == place)
@@ -41,13 +40,18 @@ def require_room(needed: int, group: Group) -> None:
             )
 
 
-def _place_and_free_bytes(device: torch.device) -> tuple[str, int]:
+def _place(device: torch.device) -> str:
     host = socket.gethostname()
-    if device.type != "cuda":
-        return host, free_bytes()
-    held_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    place = f"{host}'s GPU {torch.cuda.get_device_properties(device).uuid}"
-    return place, torch.cuda.mem_get_info(device)[0] + held_by_torch
+    if device.type == "cuda":
+        return f"{host}'s GPU {torch.cuda.get_device_properties(device).uuid}"
+    return host
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        held_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held_by_torch
+    return free_bytes()
 
 
 def _shown(amount: int) -> str:

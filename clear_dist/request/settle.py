@@ -41,7 +41,7 @@ def settle(flags: PictureFlags, place: Place, cards: Cards) -> tuple[Request, Mo
     if request.height is not None:
         check_outputs(request)
     ranks = place.local_world_size if place.launcher else request.world_size
-    return request, facts, notes_of(flags, request, facts, cards, prompts=begin.prompts_given, gpus=gpus, ranks=ranks)
+    return request, facts, notes_of(flags, request, facts, cards, prompts=begin.prompts, gpus=gpus, ranks=ranks)
 
 
 def choose(
@@ -53,29 +53,24 @@ def choose(
     window = _window(flags, checkpoint)
     factor = down_factor(window, checkpoint)
     begin = find_start(flags, facts, place, unit=facts.token_size * factor)
+    settled = flags.settled(window)
+    kept: dict[str, Any] = {each.name: getattr(settled, each.name) for each in fields(Kept)}
     negative_prompt = facts.negative_prompt if flags.negative_prompt is None else flags.negative_prompt
     request = Request(
-        prompts=tuple(_understood(prompt, facts) or "" for prompt in begin.prompts_given),
         negative_prompt=_understood(negative_prompt, facts),
-        num_images=begin.num_images,
-        picture=begin.picture,
         model=facts.location,
         model_name=facts.name,
         clear_weights=checkpoint,
         loras=find_loras(flags.lora, facts, cards),
-        height=begin.height,
-        width=begin.width,
         native_size=facts.native_size,
         token_size=facts.token_size,
         down_factor=factor,
-        cascade=begin.cascade,
-        sampling=begin.sampling,
         upscaling=upscaling(flags, begin.sampling, facts),
         max_sequence_length=flags.max_sequence_length or facts.max_sequence_length,
         dtype=("bfloat16" if device == "cuda" else "float32") if flags.dtype == "auto" else flags.dtype,
         device=device,
         world_size=devices.world_size(flags.nproc, place, otherwise=gpus or 1),
-        **_kept(flags.settled(window)) | {"output": begin.output},
+        **kept | vars(begin) | {"prompts": tuple(_understood(prompt, facts) or "" for prompt in begin.prompts)},
     )
     _check_size(request)
     return request, facts, begin
@@ -100,10 +95,6 @@ def located(request: Request, folder: Path, checkpoint: str | None, loras: Itera
     _check_size(settled)
     check_outputs(settled)
     return settled
-
-
-def _kept(flags: Kept) -> dict[str, Any]:
-    return {each.name: getattr(flags, each.name) for each in fields(Kept)}
 
 
 def _understood(prompt: str | None, facts: ModelFacts) -> str | None:
