@@ -75,7 +75,13 @@ class HaloExchange:
 
     @labelled("comm: halos start")
     def _post(self, key_BRWND: torch.Tensor, value_BRWND: torch.Tensor) -> None:
-        self._make_buffers(key_BRWND)
+        batch, _, *row_shape = key_BRWND.shape
+        self._no_rows = key_BRWND.new_empty((2, batch, 0, *row_shape))
+        before: Sequence[torch.Tensor | None] = self._received or [None] * len(self._plan.receives)
+        self._received = [
+            self._group.wire_buffer((2, batch, len(transfer.rows), *row_shape), key_BRWND.dtype, reuse=old)
+            for transfer, old in zip(self._plan.receives, before, strict=True)
+        ]
         sends = self._packed(key_BRWND, value_BRWND)
         incoming = [(move.peer, buffer) for move, buffer in zip(self._plan.receives, self._received, strict=True)]
         outgoing = [(move.peer, buffer) for move, buffer in zip(self._plan.sends, sends, strict=True)]
@@ -100,15 +106,6 @@ class HaloExchange:
             self._counters.add(f"{self.counted_as}_messages_sent", 1)
         self._group.settle()
         return messages
-
-    def _make_buffers(self, key_BRWND: torch.Tensor) -> None:
-        batch, _, *row_shape = key_BRWND.shape
-        self._no_rows = key_BRWND.new_empty((2, batch, 0, *row_shape))
-        before: Sequence[torch.Tensor | None] = self._received or [None] * len(self._plan.receives)
-        self._received = [
-            self._group.wire_buffer((2, batch, len(transfer.rows), *row_shape), key_BRWND.dtype, reuse=old)
-            for transfer, old in zip(self._plan.receives, before, strict=True)
-        ]
 
     def _wait_for_arrivals(self) -> None:
         works, self._arriving = self._arriving, []

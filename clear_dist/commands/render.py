@@ -22,7 +22,6 @@ from clear_dist.families.transformers import adapter_of
 from clear_dist.launch import env
 from clear_dist.launch.interrupts import unwinding
 from clear_dist.observe import peaks, report
-from clear_dist.observe.profiling import Profile
 from clear_dist.observe.progress import watched
 from clear_dist.pictures import replacing
 from clear_dist.request.pictures import load
@@ -80,20 +79,17 @@ class Rendering(Prepared):
                     saving.save(drawing, last=number == last)
             if profile is not None and number == last:
                 with self.phases.phase("save", detail=", the profile"):
-                    self._write_profile(profile)
+                    profile.write()
+                    self.group.barrier()
+                    if self.group.rank == 0:
+                        first = shlex.quote(str(request.traces[0]))
+                        print(f"profile={first} ranks={self.group.size} steps={profile.steps}", flush=True)
             token = request.token_size
             stripes = [(rows.start // token, rows.stop // token) for rows in drawing.rows if len(rows)]
             grid = stage.height // token, stage.width // token
             self.stages.append(report.StageFigures(grid=grid, stripes=stripes, times=self.phases.stages[-1]))
         assert drawing is not None, "there is at least one stage"
         return drawing
-
-    def _write_profile(self, profile: Profile) -> None:
-        profile.write()
-        self.group.barrier()
-        if self.group.rank == 0:
-            first = shlex.quote(str(self.request.traces[0]))
-            print(f"profile={first} ranks={self.group.size} steps={profile.steps}", flush=True)
 
     def _encode(self, index: int) -> dict[str, Tensor]:
         encoded: Encoded = []

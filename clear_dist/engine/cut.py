@@ -98,6 +98,7 @@ def cut_image(
     stripes, plan = plan_image(size, group, radius, settings.unit)
     shared: dict[str, Any] = {
         "plan": plan,
+        "grid": Rows(0, height),
         "width": width,
         "counts_text_keys": settings.reduction.counts_text_keys(group.rank),
         "extrapolation": extrapolation,
@@ -105,7 +106,7 @@ def cut_image(
     joint_attention: JointAttention = FullJointAttention(**shared)
     if radius is not None:
         backend = settings.choose_backend(**largest_call(size, stripes, radius), text=text_tokens)
-        joint_attention = WindowJointAttention(grid=Rows(0, height), radius=radius, backend=backend, **shared)
+        joint_attention = WindowJointAttention(radius=radius, backend=backend, **shared)
     return Cut(
         height=height,
         width=width,

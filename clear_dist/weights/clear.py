@@ -1,7 +1,6 @@
 """CLEAR checkpoints, which replace the image side of every attention layer (paper, Sec. 3.3)."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,19 +75,23 @@ def load_clear_weights(transformer: Any, path: str | Path, device: torch.device 
             raise ValueError(f"CLEAR weights replace {name}, a fused LoRA included; call pipe.unfuse_lora() first")
     parameters = dict(image_attention_parameters(transformer))
     layers = list(attention_layers(transformer))
-    with _opened(path) as file, torch.no_grad():
-        # One tensor at a time: a checkpoint may take gigabytes.
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        factor = down_factor_of(shapes, path)
-        own = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        require_same_tensors(with_spatial_weights(own, factor), shapes, path)
-        for name, parameter in parameters.items():
-            # On a CPU a view of the file, which ranks share, as they share the model's; a copy is not shared.
-            parameter.data = file.get_tensor(name).to(parameter.device).to(parameter.dtype)
-        pooling = None
-        if factor > 1:
-            weights = [file.get_tensor(f"{layer}.{SPATIAL_WEIGHT}").reshape(factor, factor) for layer in layers]
-            pooling = Pooling(weights=tuple(weight.to(device, transformer.dtype) for weight in weights))
+    refuse_pickled(path)
+    try:
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            # One tensor at a time: a checkpoint may take gigabytes.
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            factor = down_factor_of(shapes, path)
+            own = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+            require_same_tensors(with_spatial_weights(own, factor), shapes, path)
+            for name, parameter in parameters.items():
+                # On a CPU a view of the file, which ranks share, as they share the model's; a copy is not shared.
+                parameter.data = file.get_tensor(name).to(parameter.device).to(parameter.dtype)
+            pooling = None
+            if factor > 1:
+                weights = [file.get_tensor(f"{layer}.{SPATIAL_WEIGHT}").reshape(factor, factor) for layer in layers]
+                pooling = Pooling(weights=tuple(weight.to(device, transformer.dtype) for weight in weights))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"CLEAR weights must be a complete safetensors file, got {path}: {error}") from error
     return ReplacedWeights(file=Path(path), tensors=tuple(parameters), layers=len(layers), pooling=pooling)
 
 
@@ -98,13 +101,3 @@ def image_attention_parameters(transformer: nn.Module) -> Iterator[tuple[str, nn
         if name.endswith(tuple(f".attn.{projection}" for projection in PROJECTIONS)):
             linear = getattr(module, "base_layer", module)  # under a LoRA's wrapping
             yield from ((f"{name}.{part}", parameter) for part, parameter in linear.named_parameters(recurse=False))
-
-
-@contextmanager
-def _opened(path: str | Path) -> Iterator[Any]:
-    refuse_pickled(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"CLEAR weights must be a complete safetensors file, got {path}: {error}") from error

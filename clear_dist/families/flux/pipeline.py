@@ -17,7 +17,7 @@ from torch import Tensor
 from clear_dist.engine.family import Encoded, OnStep
 from clear_dist.families.flux.card import PACKING
 from clear_dist.options import Refusal, shortened
-from clear_dist.stages import Sampling, Size, Stage, Upscaling
+from clear_dist.stages import Size, Stage, Upscaling
 
 
 class FluxPipelineAdapter:
@@ -110,7 +110,12 @@ class FluxPipelineAdapter:
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Packed latents [B, tokens, 64], as from `FluxPipeline(output_type="latent")`."""
-        sampling = stage.sampling
+        sampling, refined = stage.sampling, {}
+        if start is not None:
+            assert isinstance(sampling, Upscaling), sampling
+            # diffusers' sigmas for num_inference_steps = steps / strength; stated like this, every step counts.
+            sigmas = np.linspace(sampling.strength, sampling.strength / sampling.steps, sampling.steps)
+            refined = {"image": start, "strength": 1.0, "sigmas": sigmas.tolist()}
 
         def end_step(pipeline: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             if on_step is not None:
@@ -119,7 +124,7 @@ class FluxPipelineAdapter:
 
         latents = pipe(
             **embeddings,
-            **({} if start is None else refined_from(start, sampling)),
+            **refined,
             height=stage.height,
             width=stage.width,
             num_inference_steps=sampling.steps,
@@ -147,11 +152,3 @@ class FluxPipelineAdapter:
     def from_vae(self, mean_BCHW: Tensor) -> Tensor:
         config = self._pipe.vae.config
         return (mean_BCHW - config.shift_factor) * config.scaling_factor
-
-
-def refined_from(start: Tensor, sampling: Sampling | Upscaling) -> dict[str, Any]:
-    """Arguments of the image-to-image pipeline for a start [B, 16, R, W]."""
-    assert isinstance(sampling, Upscaling), sampling
-    # diffusers' sigmas for num_inference_steps = steps / strength; stated like this, every step counts.
-    sigmas = np.linspace(sampling.strength, sampling.strength / sampling.steps, sampling.steps)
-    return {"image": start, "strength": 1.0, "sigmas": sigmas.tolist()}
