@@ -86,16 +86,14 @@ def read_window(text: str) -> Window | str:
 class Flags:
     """A record whose fields are made by `flag`; raises a Refusal for values out of bounds or not among the choices."""
 
+    only_planned = False
+    """Whether the command takes `planned` flags only; the other fields keep their defaults."""
+
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
             if "flag" in each.metadata and (value is not None or each.default is not None):
                 flag_of(each).check(spelled(each.name), value)
-
-    @classmethod
-    def shows(cls, flag: Flag) -> bool:
-        """Whether the command takes this flag; else the field keeps its default."""
-        return True
 
 
 @dataclass(frozen=True, kw_only=True)

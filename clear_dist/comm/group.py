@@ -9,17 +9,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from clear_dist.comm import process_groups
 from clear_dist.comm.counters import labelled
-from clear_dist.comm.process_groups import (
-    Transport,
-    backends,
-    check_transport,
-    choose_transport,
-    forget_addresses,
-    initialise_torch,
-    new_process_group,
-    with_index,
-)
+from clear_dist.comm.process_groups import Transport
 
 REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 _SIGNS_OF_DEATH = ("closed by peer", "reset by peer", "broken pipe")
@@ -76,15 +68,15 @@ class Group:
 
         Raises ValueError (not a rank of it, or a transport unfit for the device), ConnectionError or PeerLost.
         """
-        device, timeout = with_index(torch.device(device)), timedelta(seconds=timeout_seconds)
+        device, timeout = process_groups.with_index(torch.device(device)), timedelta(seconds=timeout_seconds)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        check_transport(device, transport)
+        process_groups.check_transport(device, transport)
         if process_group == dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError("this process must be a rank of process_group, and is not")
         initialised_torch = not dist.is_initialized()
         if initialised_torch:
-            initialise_torch(device, timeout)
+            process_groups.initialise_torch(device, timeout)
         ranks = tuple(sorted(dist.get_process_group_ranks(process_group)))
         return cls._of([ranks], device, transport, timeout, initialised_torch)
 
@@ -99,9 +91,9 @@ class Group:
     ) -> "Group":
         """Group of the part (global ranks, disjoint) that this process is in; the ranks of all parts call this."""
         with _telling_failed_connections():
-            main = new_process_group(parts, backends(device), timeout)
-            chosen = choose_transport(device, main) if transport == "auto" else transport
-            text = new_process_group(parts, "nccl" if chosen == "nccl" else "gloo", timeout)
+            main = process_groups.new_process_group(parts, process_groups.backends(device), timeout)
+            chosen = process_groups.choose_transport(device, main) if transport == "auto" else transport
+            text = process_groups.new_process_group(parts, "nccl" if chosen == "nccl" else "gloo", timeout)
         rank = dist.get_rank()
         ranks = next(part for part in parts if rank in part)
         group = cls(
@@ -237,7 +229,7 @@ class Group:
             # Between two barriers: some may still connect (NCCL does so late), some are about to make the next group.
             self.barrier()
             if self.rank == 0:
-                forget_addresses(self.main, self.text)
+                process_groups.forget_addresses(self.main, self.text)
             self.barrier()
         dist.destroy_process_group(self.text)
         dist.destroy_process_group(self.main)

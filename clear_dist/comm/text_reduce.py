@@ -7,7 +7,6 @@ Shapes: P ranks, B batch, T text, S text of one rank, N heads, D head dim.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -117,18 +116,25 @@ class TextReduce:
         self._counters = counters
         self._buffers: dict[str, Tensor] = {}
         self._posted: dist.Work | None = None
-        self._pending: PendingText | None = None
+        self._finish: Callable[[], Tensor] | None = None
 
     @torch.no_grad()
-    def start(self, out_BTND: Tensor, lse_BTN: Tensor) -> "PendingText":
+    def start(self, out_BTND: Tensor, lse_BTN: Tensor) -> "TextReduce":
         """Begin to reduce; all ranks call this, in the same order and after the layer's halos were started.
 
         A part is attention to a rank's stripe, and to the text if `counts_text_keys`; its log-sum-exp is float32.
         """
-        assert self._pending is None, "start: the previous reduction was not waited for"
+        assert self._finish is None, "start: the previous reduction was not waited for"
         assert lse_BTN.shape == out_BTND.shape[:-1] and lse_BTN.dtype == torch.float32
-        self._pending = PendingText(self, self._begin(out_BTND, lse_BTN))
-        return self._pending
+        self._finish = self._begin(out_BTND, lse_BTN)
+        return self
+
+    @torch.no_grad()
+    def wait(self) -> Tensor:
+        """Output of the text queries, [B, T, N, D], or [B, S, N, D] of my share; on NCCL only the stream waits."""
+        finish, self._finish = self._finish, None
+        assert finish is not None, "wait: this reduction was waited for already"
+        return finish()
 
     def drain(self) -> None:
         """Wait for what a forward that was broken off has posted."""
@@ -162,16 +168,3 @@ class TextReduce:
 
     def held(self, name: str) -> Tensor:
         return self._buffers[name].to(self.group.device, non_blocking=True, copy=True)
-
-
-@dataclass(eq=False)
-class PendingText:
-    _reduce: TextReduce
-    _finish: Callable[[], Tensor]
-
-    @torch.no_grad()
-    def wait(self) -> Tensor:
-        """Output of the text queries, [B, T, N, D], or [B, S, N, D] of my share; on NCCL only the stream waits."""
-        assert self._reduce._pending is self, "wait: this reduction was waited for already"
-        self._reduce._pending = None
-        return self._finish()

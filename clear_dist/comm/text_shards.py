@@ -3,9 +3,9 @@
     gather.start(query, key, value)          my tokens to all ranks, as soon as they are projected
     ...                                      meanwhile keys, values and queries of the image
     gather.wait()                            everyone's are there: all ranks attend with all text queries
-    pending = scatter.start(out, lse)        each rank's part of their attention to whose tokens they are
+    scatter.start(out, lse)                  each rank's part of their attention to whose tokens they are
     ...                                      meanwhile my rows attend to my keys
-    out = pending.wait()                     all parts of my tokens, merged: by log-sum-exp, or their mean (Eq. 7)
+    out = scatter.wait()                     all parts of my tokens, merged: by log-sum-exp, or their mean (Eq. 7)
 
 Parts are sent in the model's dtype and merged on arrival: a reduce-scatter would need the maximum of the log-sum-exps
 first, and sums in float32. With 512 text tokens of 3072 channels in bfloat16, one of 8 ranks receives 8.3 MB and 2.8 MB

@@ -53,7 +53,7 @@ def no_number(name: str, flag: Flag, text: str) -> Refusal:
 def _shown(record: type[Flags]) -> list[Field]:
     names = dict.fromkeys(name for kind in record.__mro__ for name in vars(kind).get("__annotations__", ()))
     by_name = {each.name: each for each in fields(record)}
-    shown = [by_name[name] for name in names if record.shows(flag_of(by_name[name]))]
+    shown = [by_name[name] for name in names if flag_of(by_name[name]).planned or not record.only_planned]
     return sorted(shown, key=lambda each: PANELS.index(flag_of(each).panel))
 
 

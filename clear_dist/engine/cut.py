@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clear_dist import geometry
 from clear_dist.comm.clock import Clock
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
@@ -15,18 +16,7 @@ from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.joint_attention import FullJointAttention, JointAttention, WindowJointAttention
 from clear_dist.engine.room import needed_bytes
 from clear_dist.engine.settings import Settings
-from clear_dist.geometry import (
-    HaloPlan,
-    Rows,
-    TextPlan,
-    covering_radius,
-    cut_in_stripes,
-    plan_halos,
-    plan_pooled,
-    plan_text,
-    require_units,
-    sharing_text_pays,
-)
+from clear_dist.geometry import HaloPlan, Rows, TextPlan
 from clear_dist.options import TextTokens
 
 
@@ -55,9 +45,9 @@ class Cut:
 
 def plan_image(size: tuple[int, int], group: Group, radius: int | None, unit: int) -> tuple[tuple[Rows, ...], HaloPlan]:
     """All stripes of an image of `size` tokens, and this rank's halos; raises as `cut_image`."""
-    stripes = cut_in_stripes(size[0], group.size, unit=unit)
-    require_units("width", size[1], unit)
-    return stripes, plan_halos(stripes, group.rank, radius)
+    stripes = geometry.cut_in_stripes(size[0], group.size, unit=unit)
+    geometry.require_units("width", size[1], unit)
+    return stripes, geometry.plan_halos(stripes, group.rank, radius)
 
 
 def stale_bytes(size: tuple[int, int], group: Group, settings: Settings, *, row_bytes: int, layers: int) -> int:
@@ -65,7 +55,7 @@ def stale_bytes(size: tuple[int, int], group: Group, settings: Settings, *, row_
     stripes, plan = plan_image(size, group, settings.options.radius, settings.unit)
     needed = needed_bytes(plan, row_bytes=row_bytes, layers=layers)
     if settings.pooling is not None:
-        pooled = plan_pooled(stripes, group.rank, settings.unit)
+        pooled = geometry.plan_pooled(stripes, group.rank, settings.unit)
         needed += needed_bytes(pooled, row_bytes=row_bytes // settings.unit, layers=layers)
     return needed
 
@@ -94,7 +84,7 @@ def cut_image(
     """
     height, width = size
     # A wider circle than the image holds the same keys.
-    radius = settings.options.radius and min(settings.options.radius, covering_radius(height, width))
+    radius = settings.options.radius and min(settings.options.radius, geometry.covering_radius(height, width))
     stripes, plan = plan_image(size, group, radius, settings.unit)
     shared: dict[str, Any] = {
         "plan": plan,
@@ -133,7 +123,7 @@ def choose_text_plan(asked: TextTokens, text_tokens: int, cut: Cut) -> TextPlan:
     group = cut.group
     # The stale schedule and transport through host memory are for slow links, where work is cheaper than messages.
     fast = group.transport != "host" and not cut.stale
-    pays = fast and sharing_text_pays(text_tokens, cut.height * cut.width, group.size)
+    pays = fast and geometry.sharing_text_pays(text_tokens, cut.height * cut.width, group.size)
     if asked == "sharded" or (asked == "auto" and pays):
-        return plan_text(text_tokens, group.size, group.rank)
-    return plan_text(text_tokens, 1, 0)
+        return geometry.plan_text(text_tokens, group.size, group.rank)
+    return geometry.plan_text(text_tokens, 1, 0)

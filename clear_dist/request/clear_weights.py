@@ -4,16 +4,8 @@ import os
 from pathlib import Path
 
 from clear_dist import demo
+from clear_dist.cards import clear
 from clear_dist.cards.card import Cards, Published
-from clear_dist.cards.clear import (
-    PICKLED,
-    down_factor_of,
-    named_down_factor,
-    radius_of,
-    refuse_other_radius,
-    refuse_pickled,
-    require_same_tensors,
-)
 from clear_dist.cards.folder import ModelFacts
 from clear_dist.cards.headers import read_shapes
 from clear_dist.cards.hub_name import HubFile
@@ -33,12 +25,12 @@ def find_checkpoint(word: str, window: Window | None, model: ModelFacts, cards: 
     if found is None:
         return None
     if word != "auto":  # for a choice of ours the user gets a note instead
-        refuse_other_radius(found, window)
+        clear.refuse_other_radius(found, window)
     if os.path.exists(found):
         shapes = read_shapes(Path(found))
-        factor = down_factor_of(shapes, found)
+        factor = clear.down_factor_of(shapes, found)
         if model.shape is not None:
-            require_same_tensors(model.shape.clear_tensors(factor), shapes, found)
+            clear.require_same_tensors(model.shape.clear_tensors(factor), shapes, found)
     return found
 
 
@@ -47,8 +39,8 @@ def down_factor(window: Window | None, checkpoint: str | None) -> int:
     if window == "full" or checkpoint is None:
         return 1
     if os.path.exists(checkpoint):
-        return down_factor_of(read_shapes(Path(checkpoint)), checkpoint)
-    return named_down_factor(checkpoint) or 1
+        return clear.down_factor_of(read_shapes(Path(checkpoint)), checkpoint)
+    return clear.named_down_factor(checkpoint) or 1
 
 
 def _automatic(window: Window | None, model: ModelFacts) -> str | None:
@@ -65,7 +57,7 @@ def _automatic(window: Window | None, model: ModelFacts) -> str | None:
 def _published(published: Published, window: Window | None) -> str:
     file = _plain(window or published.radius)
     if file not in published.files:
-        radii = sorted({radius_of(name) or 0 for name in published.files})
+        radii = sorted({clear.radius_of(name) or 0 for name in published.files})
         nearest = min(radii, key=lambda radius: abs(radius - int(window or radius)))
         raise Refusal(
             f"--window must be one of {', '.join(map(str, radii))}, which {published.repository} has weights for, "
@@ -78,7 +70,7 @@ def _given(word: str, window: Window | None, model: ModelFacts, cards: Cards) ->
     path = Path(word).expanduser()
     if os.path.exists(path):  # a Path raises for a name that is too long
         return _local(path, window)
-    if ":" not in word and path.suffix in (".safetensors", *PICKLED):
+    if ":" not in word and path.suffix in (".safetensors", *clear.PICKLED):
         named = (HubFile(each.repository, None, path.name) for each in cards.published if path.name in each.files)
         raise Refusal(f"--clear-weights: there is no {shortened(str(path))}; nearest: {next(named, 'auto')}")
     likely = next(iter(cards.published), None) if model.card is None else model.card.clear
@@ -100,12 +92,12 @@ def _local(path: Path, window: Window | None) -> str:
     if found := _checkpoint_in(path, window):
         return found
     for file in sorted(path.glob("clear_local_*")):
-        refuse_pickled(file)
+        clear.refuse_pickled(file)
     raise Refusal(f"--clear-weights: {path} holds no clear_local_<radius>.safetensors; nearest: none")
 
 
 def _on_the_hub(found: HubFile, cards: Cards) -> str:
-    refuse_pickled(found.file)
+    clear.refuse_pickled(found.file)
     if not found.file.endswith(".safetensors"):
         raise Refusal(f"--clear-weights on the hub must be {HUB_FORM}, got {shortened(str(found))!r}; nearest: auto")
     for each in cards.published:
@@ -123,6 +115,7 @@ def _plain(radius: Window) -> str:
 
 def _checkpoint_in(folder: Path, window: Window | None) -> str | None:
     """The folder's checkpoint for the window; without one the narrowest, which is the fastest."""
-    files = [file for file in folder.iterdir() if radius_of(file.name) and file.is_file()]
-    files.sort(key=lambda file: (radius_of(file.name) != window, named_down_factor(file.name), radius_of(file.name)))
-    return str(files[0]) if files else None
+    files = [file for file in folder.iterdir() if clear.radius_of(file.name) and file.is_file()]
+    fitting = [file for file in files if clear.radius_of(file.name) == window] or files
+    fitting.sort(key=lambda file: (clear.named_down_factor(file.name), clear.radius_of(file.name)))
+    return str(fitting[0]) if fitting else None

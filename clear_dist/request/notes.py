@@ -11,7 +11,7 @@ from clear_dist.cards.headers import component_files, read_tensors
 from clear_dist.options import shortened, spelled
 from clear_dist.request.flags import PictureFlags
 from clear_dist.request.request import Request
-from clear_dist.stages import Stage, Upscaling
+from clear_dist.stages import Upscaling
 
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """dtypes by their names in safetensors files."""
@@ -20,26 +20,6 @@ WORTH_A_WORD = 1_000_000_000
 """Bytes."""
 WARNING = "warning: "
 FAR_ABOVE_NATIVE = 4
-
-
-def _casting(request: Request, facts: ModelFacts, ranks: int) -> Iterator[str]:
-    """A warning where ranks on CPUs each cast weights that they could share; `ranks` on this machine."""
-    if request.device != "cpu" or ranks == 1 or facts.folder is None:
-        return
-    assert facts.card is not None, "known with the folder"
-    stored = [
-        kind
-        for file in component_files(facts.folder / "transformer", facts.card.weights["transformer"])
-        for kind in read_tensors(file).values()
-    ]
-    cast = sum(math.prod(shape) for dtype, shape in stored if dtype != STORED[request.dtype])
-    nbytes = cast * ITEMSIZE[request.dtype]
-    shared = next((name for name, dtype in STORED.items() if {dtype} == {found for found, _ in stored}), None)
-    if nbytes * (ranks - 1) >= WORTH_A_WORD and shared is not None:
-        yield (
-            f"{WARNING}each of {ranks} ranks casts the weights to {request.dtype}, {nbytes / 1e9:.1f} GB of its own; "
-            f"with --dtype {shared} they share one copy"
-        )
 
 
 def notes_of(
@@ -53,13 +33,10 @@ def notes_of(
     ranks: int,
 ) -> tuple[str, ...]:
     """All lines, choices first; `prompts` as given, `gpus` and `ranks` of this machine."""
-    texts = (*prompts, flags.negative_prompt or "") if facts.is_demo else ()
     return (
         *_choices(flags, request, facts, cards, gpus),
         *sharing(gpus, ranks),
-        *_unknown_words(texts),
-        *_size(request.stages, facts),
-        *_casting(request, facts, ranks),
+        *_warnings(request, facts, (*prompts, flags.negative_prompt or ""), ranks),
         *_without_effect(flags, request, facts),
     )
 
@@ -104,18 +81,31 @@ def _window(request: Request) -> Iterator[str]:
         yield f"{WARNING}the CLEAR weights were distilled for {trained}, not {window}: expect noise"
 
 
-def _unknown_words(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        unknown = demo.parse(text)[1] if text else []
-        if unknown:
+def _warnings(request: Request, facts: ModelFacts, texts: Iterable[str], ranks: int) -> Iterator[str]:
+    for text in texts if facts.is_demo else ():
+        if unknown := demo.parse(text)[1] if text else []:
             words = shortened(", ".join(map(repr, unknown)))
             yield f"{WARNING}the demo does not know {words}; it draws {demo.DEFAULT_PROMPT!r} and the like"
-
-
-def _size(stages: tuple[Stage, ...], facts: ModelFacts) -> Iterator[str]:
-    side = max(stages[0].size) if stages else 0
+    side = max(request.stages[0].size) if request.stages else 0
     if facts.native_size is not None and side > FAR_ABOVE_NATIVE * facts.native_size:
         yield f"{WARNING}{side} px in one stage is far above the model's {facts.native_size}: expect repetition or blur"
+    # Where ranks on CPUs each cast weights that they could share.
+    if request.device != "cpu" or ranks == 1 or facts.folder is None:
+        return
+    assert facts.card is not None, "known with the folder"
+    stored = [
+        kind
+        for file in component_files(facts.folder / "transformer", facts.card.weights["transformer"])
+        for kind in read_tensors(file).values()
+    ]
+    cast = sum(math.prod(shape) for dtype, shape in stored if dtype != STORED[request.dtype])
+    nbytes = cast * ITEMSIZE[request.dtype]
+    shared = next((name for name, dtype in STORED.items() if {dtype} == {found for found, _ in stored}), None)
+    if nbytes * (ranks - 1) >= WORTH_A_WORD and shared is not None:
+        yield (
+            f"{WARNING}each of {ranks} ranks casts the weights to {request.dtype}, {nbytes / 1e9:.1f} GB of its own; "
+            f"with --dtype {shared} they share one copy"
+        )
 
 
 def _without_effect(flags: PictureFlags, request: Request, facts: ModelFacts) -> Iterator[str]:
