@@ -1,6 +1,7 @@
 """Whether a request fits in the memory that is free here, found out beside the start of its ranks."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil, prod
 
 from clear_dist.cards.folder import ModelFacts
@@ -20,6 +21,25 @@ MOST_PER_PIXEL, MOST_BESIDES = 2**14, 2**31
 """Bytes, several times what any rank takes for its activations, halos and scores: below these nobody need ask."""
 
 
+class Unfit(Refusal):
+    """A request that does not fit; settings that do are looked for when its words are asked for, as that takes long."""
+
+    def __init__(self, check: "Check") -> None:
+        super().__init__()
+        self._check = check
+
+    def __str__(self) -> str:
+        return self._words
+
+    @cached_property
+    def _words(self) -> str:
+        plan = self._check.plan
+        change = nearest(plan, most_ranks=self._check.most_ranks)
+        plan.engine.stop()
+        settings = change.flags if change is not None else "a smaller model"
+        return f"{_shown(plan)}; nearest: {settings} (clear-dist plan tells more)"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Check:
     """A plan whose engine is at work."""
@@ -28,20 +48,21 @@ class Check:
     most_ranks: int
 
     def line(self) -> str | None:
-        """A warning where it may not fit; waits for the engine, and ends it.
+        """A warning where it may not fit, or nobody knows; waits for the engine.
 
         Raises:
             Refusal: it does not fit, even if the estimate is too high by as much as it may be.
         """
         plan = self.plan
         try:
-            if plan.is_refused:
-                change = nearest(plan, most_ranks=self.most_ranks)
-                settings = change.flags if change is not None else "a smaller model"
-                raise Refusal(f"{_shown(plan)}; nearest: {settings} (clear-dist plan tells more)")
-            return None if plan.fits else f"{WARNING}{_shown(plan)}, by an estimate that may be 10 % too high"
-        finally:
+            is_refused, fits = plan.is_refused, plan.fits
+        except (Refusal, RuntimeError) as error:  # loading tells what is wrong with the model, if anything
             plan.engine.stop()
+            return f"{WARNING}whether it fits is not known: {error}"
+        if is_refused:
+            raise Unfit(self)
+        plan.engine.stop()
+        return None if fits else f"{WARNING}{_shown(plan)}, by an estimate that may be 10 % too high"
 
     def require(self) -> None:
         """Tell people the warning, if any; raises as `line`."""

@@ -208,6 +208,15 @@ def test_a_model_that_cannot_be_built_is_refused_with_the_reason(engine: Engine)
     assert engine.weights(asked).held > 0, "it goes on answering"
 
 
+def test_a_job_goes_on_where_nobody_knows(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(20.0)
+    ended = Engine()
+    ended.process.kill()
+    monkeypatch.setattr(fit_here, "Engine", lambda: ended)
+    (line,) = lines_of(res=1024)
+    assert line.startswith("warning: whether it fits is not known: the engine cannot tell")
+
+
 def test_a_process_that_ended_is_told_of() -> None:
     engine = Engine()
     engine.process.kill()
