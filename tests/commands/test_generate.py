@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 
 from clear_dist.cli import main
 from clear_dist.request.devices import missing_compiler
+from tests.forked import Forked, forked
 from tests.launch.test_ranks import ended, is_alive
 from tests.tiny import make_clear_weights, make_tiny_flux
 
@@ -58,9 +60,14 @@ def launch(model: Path, *arguments: str, launcher: tuple[str, ...] = (sys.execut
     return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
 
 
-def generate_on_ranks(model: Path, *arguments: str) -> int:
+def start_on_ranks(model: Path, *arguments: str) -> Forked:
+    """As `launch`, without the seconds of imports."""
+    return forked(partial(main, ["generate", "--model", str(model), *QUICK, *arguments]))
+
+
+def generate_on_ranks(model: Path, *arguments: str) -> int | None:
     """In a process of its own: this one may have run OpenMP's threads, after which a fork may hang."""
-    process = launch(model, *arguments)
+    process = start_on_ranks(model, *arguments)
     process.communicate(timeout=100)
     return process.returncode
 
@@ -198,7 +205,7 @@ def processor_seconds(pid: int) -> float:
     return 0.0
 
 
-def ranks_at_work(process: subprocess.Popen[str], size: int) -> list[int]:
+def ranks_at_work(process: Forked, size: int) -> list[int]:
     """The launcher's children, once they have computed for a while."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     deadline = time.monotonic() + 90
@@ -215,7 +222,7 @@ def ranks_at_work(process: subprocess.Popen[str], size: int) -> list[int]:
 
 def test_a_stale_run_reports_its_buffers(model: Path, here: Path) -> None:
     stale = ("--schedule", "stale", "--warmup-steps", "1", "--report", "r.json")
-    process = launch(model, "a fox", "--nproc", "2", "--text-attention", "exact", *stale)
+    process = start_on_ranks(model, "a fox", "--nproc", "2", "--text-attention", "exact", *stale)
     _, errors = process.communicate(timeout=100)
     assert (process.returncode, errors) == (0, "")
     report = json.loads(Path("r.json").read_text())
@@ -279,7 +286,7 @@ def test_compiled_parts_draw_the_same_picture(model: Path, here: Path) -> None:
 def test_faults_in_the_middle_end_everything(
     model: Path, here: Path, fault: str, status: int, line: str, schedule: str
 ) -> None:
-    process = launch(
+    process = start_on_ranks(
         model, "--nproc", "3", "--steps", "1000", "--res", "512", "--cascade", "off", "--schedule", schedule
     )
     ranks = ranks_at_work(process, 3)
