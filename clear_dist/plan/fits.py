@@ -112,9 +112,11 @@ class Plan:
     @property
     def _at_once(self) -> tuple[list[Phase], list[Phase]]:
         """The phases that ranks in one room may be in together, before anything is drawn and then."""
+        ranks, of_stage = range(self.asked.ranks), self.memory.of_stage
+        drawing = ([phase for number in self._stages for phase in of_stage(rank, number)] for rank in ranks)
         return (
-            self._largest(memory.before for memory in self.ranks),
-            self._largest(memory.drawing for memory in self.ranks),
+            self._largest(_highest_of(self.memory.before(rank)) for rank in ranks),
+            self._largest(map(_highest_of, drawing)),
         )
 
     def _largest(self, phases: Iterable[Phase]) -> list[Phase]:
@@ -142,6 +144,10 @@ class Plan:
         """Of a step of the last stage, on the rank that sends most."""
         part = max(self.asked.parts[-1], key=lambda part: part.sent)
         return step_traffic(self.engine, self.asked, self.asked.stages[-1], part)
+
+
+def _highest_of(phases: Iterable[Phase]) -> Phase:
+    return max(phases, key=lambda phase: phase.total)
 
 
 def _later_equal(part: Part, other: Part) -> bool:
