@@ -45,7 +45,7 @@ class _Rank:
     failure: str | None = None
 
 
-def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: float = 60, **kwargs: Any) -> list[Any]:
+def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: float = 120, **kwargs: Any) -> list[Any]:
     """Call `function(group, *args, **kwargs)` on `size` ranks (gloo, CPU, one thread each).
 
     Args:

@@ -60,7 +60,7 @@ def check_case(group: Group, case: Case) -> None:
 
 def check_cases(group: Group, cases: list[Case], transport: str) -> None:
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
-    group = Group.create("cpu", transport=transport, timeout_seconds=20)
+    group = Group.create("cpu", transport=transport, timeout_seconds=60)
     for case in cases:
         check_case(group, case)
 
@@ -76,7 +76,7 @@ def scattered(
     group: Group, mode: str, dtype: torch.dtype, spread: float, transport: str
 ) -> tuple[list[Tensor], dict[str, list]]:
     torch.use_deterministic_algorithms(True)
-    group = Group.create("cpu", transport=transport, timeout_seconds=20)
+    group = Group.create("cpu", transport=transport, timeout_seconds=60)
     counters = Counters()
     reduction = TextScatter(group, REDUCTIONS[mode], counters, plan=plan_text(TEXT, group.size, group.rank))
     mine = keys_of(group.rank, group.size, 41, with_text=mode == "average" or group.rank == 0)

@@ -68,7 +68,7 @@ def start_on_ranks(model: Path, *arguments: str) -> Forked:
 def generate_on_ranks(model: Path, *arguments: str) -> int | None:
     """In a process of its own: this one may have run OpenMP's threads, after which a fork may hang."""
     process = start_on_ranks(model, *arguments)
-    process.communicate(timeout=100)
+    process.communicate(timeout=240)
     return process.returncode
 
 
@@ -146,7 +146,7 @@ def test_two_ranks_give_stock_latents_and_a_report(model: Path, here: Path) -> N
     process = launch(
         model, "a fox", "--nproc", "2", "--window", "full", "--latents_out", "l.safetensors", "--report", "r.json"
     )
-    output, errors = process.communicate(timeout=100)
+    output, errors = process.communicate(timeout=240)
     assert (process.returncode, errors) == (0, "")
     assert "ranks=2" in output
     pipe = FluxPipeline.from_pretrained(model)
@@ -171,7 +171,7 @@ def test_two_ranks_give_stock_latents_and_a_report(model: Path, here: Path) -> N
 def test_torchrun_runs_the_file_of_a_checkout(model: Path, here: Path) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     process = launch(model, "--output", "x.jpg", launcher=torchrun)
-    output, errors = process.communicate(timeout=100)
+    output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     assert output.count("output=x.jpg") == 1
     assert os.listdir(here) == ["x.jpg"]
@@ -223,7 +223,7 @@ def ranks_at_work(process: Forked, size: int) -> list[int]:
 def test_a_stale_run_reports_its_buffers(model: Path, here: Path) -> None:
     stale = ("--schedule", "stale", "--warmup-steps", "1", "--report", "r.json")
     process = start_on_ranks(model, "a fox", "--nproc", "2", "--text-attention", "exact", *stale)
-    _, errors = process.communicate(timeout=100)
+    _, errors = process.communicate(timeout=240)
     assert (process.returncode, errors) == (0, "")
     report = json.loads(Path("r.json").read_text())
     # Two layers: a halo of one row of 4 tokens, and the text's maximum, output and weight, in float32.

@@ -7,40 +7,22 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from diffusers import FluxPipeline
 
+from clear_dist.cli import main
 from clear_dist.launch import ranks
+from tests.forked import forked
 from tests.hub.server import TOKEN, Hub, serving
 from tests.tiny import make_clear_weights, make_tiny_flux
 from tests.tiny_lora import make_lora, save_lora
 
 ROOT = Path(__file__).parents[2]
-# Fetches one after the other; tells what came of each, and how often a connection was asked for.
-FETCH = """
-import json, sys
-from clear_dist.families.cards import CARDS
-from clear_dist.hub import Wanted, fetching
-
-fetching.SECONDS_BETWEEN_FIGURES = 0.4
-connections = []
-sys.addaudithook(lambda event, _: connections.append(event) if event == "socket.connect" else None)
-for repository, revision, needed in json.loads(sys.argv[1]):
-    want = Wanted(
-        repository=repository, revision=revision, needed=needed, nearest="--model demo",
-        patterns=CARDS.files_of(repository) if needed == "model_index.json" else (needed,),
-    )
-    before, told = len(connections), None
-    try:
-        fetching.fetch([want])
-    except Exception as error:
-        told = [type(error).__name__, str(error)]
-    print(json.dumps([told, len(connections) - before]), flush=True)
-"""
 ONCE = 2
 """Connections of one question: the library has one of its own, once a day. Its repetitions would be five and more."""
 INDEX = "model_index.json"
@@ -56,6 +38,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def hub(folder: Path) -> Iterator[Hub]:
     with serving(folder) as running:
@@ -68,21 +55,53 @@ def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
     return kept | ranks.QUIET | ours | {"HF_HUB_ETAG_TIMEOUT": "30"} | more
 
 
+def with_environment(environment: dict[str, str], function: Callable[[], object]) -> object:
+    """In a process of its own: the hub's library reads its environment as it is imported, and diffusers imported it."""
+    assert "clear_dist.hub" not in sys.modules
+    for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+        del sys.modules[name]
+    os.environ.clear()
+    os.environ.update(environment)
+    return function()
+
+
+def ask(function: Callable[[], object], endpoint: str, home: Path, **more: str) -> tuple[int | None, str, str]:
+    """Exit status, stdout and stderr."""
+    process = forked(partial(with_environment, environment(endpoint, home, **more), function))
+    output, errors = process.communicate(timeout=240)
+    return process.returncode, output, errors
+
+
+def fetch_here(wants: Sequence[tuple[str, str | None, str]]) -> None:
+    """One after the other; tells what came of each, and how often a connection was asked for."""
+    from clear_dist.families.cards import CARDS
+    from clear_dist.hub import Wanted, fetching
+
+    fetching.SECONDS_BETWEEN_FIGURES = 0.4
+    connections: list[str] = []
+    sys.addaudithook(lambda event, _: connections.append(event) if event == "socket.connect" else None)
+    for repository, revision, needed in wants:
+        patterns = CARDS.files_of(repository) if needed == INDEX else (needed,)
+        wanted = {"repository": repository, "revision": revision, "needed": needed, "patterns": patterns}
+        before, told = len(connections), None
+        try:
+            fetching.fetch([Wanted(**wanted, nearest="--model demo")])
+        except Exception as error:
+            told = [type(error).__name__, str(error)]
+        print(json.dumps([told, len(connections) - before]), flush=True)
+
+
 def fetch(endpoint: str, home: Path, *wants: tuple[str, str | None, str], **more: str) -> tuple[list[Any], str]:
     """For each of (repository, revision, needed file): (kind of error and message, or None; connections); and stderr."""
-    command = [sys.executable, "-c", FETCH, json.dumps(wants)]
-    done = subprocess.run(command, env=environment(endpoint, home, **more), capture_output=True, text=True, timeout=90)
-    assert "Traceback" not in done.stderr, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+    _, output, errors = ask(partial(fetch_here, wants), endpoint, home, **more)
+    assert "Traceback" not in errors, errors
+    return [json.loads(line) for line in output.splitlines()], errors
 
 
-def generate(hub: Hub, home: Path, cwd: Path, *arguments: str, **more: str) -> tuple[int, list[str]]:
-    """Exit status and the lines on stderr."""
-    command = [sys.executable, str(ROOT / "clear-dist"), "generate", *QUICK, *arguments]
-    done = subprocess.run(
-        command, env=environment(hub.endpoint, home, **more), cwd=cwd, capture_output=True, text=True, timeout=110
-    )
-    return done.returncode, done.stderr.splitlines()
+def generate(hub: Hub, home: Path, *arguments: str, **more: str) -> tuple[int | None, list[str]]:
+    """Exit status and the lines on stderr; in this process's folder."""
+    status, _, errors = ask(partial(main, ["generate", *QUICK, *arguments]), hub.endpoint, home, **more)
+    return status, errors.splitlines()
 
 
 @pytest.fixture
@@ -228,15 +247,17 @@ def test_of_three_ranks_one_asks(hub: Hub, folder: Path, tmp_path: Path) -> None
         "--nproc",
         "3",
     )
-    status, errors = generate(hub, tmp_path / "home", tmp_path, *asked_for)
-    assert status == 0, errors
+    command = [sys.executable, str(ROOT / "clear-dist"), "generate", *QUICK, *asked_for]
+    environ = environment(hub.endpoint, tmp_path / "home")
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "clear-dist.png").exists()
     asked = list(hub.requests)
     assert max(Counter(asked).values()) == 2, "dry, then to download"
     files = [file for file in hub.files() if file == INDEX or "/" in file]
     downloads = [path for method, path in asked if method == "GET" and "/resolve/" in path]
     assert len(downloads) == len(files) + 1
-    status, errors = generate(hub, tmp_path / "home", tmp_path, *asked_for, HF_HUB_OFFLINE="1")
+    status, errors = generate(hub, tmp_path / "home", *asked_for, HF_HUB_OFFLINE="1")
     assert status == 0, errors
     assert hub.requests == asked
     assert any("warning: using someone/tiny as it was downloaded before" in line for line in errors)
@@ -255,7 +276,7 @@ def test_three_ranks_tell_it_once(
     hub: Hub, tmp_path: Path, arguments: tuple[str, ...], status: int, words: str, requests: int
 ) -> None:
     patience = {"HF_HUB_ETAG_TIMEOUT": "2"} if "someone/silent" in arguments else {}
-    ended, errors = generate(hub, tmp_path / "home", tmp_path, *arguments, "--nproc", "3", **patience)
+    ended, errors = generate(hub, tmp_path / "home", *arguments, "--nproc", "3", **patience)
     said = [line for line in errors if line.startswith("clear-dist: ") and "warning" not in line]
     assert ended == status, errors
     assert words in said[-1]
@@ -271,7 +292,7 @@ def test_a_lora_of_the_hub_is_the_local_file(hub: Hub, folder: Path, tmp_path: P
     common = ("--model", str(folder), "--nproc", "2", "--latents-out", "latents.safetensors")
     drawn = []
     for source in ("someone/tiny:style.safetensors:0.5", f"{folder / 'style.safetensors'}:0.5"):
-        ended, errors = generate(hub, tmp_path / "home", tmp_path, *common, "--lora", source)
+        ended, errors = generate(hub, tmp_path / "home", *common, "--lora", source)
         assert ended == 0, errors
         drawn.append((tmp_path / "latents.safetensors").read_bytes())
     assert drawn[0] == drawn[1]

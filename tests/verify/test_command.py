@@ -32,7 +32,7 @@ def verify(*arguments: str) -> tuple[int | None, str, str]:
 
 def ended(function: Callable[[], object]) -> tuple[int | None, str, str]:
     process = forked(function)
-    written, told = process.communicate(timeout=110)
+    written, told = process.communicate(timeout=240)
     return process.returncode, written, told
 
 
@@ -74,7 +74,7 @@ def test_three_ranks_pass_and_report(tmp_path: Path) -> None:
 def test_torchrun_and_a_report_on_stdout() -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     command = [*torchrun, str(ROOT / "clear-dist"), "verify", "--device", "cpu", "--json", "-"]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["world_size"] == 2
     passed = sum(line.startswith("pass  ") for line in done.stderr.splitlines())
