@@ -20,10 +20,9 @@ GUIDANCE = ("guidance_scale", "true_cfg_scale")
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Fields of the request that `generate` and `upscale` choose each in their own way; sizes in pixels."""
+    """Choices that `generate` and `upscale` make each in their own way; sizes in pixels."""
 
-    prompts: tuple[str, ...]
-    """As given."""
+    prompts_given: tuple[str, ...]
     height: int | None
     """None: a hub model's native size."""
     width: int | None
@@ -43,7 +42,7 @@ def find_start(flags: PictureFlags, facts: ModelFacts, place: Place, *, unit: in
     assert isinstance(flags, GenerateFlags), flags
     height, width = flags.height or flags.res, flags.width or flags.res
     return Start(
-        prompts=_prompts(flags, facts, place),
+        prompts_given=_prompts(flags, facts, place),
         height=height or facts.native_size,
         width=width or facts.native_size,
         sampling=replace(facts.sampling, **_given(flags, "steps", *GUIDANCE)),
@@ -68,7 +67,9 @@ def _from_picture(flags: UpscaleFlags, facts: ModelFacts, place: Place, unit: in
     picture, (height, width), prompt = find_picture(flags, facts, unit=unit, reads=place.local_rank == 0)
     chosen = flags.prompt if flags.prompt is not None else prompt or ""
     output = flags.output or Path(f"{flags.image.stem}-upscaled.png")
-    return Start(prompts=(chosen,), height=height, width=width, sampling=facts.sampling, output=output, picture=picture)
+    return Start(
+        prompts_given=(chosen,), height=height, width=width, sampling=facts.sampling, output=output, picture=picture
+    )
 
 
 def _check_units(name: str, size: int | None, unit: int, token: int) -> None:

@@ -54,7 +54,13 @@ class Offloaded:
     """Parts of a pipeline, in host memory until `remove`."""
 
     def __init__(self, pipe: Any, device: torch.device, names: Iterable[str]) -> None:
-        """Parts that `pipe` has not are passed over; raises ValueError where diffusers offloads one already."""
+        """
+        Args:
+            names: the parts; those that `pipe` has not are passed over.
+
+        Raises:
+            ValueError: diffusers offloads them already.
+        """
         parts = {name: part for name in names if (part := getattr(pipe, name, None)) is not None}
         for name, part in parts.items():
             if hasattr(part, "_hf_hook"):
