@@ -131,16 +131,12 @@ def plan_moves(have: tuple[Rows, ...], want: tuple[Rows, ...], rank: int) -> Mov
     """
     assert len(have) == len(want), f"{len(have)} ranks have rows, {len(want)} want some"
     others = [peer for peer in range(len(have)) if peer != rank]
-    receives = [Transfer(peer, have[peer].intersect(want[rank])) for peer in others]
-    sends = [Transfer(peer, have[rank].intersect(want[peer])) for peer in others]
-    plan = MovePlan(
-        kept=have[rank].intersect(want[rank]),
-        receives=tuple(transfer for transfer in receives if len(transfer.rows)),
-        sends=tuple(transfer for transfer in sends if len(transfer.rows)),
-    )
-    found = len(plan.kept) + sum(len(transfer.rows) for transfer in plan.receives)
+    receives = tuple(Transfer(peer, rows) for peer in others if len(rows := have[peer].intersect(want[rank])))
+    sends = tuple(Transfer(peer, rows) for peer in others if len(rows := have[rank].intersect(want[peer])))
+    kept = have[rank].intersect(want[rank])
+    found = len(kept) + sum(len(transfer.rows) for transfer in receives)
     assert found == len(want[rank]), f"rank {rank} wants {want[rank]}, of which there are {found} rows"
-    return plan
+    return MovePlan(kept, receives, sends)
 
 
 def plan_text(tokens: int, ranks: int, rank: int) -> TextPlan:

@@ -55,8 +55,10 @@ class Flag:
             check_choice(name, value, self.choices)
         if self.bounds is not None and all(isinstance(bound, int) for bound in self.bounds):
             check_whole_number(name, value, *map(int, self.bounds))
-        elif self.bounds is not None:
-            check_real_number(name, value, *self.bounds)
+        elif self.bounds is not None and not self.bounds[0] <= value <= self.bounds[1]:  # NaN too
+            low, high = self.bounds
+            nearest = low if math.isnan(value) else min(max(value, low), high)
+            raise Refusal(f"{name} must be a number from {low:g} to {high:g}, got {value}; nearest: {nearest:g}")
 
 
 def flag(default: Any, text: str, panel: str | None = None, **rest: Any) -> Any:
@@ -84,16 +86,14 @@ def read_window(text: str) -> Window | str:
 class Flags:
     """A record whose fields are made by `flag`; raises a Refusal for values out of bounds or not among the choices."""
 
+    only_planned = False
+    """Whether the command takes `planned` flags only; the other fields keep their defaults."""
+
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
             if "flag" in each.metadata and (value is not None or each.default is not None):
                 flag_of(each).check(spelled(each.name), value)
-
-    @classmethod
-    def shows(cls, flag: Flag) -> bool:
-        """Whether the command takes this flag; else the field keeps its default."""
-        return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,13 +203,6 @@ def check_whole_number(name: str, value: Any, least: int, most: int) -> None:
     if not least <= value <= most:
         nearest = min(max(value, least), most)
         raise Refusal(f"{name} must be from {least} to {most}, got {shortened(str(value))}; nearest: {nearest}")
-
-
-def check_real_number(name: str, value: float, low: float, high: float) -> None:
-    """Raises a Refusal for a number outside [low, high], or NaN."""
-    if not low <= value <= high:
-        nearest = low if math.isnan(value) else min(max(value, low), high)
-        raise Refusal(f"{name} must be a number from {low:g} to {high:g}, got {value}; nearest: {nearest:g}")
 
 
 def check_encoding(name: str, value: object) -> None:

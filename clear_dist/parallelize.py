@@ -72,7 +72,7 @@ def parallelize(
         undo += [used.close] if group is None else []
         settings = Settings(options=options, choose_backend=choose)
         models, replaced = put_on_stripes(pipe, family, nets, used, settings, clear_weights, controlnet_window)
-    return Parallelized(*models, owns_group=group is None, replaced=replaced, offloaded=offloaded)
+    return Parallelized(models[0], models[1:], group is None, replaced, offloaded)
 
 
 def as_record(options: Options | None, chosen: dict[str, Any]) -> Options:

@@ -1,32 +1,27 @@
 """Pipelines on stripes, as `parallelize` returns them."""
 
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.engine.striped import StripedModel
 from clear_dist.options import TextAttention
-from clear_dist.weights.blocks import weight_bytes
+from clear_dist.weights.blocks import tensors_of
 from clear_dist.weights.clear import ReplacedWeights
 from clear_dist.weights.offload import Offloaded
 
 
+@dataclass(eq=False)
 class Parallelized:
     """A pipeline on stripes: its group, its counters, and the way back."""
 
-    def __init__(
-        self,
-        striped: StripedModel,
-        *controlnets: StripedModel,
-        owns_group: bool,
-        replaced: ReplacedWeights | None = None,
-        offloaded: Offloaded | None = None,
-    ) -> None:
-        self._striped = striped
-        self._controlnets = controlnets
-        self._owns_group = owns_group
-        self.replaced = replaced
-        self._offloaded = offloaded
+    _striped: StripedModel
+    _controlnets: Sequence[StripedModel]
+    _owns_group: bool
+    replaced: ReplacedWeights | None
+    _offloaded: Offloaded | None
 
     @property
     def group(self) -> Group:
@@ -60,7 +55,8 @@ class Parallelized:
         """Bytes of the transformer's weights, or of its shards, on this rank's device."""
         modulation = self._striped.modulation
         elsewhere = set() if modulation is None else modulation.weights
-        return weight_bytes(self._striped.family.transformer, but=elsewhere)
+        mine: list[Any] = [held for held in tensors_of(self._striped.family.transformer) if held not in elsewhere]
+        return sum((held.to_local() if hasattr(held, "to_local") else held).nbytes for held in mine)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -8,6 +9,8 @@ import pytest
 
 # A run that was started in the background ignores Ctrl-C, and commands under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Before torch is imported, here and in all that is started: tests run beside each other, and threads that wait spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="module", autouse=True)

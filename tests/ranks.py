@@ -8,18 +8,23 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 
 from clear_dist.comm.group import Group, PeerLost
+from clear_dist.commands import draw, verify
+from clear_dist.launch.ranks import QUIET
 
-# Imported once, in the server that ranks are forked from: transformers alone takes seconds, in each rank.
-PRELOADED = ["torch", "torch.distributed", "diffusers.pipelines.flux.pipeline_flux", "pytest", "hypothesis"]
-SECONDS_AFTER_A_FAILURE = 5.0
+# Imported once, in the server that ranks are forked from, and all that these import: seconds, in each rank.
+PRELOADED = ["pytest", "hypothesis", "tests.oracle", "tests.tiny", "tests.ranks", *draw.PRELOAD, *verify.PRELOAD]
+SECONDS_AFTER_A_FAILURE = 10.0
 
 
 class RanksFailedError(AssertionError):
@@ -40,7 +45,7 @@ class _Rank:
     failure: str | None = None
 
 
-def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: float = 60, **kwargs: Any) -> list[Any]:
+def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: float = 120, **kwargs: Any) -> list[Any]:
     """Call `function(group, *args, **kwargs)` on `size` ranks (gloo, CPU, one thread each).
 
     Args:
@@ -69,9 +74,17 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: floa
     return [rank.result for rank in ranks]
 
 
-def _start(rank: int, size: int, port: int, timeout: float, call: bytes) -> _Rank:
+def server() -> ForkServerContext:
+    """What forks processes from one that has imported PRELOADED, its libraries as quiet as the product's ranks."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
+    with patch.dict(os.environ, QUIET):
+        forkserver.ensure_running()
+    return context
+
+
+def _start(rank: int, size: int, port: int, timeout: float, call: bytes) -> _Rank:
+    context = server()
     inbox, outbox = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(rank, size, port, timeout, call, outbox), daemon=True)
     process.start()

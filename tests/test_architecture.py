@@ -91,8 +91,8 @@ def test_a_card_rests_on_cards() -> None:
 
 
 def test_a_model_is_a_folder() -> None:
-    """And a row in each table; the embedded model is one of FLUX's, and `plan` is to ask the engine."""
-    apart = re.compile(r"families/(flux/.*|\w+\.py)|demo/.*|plan/.*")
+    """And a row in each table; the embedded model is one of FLUX's."""
+    apart = re.compile(r"families/(flux/.*|\w+\.py)|demo/.*")
     named = [file for file in FILES if not apart.fullmatch(file.relative_to(PACKAGE).as_posix())]
     assert [module_of(file) for file in named if "flux" in file.read_text().lower()] == []
 

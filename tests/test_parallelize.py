@@ -194,7 +194,7 @@ def unequal_arguments(group: Group, what: str) -> None:
 
 @pytest.mark.parametrize("what", UNEQUAL)
 def test_ranks_with_different_arguments_are_told_and_do_not_hang(what: str) -> None:
-    run_ranks(unequal_arguments, 2, what, timeout=30)
+    run_ranks(unequal_arguments, 2, what)
 
 
 def unequal_settings(group: Group) -> None:

@@ -104,7 +104,7 @@ def kernel_candidates(layer: Layer, radius: int, session: Session) -> dict[str, 
     """Makers of candidates by name; a maker raises where its candidate cannot run."""
 
     def clear(name: str) -> Callable[[], Tensor]:
-        if reason := BACKENDS[name].why_not(layer.request(radius)):
+        if reason := BACKENDS[name].why_not_here(layer.request(radius)):
             raise ValueError(reason)
         return lambda: window(layer, radius, BACKENDS[name])
 

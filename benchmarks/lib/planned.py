@@ -1,50 +1,40 @@
-"""Memory that `clear-dist plan` predicts for a step of a transformer without text encoders and VAE."""
+"""Memory that the engine tells of a step of a transformer without text encoders and VAE."""
 
-from benchmarks.lib.counts import TOKEN, Model, Part
-from clear_dist.families.flux.card import FluxShape
-from clear_dist.plan import GPUS, LINKS, ModelSizes, PlanRequest, TextSizes, VaeSizes
-from clear_dist.plan.memory import rank_memory
-from clear_dist.stages import Sampling, Upscaling
+from functools import cache
 
-COUNTED = ("transformer", "activations", "attention", "masks", "halos", "text", "latents")
+from benchmarks.lib.counts import Model, Part
+from benchmarks.lib.steps import config_of
+from clear_dist.options import Options
+from clear_dist.plan.engine import Engine
+from clear_dist.plan.questions import Module, StepQuestion, WeightsQuestion
+
+
+@cache
+def engine() -> Engine:
+    """It ends with this process."""
+    return Engine()
 
 
 def planned_bytes(model: Model, part: Part, *, device_type: str, backend: str = "auto", hoisted: bool = False) -> int:
     """Bytes that torch allocates on the rank of `part`, without CUDA's own."""
-    shape = FluxShape(
-        num_layers=model.double_blocks,
-        num_single_layers=model.single_blocks,
-        num_attention_heads=model.heads,
-        attention_head_dim=model.head_dim,
-        guidance_embeds=True,
-    )
-    on_cuda = device_type == "cuda"
-    request = PlanRequest(
-        model=ModelSizes(
-            name="random weights",
-            double_blocks=model.double_blocks,
-            single_blocks=model.single_blocks,
-            heads=model.heads,
-            head_dim=model.head_dim,
-            text_channels=shape.joint_attention_dim,
-            transformer=shape.tensors(),
-            vae=VaeSizes(),
-            text=TextSizes(),
-        ),
-        height=part.grid[0] * TOKEN,
-        width=part.grid[1] * TOKEN,
-        native=part.grid[0] * TOKEN,
-        cascade=False,
-        sampling=Sampling(steps=2),
-        upscaling=Upscaling(),
-        window=part.window,
-        ranks=part.ranks,
-        gpu=next(iter(GPUS.values())) if on_cuda else None,
-        link=LINKS["nvlink"],
+    about = {
+        "module": Module(kind="diffusers.FluxTransformer2DModel", config=config_of(model)),
+        "dtype": "bfloat16" if model.itemsize == 2 else "float32",
+        "device": device_type,
+        "ranks": part.ranks,
+        "options": Options(attention_backend=backend, hoist_modulation=hoisted).settled(part.window),
+    }
+    step = StepQuestion(
+        transport="nccl" if device_type == "cuda" else "gloo",
+        height=part.grid[0],
+        width=part.grid[1],
+        rank=part.rank,
+        images=1,
         text_tokens=model.text_tokens,
-        dtype="bfloat16" if model.itemsize == 2 else "float32",
-        backend=backend,
-        hoist_modulation=hoisted,
+        passes=1,
+        steps=1,
+        down_factor=part.factor,
+        has_lora=False,
+        **about,
     )
-    step = next(phase for phase in rank_memory(request, part.rank).phases if phase.name == "denoise")
-    return sum(amount for name, amount in step.items.items() if name in COUNTED)
+    return engine().ask(WeightsQuestion(**about)).held + sum(engine().ask(step).peak.values())

@@ -59,6 +59,21 @@ class Runs:
         return median(self.seconds)
 
 
+def config_of(model: Model) -> dict[str, Any]:
+    """Arguments of its FluxTransformer2DModel."""
+    return {
+        "in_channels": model.output_channels,
+        "num_layers": model.double_blocks,
+        "num_single_layers": model.single_blocks,
+        "num_attention_heads": model.heads,
+        "attention_head_dim": model.head_dim,
+        "axes_dims_rope": ROTARY_AXES[model.head_dim],
+        "joint_attention_dim": PROMPT_CHANNELS,
+        "pooled_projection_dim": POOLED_CHANNELS,
+        "guidance_embeds": True,
+    }
+
+
 def make_pipeline(model: Model, device: torch.device, dtype: torch.dtype) -> FluxPipeline:
     """A FLUX with random weights, equal in every process."""
     torch.manual_seed(0)
@@ -66,17 +81,7 @@ def make_pipeline(model: Model, device: torch.device, dtype: torch.dtype) -> Flu
     torch.set_default_dtype(dtype)  # FLUX.1-dev would take 48 GB in float32
     try:
         with device:
-            transformer = FluxTransformer2DModel(
-                in_channels=model.output_channels,
-                num_layers=model.double_blocks,
-                num_single_layers=model.single_blocks,
-                num_attention_heads=model.heads,
-                attention_head_dim=model.head_dim,
-                axes_dims_rope=ROTARY_AXES[model.head_dim],
-                joint_attention_dim=PROMPT_CHANNELS,
-                pooled_projection_dim=POOLED_CHANNELS,
-                guidance_embeds=True,
-            )
+            transformer = FluxTransformer2DModel(**config_of(model))
     finally:
         torch.set_default_dtype(default)
     parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))

@@ -94,7 +94,9 @@ def timed(shape: tuple[int, int], radius: int, text: int, head_dim: int, options
     texts = [torch.randn(1, text, *tail, device=device, dtype=dtype) for _ in range(2)]
     rows, columns = shape
     request = CallShape(device.type, dtype, *tail[::-1], rows, rows, columns, text, radius)
-    names = [name for name in options.backends or CANDIDATES[device.type] if BACKENDS[name].why_not(request) is None]
+    names = [
+        name for name in options.backends or CANDIDATES[device.type] if BACKENDS[name].why_not_here(request) is None
+    ]
     calls = [
         partial(window_attention, query, key, value, *texts, radius=radius, row_offset=0, backend=BACKENDS[name])
         for name in names

@@ -85,31 +85,34 @@ def choose_backend(
     columns: int = 0,
     text: int = 0,
     radius: int = 0,
+    anywhere: bool = False,
 ) -> Backend:
     """Backend called `name`; for `auto` the fastest in the nearest measured shape, else the first that can run.
 
-    `heads` is batch times heads; sizes are in tokens, 0 where not known yet. The log says why backends were skipped.
+    `heads` is batch times heads; sizes are in tokens, 0 where not known yet; `anywhere`: also where this machine lacks
+    something for it. The log says why backends were skipped.
     Raises ValueError, naming what works, where `name` does not exist or cannot run here.
     """
     shape = CallShape(torch.device(device).type, dtype, head_dim, heads, rows, key_rows, columns, text, radius)
     if name == "auto":
-        return _best(shape)
+        return _best(shape, anywhere=anywhere)
     if name not in BACKENDS:
         known = ", ".join(["auto", *BACKENDS])
         nearest = (get_close_matches(name, ["auto", *BACKENDS], n=1, cutoff=0.0) or ["auto"])[0]
         raise ValueError(f"attention backend must be one of {known}; got {name!r}; nearest: {nearest}")
-    _require(BACKENDS[name], shape)
+    if not anywhere:
+        _require(BACKENDS[name], shape)
     return BACKENDS[name]
 
 
-def _best(shape: CallShape) -> Backend:
+def _best(shape: CallShape, *, anywhere: bool = False) -> Backend:
     measured = nearest(shape)
     if shape.rows:
         unmeasured = f"were not measured on {shape.device_type}: tried in their order"
         logger.info("attention backends %s", measured or unmeasured)
     fastest = [name for name in (measured.fastest_first if measured else ()) if name in BACKENDS]
     for name, backend in {name: BACKENDS[name] for name in (*fastest, *BACKENDS)}.items():
-        reason = backend.why_not(shape)
+        reason = backend.why_not(shape) if anywhere else backend.why_not_here(shape)
         if shape.device_type not in backend.automatic_on and name not in fastest:
             reason = reason or f"on {shape.device_type} it is used only when asked for by name"
         if reason is None:
@@ -119,7 +122,7 @@ def _best(shape: CallShape) -> Backend:
 
 
 def _require(backend: Backend, shape: CallShape) -> None:
-    if reason := backend.why_not(shape):
+    if reason := backend.why_not_here(shape):
         raise ValueError(f"attention backend {backend.name} cannot run: {reason}; nearest: {_best(shape).name}")
 
 

@@ -75,15 +75,27 @@ class WindowCall:
         return Geometry(rows, self.key.shape[1], columns, self.key_text.shape[1], self.radius, self.row_offset)
 
 
+def nothing(shape: CallShape) -> None:
+    """No reason."""
+
+
 @dataclass(frozen=True)
 class Backend:
     name: str
     why_not: Callable[[CallShape], str | None]
-    """Reason why it cannot compute a call, without its name; None if it can."""
+    """Reason why it cannot compute a call anywhere, without its name; None if it can."""
     run: Callable[[WindowCall], tuple[Tensor, Tensor]]
-    """(out [B, R, W, N, D] in the dtype of the queries, lse [B, R, W, N] in float32)"""
+    """(out [B, R, W, N, D] in the dtype of the queries, lse [B, R, W, N] in float32)
+
+    On the meta device it allocates what it would elsewhere, and computes nothing.
+    """
     automatic_on: tuple[str, ...] = ()
     """Device types where `auto` may choose it unmeasured."""
+    lacks: Callable[[CallShape], str | None] = nothing
+    """What this machine lacks for it; None: nothing."""
+
+    def why_not_here(self, shape: CallShape) -> str | None:
+        return self.lacks(shape) or self.why_not(shape)
 
 
 def why_too_many_scores(shape: CallShape) -> str | None:

@@ -98,7 +98,7 @@ def fused(
     """
     aten = torch.ops.aten
     device_type, dtype = query_BNLD.device.type, query_BNLD.dtype
-    if device_type == "cpu":
+    if device_type in ("cpu", "meta"):
         return aten._scaled_dot_product_flash_attention_for_cpu(
             query_BNLD, key_BNSD, value_BNSD, attn_mask=bias_LS, scale=scale
         )

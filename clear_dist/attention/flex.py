@@ -37,13 +37,15 @@ def run(
     call: WindowCall, *, query_rows: int = TILE_ROWS, kernel_options: dict[str, Any] | None = None
 ) -> tuple[Tensor, Tensor]:
     geometry, device = call.geometry, call.query.device
-    attention = partial(_compiled(), kernel_options=kernel_options) if device.type == "cuda" else _unfused
+    attention: Callable[..., tuple[Tensor, AuxOutput]] = _without_values if device.type == "meta" else _unfused
+    if device.type == "cuda":
+        attention = partial(_compiled(), kernel_options=kernel_options)
     with torch._dynamo.config.patch(recompile_limit=SHAPES_COMPILED):
         out_BNLD, aux = attention(
             _tokens(call.key_text[:, :0], call.query, query_rows).transpose(1, 2),
             _tokens(call.key_text, call.key, TILE_ROWS).transpose(1, 2),
             _tokens(call.value_text, call.value, TILE_ROWS).transpose(1, 2),
-            block_mask=block_mask(geometry, device, query_rows),
+            block_mask=None if device.type == "meta" else block_mask(geometry, device, query_rows),
             scale=call.scale,
             return_aux=AuxRequest(lse=True),
         )
@@ -54,7 +56,7 @@ def run(
 
 
 def run_flash(call: WindowCall) -> tuple[Tensor, Tensor]:
-    return run(call, query_rows=FLASH_ROWS[_capability()], kernel_options={"BACKEND": "FLASH"})
+    return run(call, query_rows=FLASH_ROWS.get(_capability(), TILE_ROWS), kernel_options={"BACKEND": "FLASH"})
 
 
 @lru_cache(maxsize=1)
@@ -68,6 +70,10 @@ def _unfused(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
         return flex_attention(query, key, value, **options)
+
+
+def _without_values(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> tuple[Tensor, AuxOutput]:
+    return torch.empty_like(query), AuxOutput(lse=query.new_empty(query.shape[:-1], dtype=torch.float32))
 
 
 def _tokens(text_BTND: Tensor, image_BEWND: Tensor, tile_rows: int) -> Tensor:
@@ -98,22 +104,20 @@ def why_not(shape: CallShape) -> str | None:
         return why_too_many_scores(shape)
     if shape.device_type != "cuda":
         return f"it runs on cuda, and for tests on cpu, got {shape.device_type}"
-    if find_spec("triton") is None:
-        return "its compiler, the package triton, is not installed"
     if shape.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 and float16, got {shape.dtype}"
     return f"it takes heads of 16 and more, got {shape.head_dim}" if 0 < shape.head_dim < 16 else None
 
 
+def lacks(shape: CallShape) -> str | None:
+    if shape.device_type == "cuda" and find_spec("triton") is None:
+        return "its compiler, the package triton, is not installed"
+    return None
+
+
 def why_not_flash(shape: CallShape) -> str | None:
     if shape.device_type != "cuda":
         return f"it runs on cuda, got {shape.device_type}"
-    if _capability() not in FLASH_ROWS:
-        return f"it needs a GPU of compute capability 9 or 10, got {_capability()}"
-    if TorchVersion(torch.__version__) < FLASH_TORCH:
-        return f"it needs torch {FLASH_TORCH} or newer, got {torch.__version__}"
-    if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
-        return "the package flash-attn-4 is not installed"
     if shape.dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, got {shape.dtype}"
     if shape.head_dim and shape.head_dim not in FLASH_HEAD_DIMS:
@@ -121,9 +125,21 @@ def why_not_flash(shape: CallShape) -> str | None:
     return None
 
 
+def lacks_flash(shape: CallShape) -> str | None:
+    if shape.device_type != "cuda":
+        return None
+    if _capability() not in FLASH_ROWS:
+        return f"it needs a GPU of compute capability 9 or 10, got {_capability()}"
+    if TorchVersion(torch.__version__) < FLASH_TORCH:
+        return f"it needs torch {FLASH_TORCH} or newer, got {torch.__version__}"
+    if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
+        return "the package flash-attn-4 is not installed"
+    return None
+
+
 def _capability() -> int:
     return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
 
 
-BACKEND = Backend("flex", why_not, run, automatic_on=("cuda",))
-FLASH_BACKEND = Backend("flash", why_not_flash, run_flash)
+BACKEND = Backend("flex", why_not, run, automatic_on=("cuda",), lacks=lacks)
+FLASH_BACKEND = Backend("flash", why_not_flash, run_flash, lacks=lacks_flash)

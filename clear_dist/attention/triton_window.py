@@ -44,8 +44,6 @@ and shared memory; not measured on a GPU."""
 
 
 def run(call: WindowCall) -> tuple[Tensor, Tensor]:
-    from clear_dist.attention.triton_kernel import window_kernel
-
     batch, rows, columns, heads, head_dim = call.query.shape
     radius = min(call.radius, _largest_distance(call))
     assert radius <= LARGEST_RADIUS, f"a circle of {radius} tokens is beyond float32"
@@ -53,6 +51,10 @@ def run(call: WindowCall) -> tuple[Tensor, Tensor]:
     first, tiles = tile_table(radius, tiling.queries, tiling.keys, call.query.device)
     out_BRWND = call.query.new_empty(call.query.shape)
     lse_BRWN = call.query.new_empty(call.query.shape[:-1], dtype=torch.float32)
+    if call.query.is_meta:
+        return out_BRWND, lse_BRWN
+    from clear_dist.attention.triton_kernel import window_kernel
+
     tensors = (call.query, call.key, call.value, call.key_text, call.value_text, out_BRWND, lse_BRWN)
     tile_count = -(-rows // tiling.queries[0]) * -(-columns // tiling.queries[1])
     with torch.cuda.device_of(call.query):
@@ -101,14 +103,20 @@ def _largest_distance(call: WindowCall) -> int:
 def why_not(shape: CallShape) -> str | None:
     if shape.device_type not in ("cpu", "cuda"):
         return f"it runs on cuda, and for tests on cpu, got {shape.device_type}"
-    if find_spec("triton") is None:
-        return "its compiler, the package triton, is not installed"
-    if shape.device_type == "cpu" and not _interpreted():
-        return "on cpu it runs in Triton's interpreter only, for tests: TRITON_INTERPRET=1"
     if shape.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 and float16, got {shape.dtype}"
     if shape.head_dim and shape.head_dim not in HEAD_DIMS:
         return f"it takes heads of {', '.join(map(str, HEAD_DIMS))}, got {shape.head_dim}"
+    return None
+
+
+def lacks(shape: CallShape) -> str | None:
+    if shape.device_type not in ("cpu", "cuda"):
+        return None
+    if find_spec("triton") is None:
+        return "its compiler, the package triton, is not installed"
+    if shape.device_type == "cpu" and not _interpreted():
+        return "on cpu it runs in Triton's interpreter only, for tests: TRITON_INTERPRET=1"
     return None
 
 
@@ -118,4 +126,4 @@ def _interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-BACKEND = Backend("triton", why_not, run)
+BACKEND = Backend("triton", why_not, run, lacks=lacks)

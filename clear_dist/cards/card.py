@@ -27,20 +27,10 @@ class Defaults:
 
 
 class TransformerShape(Protocol):
-    """The numbers in a transformer's config.json that decide its tensors; attributes have diffusers' names."""
+    """The numbers in a transformer's config.json that decide its tensors."""
 
     @property
     def in_channels(self) -> int: ...
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def num_single_layers(self) -> int: ...
-    @property
-    def num_attention_heads(self) -> int: ...
-    @property
-    def attention_head_dim(self) -> int: ...
-    @property
-    def joint_attention_dim(self) -> int: ...
 
     def tensors(self) -> Shapes: ...
 
@@ -56,6 +46,17 @@ class TransformerShape(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextEncoders:
+    """All text encoders of a model together: numbers in their weights, and the widest one's layers."""
+
+    numbers: int
+    heads: int
+    channels: int
+    hidden: int
+    """Channels of its feed-forward layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class HubModel:
     """A model on the hub that is known before its files are here; `native_size` in pixels."""
 
@@ -63,6 +64,9 @@ class HubModel:
     native_size: int
     shape: TransformerShape
     defaults: Defaults
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The config.json of transformer and VAE, as far as it differs from diffusers' defaults."""
+    text: TextEncoders | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

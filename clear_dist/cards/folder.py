@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clear_dist import demo
-from clear_dist.cards.card import INDEX, Card, Cards, Defaults, TransformerShape
+from clear_dist.cards.card import INDEX, Card, Cards, Defaults, HubModel, TransformerShape
 from clear_dist.cards.clear import require_same_tensors
 from clear_dist.cards.headers import positive_number, read_component, read_json, whole_number, whole_numbers
 from clear_dist.options import Refusal, nearest_word, shortened
@@ -31,6 +31,8 @@ class ModelFacts(Defaults):
     shape: TransformerShape | None = None
     native_size: int | None = None
     token_size: int = 16
+    on_hub: HubModel | None = None
+    """What is known of a hub model before its files are here."""
 
     @property
     def name(self) -> str:
@@ -52,7 +54,12 @@ def find_model(model: str, cards: Cards, *, has_cuda: bool) -> ModelFacts:
     card, known = found
     token_size = _token_size(card, card.vae_channels)
     facts = ModelFacts(
-        location=model, card=card, shape=known.shape, native_size=known.native_size, token_size=token_size
+        location=model,
+        card=card,
+        shape=known.shape,
+        native_size=known.native_size,
+        token_size=token_size,
+        on_hub=known,
     )
     return replace(facts, **vars(known.defaults))
 

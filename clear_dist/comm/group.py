@@ -9,18 +9,11 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from clear_dist.comm import process_groups
 from clear_dist.comm.counters import labelled
-from clear_dist.comm.process_groups import (
-    Transport,
-    backends,
-    check_transport,
-    choose_transport,
-    forget_addresses,
-    initialise_torch,
-    new_process_group,
-    with_index,
-)
+from clear_dist.comm.process_groups import Transport
 
+REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 _SIGNS_OF_DEATH = ("closed by peer", "reset by peer", "broken pipe")
 _SIGNS_OF_LOSS = (*_SIGNS_OF_DEATH, "refused", "timed out", "timeout", "socket")
 
@@ -35,10 +28,7 @@ def telling_lost_peers(who: str = "another rank") -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        backend_gave_up = isinstance(error, dist.DistError) or any(
-            sign in str(error).lower() for sign in _SIGNS_OF_LOSS
-        )
-        if isinstance(error, PeerLost) or not backend_gave_up:
+        if isinstance(error, PeerLost) or not (isinstance(error, dist.DistError) or _shows(error, _SIGNS_OF_LOSS)):
             raise
         raise PeerLost(f"{who} is gone: {error}".splitlines()[0]) from error
 
@@ -72,22 +62,21 @@ class Group:
     ) -> "Group":
         """Make the group of all ranks of `process_group`; all of them call this, others need not.
 
-        Args:
-            device: a CUDA device becomes the current one, as NCCL demands.
-            process_group: None: the default one, which is initialised with torchrun's ranks, or alone, if need be.
-            transport: "auto" is gloo on CPU, NCCL where each rank has a GPU of its own, host where ranks share one.
+        Without one the default group is taken, which is initialised with torchrun's ranks, or alone, if need be. A CUDA
+        device becomes the current one, as NCCL demands. "auto" is gloo on CPU, NCCL where each rank has a GPU of its
+        own, host where ranks share one.
 
         Raises ValueError (not a rank of it, or a transport unfit for the device), ConnectionError or PeerLost.
         """
-        device, timeout = with_index(torch.device(device)), timedelta(seconds=timeout_seconds)
+        device, timeout = process_groups.with_index(torch.device(device)), timedelta(seconds=timeout_seconds)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        check_transport(device, transport)
+        process_groups.check_transport(device, transport)
         if process_group == dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError("this process must be a rank of process_group, and is not")
         initialised_torch = not dist.is_initialized()
         if initialised_torch:
-            initialise_torch(device, timeout)
+            process_groups.initialise_torch(device, timeout)
         ranks = tuple(sorted(dist.get_process_group_ranks(process_group)))
         return cls._of([ranks], device, transport, timeout, initialised_torch)
 
@@ -102,9 +91,9 @@ class Group:
     ) -> "Group":
         """Group of the part (global ranks, disjoint) that this process is in; the ranks of all parts call this."""
         with _telling_failed_connections():
-            main = new_process_group(parts, backends(device), timeout)
-            chosen = choose_transport(device, main) if transport == "auto" else transport
-            text = new_process_group(parts, "nccl" if chosen == "nccl" else "gloo", timeout)
+            main = process_groups.new_process_group(parts, process_groups.backends(device), timeout)
+            chosen = process_groups.choose_transport(device, main) if transport == "auto" else transport
+            text = process_groups.new_process_group(parts, "nccl" if chosen == "nccl" else "gloo", timeout)
         rank = dist.get_rank()
         ranks = next(part for part in parts if rank in part)
         group = cls(
@@ -118,7 +107,9 @@ class Group:
             text=text,
             initialised_torch=initialised_torch,
         )
-        group._connect()
+        with _telling_failed_connections():  # NCCL's first call on a group must involve all its ranks; halos do not
+            for process_group in (main, text):
+                dist.all_reduce(torch.zeros(1, device=group.wire), group=process_group)
         return group
 
     def split(self, count: int) -> "Group":
@@ -161,7 +152,7 @@ class Group:
         carried = self.wire_buffer(tensor.shape, tensor.dtype)
         carried.copy_(tensor)
         with telling_lost_peers():
-            dist.all_reduce(carried, reduce_op(op), group=self.main)
+            dist.all_reduce(carried, REDUCE_OPS[op], group=self.main)
         return carried.to(self.device)
 
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
@@ -176,14 +167,20 @@ class Group:
     ) -> list[torch.Tensor | None]:
         """Tensors of any shape and dtype, or None, of rank `source`, on `device` of all; others' are ignored."""
         mine = list(tensors or ())
-        kinds = self.broadcast_object(
-            [tensor if tensor is None else (tensor.shape, tensor.dtype) for tensor in mine], source
-        )
-        given = mine if self.rank == source else [None] * len(kinds)
-        return [
-            None if kind is None else self._broadcast_tensor(tensor, kind, source)
-            for tensor, kind in zip(given, kinds, strict=True)
-        ]
+        kinds = self.broadcast_object([None if x is None else (x.shape, x.dtype) for x in mine], source)
+        received: list[torch.Tensor | None] = []
+        for number, kind in enumerate(kinds):
+            if kind is None:
+                received.append(None)
+                continue
+            carried = self.wire_buffer(*kind)
+            if self.rank == source:
+                carried.copy_(mine[number])  # type: ignore[arg-type]  # of this kind, so not None
+            with telling_lost_peers():
+                # As bytes: gloo does not know every dtype.
+                dist.broadcast(carried.view(-1).view(torch.uint8), self.ranks[source], group=self.main)
+            received.append(carried.to(self.device))
+        return received
 
     def gather_objects(self, value: Any) -> list[Any]:
         values = [None] * self.size
@@ -229,50 +226,29 @@ class Group:
         if not dist.is_initialized():
             return
         if self.size < dist.get_world_size():
-            self._forget_addresses()
+            # Between two barriers: some may still connect (NCCL does so late), some are about to make the next group.
+            self.barrier()
+            if self.rank == 0:
+                process_groups.forget_addresses(self.main, self.text)
+            self.barrier()
         dist.destroy_process_group(self.text)
         dist.destroy_process_group(self.main)
         # Others may have been made since on what this one initialised.
         if self.initialised_torch and len(dist.distributed_c10d._world.pg_map) == 1:
             dist.destroy_process_group()
 
-    def _forget_addresses(self) -> None:
-        """Between two barriers: some may still connect (NCCL does so late), some are about to make the next group."""
-        self.barrier()
-        if self.rank == 0:
-            forget_addresses(self.main, self.text)
-        self.barrier()
-
-    def _connect(self) -> None:
-        """NCCL's first call on a group must involve all its ranks, and halos do not."""
-        with _telling_failed_connections():
-            for process_group in (self.main, self.text):
-                dist.all_reduce(torch.zeros(1, device=self.wire), group=process_group)
-
-    def _broadcast_tensor(
-        self, tensor: torch.Tensor | None, kind: tuple[torch.Size, torch.dtype], source: int
-    ) -> torch.Tensor:
-        carried = self.wire_buffer(*kind)
-        if tensor is not None:
-            carried.copy_(tensor)
-        with telling_lost_peers():
-            # As bytes: gloo does not know every dtype.
-            dist.broadcast(carried.view(-1).view(torch.uint8), self.ranks[source], group=self.main)
-        return carried.to(self.device)
-
-
-def reduce_op(op: Literal["sum", "max"]) -> dist.ReduceOp.RedOpType:
-    return {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op]
-
 
 @contextmanager
 def _telling_failed_connections() -> Iterator[None]:
     """Turn errors while ranks connect into ConnectionError; all may have one cause, so none may be silent."""
     try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not any(sign in str(error).lower() for sign in _SIGNS_OF_LOSS):
+        with telling_lost_peers():
+            yield
+    except PeerLost as error:
+        if _shows(error.__cause__, _SIGNS_OF_DEATH):
             raise
-        if any(sign in str(error).lower() for sign in _SIGNS_OF_DEATH):
-            raise PeerLost(f"another rank is gone: {error}".splitlines()[0]) from error
-        raise ConnectionError(f"cannot connect to the other ranks: {error}".splitlines()[0]) from error
+        raise ConnectionError(f"cannot connect to the other ranks: {error.__cause__}".splitlines()[0]) from error
+
+
+def _shows(error: BaseException | None, signs: Sequence[str]) -> bool:
+    return any(sign in str(error).lower() for sign in signs)

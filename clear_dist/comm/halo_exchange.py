@@ -13,6 +13,7 @@ Shapes: B batch, R my rows, W columns, N heads, D head dim. A halo of h rows is 
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import InitVar, dataclass
 from typing import Literal
 
 import torch
@@ -29,23 +30,18 @@ Named = tuple[str, dist.Work]
 """Peer, for errors, and its message."""
 
 
+@dataclass(eq=False)
 class HaloExchange:
     """Exchange of one plan, used for one layer after the other; buffers are kept as long as the shape stays."""
 
-    def __init__(
-        self,
-        group: Group,
-        plan: HaloPlan,
-        counters: Counters,
-        *,
-        sends: "SendBuffers | None" = None,
-        counted_as: Literal["halo", "pooled"] = "halo",
-    ) -> None:
-        self._group = group
-        self._plan = plan
-        self._counters = counters
-        self._counted_as = counted_as
-        self._sends = sends or SendBuffers(group, counters, layers=0)
+    _group: Group
+    _plan: HaloPlan
+    _counters: Counters
+    sends: "InitVar[SendBuffers | None]" = None
+    counted_as: Literal["halo", "pooled"] = "halo"
+
+    def __post_init__(self, sends: "SendBuffers | None") -> None:
+        self._sends = sends or SendBuffers(self._group, self._counters, layers=0)
         self._received: list[torch.Tensor] = []
         self._arriving: list[Named] = []
         self._pending: PendingHalos | None = None
@@ -79,7 +75,13 @@ class HaloExchange:
 
     @labelled("comm: halos start")
     def _post(self, key_BRWND: torch.Tensor, value_BRWND: torch.Tensor) -> None:
-        self._make_buffers(key_BRWND)
+        batch, _, *row_shape = key_BRWND.shape
+        self._no_rows = key_BRWND.new_empty((2, batch, 0, *row_shape))
+        before: Sequence[torch.Tensor | None] = self._received or [None] * len(self._plan.receives)
+        self._received = [
+            self._group.wire_buffer((2, batch, len(transfer.rows), *row_shape), key_BRWND.dtype, reuse=old)
+            for transfer, old in zip(self._plan.receives, before, strict=True)
+        ]
         sends = self._packed(key_BRWND, value_BRWND)
         incoming = [(move.peer, buffer) for move, buffer in zip(self._plan.receives, self._received, strict=True)]
         outgoing = [(move.peer, buffer) for move, buffer in zip(self._plan.sends, sends, strict=True)]
@@ -100,19 +102,10 @@ class HaloExchange:
         for rows, message in zip(mine, messages, strict=True):
             message[0].copy_(key_BRWND[:, rows], non_blocking=True)
             message[1].copy_(value_BRWND[:, rows], non_blocking=True)
-            self._counters.add(f"{self._counted_as}_bytes_sent", message.nbytes)
-            self._counters.add(f"{self._counted_as}_messages_sent", 1)
+            self._counters.add(f"{self.counted_as}_bytes_sent", message.nbytes)
+            self._counters.add(f"{self.counted_as}_messages_sent", 1)
         self._group.settle()
         return messages
-
-    def _make_buffers(self, key_BRWND: torch.Tensor) -> None:
-        batch, _, *row_shape = key_BRWND.shape
-        self._no_rows = key_BRWND.new_empty((2, batch, 0, *row_shape))
-        before: Sequence[torch.Tensor | None] = self._received or [None] * len(self._plan.receives)
-        self._received = [
-            self._group.wire_buffer((2, batch, len(transfer.rows), *row_shape), key_BRWND.dtype, reuse=old)
-            for transfer, old in zip(self._plan.receives, before, strict=True)
-        ]
 
     def _wait_for_arrivals(self) -> None:
         works, self._arriving = self._arriving, []
@@ -132,14 +125,12 @@ class HaloExchange:
         return above, below
 
 
+@dataclass(eq=False)
 class PendingHalos:
-    def __init__(
-        self, exchange: HaloExchange, *, lag: bool = False, on_release: Callable[[], None] | None = None
-    ) -> None:
-        self._exchange = exchange
-        self.lag = lag
-        """Whether they are from the previous step."""
-        self._on_release = on_release
+    _exchange: HaloExchange
+    lag: bool = False
+    """Whether they are from the previous step."""
+    on_release: Callable[[], None] | None = None
 
     @torch.no_grad()
     def wait(self) -> Halos:
@@ -153,8 +144,8 @@ class PendingHalos:
     @torch.no_grad()
     def release(self) -> None:
         """Let the next halos arrive in the place of these."""
-        if self._on_release is not None:
-            self._on_release()
+        if self.on_release is not None:
+            self.on_release()
 
 
 class SendBuffers:

@@ -3,8 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -18,9 +17,20 @@ Result = TypeVar("Result")
 
 def in_touch(group: Group, work: Callable[[], Result]) -> Result:
     """Result of `work`, done on a thread, once all ranks are done; raises its error, or PeerLost for another rank's."""
-    doing = in_background(partial(_as_here, group.device, torch.is_inference_mode_enabled(), work))
-    while group.agree(_is_underway(doing)):
-        pass
+    inference_mode = torch.is_inference_mode_enabled()
+
+    def as_here() -> Result:
+        if group.device.type == "cuda":
+            torch.cuda.set_device(group.device)
+        with torch.inference_mode(inference_mode):
+            return work()
+
+    doing, underway = in_background(as_here), True
+    while underway:
+        wait([doing], SECONDS_BETWEEN_WORDS)
+        if done := doing.done():
+            doing.result()  # its error, if any, before others are told that this rank is done
+        underway = group.agree(not done)
     return doing.result()
 
 
@@ -36,18 +46,3 @@ def in_background(work: Callable[[], Result]) -> "Future[Result]":
 
     threading.Thread(target=run, daemon=True).start()
     return doing
-
-
-def _as_here(device: torch.device, inference_mode: bool, work: Callable[[], Result]) -> Result:
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    with torch.inference_mode(inference_mode):
-        return work()
-
-
-def _is_underway(doing: Future[Any]) -> bool:
-    wait([doing], SECONDS_BETWEEN_WORDS)
-    if not doing.done():
-        return True
-    doing.result()
-    return False

@@ -2,7 +2,7 @@
 
     StripeJoin.join        all stripes of tokens to all ranks, once a step
     move_rows              rows from the ranks that have them to those that need them next
-    RowHalos.fill          one border row from each neighbour, before a convolution
+    fill_halos             one border row from each neighbour, before a convolution
     collect_stripes        all stripes to rank 0, one at a time
 
 Shapes: B batch, C channels, H rows, R my rows, E = R + 2 with a halo row on each side, W columns.
@@ -18,6 +18,9 @@ from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group, telling_lost_peers
 from clear_dist.comm.messages import post
 from clear_dist.geometry import Rows, plan_moves
+
+Peers = list[tuple[int, Tensor]]
+"""Tensors on the group's device, each with the rank within the group that it goes to or comes from."""
 
 
 class StripeJoin:
@@ -77,51 +80,42 @@ def move_rows(
     found = (tuple(local_BCRW.shape), local_BCRW.dtype)
     assert found == ((batch, channels, len(mine), width), dtype), f"{found} for {len(mine)} rows of {shape}, {dtype}"
     plan = plan_moves(have, want, group.rank)
-    incoming, outgoing = (
-        [(move.peer, group.wire_buffer((batch, channels, len(move.rows), width), dtype)) for move in moves]
-        for moves in (plan.receives, plan.sends)
-    )
-    for (_, message), move in zip(outgoing, plan.sends, strict=True):
-        message.copy_(local_BCRW[:, :, move.rows.relative_to(mine.start)], non_blocking=True)
-        counters.add("other_bytes", message.nbytes)
-    group.settle()
-    with counters.waiting("comm: rows move", group.wire), telling_lost_peers():
-        for work in post(group, incoming, outgoing):
-            work.wait()
     moved_BCRW = torch.empty((batch, channels, len(wanted), width), dtype=dtype, device=group.device)
     moved_BCRW[:, :, plan.kept.relative_to(wanted.start)] = local_BCRW[:, :, plan.kept.relative_to(mine.start)]
-    for (_, message), move in zip(incoming, plan.receives, strict=True):
-        moved_BCRW[:, :, move.rows.relative_to(wanted.start)].copy_(message)
+    sent = [(move.peer, local_BCRW[:, :, move.rows.relative_to(mine.start)]) for move in plan.sends]
+    received = [(move.peer, moved_BCRW[:, :, move.rows.relative_to(wanted.start)]) for move in plan.receives]
+    _exchange(sent, received, group, counters, "comm: rows move", "another rank")
     return moved_BCRW
 
 
-class RowHalos:
-    """Exchange of border rows between stripes that lie on the ranks in ascending order of rows."""
+@torch.no_grad()
+def fill_halos(stripe_BCEW: Tensor, group: Group, counters: Counters) -> None:
+    """Fill first and last row with the neighbours' rows, if any; all ranks call this, in the same order.
 
-    def __init__(self, group: Group, counters: Counters) -> None:
-        self._group = group
-        self._counters = counters
-        # For the neighbour above and the one below: the row that it is sent, and the row that its own goes to.
-        sides = ((group.rank - 1, 1, 0), (group.rank + 1, -2, -1))
-        self._neighbours = [side for side in sides if 0 <= side[0] < group.size]
+    Stripes lie on the ranks in ascending order of rows.
+    """
+    # For the neighbour above and the one below: the row that it is sent, and the row that its own goes to.
+    sides = ((group.rank - 1, 1, 0), (group.rank + 1, -2, -1))
+    neighbours = [side for side in sides if 0 <= side[0] < group.size]
+    sent = [(peer, stripe_BCEW[:, :, mine]) for peer, mine, _ in neighbours]
+    received = [(peer, stripe_BCEW[:, :, place]) for peer, _, place in neighbours]
+    _exchange(sent, received, group, counters, "comm: border rows", "a neighbour")
 
-    @torch.no_grad()
-    def fill(self, stripe_BCEW: Tensor) -> None:
-        """Fill first and last row with the neighbours' rows, if any; all ranks call this, in the same order."""
-        group = self._group
-        shape, dtype = stripe_BCEW[:, :, 0].shape, stripe_BCEW.dtype
-        incoming, outgoing = (
-            [(peer, group.wire_buffer(shape, dtype)) for peer, _, _ in self._neighbours] for _ in range(2)
-        )
-        for (_, message), (_, mine, _) in zip(outgoing, self._neighbours, strict=True):
-            message.copy_(stripe_BCEW[:, :, mine], non_blocking=True)
-            self._counters.add("other_bytes", message.nbytes)
-        group.settle()
-        with self._counters.waiting("comm: border rows", group.wire), telling_lost_peers("a neighbour"):
-            for work in post(group, incoming, outgoing):
-                work.wait()
-        for (_, message), (_, _, place) in zip(incoming, self._neighbours, strict=True):
-            stripe_BCEW[:, :, place].copy_(message)
+
+def _exchange(sent: Peers, received: Peers, group: Group, counters: Counters, label: str, who: str) -> None:
+    """Send tensors to peers, and copy into others what peers send; none need be contiguous."""
+    incoming, outgoing = (
+        [(peer, group.wire_buffer(x.shape, x.dtype)) for peer, x in listed] for listed in (received, sent)
+    )
+    for (_, message), (_, x) in zip(outgoing, sent, strict=True):
+        message.copy_(x, non_blocking=True)
+        counters.add("other_bytes", message.nbytes)
+    group.settle()
+    with counters.waiting(label, group.wire), telling_lost_peers(who):
+        for work in post(group, incoming, outgoing):
+            work.wait()
+    for (_, message), (_, x) in zip(incoming, received, strict=True):
+        x.copy_(message)
 
 
 def collect_stripes(local: Tensor, group: Group, heights: tuple[int, ...]) -> Iterator[Tensor]:
@@ -130,22 +124,16 @@ def collect_stripes(local: Tensor, group: Group, heights: tuple[int, ...]) -> It
     `local` ([rows, ...] on the group's device) may differ among ranks in `rows` only; a height of 0 means no stripe.
     """
     assert len(local) == heights[group.rank], f"{len(local)} rows for {heights[group.rank]}"
-    if group.rank == 0:
-        if len(local):
-            yield local.cpu()
-        yield from _receive(local, group, heights)
+    if len(local) and group.rank == 0:
+        yield local.cpu()
     elif len(local):
         carried = group.wire_buffer(local.shape, local.dtype)
         carried.copy_(local)
         with telling_lost_peers("rank 0"):
             dist.send(carried, group=group.main, group_dst=0)
-
-
-def _receive(local: Tensor, group: Group, heights: tuple[int, ...]) -> Iterator[Tensor]:
     for peer, rows in enumerate(heights):
-        if peer == group.rank or not rows:
-            continue
-        carried = group.wire_buffer((rows, *local.shape[1:]), local.dtype)
-        with telling_lost_peers(f"rank {group.ranks[peer]}"):
-            dist.recv(carried, group=group.main, group_src=peer)
-        yield carried.cpu()
+        if group.rank == 0 and peer != 0 and rows:
+            carried = group.wire_buffer((rows, *local.shape[1:]), local.dtype)
+            with telling_lost_peers(f"rank {group.ranks[peer]}"):
+                dist.recv(carried, group=group.main, group_src=peer)
+            yield carried.cpu()

@@ -5,42 +5,31 @@ before, they act as their parents. Shapes: as in halo_exchange.py and text_reduc
 """
 
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 
 from clear_dist.comm.clock import Clock
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
-from clear_dist.comm.halo_exchange import HaloExchange, PendingHalos, SendBuffers
+from clear_dist.comm.halo_exchange import HaloExchange, PendingHalos
 from clear_dist.comm.text_reduce import Reduction, TextReduce
-from clear_dist.geometry import HaloPlan
 
 
+@dataclass(eq=False, kw_only=True)
 class StaleHaloExchange(HaloExchange):
     """Halos of one layer in one pass; all layers share `sends`."""
 
-    def __init__(
-        self,
-        group: Group,
-        plan: HaloPlan,
-        counters: Counters,
-        *,
-        sends: SendBuffers,
-        clock: Clock,
-        counted_as: Literal["halo", "pooled"] = "halo",
-    ) -> None:
-        super().__init__(group, plan, counters, sends=sends, counted_as=counted_as)
-        self._clock = clock
-        self._step_held: int | None = None
+    clock: Clock
+    _step_held: int | None = None
 
     @property
     def lags(self) -> bool:
-        return self._clock.may_lag(self._step_held)
+        return self.clock.may_lag(self._step_held)
 
     def _begin(self, key_BRWND: torch.Tensor, value_BRWND: torch.Tensor) -> PendingHalos:
         lag = self.lags
-        self._step_held = self._clock.step
+        self._step_held = self.clock.step
         if lag:
             # Mine leave, and theirs arrive, once the old ones were read: so one buffer is enough.
             return PendingHalos(self, lag=True, on_release=lambda: self._post(key_BRWND, value_BRWND))

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clear_dist.comm.counters import Counters, labelled
-from clear_dist.comm.group import Group, reduce_op, telling_lost_peers
+from clear_dist.comm.group import REDUCE_OPS, Group, telling_lost_peers
 from clear_dist.merge import unweigh, weigh
 from clear_dist.options import TextAttention
 
@@ -116,18 +116,25 @@ class TextReduce:
         self._counters = counters
         self._buffers: dict[str, Tensor] = {}
         self._posted: dist.Work | None = None
-        self._pending: PendingText | None = None
+        self._finish: Callable[[], Tensor] | None = None
 
     @torch.no_grad()
-    def start(self, out_BTND: Tensor, lse_BTN: Tensor) -> "PendingText":
+    def start(self, out_BTND: Tensor, lse_BTN: Tensor) -> "TextReduce":
         """Begin to reduce; all ranks call this, in the same order and after the layer's halos were started.
 
         A part is attention to a rank's stripe, and to the text if `counts_text_keys`; its log-sum-exp is float32.
         """
-        assert self._pending is None, "start: the previous reduction was not waited for"
+        assert self._finish is None, "start: the previous reduction was not waited for"
         assert lse_BTN.shape == out_BTND.shape[:-1] and lse_BTN.dtype == torch.float32
-        self._pending = PendingText(self, self._begin(out_BTND, lse_BTN))
-        return self._pending
+        self._finish = self._begin(out_BTND, lse_BTN)
+        return self
+
+    @torch.no_grad()
+    def wait(self) -> Tensor:
+        """Output of the text queries, [B, T, N, D], or [B, S, N, D] of my share; on NCCL only the stream waits."""
+        finish, self._finish = self._finish, None
+        assert finish is not None, "wait: this reduction was waited for already"
+        return finish()
 
     def drain(self) -> None:
         """Wait for what a forward that was broken off has posted."""
@@ -149,7 +156,7 @@ class TextReduce:
         carried = self.hold(op, part)
         self._counters.add("text_bytes_reduced", carried.nbytes)
         with telling_lost_peers():
-            self._posted = dist.all_reduce(carried, reduce_op(op), group=self.group.text, async_op=True)
+            self._posted = dist.all_reduce(carried, REDUCE_OPS[op], group=self.group.text, async_op=True)
         return self._posted
 
     def hold(self, name: str, x: Tensor) -> Tensor:
@@ -161,16 +168,3 @@ class TextReduce:
 
     def held(self, name: str) -> Tensor:
         return self._buffers[name].to(self.group.device, non_blocking=True, copy=True)
-
-
-class PendingText:
-    def __init__(self, reduce: TextReduce, finish: Callable[[], Tensor]) -> None:
-        self._reduce = reduce
-        self._finish = finish
-
-    @torch.no_grad()
-    def wait(self) -> Tensor:
-        """Output of the text queries, [B, T, N, D], or [B, S, N, D] of my share; on NCCL only the stream waits."""
-        assert self._reduce._pending is self, "wait: this reduction was waited for already"
-        self._reduce._pending = None
-        return self._finish()

@@ -3,9 +3,9 @@
     gather.start(query, key, value)          my tokens to all ranks, as soon as they are projected
     ...                                      meanwhile keys, values and queries of the image
     gather.wait()                            everyone's are there: all ranks attend with all text queries
-    pending = scatter.start(out, lse)        each rank's part of their attention to whose tokens they are
+    scatter.start(out, lse)                  each rank's part of their attention to whose tokens they are
     ...                                      meanwhile my rows attend to my keys
-    out = pending.wait()                     all parts of my tokens, merged: by log-sum-exp, or their mean (Eq. 7)
+    out = scatter.wait()                     all parts of my tokens, merged: by log-sum-exp, or their mean (Eq. 7)
 
 Parts are sent in the model's dtype and merged on arrival: a reduce-scatter would need the maximum of the log-sum-exps
 first, and sums in float32. With 512 text tokens of 3072 channels in bfloat16, one of 8 ranks receives 8.3 MB and 2.8 MB
@@ -103,7 +103,9 @@ class TextScatter(TextReduce):
     @labelled("comm: text start")
     def _post_parts(self, part_BTND: torch.Tensor) -> None:
         """Send each rank its part, along the first dimension: only that may differ in length."""
-        sent = self.hold("sent", self._in_order_of_ranks(part_BTND).transpose(0, 1))
+        before, elsewhere = self._plan.before, self._plan.elsewhere
+        in_order_of_ranks = part_BTND[:, :before], part_BTND[:, elsewhere:], part_BTND[:, before:elsewhere]
+        sent = self.hold("sent", torch.cat(in_order_of_ranks, dim=1).transpose(0, 1))
         received = self._buffers["received"] = self.group.wire_buffer(
             (self.group.size * self._own, *sent.shape[1:]), sent.dtype, reuse=self._buffers.get("received")
         )
@@ -117,7 +119,3 @@ class TextScatter(TextReduce):
                 group=self.group.text,
                 async_op=True,
             )
-
-    def _in_order_of_ranks(self, x_BTND: torch.Tensor) -> torch.Tensor:
-        before, elsewhere = self._plan.before, self._plan.elsewhere
-        return torch.cat([x_BTND[:, :before], x_BTND[:, elsewhere:], x_BTND[:, before:elsewhere]], dim=1)

@@ -44,7 +44,7 @@ class ShardedWeights:
             shell.set_custom_all_gather(gather)
             self._blocks.append(block)
             self._shells.append(shell)
-        self._hooks = [hook for index, block in enumerate(self._blocks) for hook in self._hooked(block, index)]
+        self._hook()
 
     def remove(self) -> None:
         """Make all weights whole again on each rank, which must have the memory for it."""
@@ -71,6 +71,9 @@ class ShardedWeights:
                 forget_addresses(self._process_group)
             self._group.barrier()
         dist.destroy_process_group(self._process_group)
+
+    def _hook(self) -> None:
+        self._hooks = [hook for index, block in enumerate(self._blocks) for hook in self._hooked(block, index)]
 
     def _hooked(self, block: nn.Module, index: int) -> tuple[Any, Any]:
         # Also where the forward fails: what is gathered must not stay.

@@ -86,7 +86,8 @@ def _message(error: Exception, arguments: Sequence[str]) -> str | None:
     if words is None:
         return None
     parameter = getattr(error, "param", None)
-    flags = COMMANDS[command].flags() if (command := _command(arguments)) else {}
+    command = next((word for word in arguments if word in COMMANDS), "")
+    flags = COMMANDS[command].flags() if command else {}
     if parameter is not None and parameter.name in flags and flags[parameter.name].bounds is not None:
         return str(no_number(parameter.name, flags[parameter.name], _value_of(parameter.opts, arguments)))
     return " ".join(words().split()).rstrip(".") + f"; see clear-dist {command}{' ' * bool(command)}--help"
@@ -99,7 +100,3 @@ def _value_of(flags: Sequence[str], arguments: Sequence[str]) -> str:
         if name in flags:
             values.append(value if equals else following)
     return values[-1]
-
-
-def _command(arguments: Sequence[str]) -> str:
-    return next((word for word in arguments if word in COMMANDS), "")

@@ -27,10 +27,17 @@ def upscale(flags: UpscaleFlags) -> int:
 def _run(flags: PictureFlags) -> int:
     began, place = time.time(), env.read()
     request, facts, notes = settle(flags, place, CARDS)
-    for line in (*notes, *fit_here.require(request, facts, place)) if place.rank == 0 else ():
+    check = fit_here.begin(request, facts, place)
+    for line in notes if place.rank == 0 else ():
         ends.say(line)
-    work, on_cuda = partial(_render, request, began), request.device == "cuda"
-    return ranks.run(work, nproc=request.world_size, on_cuda=on_cuda, traceback=flags.traceback, preload=PRELOAD)
+    return ranks.run(
+        partial(_render, request, began),
+        nproc=request.world_size,
+        on_cuda=request.device == "cuda",
+        traceback=flags.traceback,
+        preload=PRELOAD,
+        beside=None if check is None else check.require,
+    )
 
 
 def _render(request: Request, began: float) -> None:

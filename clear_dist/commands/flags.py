@@ -25,8 +25,10 @@ class Command:
     def for_typer(self) -> Callable[..., int]:
 
         def call(**given: Any) -> int:
-            read = {name: _read(flag, given[name]) for name, flag in self.flags().items()}
-            return self.run(self.record(**read))
+            for name, flag in self.flags().items():
+                if flag.read is not None and given[name] is not None:
+                    given[name] = flag.read(given[name])
+            return self.run(self.record(**given))
 
         hints = get_type_hints(self.record)
         parameters = [_parameter(each, hints[each.name]) for each in _shown(self.record)]
@@ -51,7 +53,7 @@ def no_number(name: str, flag: Flag, text: str) -> Refusal:
 def _shown(record: type[Flags]) -> list[Field]:
     names = dict.fromkeys(name for kind in record.__mro__ for name in vars(kind).get("__annotations__", ()))
     by_name = {each.name: each for each in fields(record)}
-    shown = [by_name[name] for name in names if record.shows(flag_of(by_name[name]))]
+    shown = [by_name[name] for name in names if flag_of(by_name[name]).planned or not record.only_planned]
     return sorted(shown, key=lambda each: PANELS.index(flag_of(each).panel))
 
 
@@ -64,14 +66,6 @@ def _parameter(each: Field, hint: Any) -> Parameter:
         metavar = flag.metavar or "|".join(flag.choices) or None
         names = flag.names or ((spelled(each.name),) if hint is bool else ())
         shown = typer.Option(*names, help=flag.help, rich_help_panel=flag.panel, metavar=metavar, show_default=False)
-    kind = _as_text(hint) if flag.choices or flag.read else hint
-    return Parameter(each.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, shown])
-
-
-def _as_text(hint: Any) -> Any:
-    """str, or with None: choices are checked by us, not by typer."""
-    return str | None if type(None) in get_args(hint) else str
-
-
-def _read(flag: Flag, value: Any) -> Any:
-    return value if flag.read is None or value is None else flag.read(value)
+    if flag.choices or flag.read:  # checked by us, not by typer
+        hint = str | None if type(None) in get_args(hint) else str
+    return Parameter(each.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, shown])

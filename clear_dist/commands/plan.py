@@ -1,7 +1,11 @@
 """`clear-dist plan`: what a `generate` would take, before anything is loaded and without a GPU."""
 
 import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -9,7 +13,7 @@ from rich.console import Console
 from clear_dist.families.cards import CARDS
 from clear_dist.launch import env
 from clear_dist.options import Refusal, check_choice
-from clear_dist.plan import GPUS, LINKS, Gpu, Plan, Room, fit_here, nearest, planned, record, sizes
+from clear_dist.plan import GPUS, LINKS, Engine, Gpu, Plan, PlanRequest, Room, fit_here, model, nearest, record
 from clear_dist.plan.shown import show_plan, show_sweep
 from clear_dist.request import devices
 from clear_dist.request.flags import PlanFlags
@@ -26,15 +30,14 @@ def plan(flags: PlanFlags) -> int:
     The exit status is 0 if it fits, and 2 if it does not.
     """
     first = planned_for(flags)
-    if not flags.sweep:
-        change = None if first.fits else nearest(first)
-        return _tell(flags, show_plan, record.of_plan, first, change, fits=first.fits)
-    plans = [plan for ranks in SWEPT if (plan := _with_ranks(first, ranks)).request.is_possible]
-    return _tell(flags, show_sweep, record.of_sweep, plans, fits=any(each.fits for each in plans))
+    try:
+        return _swept(flags, first) if flags.sweep else _alone(flags, first)
+    finally:
+        first.engine.stop()
 
 
 def planned_for(flags: PlanFlags) -> Plan:
-    """The plan of one request; raises a Refusal where it is wrong, or the sizes of its model are not known."""
+    """The plan of one request, its engine to be stopped by the caller; raises a Refusal where it is wrong."""
     flags = replace(flags, gpu=flags.gpu.lower(), link=flags.link.lower())
     check_choice("--gpu", flags.gpu, ("auto", "cpu", *GPUS))
     check_choice("--link", flags.link, ("auto", *LINKS))
@@ -43,7 +46,7 @@ def planned_for(flags: PlanFlags) -> Plan:
     device = "cpu" if gpu is None else "cuda"
     place = env.read()
     request, facts, _ = choose(flags, place, CARDS, device=device, gpus=len(found))
-    known = sizes.find(facts)
+    known = model.find(facts)
     if known is None:
         raise Refusal(
             "--model must be in a folder, or one whose configuration is known, "
@@ -52,8 +55,32 @@ def planned_for(flags: PlanFlags) -> Plan:
     word = flags.link
     if word == "auto":
         word = fit_here.ON_CPU if gpu is None else gpu.link
-    whole = planned.of_request(request, known, gpu, LINKS[word], place)
-    return Plan(request=whole, room=_room(gpu, whole.ranks))
+    asked = PlanRequest(request=request, model=known, gpu=gpu, link=LINKS[word], forked=place.launcher is None)
+    return Plan(asked=asked, room=_room(gpu, asked.ranks), engine=Engine())
+
+
+def _alone(flags: PlanFlags, first: Plan) -> int:
+    with _at_work():
+        change = None if first.fits else nearest(first)
+        values = record.of_plan(first, change)
+    return _tell(flags, values, partial(show_plan, plan=first, nearest=change), fits=first.fits)
+
+
+def _swept(flags: PlanFlags, first: Plan) -> int:
+    with _at_work():
+        plans = [plan for ranks in SWEPT if (plan := _with_ranks(first, ranks)).asked.is_possible]
+        values = record.of_sweep(plans)
+    return _tell(flags, values, partial(show_sweep, plans=plans), fits=any(each.fits for each in plans))
+
+
+@contextmanager
+def _at_work() -> Iterator[None]:
+    """Context in which people see that something is done: the engine takes seconds."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    with Console(stderr=True).status("asking the engine what it takes"):
+        yield
 
 
 def _gpu(flags: PlanFlags, found: tuple[devices.FoundGpu, ...]) -> Gpu | None:
@@ -69,12 +96,12 @@ def _room(gpu: Gpu | None, ranks: int) -> Room:
 
 
 def _with_ranks(first: Plan, ranks: int) -> Plan:
-    return Plan(request=replace(first.request, ranks=ranks), room=_room(first.request.gpu, ranks))
+    return replace(first, asked=first.asked.changed(world_size=ranks), room=_room(first.asked.gpu, ranks))
 
 
-def _tell(flags: PlanFlags, shown: Any, recorded: Any, *about: Any, fits: bool) -> int:
+def _tell(flags: PlanFlags, values: dict[str, Any], show: Callable[[Console], None], *, fits: bool) -> int:
     if flags.json:
-        print(json.dumps(recorded(*about), indent=1))
+        print(json.dumps(values, indent=1))
     else:
-        shown(Console(highlight=False), *about)
+        show(Console(highlight=False))
     return 0 if fits else NO_FIT

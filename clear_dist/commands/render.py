@@ -4,7 +4,7 @@ import json
 import shlex
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from clear_dist.commands.prepare import Prepared, encode_prompt, prepare
+from clear_dist.commands.prepare import Prepared, encode
 from clear_dist.commands.saving import Saving
 from clear_dist.drawing.cascade import Cascade, Drawing, nth_stage, work_of
 from clear_dist.drawing.generation import from_image
@@ -22,7 +22,6 @@ from clear_dist.families.transformers import adapter_of
 from clear_dist.launch import env
 from clear_dist.launch.interrupts import unwinding
 from clear_dist.observe import peaks, report
-from clear_dist.observe.profiling import Profile
 from clear_dist.observe.progress import watched
 from clear_dist.pictures import replacing
 from clear_dist.request.pictures import load
@@ -33,11 +32,9 @@ SAVING = 0.5
 """Share of a denoising step on a CPU; for the time left only."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Rendering(Prepared):
-    stages: list[report.StageFigures] = field(default_factory=list)
-
     def run(self) -> None:
+        self.stages: list[report.StageFigures] = []
         request = self.request
         stages = request.stages
         saved = stages if request.save_stages else stages[-1:]
@@ -82,24 +79,24 @@ class Rendering(Prepared):
                     saving.save(drawing, last=number == last)
             if profile is not None and number == last:
                 with self.phases.phase("save", detail=", the profile"):
-                    self._write_profile(profile)
-            self._note(stage, drawing)
+                    profile.write()
+                    self.group.barrier()
+                    if self.group.rank == 0:
+                        first = shlex.quote(str(request.traces[0]))
+                        print(f"profile={first} ranks={self.group.size} steps={profile.steps}", flush=True)
+            token = request.token_size
+            stripes = [(rows.start // token, rows.stop // token) for rows in drawing.rows if len(rows)]
+            grid = stage.height // token, stage.width // token
+            self.stages.append(report.StageFigures(grid=grid, stripes=stripes, times=self.phases.stages[-1]))
         assert drawing is not None, "there is at least one stage"
         return drawing
-
-    def _write_profile(self, profile: Profile) -> None:
-        profile.write()
-        self.group.barrier()
-        if self.group.rank == 0:
-            first = shlex.quote(str(self.request.traces[0]))
-            print(f"profile={first} ranks={self.group.size} steps={profile.steps}", flush=True)
 
     def _encode(self, index: int) -> dict[str, Tensor]:
         encoded: Encoded = []
         if self.encoded is not None:
             encoded = self.encoded[index]
         elif self.group.rank == 0:
-            encoded = encode_prompt(self.pipe, self.request, self.request.prompts[index])
+            (encoded,) = encode(self.pipe, self.request, [self.request.prompts[index]])
         adapter, counters = adapter_of(self.pipe), self.handle.counters
         return share(adapter, self.group, counters, encoded, num_images=self.request.num_images)
 
@@ -111,15 +108,6 @@ class Rendering(Prepared):
             self.profile.after_step()
         if self.previews is not None:
             self.previews.after_step(pipe, stage, done, latents)
-
-    def _note(self, stage: Stage, drawing: Drawing) -> None:
-        token = self.request.token_size
-        figures = report.StageFigures(
-            grid=(stage.height // token, stage.width // token),
-            stripes=[(rows.start // token, rows.stop // token) for rows in drawing.rows if len(rows)],
-            times=self.phases.stages[-1],
-        )
-        self.stages.append(figures)
 
     def _settings(self) -> dict[str, Any]:
         chosen = {"seed": self.seed, "text_attention": self.handle.text_attention, "transport": self.group.transport}
@@ -161,7 +149,7 @@ def saving_work(stage: Stage) -> float:
 def render(request: Request, began: float) -> None:
     """Make a request's pictures; `began` is wall clock. Raises a Refusal for what only the loaded model could tell."""
     with watched(rank=env.read().rank) as phases, torch.inference_mode():
-        rendering = Rendering(**vars(prepare(request, began, phases)))
+        rendering = Rendering(request, began, phases)
         with rendering.compile_time.measuring(), unwinding():  # from here on files are written
             rendering.run()
     rendering.handle.close()

@@ -14,7 +14,6 @@ from clear_dist.drawing.cascade import Drawing
 from clear_dist.drawing.generation import picture_rows
 from clear_dist.pictures import numbered, save_picture, stage_file
 from clear_dist.request.request import Request
-from clear_dist.stages import Size
 
 NOT_TO_BE_SHARED = ("prompts", "negative_prompt", "output", "latents_out", "report", "profile", "picture")
 """Settings of other prompts, and files of this machine."""
@@ -45,21 +44,13 @@ class Saving:
             if self.group.rank == 0:
                 metadata = self._metadata(index) if request.metadata else None
                 written = save_picture(rows, file, height=height, width=width, metadata=metadata)
-                self._tell(written, drawing.size)
+                named = zip(("output", "thumbnail"), (shlex.quote(str(each)) for each in written), strict=False)
+                figures = f"seed={self.seed} size={width}x{height} ranks={self.group.size}"
+                seconds = f"seconds={time.perf_counter() - self.began:.2f}"
+                print(*map("=".join, named), figures, seconds, flush=True)
             else:
                 for _ in rows:  # sends
                     pass
-
-    def _tell(self, written: list[Path], size: Size) -> None:
-        names = ("output", "thumbnail")
-        fields = {name: shlex.quote(str(file)) for name, file in zip(names, written, strict=False)}
-        fields |= {
-            "seed": str(self.seed),
-            "size": f"{size[1]}x{size[0]}",
-            "ranks": str(self.group.size),
-            "seconds": f"{time.perf_counter() - self.began:.2f}",
-        }
-        print(" ".join(f"{name}={value}" for name, value in fields.items()), flush=True)
 
     def _metadata(self, index: int) -> dict[str, str]:
         """Settings that may be shared: no other prompts, no folders of this machine."""

@@ -66,14 +66,21 @@ def require_equal_on_all_ranks(
 
 
 def shadow(x: Tensor) -> list[float]:
-    """Four coordinates of a tensor along fixed directions, in units of its length."""
+    """Four coordinates of a tensor along fixed directions, in units of its length; 0 where it has no values."""
+    if x.is_meta:
+        return [0.0] * 4
     values = x.detach().flatten().double()
     angles = torch.outer(torch.arange(1, 5, device=x.device).double(), torch.arange(len(values), device=x.device))
     return (angles.cos() @ values / values.norm().clamp_min(1e-30)).nan_to_num().tolist()
 
 
 def checksum(x: Tensor) -> tuple[int, int]:
-    """Two integer sums over a tensor's bits, one weighted by position: sums of floats would depend on threads."""
+    """Two integer sums over a tensor's bits, one weighted by position: sums of floats would depend on threads.
+
+    0 where it has no values.
+    """
+    if x.is_meta:
+        return 0, 0
     whole_number = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     bits = x.detach().contiguous().flatten().view(whole_number).long()
     weights = torch.arange(len(bits), device=bits.device) % LARGEST_WEIGHT + 1

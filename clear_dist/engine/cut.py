@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clear_dist import geometry
 from clear_dist.comm.clock import Clock
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
@@ -15,18 +16,7 @@ from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.joint_attention import FullJointAttention, JointAttention, WindowJointAttention
 from clear_dist.engine.room import needed_bytes
 from clear_dist.engine.settings import Settings
-from clear_dist.geometry import (
-    HaloPlan,
-    Rows,
-    TextPlan,
-    covering_radius,
-    cut_in_stripes,
-    plan_halos,
-    plan_pooled,
-    plan_text,
-    require_units,
-    sharing_text_pays,
-)
+from clear_dist.geometry import HaloPlan, Rows, TextPlan
 from clear_dist.options import TextTokens
 
 
@@ -36,8 +26,8 @@ class Cut:
 
     height: int
     width: int
-    text_tokens: int
-    """Text tokens that the attention backend was chosen for."""
+    made_for: tuple[object, ...]
+    """Size, extrapolation, text tokens, whether stale: it serves all images of the group for which these are equal."""
     group: Group
     extrapolation: Extrapolation | None
     stale: bool
@@ -52,25 +42,12 @@ class Cut:
         """This rank's tokens in raster order."""
         return slice(self.plan.own.start * self.width, self.plan.own.stop * self.width)
 
-    def serves(
-        self,
-        size: tuple[int, int],
-        group: Group,
-        extrapolation: Extrapolation | None,
-        *,
-        text_tokens: int,
-        stale: bool,
-    ) -> bool:
-        """Whether this cut can be reused for such an image."""
-        mine = self.height, self.width, self.extrapolation, self.text_tokens, self.stale
-        return self.group is group and (*size, extrapolation, text_tokens, stale) == mine
-
 
 def plan_image(size: tuple[int, int], group: Group, radius: int | None, unit: int) -> tuple[tuple[Rows, ...], HaloPlan]:
     """All stripes of an image of `size` tokens, and this rank's halos; raises as `cut_image`."""
-    stripes = cut_in_stripes(size[0], group.size, unit=unit)
-    require_units("width", size[1], unit)
-    return stripes, plan_halos(stripes, group.rank, radius)
+    stripes = geometry.cut_in_stripes(size[0], group.size, unit=unit)
+    geometry.require_units("width", size[1], unit)
+    return stripes, geometry.plan_halos(stripes, group.rank, radius)
 
 
 def stale_bytes(size: tuple[int, int], group: Group, settings: Settings, *, row_bytes: int, layers: int) -> int:
@@ -78,9 +55,8 @@ def stale_bytes(size: tuple[int, int], group: Group, settings: Settings, *, row_
     stripes, plan = plan_image(size, group, settings.options.radius, settings.unit)
     needed = needed_bytes(plan, row_bytes=row_bytes, layers=layers)
     if settings.pooling is not None:
-        factor = settings.pooling.factor
-        pooled = plan_pooled(stripes, group.rank, factor)
-        needed += needed_bytes(pooled, row_bytes=row_bytes // factor, layers=layers)
+        pooled = geometry.plan_pooled(stripes, group.rank, settings.unit)
+        needed += needed_bytes(pooled, row_bytes=row_bytes // settings.unit, layers=layers)
     return needed
 
 
@@ -108,10 +84,11 @@ def cut_image(
     """
     height, width = size
     # A wider circle than the image holds the same keys.
-    radius = settings.options.radius and min(settings.options.radius, covering_radius(height, width))
+    radius = settings.options.radius and min(settings.options.radius, geometry.covering_radius(height, width))
     stripes, plan = plan_image(size, group, radius, settings.unit)
     shared: dict[str, Any] = {
         "plan": plan,
+        "grid": Rows(0, height),
         "width": width,
         "counts_text_keys": settings.reduction.counts_text_keys(group.rank),
         "extrapolation": extrapolation,
@@ -119,18 +96,18 @@ def cut_image(
     joint_attention: JointAttention = FullJointAttention(**shared)
     if radius is not None:
         backend = settings.choose_backend(**largest_call(size, stripes, radius), text=text_tokens)
-        joint_attention = WindowJointAttention(grid=Rows(0, height), radius=radius, backend=backend, **shared)
+        joint_attention = WindowJointAttention(radius=radius, backend=backend, **shared)
     return Cut(
         height=height,
         width=width,
-        text_tokens=text_tokens,
+        made_for=(size, extrapolation, text_tokens, clock is not None),
         group=group,
         extrapolation=extrapolation,
         stale=clock is not None,
         stripes=stripes,
         plan=plan,
         joint_attention=joint_attention,
-        exchanges=Exchanges(group, stripes, plan, settings, counters, clock=clock),
+        exchanges=Exchanges(group, stripes, plan, settings, counters, clock),
         join=StripeJoin(group, stripes, counters),
     )
 
@@ -146,7 +123,7 @@ def choose_text_plan(asked: TextTokens, text_tokens: int, cut: Cut) -> TextPlan:
     group = cut.group
     # The stale schedule and transport through host memory are for slow links, where work is cheaper than messages.
     fast = group.transport != "host" and not cut.stale
-    pays = fast and sharing_text_pays(text_tokens, cut.height * cut.width, group.size)
+    pays = fast and geometry.sharing_text_pays(text_tokens, cut.height * cut.width, group.size)
     if asked == "sharded" or (asked == "auto" and pays):
-        return plan_text(text_tokens, group.size, group.rank)
-    return plan_text(text_tokens, 1, 0)
+        return geometry.plan_text(text_tokens, group.size, group.rank)
+    return geometry.plan_text(text_tokens, 1, 0)

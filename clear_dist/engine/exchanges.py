@@ -26,29 +26,20 @@ class Exchange:
     pooled: PooledKeys | None = None
 
 
+@dataclass(eq=False)
 class Exchanges:
     """Exchanges of one cut, reused by its generations; stale where there is a clock."""
 
-    def __init__(
-        self,
-        group: Group,
-        stripes: tuple[Rows, ...],
-        plan: HaloPlan,
-        settings: Settings,
-        counters: Counters,
-        *,
-        clock: Clock | None,
-    ) -> None:
-        self._group = group
-        self._plan = plan
-        self._reduction = settings.reduction
-        self._counters = counters
-        self._clock = clock
-        self._pooling = settings.pooling
-        factor = 1 if self._pooling is None else self._pooling.factor
-        self._pooled_plan = plan_pooled(stripes, group.rank, factor)
-        layers = 0 if clock is None else SENDING_LAYERS
-        self._sends, self._pooled_sends = (SendBuffers(group, counters, layers=layers) for _ in range(2))
+    _group: Group
+    _stripes: tuple[Rows, ...]
+    _plan: HaloPlan
+    _settings: Settings
+    _counters: Counters
+    _clock: Clock | None
+
+    def __post_init__(self) -> None:
+        layers = 0 if self._clock is None else SENDING_LAYERS
+        self._sends, self._pooled_sends = (SendBuffers(self._group, self._counters, layers=layers) for _ in range(2))
         self._made: dict[tuple[int, int, TextPlan], Exchange] = {}
 
     def of(self, turn: int, layer: int, text: TextPlan) -> Exchange:
@@ -77,9 +68,10 @@ class Exchanges:
         return pooled + sum(exchange.halos.received_bytes + exchange.text.kept_bytes for exchange in made)
 
     def _make(self, text: TextPlan) -> Exchange:
-        pooled = None
-        if self._pooling is not None:
-            pooled = PooledKeys(self._pooling, self._make_rows(self._pooled_plan, self._pooled_sends, "pooled"))
+        pooled, pooling = None, self._settings.pooling
+        if pooling is not None:
+            plan = plan_pooled(self._stripes, self._group.rank, pooling.factor)
+            pooled = PooledKeys(pooling, self._make_rows(plan, self._pooled_sends, "pooled"))
         gather = TextGather(self._group, text, self._counters)
         return Exchange(self._make_rows(self._plan, self._sends, "halo"), gather, self._make_text(text), pooled)
 
@@ -90,7 +82,7 @@ class Exchanges:
         return StaleHaloExchange(group, plan, counters, sends=sends, clock=self._clock, counted_as=counted_as)
 
     def _make_text(self, text: TextPlan) -> TextReduce:
-        how = self._group, self._reduction, self._counters
+        how = self._group, self._settings.reduction, self._counters
         if self._clock is None:
             return TextScatter(*how, plan=text) if text.is_shared else TextReduce(*how)
         assert not text.is_shared, "nothing of the text is gathered late"

@@ -107,6 +107,9 @@ class Family(Modulated, Protocol):
 
     def named_inputs(self, args: tuple[Any, ...], kwargs: Inputs) -> Inputs: ...
 
+    def empty_inputs(self, size: tuple[int, int], *, images: int, text_tokens: int) -> Inputs:
+        """Inputs without values of a forward for `size` tokens, on the transformer's device: what a plan asks for."""
+
     def generation(self, inputs: Inputs) -> object:
         """An object made once per generation and passed to all its forwards."""
 

@@ -6,6 +6,7 @@ the text, q, k and v have room for all of it, its own last; the output is its ow
 Shapes: B batch, N heads, T text, R my rows, W columns, D head dim, L = T + R x W tokens, P pooled keys, S all keys.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,45 +18,66 @@ from clear_dist.comm.counters import labelled
 from clear_dist.comm.halo_exchange import PendingHalos
 from clear_dist.engine.exchanges import Exchange
 from clear_dist.engine.extrapolation import Extrapolation, attention_scale
-from clear_dist.engine.pooled_keys import PooledKeys
 from clear_dist.geometry import HaloPlan, Rows, reach
 from clear_dist.merge import RowsPart, merge, merge_rows
 
+Projected = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values [B, L, N, D], text tokens first."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class WindowJointAttention:
-    """Image queries see text, circle (Sec. 3.2) and any down-sampled keys, text queries all but the latter (Eq. 7)."""
+class Stripe:
+    """One rank's stripe of an image, and what both kinds of attention on it have in common."""
 
     plan: HaloPlan
     grid: Rows
     width: int
-    radius: int
-    backend: Backend
     counts_text_keys: bool
     """Whether this rank's part of the text queries' attention holds the text keys (`exact`: on one rank only)."""
     extrapolation: Extrapolation | None
 
-    def __call__(
-        self,
-        exchange: Exchange,
-        halos: PendingHalos,
-        query_BLND: Tensor,
-        key_BLND: Tensor,
-        value_BLND: Tensor,
-        text_mask_BT: Tensor | None = None,
-    ) -> Tensor:
+    def _scale(self, query_BLND: Tensor, text_tokens: int, *, pooled: bool = False) -> float | None:
+        return attention_scale(
+            self.extrapolation,
+            head_dim=query_BLND.shape[-1],
+            text_tokens=text_tokens,
+            image_tokens=len(self.grid) * self.width,
+            pooled=pooled,
+        )
+
+    @labelled("compute: text queries")
+    def _text_part(
+        self, qkv: Projected, text_tokens: int, scale: float | None, text_mask_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Text queries' attention (out, lse) to my rows and, if it counts here, to the text."""
+        query_BTND, (key, value) = qkv[0][:, :text_tokens], qkv[1:]
+        seen = text_tokens if self.counts_text_keys else 0
+        if text_mask_BT is None or not seen:
+            return attend(query_BTND, key[:, text_tokens - seen :], value[:, text_tokens - seen :], scale)
+        to_text = attend_masked(query_BTND, key[:, :text_tokens], value[:, :text_tokens], scale, text_mask_BT)
+        return merge([attend(query_BTND, key[:, text_tokens:], value[:, text_tokens:], scale), to_text])
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowJointAttention(Stripe):
+    """Image queries see text, circle (Sec. 3.2) and any down-sampled keys, text queries all but the latter (Eq. 7)."""
+
+    radius: int
+    backend: Backend
+
+    def __call__(self, exchange: Exchange, halos: PendingHalos, qkv: Projected, text_mask_BT: Tensor | None) -> Tensor:
+        query_BLND, *keys_BLND = qkv
         text_tokens = query_BLND.shape[1] - len(self.plan.own) * self.width
-        query_text, query = self._split(query_BLND, text_tokens)
+        query = self._split(query_BLND, text_tokens)[1]
         scale = self._scale(query_BLND, text_tokens, pooled=exchange.pooled is not None)
 
         exchange.gather.wait()  # other ranks' text tokens, where each has a share
-        with labelled("compute: text queries"):
-            seen = text_tokens if self.counts_text_keys else 0
-            part = text_part(query_text, key_BLND, value_BLND, scale, (text_tokens, seen), text_mask_BT)
-        text = exchange.text.start(*part)
-        parts = self._image_parts(halos, query, (key_BLND, value_BLND), text_tokens, scale, text_mask_BT)
+        text = exchange.text.start(*self._text_part(qkv, text_tokens, scale, text_mask_BT))
+        parts = self._image_parts(halos, query, keys_BLND, text_tokens, scale, text_mask_BT)
         if exchange.pooled is not None:
-            parts.append(self._to_pooled_keys(exchange.pooled, query, scale))
+            pooled_BPND = exchange.pooled.wait()
+            with labelled("compute: pooled keys"):
+                parts.append(self._part_of_own(query, attend(query.flatten(1, 2), *pooled_BPND, scale)))
         elsewhere = exchange.gather.plan.elsewhere
         output_BLND = torch.empty_like(query_BLND[:, elsewhere:])
         output_text, output = self._split(output_BLND, text_tokens - elsewhere)
@@ -64,10 +86,11 @@ class WindowJointAttention:
         output_text.copy_(text.wait())
         return output_BLND
 
-    def alone(self, halos: PendingHalos, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor) -> Tensor:
+    def alone(self, halos: PendingHalos, qkv: Projected) -> Tensor:
         """Where a layer sees the image alone: neither text nor down-sampled keys."""
+        query_BLND, *keys_BLND = qkv
         query, scale = self._split(query_BLND, 0)[1], self._scale(query_BLND, 0)
-        parts = self._image_parts(halos, query, (key_BLND, value_BLND), 0, scale, None)
+        parts = self._image_parts(halos, query, keys_BLND, 0, scale, None)
         output_BLND = torch.empty_like(query_BLND)
         with labelled("compute: merge"):
             merge_rows(parts, self._split(output_BLND, 0)[1], self.plan.own.start)
@@ -77,7 +100,7 @@ class WindowJointAttention:
         self,
         halos: PendingHalos,
         query_BRWND: Tensor,
-        keys_BLND: tuple[Tensor, Tensor],
+        keys_BLND: Sequence[Tensor],
         text_tokens: int,
         scale: float | None,
         text_mask_BT: Tensor | None,
@@ -111,107 +134,47 @@ class WindowJointAttention:
         halos.release()
         return parts
 
-    def _to_pooled_keys(self, pooled: PooledKeys, query_BRWND: Tensor, scale: float | None) -> RowsPart:
-        keys_BPND, values_BPND = pooled.wait()
-        with labelled("compute: pooled keys"):
-            return self._part_of_own(query_BRWND, attend(query_BRWND.flatten(1, 2), keys_BPND, values_BPND, scale))
-
     def _part_of_own(self, query_BRWND: Tensor, results: tuple[Tensor, Tensor]) -> RowsPart:
         return RowsPart(self.plan.own, *(result.unflatten(1, query_BRWND.shape[1:3]) for result in results))
-
-    def _scale(self, query_BLND: Tensor, text_tokens: int, *, pooled: bool = False) -> float | None:
-        return attention_scale(
-            self.extrapolation,
-            head_dim=query_BLND.shape[-1],
-            text_tokens=text_tokens,
-            image_tokens=len(self.grid) * self.width,
-            pooled=pooled,
-        )
 
     def _split(self, x_BLND: Tensor, text_tokens: int) -> tuple[Tensor, Tensor]:
         """Views of the text tokens [B, T, N, D] and of the image tokens [B, R, W, N, D]."""
         return x_BLND[:, :text_tokens], x_BLND[:, text_tokens:].unflatten(1, (len(self.plan.own), self.width))
 
 
-@dataclass(frozen=True, kw_only=True)
-class FullJointAttention:
+class FullJointAttention(Stripe):
     """Full attention over stripes: the whole grid is the halo, and every rank computes all text tokens."""
 
-    plan: HaloPlan
-    width: int
-    counts_text_keys: bool
-    """As in `WindowJointAttention`; used only where halos lag."""
-    extrapolation: Extrapolation | None
-
-    def __call__(
-        self,
-        exchange: Exchange,
-        halos: PendingHalos,
-        query_BLND: Tensor,
-        key_BLND: Tensor,
-        value_BLND: Tensor,
-        text_mask_BT: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, exchange: Exchange, halos: PendingHalos, qkv: Projected, text_mask_BT: Tensor | None) -> Tensor:
+        query_BLND, key_BLND, value_BLND = qkv
         text_tokens = query_BLND.shape[1] - len(self.plan.own) * self.width
         exchange.gather.wait()
-        query = query_BLND[:, exchange.gather.plan.elsewhere :]
-        output_BLND, scale = self._to_all(halos, query, (key_BLND, value_BLND), text_tokens, text_mask_BT)
+        own = query_BLND[:, exchange.gather.plan.elsewhere :], key_BLND, value_BLND
+        output_BLND = self._to_all(halos, own, text_tokens, text_mask_BT)
         if halos.lag:  # keys differ from rank to rank, text tokens must not
-            with labelled("compute: text queries"):
-                seen = text_tokens if self.counts_text_keys else 0
-                query_text = query_BLND[:, :text_tokens]
-                mine = text_part(query_text, key_BLND, value_BLND, scale, (text_tokens, seen), text_mask_BT)
-            output_BLND[:, :text_tokens] = exchange.text.start(*mine).wait()
+            part = self._text_part(qkv, text_tokens, self._scale(query_BLND, text_tokens), text_mask_BT)
+            output_BLND[:, :text_tokens] = exchange.text.start(*part).wait()
         return output_BLND
 
-    def alone(self, halos: PendingHalos, query_BLND: Tensor, key_BLND: Tensor, value_BLND: Tensor) -> Tensor:
-        return self._to_all(halos, query_BLND, (key_BLND, value_BLND), 0, None)[0]
+    def alone(self, halos: PendingHalos, qkv: Projected) -> Tensor:
+        return self._to_all(halos, qkv, 0, None)
 
-    def _to_all(
-        self,
-        halos: PendingHalos,
-        query_BLND: Tensor,
-        keys_BLND: tuple[Tensor, Tensor],
-        text_tokens: int,
-        text_mask_BT: Tensor | None,
-    ) -> tuple[Tensor, float | None]:
+    def _to_all(self, halos: PendingHalos, qkv: Projected, text_tokens: int, text_mask_BT: Tensor | None) -> Tensor:
+        query_BLND, *keys_BLND = qkv
         above, below = halos.wait()
         key_BSND, value_BSND = (
             torch.cat([x[:, :text_tokens], above[i].flatten(1, 2), x[:, text_tokens:], below[i].flatten(1, 2)], dim=1)
             for i, x in enumerate(keys_BLND)
         )
         halos.release()
-        image_tokens = key_BSND.shape[1] - text_tokens
-        scale = attention_scale(
-            self.extrapolation, head_dim=query_BLND.shape[-1], text_tokens=text_tokens, image_tokens=image_tokens
-        )
-        mask_B11S = None if text_mask_BT is None else pad(text_mask_BT, (0, image_tokens), value=True)[:, None, None]
+        mask_B11S, image_tokens = None, key_BSND.shape[1] - text_tokens
+        if text_mask_BT is not None:
+            mask_B11S = pad(text_mask_BT, (0, image_tokens), value=True)[:, None, None]
+        query, key, value = (x.transpose(1, 2) for x in (query_BLND, key_BSND, value_BSND))
+        scale = self._scale(query_BLND, text_tokens)
         with labelled("compute: full attention"):
-            output_BNLD = scaled_dot_product_attention(
-                query_BLND.transpose(1, 2),
-                key_BSND.transpose(1, 2),
-                value_BSND.transpose(1, 2),
-                attn_mask=mask_B11S,
-                scale=scale,
-            )
-        return output_BNLD.transpose(1, 2), scale
+            return scaled_dot_product_attention(query, key, value, attn_mask=mask_B11S, scale=scale).transpose(1, 2)
 
 
 JointAttention = WindowJointAttention | FullJointAttention
-"""(exchange, halos, q, k, v, mask of padded text) -> output; tensors are [B, L, N, D], text tokens first."""
-
-
-def text_part(
-    query_BTND: Tensor,
-    key_BLND: Tensor,
-    value_BLND: Tensor,
-    scale: float | None,
-    text_tokens: tuple[int, int],
-    text_mask_BT: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Text queries' attention (out, lse) to my rows and the text; `text_tokens`: all, and those that count here."""
-    count, seen = text_tokens
-    if text_mask_BT is None or not seen:
-        return attend(query_BTND, key_BLND[:, count - seen :], value_BLND[:, count - seen :], scale)
-    to_text = attend_masked(query_BTND, key_BLND[:, :count], value_BLND[:, :count], scale, text_mask_BT)
-    return merge([attend(query_BTND, key_BLND[:, count:], value_BLND[:, count:], scale), to_text])
+"""(exchange, halos, q, k and v, mask of padded text) -> output [B, L, N, D], text tokens first."""

@@ -44,11 +44,7 @@ def add_gated(linear: nn.Module, x_BLC: Tensor, y_BLH: Tensor, gate_BC: Tensor, 
 
 
 def add_attention_and_mlp(
-    layers: Sequence[nn.Module],
-    x_BLC: Tensor,
-    attended_BLC: Tensor,
-    modulation_BC: Sequence[Tensor],
-    out_BLC: Tensor,
+    layers: Sequence[nn.Module], x_BLC: Tensor, attended_BLC: Tensor, modulation_BC: Sequence[Tensor], out_BLC: Tensor
 ) -> None:
     """Gated attention output, then gated MLP; `modulation_BC`: the one's gate, the other's shift, scale and gate."""
     to_out, norm, mlp = layers

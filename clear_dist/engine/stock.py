@@ -18,8 +18,7 @@ def require_stock(*models: Any) -> None:
     for model in models:
         if any(isinstance(layer.processor, StripeProcessor) for layer in attention_layers(model).values()):
             raise ValueError("this pipeline is parallelized already; undo() the former first")
-        require_unfused(model)
-        require_uncompiled(model)
+        require_followed(model)
         for name, module in model.named_modules():
             stock = getattr(module, "_default_processor_cls", None)
             if stock is not None and type(module.processor) is not stock:
@@ -29,15 +28,11 @@ def require_stock(*models: Any) -> None:
                 )
 
 
-def require_unfused(model: Any) -> None:
-    """Raises ValueError where queries, keys and values are projected together."""
+def require_followed(model: Any) -> None:
+    """Raises ValueError where projections are fused, or the model or one of its blocks is compiled in place."""
     if any(getattr(module, "fused_projections", False) for module in model.modules()):
         kind = "controlnet" if "ControlNet" in type(model).__name__ else "transformer"
         raise ValueError(f"fused projections cannot be cut; call pipe.{kind}.unfuse_qkv_projections() first")
-
-
-def require_uncompiled(model: Any) -> None:
-    """Raises ValueError where the model or one of its blocks is compiled in place."""
     if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
         raise ValueError("torch.compile cannot follow messages between ranks; pass parallelize(compile=True) instead")
 
@@ -51,8 +46,7 @@ def require_supported(transformer: Any, striped: object, layers: Collection[str]
                 f"got {type(layer.processor).__name__}; "
                 "IP-Adapters and other processors cannot be combined with parallelize"
             )
-    require_unfused(transformer)
-    require_uncompiled(transformer)
+    require_followed(transformer)
     if getattr(transformer, "is_cache_enabled", False):
         raise ValueError(
             "step caches must be off: each rank would decide from its own stripe whether to skip a step; "

@@ -121,10 +121,10 @@ class StripedModel:
         cut = self.running_cut
         with labelled(f"layer {layer}"):
             self._same_call.require()
+            qkv_BLND = query_BLND, key_BLND, value_BLND
             if alone:
-                return cut.joint_attention.alone(halos, query_BLND, key_BLND, value_BLND)
-            qkv_BLND, mask_BT = (query_BLND, key_BLND, value_BLND), self._text_mask
-            return cut.joint_attention(self._exchange(layer), halos, *qkv_BLND, mask_BT)
+                return cut.joint_attention.alone(halos, qkv_BLND)
+            return cut.joint_attention(self._exchange(layer), halos, qkv_BLND, self._text_mask)
 
     def _exchange(self, layer: int) -> Exchange:
         return self.running_cut.exchanges.of(self._clock.turn, layer, self.text_plan)
@@ -251,17 +251,11 @@ class StripedModel:
         size = self.family.grid_of(inputs)
         if self.cut is not None and self.cut.group is self.group:
             self.drain()
-        stale = self._is_stale(self._steps)
-        text_tokens = self.family.text_tokens(inputs)
-        image = size, self.group, self.extrapolation
-        if self.cut is None or not self.cut.serves(*image, text_tokens=text_tokens, stale=stale):
-            self.cut = cut_image(
-                *image,
-                self.settings,
-                text_tokens=text_tokens,
-                clock=self._clock if stale else None,
-                counters=self.counters,
-            )
+        stale, text_tokens = self._is_stale(self._steps), self.family.text_tokens(inputs)
+        wanted = size, self.extrapolation, text_tokens, stale
+        if self.cut is None or self.cut.group is not self.group or self.cut.made_for != wanted:
+            clock, image = self._clock if stale else None, (size, self.group, self.extrapolation, self.settings)
+            self.cut = cut_image(*image, text_tokens=text_tokens, clock=clock, counters=self.counters)
 
 
 def striped_of(pipe: Any) -> StripedModel | None:

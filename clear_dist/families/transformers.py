@@ -13,7 +13,6 @@ PIPELINES: Mapping[str, Callable[[Any], PipelineAdapter]] = {"FluxPipeline": Flu
 TRANSFORMERS: Mapping[str, Callable[[Any], Family]] = {"FluxTransformer2DModel": Flux}
 CONTROLNETS: Mapping[str, Callable[[Any], Family]] = {"FluxControlNetModel": FluxControlNet}
 SAMPLES: tuple[Sample, ...] = (FluxSample(),)
-SEVERAL_CONTROLNETS = ("FluxMultiControlNetModel",)
 
 
 def family_of(transformer: Any) -> Family:
@@ -39,6 +38,6 @@ def controlnets_of(pipe: Any) -> list[Family]:
     nets = [] if controlnet is None else list(getattr(controlnet, "nets", [controlnet]))
     for net in nets:
         if type(net).__name__ not in CONTROLNETS:
-            known = ", ".join((*CONTROLNETS, *SEVERAL_CONTROLNETS))
+            known = ", ".join((*CONTROLNETS, "FluxMultiControlNetModel"))
             raise ValueError(f"the ControlNet must be one of {known}, got {type(net).__name__}")
     return [CONTROLNETS[type(net).__name__](net) for net in dict.fromkeys(nets)]

@@ -62,7 +62,7 @@ def refuse(message: str) -> int:
     return _tell(place, _cause(place, REFUSED, message, None), traceback=False)
 
 
-def fail(error: Exception, *, traceback: bool) -> int:
+def fail(error: BaseException, *, traceback: bool) -> int:
     place = env.read()
     cause = _cause(place, FAILED, f"failed: {describe(error)} {HOW_TO_SEE_MORE}", error)
     return _tell(place, cause, traceback=traceback)
@@ -89,8 +89,17 @@ def causes(folder: Path) -> list[Cause]:
     return sorted(found, key=lambda cause: cause.seconds)
 
 
-def conclude(statuses: Mapping[int, int | None], folder: Path, *, traceback: bool) -> int:
-    """Tell what the ranks' statuses mean (None: still at work, -n: killed by signal n)."""
+def conclude(
+    statuses: Mapping[int, int | None], folder: Path, *, traceback: bool, beside: BaseException | None = None
+) -> int:
+    """Tell what the ranks' statuses mean (None: still at work, -n: killed by signal n).
+
+    Args:
+        beside: what ended the ranks instead of one of them.
+    """
+    if beside is not None:
+        _restore_terminal()
+        return refuse(str(beside)) if isinstance(beside, Refusal) else fail(beside, traceback=traceback)
     failed = {rank: status for rank, status in statuses.items() if status}
     if not failed:
         return 0

@@ -36,6 +36,16 @@ def unwinding() -> Iterator[None]:
 
 
 @contextmanager
+def undisturbed() -> Iterator[None]:
+    """Hold back signals that end this process, from this thread and from those that it starts meanwhile."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+
+
+@contextmanager
 def heeding_torchrun() -> Iterator[None]:
     """torchrun ends all ranks once it has lost one, perhaps before they notice: one of them tells."""
     arrived, sent = os.pipe()

@@ -12,13 +12,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, cast
 
 from clear_dist.launch import ends, env
-from clear_dist.launch.interrupts import ENDING, at_once, heeding_torchrun, unwinding
+from clear_dist.launch.aside import Call, calling
+from clear_dist.launch.interrupts import ENDING, at_once, heeding_torchrun, undisturbed, unwinding
 
 QUIET = {
     "DIFFUSERS_VERBOSITY": "error",
@@ -37,7 +39,15 @@ _PR_SET_PDEATHSIG = 1
 Work = Callable[[], None]
 
 
-def run(work: Work, *, nproc: int, on_cuda: bool = False, traceback: bool = False, preload: Sequence[str] = ()) -> int:
+def run(
+    work: Work,
+    *,
+    nproc: int,
+    on_cuda: bool = False,
+    traceback: bool = False,
+    preload: Sequence[str] = (),
+    beside: Callable[[], None] | None = None,
+) -> int:
     """Do `work` in this process or, if nobody launched it and nproc > 1, in `nproc` new ones; returns the exit status.
 
     Args:
@@ -45,18 +55,20 @@ def run(work: Work, *, nproc: int, on_cuda: bool = False, traceback: bool = Fals
         on_cuda: ranks will use CUDA, which does not survive a fork after its first use.
         traceback: print also that of the rank that failed first.
         preload: modules imported before the fork: in each of eight ranks they would cost a minute on two cores.
+        beside: waits for a check that has been started already, and raises a Refusal where work may not go on. It is
+            called once in this process: before the work here, else in a thread while the new processes run.
     """
     hush()
     with at_once():
+        here = partial(_work_here, work, preload, beside)
         if env.read().launcher is not None:
             with heeding_torchrun():
-                return _leave(ends.run_rank(work, traceback=traceback))
+                return _leave(ends.run_rank(here, traceback=traceback))
         if nproc == 1:
-            return ends.run_rank(work, traceback=traceback)
+            return ends.run_rank(here, traceback=traceback)
         threads = _share_of_threads(nproc)
         if not on_cuda:
-            for name in preload:
-                import_module(name)  # only imports: a fork is safe as long as no parallel region of OpenMP has run
+            _import(preload)  # only imports: a fork is safe as long as no parallel region of OpenMP has run
         try:
             with unwinding(), _reserved_port() as port, tempfile.TemporaryDirectory(prefix="clear-dist-") as folder:
                 failures = Path(folder)
@@ -64,7 +76,7 @@ def run(work: Work, *, nproc: int, on_cuda: bool = False, traceback: bool = Fals
                     env.variables(rank=rank, size=nproc, port=port, failures=failures, threads=threads)
                     for rank in range(nproc)
                 ]
-                return _run_ranks(work, places, failures, on_cuda=on_cuda, traceback=traceback)
+                return _run_ranks(work, places, failures, beside, on_cuda=on_cuda, traceback=traceback)
         except KeyboardInterrupt:
             return ends.interrupted()
 
@@ -77,21 +89,43 @@ def hush() -> None:
         logging.getLogger(logger).setLevel(logging.ERROR)
 
 
-def _run_ranks(work: Work, places: list[dict[str, str]], folder: Path, *, on_cuda: bool, traceback: bool) -> int:
+def _work_here(work: Work, preload: Sequence[str], beside: Callable[[], None] | None) -> None:
+    _import(preload)  # what the work imports anyway: meanwhile the check goes on
+    if beside is not None:
+        beside()
+    work()
+
+
+def _import(names: Sequence[str]) -> None:
+    for name in names:
+        import_module(name)
+
+
+def _run_ranks(
+    work: Work,
+    places: list[dict[str, str]],
+    folder: Path,
+    beside: Callable[[], None] | None,
+    *,
+    on_cuda: bool,
+    traceback: bool,
+) -> int:
     # mypy knows no common class of contexts that has Process.
     context: Any = multiprocessing.get_context("spawn" if on_cuda else "fork")
     processes = [context.Process(target=_be_rank, args=(work, place, os.getpid())) for place in places]
     try:
-        with _undisturbed():
+        with undisturbed():
             for process in processes:
                 process.start()
-        _wait(processes, folder)
+        # A thread starts after the forks: they would copy the locks that it holds.
+        with calling(beside) as call:
+            raised = _wait(processes, folder, call)
     finally:
-        with _undisturbed():
+        with undisturbed():
             # Before the rest is ended: only those that ended by themselves tell what happened.
             statuses = {rank: process.exitcode for rank, process in enumerate(processes)}
             _end(processes)
-    return ends.conclude(statuses, folder, traceback=traceback)
+    return ends.conclude(statuses, folder, traceback=traceback, beside=raised)
 
 
 def _be_rank(work: Work, variables: dict[str, str], launcher: int) -> None:
@@ -99,7 +133,7 @@ def _be_rank(work: Work, variables: dict[str, str], launcher: int) -> None:
     for number in ENDING[1:]:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
-    _die_with(launcher)
+    die_with(launcher)
     os.environ.update(variables)
     _leave(ends.run_rank(work, traceback=False))
 
@@ -121,20 +155,25 @@ def _share_of_threads(size: int) -> int | None:
     return threads
 
 
-def _wait(processes: list[BaseProcess], folder: Path) -> None:
+def _wait(processes: list[BaseProcess], folder: Path, call: Call) -> BaseException | None:
+    """Until all ranks have ended or one has failed; or until `call` has raised what is returned."""
     running = {process.sentinel: process for process in processes}
     deadline: float | None = None
-    while running:
+    while running and call.raised is None:
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-        for sentinel in multiprocessing.connection.wait(list(running), timeout):
-            process = running.pop(cast(int, sentinel))
+        for ready in multiprocessing.connection.wait([*running, *call.awaited], timeout):
+            if ready in call.awaited:
+                call.awaited.clear()
+                continue
+            process = running.pop(cast(int, ready))
             process.join()
         failed = [process.exitcode for process in processes if process.exitcode]
         if any(code < 0 for code in failed) or ends.causes(folder) or (deadline and time.monotonic() >= deadline):
-            return
+            return None
         if failed and deadline is None:
             # It lost a peer; the peer's end, which is the cause, is about to be seen.
             deadline = time.monotonic() + MEETING_SECONDS
+    return call.raised if running else None
 
 
 def _end(processes: list[BaseProcess]) -> None:
@@ -149,7 +188,7 @@ def _end(processes: list[BaseProcess]) -> None:
         process.join()
 
 
-def _die_with(launcher: int) -> None:
+def die_with(launcher: int) -> None:
     """Have the kernel kill this process when the launcher dies, even by SIGKILL."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -164,13 +203,3 @@ def _reserved_port() -> Iterator[int]:
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         reserved.bind(("127.0.0.1", 0))
         yield reserved.getsockname()[1]
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Hold back signals that end the launcher until it has started, or ended, all of its ranks."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)

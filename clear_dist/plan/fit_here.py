@@ -1,13 +1,15 @@
-"""Whether a request fits in the memory that is free here, before anything is loaded."""
+"""Whether a request fits in the memory that is free here, found out beside the start of its ranks."""
 
-from dataclasses import replace
-from math import ceil
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil, prod
 
 from clear_dist.cards.folder import ModelFacts
+from clear_dist.launch.ends import say
 from clear_dist.launch.env import Place
 from clear_dist.observe.memory import free_bytes
 from clear_dist.options import Refusal
-from clear_dist.plan import LINKS, Gpu, Plan, Room, nearest, planned, sizes
+from clear_dist.plan import LINKS, Engine, Gpu, Plan, PlanRequest, Room, model, nearest
 from clear_dist.request import devices
 from clear_dist.request.hardware import named_like, unknown
 from clear_dist.request.request import Request
@@ -15,32 +17,89 @@ from clear_dist.request.request import Request
 WARNING = "warning: "
 ON_CPU = "memory"
 """The link of ranks that share a host's memory."""
+MOST_PER_PIXEL, MOST_BESIDES = 2**14, 2**31
+"""Bytes, several times what any rank takes for its activations, halos and scores: below these nobody need ask."""
 
 
-def require(request: Request, facts: ModelFacts, place: Place) -> tuple[str, ...]:
-    """A warning where it may not fit; nothing where it does, or where nobody can know by now.
+class Unfit(Refusal):
+    """A request that does not fit; settings that do are looked for when its words are asked for, as that takes long."""
 
-    Raises:
-        Refusal: it does not fit, even if the estimate is too high by as much as it may be.
-    """
-    known = sizes.find(facts)
+    def __init__(self, check: "Check") -> None:
+        super().__init__()
+        self._check = check
+
+    def __str__(self) -> str:
+        return self._words
+
+    @cached_property
+    def _words(self) -> str:
+        plan = self._check.plan
+        change = nearest(plan, most_ranks=self._check.most_ranks)
+        plan.engine.stop()
+        settings = change.flags if change is not None else "a smaller model"
+        return f"{_shown(plan)}; nearest: {settings} (clear-dist plan tells more)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """A plan whose engine is at work."""
+
+    plan: Plan
+    most_ranks: int
+
+    def line(self) -> str | None:
+        """A warning where it may not fit, or nobody knows; waits for the engine.
+
+        Raises:
+            Refusal: it does not fit, even if the estimate is too high by as much as it may be.
+        """
+        plan = self.plan
+        try:
+            is_refused, fits = plan.is_refused, plan.fits
+        except (Refusal, RuntimeError) as error:  # loading tells what is wrong with the model, if anything
+            plan.engine.stop()
+            return f"{WARNING}whether it fits is not known: {error}"
+        if is_refused:
+            raise Unfit(self)
+        plan.engine.stop()
+        return None if fits else f"{WARNING}{_shown(plan)}, by an estimate that may be 10 % too high"
+
+    def require(self) -> None:
+        """Tell people the warning, if any; raises as `line`."""
+        if (line := self.line()) is not None:
+            say(line)
+
+
+def begin(request: Request, facts: ModelFacts, place: Place) -> Check | None:
+    """Begin to find out; None where it fits by far, or where nobody can know by now."""
+    known = model.find(facts)
     # One process of a machine looks, before any of its ranks has loaded something.
     if known is None or request.height is None or place.local_rank:
-        return ()
+        return None
     ranks = place.local_world_size if place.launcher else request.world_size
     gpus = devices.find_gpus() if request.device == "cuda" else ()
     if request.device == "cuda" and not gpus:
-        return ()
+        return None
     gpu, room = kind_of(gpus[0]) if gpus else None, room_of(gpus, ranks)
-    wanted = planned.of_request(request, known, gpu, LINKS[ON_CPU if gpu is None else gpu.link], place)
-    if gpus and room.sharing > 1 and wanted.text_sharding == "auto":  # through host memory text is not shared
-        wanted = replace(wanted, text_sharding="replicated")
-    plan = Plan(request=wanted, room=room)
-    if plan.is_refused:
-        change = nearest(plan, most_ranks=len(gpus) or 1)
-        settings = change.flags if change is not None else "a smaller model"
-        raise Refusal(f"{_shown(plan)}; nearest: {settings} (clear-dist plan tells more)")
-    return () if plan.fits else (f"{WARNING}{_shown(plan)}, by an estimate that may be 10 % too high",)
+    asked = PlanRequest(
+        request=request,
+        model=known,
+        gpu=gpu,
+        link=LINKS[ON_CPU if gpu is None else gpu.link],
+        forked=place.launcher is None,
+        shares_gpus=bool(gpus) and room.sharing > 1,
+    )
+    if facts.shape is not None and fits_by_far(asked, room, sum(map(prod, facts.shape.tensors().values()))):
+        return None
+    return Check(plan=Plan(asked=asked, room=room, engine=Engine()), most_ranks=len(gpus) or 1)
+
+
+def fits_by_far(asked: PlanRequest, room: Room, numbers: int) -> bool:
+    """Whether even a bound that is far too high is below what is free; `numbers`: of the transformer's weights."""
+    (height, width), ranks = asked.request.size, min(room.sharing, asked.ranks)
+    weights = asked.itemsize * (numbers + asked.model.text.numbers) + asked.itemsize * asked.lora_numbers
+    pictures = asked.request.num_images * height * width * MOST_PER_PIXEL
+    return ranks * (weights + MOST_BESIDES) + pictures <= room.bytes
 
 
 def room_of(gpus: tuple[devices.FoundGpu, ...], ranks: int) -> Room:

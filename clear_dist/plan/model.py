@@ -1,119 +1,66 @@
-"""What a plan needs to know of a model: the shapes of its tensors and the layers of its VAE. Numbers only."""
+"""What a plan needs of a model: how its modules are made, and sizes of its text encoders; read without torch."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
+from pathlib import Path
+from typing import Any
 
-Shape = tuple[int, ...]
-Shapes = Mapping[str, Shape]
+from clear_dist.cards.card import Card, TextEncoders
+from clear_dist.cards.folder import ModelFacts
+from clear_dist.cards.headers import read_component, read_json, whole_number
+from clear_dist.plan.questions import Module
 
-BLOCK = re.compile(r"((?:single_)?transformer_blocks\.\d+)\.")
-MODULATION = re.compile(r".*\.norm(1|1_context)?\.linear\.(weight|bias)|norm_out\.linear\.(weight|bias)")
-PRODUCT = re.compile(r"(single_)?transformer_blocks\.\d+\.(attn\.(to|add)_.*|ff.*|proj.*)\.weight")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weight:
-    """A tensor of the transformer."""
-
-    shape: Shape
-    block: str | None
-    """That it is in."""
-    is_modulation: bool
-    """What `--hoist-modulation` keeps in host memory."""
-    is_product: bool
-    """What all tokens are multiplied with, and what is quantised."""
-
-    @property
-    def numbers(self) -> int:
-        return prod(self.shape)
+WIDTHS = {
+    "heads": (("num_heads", 8), ("num_attention_heads", 8)),
+    "channels": (("d_model", 512), ("hidden_size", 512)),
+    "hidden": (("d_ff", 2048), ("intermediate_size", 2048)),
+}
+"""transformers' names of a text encoder's sizes, and T5's defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class VaeSizes:
-    """diffusers' AutoencoderKL; the defaults are FLUX.1's."""
-
-    channels: tuple[int, ...] = (128, 256, 512, 512)
-    """From full size down."""
-    layers_per_block: int = 2
-    latent_channels: int = 16
-    attention: bool = True
-    """In the middle, over all positions."""
-    numbers: int = 83_819_683
-    """Of all weights, in both halves."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextSizes:
-    """CLIP and T5 together; the defaults are FLUX.1's, with T5-XXL."""
-
-    numbers: int = 123_060_480 + 4_762_310_656
-    """Of all weights."""
-    heads: int = 64
-    """T5's, as what follows."""
-    channels: int = 4096
-    hidden: int = 10_240
-    """Of its feed-forward layers."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSizes:
-    """A FLUX pipeline."""
-
+class PlannedModel:
     name: str
-    double_blocks: int
-    single_blocks: int
-    heads: int
-    head_dim: int
-    text_channels: int
-    transformer: Shapes
-    vae: VaeSizes
-    text: TextSizes
-    token: int = 16
+    transformer: Module
+    vae: Module
+    text: TextEncoders
+    token: int
     """Pixels along the side of a token."""
-    latent_channels: int = 64
-    """Of a token."""
+    packing: int
+    """Latents along it."""
 
-    @property
-    def channels(self) -> int:
-        """Of a token inside the transformer."""
-        return self.heads * self.head_dim
 
-    @property
-    def layers(self) -> int:
-        return self.double_blocks + self.single_blocks
+def find(facts: ModelFacts) -> PlannedModel | None:
+    """The model; None: one of the hub whose configuration is not known yet. Raises a Refusal for a damaged file."""
+    card = facts.card
+    if card is None:
+        return None
+    configs: Mapping[str, Mapping[str, Any]]
+    if facts.folder is not None:
+        configs = {part: read_json(facts.folder / part / "config.json") for part in ("transformer", "vae")}
+        text = text_encoders(facts.folder, card)
+    elif facts.on_hub is not None and facts.on_hub.text is not None:
+        configs, text = facts.on_hub.configs, facts.on_hub.text
+    else:
+        return None
+    transformer, vae = (Module(kind=card.parts[part] or "", config=configs[part]) for part in ("transformer", "vae"))
+    return PlannedModel(
+        name=facts.name, transformer=transformer, vae=vae, text=text, token=facts.token_size, packing=card.packing
+    )
 
-    @cached_property
-    def weights(self) -> tuple[Weight, ...]:
-        """Of the transformer, all of them."""
-        return tuple(
-            Weight(
-                shape=shape,
-                block=found[1] if (found := BLOCK.match(name)) else None,
-                is_modulation=bool(MODULATION.fullmatch(name)),
-                is_product=bool(PRODUCT.fullmatch(name)),
-            )
-            for name, shape in self.transformer.items()
-        )
 
-    @cached_property
-    def numbers(self) -> int:
-        """Of all weights of the transformer."""
-        return sum(weight.numbers for weight in self.weights)
-
-    @cached_property
-    def modulation(self) -> int:
-        """Numbers that `--hoist-modulation` keeps in host memory."""
-        return sum(weight.numbers for weight in self.weights if weight.is_modulation)
-
-    @cached_property
-    def products(self) -> int:
-        """Numbers of the weights that all tokens are multiplied with."""
-        return sum(weight.numbers for weight in self.weights if weight.is_product)
-
-    @cached_property
-    def modulation_outputs(self) -> int:
-        """Numbers that AdaLN's layers put out, for a picture in a step."""
-        return sum(weight.numbers for weight in self.weights if weight.is_modulation and len(weight.shape) == 1)
+def text_encoders(folder: Path, card: Card) -> TextEncoders:
+    """Numbers in the weights of all, and widths of the last one, which is the largest."""
+    numbers = sum(
+        prod(shape)
+        for part in card.text_encoders
+        for shape in read_component(folder / part, card.weights[part]).values()
+    )
+    file = folder / card.text_encoders[-1] / "config.json"
+    config = read_json(file)
+    widths = {}
+    for width, names in WIDTHS.items():
+        name, default = next((each for each in names if each[0] in config), names[0])
+        widths[width] = whole_number(config, name, default, file)
+    return TextEncoders(numbers=numbers, **widths)

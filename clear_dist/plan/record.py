@@ -3,27 +3,29 @@
 from dataclasses import asdict
 from typing import Any
 
-from clear_dist.geometry import cut_in_stripes
+from clear_dist.plan.asked import PlanRequest
 from clear_dist.plan.fits import Change, Plan
-from clear_dist.plan.memory import RankMemory, pinned_bytes
-from clear_dist.plan.request import PlanRequest
+from clear_dist.plan.phases import RankMemory
 from clear_dist.plan.timing import assumptions
 
 SCHEMA = 1
-NAMED = ("model", "gpu", "link")
+SAME = (
+    "height", "width", "cascade", "window", "num_images", "dtype", "text_attention", "schedule", "warmup_steps",
+    "down_factor", "hoist_modulation", "compile", "float8", "int8", "shard_weights", "offload", "keep_text_encoder",
+)  # fmt: skip
+"""Names of a request's fields that readers know from the first plans on."""
 
 
 def of_plan(plan: Plan, nearest: Change | None) -> dict[str, Any]:
     """Everything that is known of it; sizes in pixels and tokens, amounts in bytes, times in seconds."""
-    request = plan.request
-    stripes = cut_in_stripes(request.height // request.model.token, request.ranks, unit=request.down_factor)
+    asked = plan.asked
     return {
         "schema": SCHEMA,
-        "request": of_request(request),
-        "stages": [list(stage.size) for stage in request.stages],
-        "stripes": [[rows.start, rows.stop] for rows in stripes],
+        "request": of_request(asked),
+        "stages": [list(stage.size) for stage in asked.stages],
+        "stripes": [[rows.start, rows.stop] for rows in asked.stripes(asked.stages[-1])],
         "memory": [_of_rank(memory) for memory in plan.ranks],
-        "pinned_in_host_memory": pinned_bytes(request),
+        "pinned_in_host_memory": plan.memory.pinned,
         "room": asdict(plan.room),
         "needed": plan.needed,
         "fits": plan.fits,
@@ -32,27 +34,39 @@ def of_plan(plan: Plan, nearest: Change | None) -> dict[str, Any]:
         "seconds": None
         if plan.seconds is None
         else {"stages": [asdict(time) for time in plan.times], "all": plan.seconds},
-        "assumptions": list(assumptions(request)),
+        "assumptions": list(assumptions(asked)),
     }
 
 
-def of_request(request: PlanRequest) -> dict[str, Any]:
+def of_request(asked: PlanRequest) -> dict[str, Any]:
     """Its settings, models and hardware by name."""
-    values = {name: value for name, value in vars(request).items() if name in request.__dataclass_fields__}
-    names = {name: None if values[name] is None else values[name].name for name in NAMED}
-    own = {name: asdict(values[name]) for name in ("sampling", "upscaling")}
-    return values | names | own
+    request = asked.request
+    return {name: getattr(request, name) for name in SAME} | {
+        "model": asked.model.name,
+        "native": request.base_res or request.native_size,
+        "sampling": asdict(request.sampling),
+        "upscaling": asdict(request.upscaling),
+        "picture": None if request.picture is None else list(request.picture.size),
+        "ranks": asked.ranks,
+        "gpu": None if asked.gpu is None else asked.gpu.name,
+        "link": asked.link.name,
+        "text_tokens": request.max_sequence_length,
+        "text_sharding": request.text_tokens,
+        "backend": request.attention_backend,
+        "lora_numbers": asked.lora_numbers,
+        "forked": asked.forked,
+    }
 
 
 def of_sweep(plans: list[Plan]) -> dict[str, Any]:
     """What changes with the number of ranks."""
     return {
         "schema": SCHEMA,
-        "request": of_request(plans[0].request),
-        "assumptions": list(assumptions(plans[0].request)),
+        "request": of_request(plans[0].asked),
+        "assumptions": list(assumptions(plans[0].asked)),
         "sweep": [
             {
-                "ranks": plan.request.ranks,
+                "ranks": plan.asked.ranks,
                 "needed": plan.needed,
                 "room": plan.room.bytes,
                 "fits": plan.fits,

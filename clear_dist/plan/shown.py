@@ -7,10 +7,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clear_dist.geometry import cut_in_stripes
+from clear_dist.plan.asked import PlanRequest
 from clear_dist.plan.fits import ERROR, Change, Plan
-from clear_dist.plan.memory import Phase, RankMemory, pinned_bytes
-from clear_dist.plan.request import PlanRequest
+from clear_dist.plan.phases import Phase, RankMemory
 from clear_dist.plan.timing import assumptions
 
 GB = 1e9
@@ -20,10 +19,10 @@ LEAST_SHOWN = 5e6
 
 def show_plan(console: Console, plan: Plan, nearest: Change | None) -> None:
     """One plan."""
-    for line in _request(plan.request):
+    for line in _request(plan.asked):
         _say(console, line)
     console.print(_memory(plan), *_times(plan))
-    for line in (*_bytes(plan), *_pinned(plan.request), *_assumptions(plan.request)):
+    for line in (*_bytes(plan), *_pinned(plan), *_assumptions(plan.asked)):
         _say(console, line)
     words, style = _verdict(plan, nearest)
     _say(console, words, style=style)
@@ -35,22 +34,20 @@ def show_sweep(console: Console, plans: list[Plan]) -> None:
     table = Table(*columns, box=SIMPLE)
     first = plans[0].seconds
     for plan in plans:
-        request = plan.request
-        stripes = set(_heights(request))
         seconds = plan.seconds
         table.add_row(
-            str(request.ranks),
-            "-".join(map(str, sorted(stripes))),
-            f"{plan.largest.peak / GB:.1f}",
+            str(plan.asked.ranks),
+            "-".join(map(str, sorted(set(_heights(plan.asked))))),
+            f"{plan.highest / GB:.1f}",
             Text("yes", style="green") if plan.fits else Text("no", style="red"),
             f"{plan.traffic.sent / GB:.2f}",
             _seconds(plan.times[-1].step if plan.times else None),
             _seconds(seconds),
             f"{first / seconds:.1f}" if first and seconds else "-",
         )
-    _say(console, next(_title(plans[0].request)))
+    _say(console, next(_title(plans[0].asked)))
     console.print(table)
-    for line in _assumptions(plans[0].request):
+    for line in _assumptions(plans[0].asked):
         _say(console, line)
 
 
@@ -59,30 +56,29 @@ def _say(console: Console, words: str, style: str = "") -> None:
     console.print(Text(words, style=style), soft_wrap=True)
 
 
-def _title(request: PlanRequest) -> Iterator[str]:
-    where = "CPU" if request.gpu is None else f"{request.gpu.name}, {request.link.name}"
+def _title(asked: PlanRequest) -> Iterator[str]:
+    request = asked.request
+    where = "CPU" if asked.gpu is None else f"{asked.gpu.name}, {asked.link.name}"
     window = "full attention" if request.window == "full" else f"radius {request.window}"
     images = f", {request.num_images} pictures at once" if request.num_images > 1 else ""
     if request.down_factor > 1 and request.window != "full":
         window += f" and keys of {request.down_factor}x{request.down_factor} tokens"
-    yield f"{request.model.name}, {request.width}x{request.height} px, {window}, {request.dtype}{images} on {where}"
+    yield f"{asked.model.name}, {request.width}x{request.height} px, {window}, {request.dtype}{images} on {where}"
 
 
-def _heights(request: PlanRequest) -> list[int]:
+def _heights(asked: PlanRequest) -> list[int]:
     """Of the stripes of the last stage, in rows of tokens."""
-    rows = request.height // request.model.token
-    return [len(stripe) for stripe in cut_in_stripes(rows, request.ranks, unit=request.down_factor)]
+    return [len(stripe) for stripe in asked.stripes(asked.stages[-1])]
 
 
-def _request(request: PlanRequest) -> Iterator[str]:
-    yield from _title(request)
-    if len(request.stages) > 1:
-        yield f"cascade: {' -> '.join(f'{stage.width}x{stage.height}' for stage in request.stages)}"
-    rows, part = request.height // request.model.token, max(request.parts[-1], key=lambda part: part.received)
-    heights = _heights(request)
+def _request(asked: PlanRequest) -> Iterator[str]:
+    yield from _title(asked)
+    if len(asked.stages) > 1:
+        yield f"cascade: {' -> '.join(f'{stage.width}x{stage.height}' for stage in asked.stages)}"
+    heights, part = _heights(asked), max(asked.parts[-1], key=lambda part: part.received)
     tall = f"{min(heights)} to {max(heights)}" if min(heights) < max(heights) else str(heights[0])
     halos = f"; at most {part.received} rows of halo for {part.rows} of one's own" if part.received else ""
-    yield f"stripes: {request.ranks} of {tall} of the {rows} rows of tokens, {part.columns} wide{halos}"
+    yield f"stripes: {asked.ranks} of {tall} of the {sum(heights)} rows of tokens, {part.columns} wide{halos}"
 
 
 def _memory(plan: Plan) -> Table:
@@ -105,7 +101,7 @@ def _memory(plan: Plan) -> Table:
 
 
 def _of_stage(plan: Plan, memory: RankMemory) -> str:
-    stages, number = plan.request.stages, memory.drawing.stage
+    stages, number = plan.asked.stages, memory.drawing.stage
     return f", at {stages[number].width}x{stages[number].height}" if len(stages) > 1 else ""
 
 
@@ -117,7 +113,7 @@ def _times(plan: Plan) -> Iterator[Table]:
     if not plan.times:
         return
     table = Table("stage", "steps", "s a step", "of it waiting", "encode", "decode", "s in all", box=SIMPLE)
-    for stage, time in zip(plan.request.stages, plan.times, strict=True):
+    for stage, time in zip(plan.asked.stages, plan.times, strict=True):
         waiting = f"{time.exposed / time.step:.0%}"
         seconds = map(_seconds, (time.encode, time.decode, time.total))
         table.add_row(f"{stage.width}x{stage.height}", str(time.steps), _seconds(time.step), waiting, *seconds)
@@ -139,14 +135,14 @@ def _bytes(plan: Plan) -> Iterator[str]:
         yield f"sent per step and rank, in the last stage: {listed}"
 
 
-def _pinned(request: PlanRequest) -> Iterator[str]:
-    pinned = pinned_bytes(request)
+def _pinned(plan: Plan) -> Iterator[str]:
+    pinned = plan.memory.pinned
     if pinned:
         yield f"in pinned host memory: {pinned / GB:.1f} GB of modulation, for all ranks together"
 
 
-def _assumptions(request: PlanRequest) -> Iterator[str]:
-    return (f"assumed: {line}" for line in assumptions(request))
+def _assumptions(asked: PlanRequest) -> Iterator[str]:
+    return (f"assumed: {line}" for line in assumptions(asked))
 
 
 def _verdict(plan: Plan, nearest: Change | None) -> tuple[str, str]:

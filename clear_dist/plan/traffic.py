@@ -1,97 +1,66 @@
-"""Bytes that a rank hands over: in a step, and while the VAE works on its stripe."""
+"""Bytes that a rank hands over in a step, by the engine's counters, and what they are on the wire."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from clear_dist.options import Schedule
-from clear_dist.plan.counts import Model, Traffic, traffic
-from clear_dist.plan.counts import Part as Share
-from clear_dist.plan.request import Part, PlanRequest, lags
-from clear_dist.plan.vae import Layer, decoder, encoder
+from clear_dist.plan.asked import Part, PlanRequest
+from clear_dist.plan.engine import Engine
 from clear_dist.stages import Stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class VaeTraffic:
-    """Bytes of one encode or decode on one rank."""
+class Traffic:
+    """Of all passes and pictures of a step, each kind as the report of a run counts it."""
 
-    rows_sent: int
-    """Border rows, to both neighbours."""
-    gathered: int
-    """Keys and values of the middle block, that all get."""
+    ranks: int
+    halos_sent: int
+    halos_received: int
+    text_gathered: int
+    text_reduced: int
+    join: int
+    pooled_sent: int = 0
+    """Down-sampled keys and values."""
+    pooled_received: int = 0
+    weights_sent: int = 0
+    """A rank's share of blocks that are in shards."""
+
+    @property
+    def in_layers(self) -> float:
+        """Each way through a rank's link while layers run; an all-reduce goes round in a ring, an all-to-all once."""
+        others = self.ranks - 1
+        reduced = others / self.ranks * self.text_reduced * (1 if self.text_gathered else 2)
+        rows = max(self.halos_sent, self.halos_received) + max(self.pooled_sent, self.pooled_received)
+        return rows + others * self.text_gathered + reduced
+
+    @property
+    def weights(self) -> int:
+        """Each way through a rank's link for weights: everyone's share to everyone."""
+        return (self.ranks - 1) * self.weights_sent
+
+    @property
+    def sent(self) -> int:
+        """All that a rank hands over."""
+        in_layers = self.halos_sent + self.pooled_sent + self.text_gathered + self.text_reduced
+        return in_layers + self.weights_sent + self.join
+
+    @property
+    def at_the_end(self) -> int:
+        """Each way through a rank's link for the join: everyone's stripe to everyone."""
+        return (self.ranks - 1) * self.join
 
 
-def step_traffic(request: PlanRequest, stage: Stage, rank: int, part: Part) -> Traffic:
-    """Of all passes of a step."""
-    once = traffic(
-        counted(request),
-        share_of(request, stage, rank, part),
-        schedule_of(request, stage, part),
-        request.text_attention,
-        request.text_sharding,
-    )
-    passes = stage.sampling.passes
-    times = passes * request.num_images
+def step_traffic(engine: Engine, asked: PlanRequest, stage: Stage, part: Part) -> Traffic:
+    """Of one rank; what it receives follows from the rows that it sends, which are as long."""
+    sent = engine.step(asked, stage, part).bytes
+    rows = sum(len(stripe) for stripe in asked.stripes(stage))
+    halos, pooled = sent.get("halo_bytes_sent", 0), sent.get("pooled_bytes_sent", 0)
     return Traffic(
-        ranks=once.ranks,
-        halos_sent=times * once.halos_sent,
-        halos_received=times * once.halos_received,
-        pooled_sent=times * once.pooled_sent,
-        pooled_received=times * once.pooled_received,
-        text_gathered=times * once.text_gathered,
-        text_reduced=times * once.text_reduced,
-        weights_sent=passes * request.weights.sent,  # all pictures of a pass together
-        join=times * once.join,
-    )
-
-
-def counted(request: PlanRequest) -> Model:
-    """The model as counts need it."""
-    model = request.model
-    return Model(
-        double_blocks=model.double_blocks,
-        single_blocks=model.single_blocks,
-        heads=model.heads,
-        head_dim=model.head_dim,
-        text_tokens=request.text_tokens,
-        itemsize=request.itemsize,
-        output_channels=model.latent_channels,
-    )
-
-
-def share_of(request: PlanRequest, stage: Stage, rank: int, part: Part) -> Share:
-    """A rank's part as counts need it."""
-    return Share(
-        grid=(part.height, part.columns),
         ranks=part.ranks,
-        rank=rank,
-        window=request.window,
-        factor=request.down_factor,
+        halos_sent=halos,
+        halos_received=halos * part.received // max(1, part.sent),
+        text_gathered=sent.get("text_bytes_gathered", 0),
+        text_reduced=sent.get("text_bytes_reduced", 0) * (part.ranks > 1),
+        join=sent.get("join_bytes", 0),
+        pooled_sent=pooled,
+        pooled_received=pooled * (rows - part.rows) // max(1, (part.ranks - 1) * part.rows),
+        weights_sent=stage.sampling.passes * engine.weights(asked).sent,
     )
-
-
-def schedule_of(request: PlanRequest, stage: Stage, part: Part) -> Schedule:
-    """Of a stage: one that is all warm-up is in sync."""
-    return "stale" if lags(request, stage, part.ranks) else "sync"
-
-
-def decode_traffic(request: PlanRequest, part: Part) -> VaeTraffic:
-    """Of a decode."""
-    return _vae_traffic(request, part, decoder(request, part))
-
-
-def encode_traffic(request: PlanRequest, part: Part) -> VaeTraffic:
-    """Of an encode."""
-    return _vae_traffic(request, part, encoder(request, part))
-
-
-def _vae_traffic(request: PlanRequest, part: Part, layers: Iterable[Layer]) -> VaeTraffic:
-    number = request.num_images * request.itemsize
-    rows = gathered = 0
-    for layer in layers:
-        if layer.kind == "attention":
-            gathered += 2 * layer.inputs * part.tallest * (layer.columns // part.columns) * layer.columns * number
-        else:
-            channels = layer.inputs + (layer.outputs if layer.kind == "resnet" else 0)
-            rows += part.neighbours * channels * layer.columns * number
-    return VaeTraffic(rows_sent=rows, gathered=gathered * (part.ranks > 1))

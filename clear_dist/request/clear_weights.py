@@ -4,16 +4,8 @@ import os
 from pathlib import Path
 
 from clear_dist import demo
+from clear_dist.cards import clear
 from clear_dist.cards.card import Cards, Published
-from clear_dist.cards.clear import (
-    PICKLED,
-    down_factor_of,
-    named_down_factor,
-    radius_of,
-    refuse_other_radius,
-    refuse_pickled,
-    require_same_tensors,
-)
 from clear_dist.cards.folder import ModelFacts
 from clear_dist.cards.headers import read_shapes
 from clear_dist.cards.hub_name import HubFile
@@ -33,19 +25,22 @@ def find_checkpoint(word: str, window: Window | None, model: ModelFacts, cards: 
     if found is None:
         return None
     if word != "auto":  # for a choice of ours the user gets a note instead
-        refuse_other_radius(found, window)
+        clear.refuse_other_radius(found, window)
     if os.path.exists(found):
-        _compare(Path(found), model)
+        shapes = read_shapes(Path(found))
+        factor = clear.down_factor_of(shapes, found)
+        if model.shape is not None:
+            clear.require_same_tensors(model.shape.clear_tensors(factor), shapes, found)
     return found
 
 
-def down_factor(checkpoint: str | None) -> int:
-    """Factor of a checkpoint's down-sampled keys, 1 without; on the hub by name only."""
-    if checkpoint is None:
+def down_factor(window: Window | None, checkpoint: str | None) -> int:
+    """Factor of a checkpoint's down-sampled keys, 1 without or with a full window; on the hub by name only."""
+    if window == "full" or checkpoint is None:
         return 1
     if os.path.exists(checkpoint):
-        return down_factor_of(read_shapes(Path(checkpoint)), checkpoint)
-    return named_down_factor(checkpoint) or 1
+        return clear.down_factor_of(read_shapes(Path(checkpoint)), checkpoint)
+    return clear.named_down_factor(checkpoint) or 1
 
 
 def _automatic(window: Window | None, model: ModelFacts) -> str | None:
@@ -56,14 +51,13 @@ def _automatic(window: Window | None, model: ModelFacts) -> str | None:
     if model.folder is None:
         published = None if model.card is None else model.card.clear
         return None if published is None else _published(published, window)
-    own = _checkpoints(model.folder)
-    return str(_choose(own, window)) if own else None
+    return _checkpoint_in(model.folder, window)
 
 
 def _published(published: Published, window: Window | None) -> str:
     file = _plain(window or published.radius)
     if file not in published.files:
-        radii = sorted({radius_of(name) or 0 for name in published.files})
+        radii = sorted({clear.radius_of(name) or 0 for name in published.files})
         nearest = min(radii, key=lambda radius: abs(radius - int(window or radius)))
         raise Refusal(
             f"--window must be one of {', '.join(map(str, radii))}, which {published.repository} has weights for, "
@@ -76,7 +70,7 @@ def _given(word: str, window: Window | None, model: ModelFacts, cards: Cards) ->
     path = Path(word).expanduser()
     if os.path.exists(path):  # a Path raises for a name that is too long
         return _local(path, window)
-    if ":" not in word and path.suffix in (".safetensors", *PICKLED):
+    if ":" not in word and path.suffix in (".safetensors", *clear.PICKLED):
         named = (HubFile(each.repository, None, path.name) for each in cards.published if path.name in each.files)
         raise Refusal(f"--clear-weights: there is no {shortened(str(path))}; nearest: {next(named, 'auto')}")
     likely = next(iter(cards.published), None) if model.card is None else model.card.clear
@@ -95,16 +89,15 @@ def _given(word: str, window: Window | None, model: ModelFacts, cards: Cards) ->
 def _local(path: Path, window: Window | None) -> str:
     if os.path.isfile(path):
         return str(path)
-    own = _checkpoints(path)
-    if not own:
-        for file in sorted(path.glob("clear_local_*")):
-            refuse_pickled(file)
-        raise Refusal(f"--clear-weights: {path} holds no clear_local_<radius>.safetensors; nearest: none")
-    return str(_choose(own, window))
+    if found := _checkpoint_in(path, window):
+        return found
+    for file in sorted(path.glob("clear_local_*")):
+        clear.refuse_pickled(file)
+    raise Refusal(f"--clear-weights: {path} holds no clear_local_<radius>.safetensors; nearest: none")
 
 
 def _on_the_hub(found: HubFile, cards: Cards) -> str:
-    refuse_pickled(found.file)
+    clear.refuse_pickled(found.file)
     if not found.file.endswith(".safetensors"):
         raise Refusal(f"--clear-weights on the hub must be {HUB_FORM}, got {shortened(str(found))!r}; nearest: auto")
     for each in cards.published:
@@ -120,19 +113,9 @@ def _plain(radius: Window) -> str:
     return f"clear_local_{radius}.safetensors"
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    files = [file for file in folder.iterdir() if radius_of(file.name) and file.is_file()]
-    return sorted(files, key=lambda file: (named_down_factor(file.name), radius_of(file.name)))
-
-
-def _choose(checkpoints: list[Path], window: Window | None) -> Path:
-    """The one for the window; without a window the narrowest, which is the fastest."""
-    fitting = [file for file in checkpoints if radius_of(file.name) == window]
-    return (fitting or checkpoints)[0]
-
-
-def _compare(file: Path, model: ModelFacts) -> None:
-    shapes = read_shapes(file)
-    factor = down_factor_of(shapes, file)
-    if model.shape is not None:
-        require_same_tensors(model.shape.clear_tensors(factor), shapes, file)
+def _checkpoint_in(folder: Path, window: Window | None) -> str | None:
+    """The folder's checkpoint for the window; without one the narrowest, which is the fastest."""
+    files = [file for file in folder.iterdir() if clear.radius_of(file.name) and file.is_file()]
+    fitting = [file for file in files if clear.radius_of(file.name) == window] or files
+    fitting.sort(key=lambda file: (clear.named_down_factor(file.name), clear.radius_of(file.name)))
+    return str(fitting[0]) if fitting else None

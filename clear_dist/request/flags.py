@@ -6,7 +6,7 @@ Mistakes in the flags alone are refused here. None: not given; a value that fits
 from dataclasses import dataclass
 from pathlib import Path
 
-from clear_dist.options import CUT, MODEL, Flag, Flags, Options, Refusal, flag
+from clear_dist.options import CUT, MODEL, Flags, Options, Refusal, flag
 from clear_dist.request.hardware import GPUS, LINKS
 
 DRAWN, LARGE, WRITTEN = "What to draw", "Above the native size", "What is written"
@@ -134,6 +134,7 @@ class UpscaleFlags(PictureFlags):
 class PlanFlags(GenerateFlags):
     """A `generate` on GPUs that need not be here."""
 
+    only_planned = True
     gpu: str = flag(
         "auto", "kind (those of this machine; else H100, for the demo the CPU)", CUT,
         metavar="|".join(("auto", "cpu", *GPUS)),
@@ -142,10 +143,6 @@ class PlanFlags(GenerateFlags):
     nproc: int | None = flag(None, "ranks (the GPUs of this machine, or 1)", CUT, bounds=(1, 1_024))
     sweep: bool = flag(False, "a table over 1 to 64 ranks", WRITTEN)
     json: bool = flag(False, "for programs", WRITTEN)
-
-    @classmethod
-    def shows(cls, flag: Flag) -> bool:
-        return flag.planned
 
 
 @dataclass(frozen=True, kw_only=True)

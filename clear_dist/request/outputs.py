@@ -60,8 +60,6 @@ def check_outputs(request: Request) -> None:
 
 
 def _by_products(request: Request, pictures: int) -> list[Path]:
-    if not (request.base_res or request.native_size):  # a hub model's stages are known once it is located
-        return []
     stages = request.stages if request.save_stages else request.stages[-1:]
     files: dict[Path, None] = {}
     for index in range(pictures):

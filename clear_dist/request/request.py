@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from clear_dist.request.flags import Kept
 from clear_dist.stages import Sampling, Size, Stage, Upscaling, plan_cascade, plan_upscaling
@@ -91,17 +92,11 @@ class Request(Kept):
 
     @property
     def stages(self) -> tuple[Stage, ...]:
+        """None for a hub model of unknown size, until it is located."""
         native = self.base_res or self.native_size
-        assert native is not None, "known once the model is located"
+        if native is None or self.height is None:
+            return ()
+        given: dict[str, Any] = {"native": native, "token": self.unit, "upscaling": self.upscaling}
         if self.picture is not None:
-            return plan_upscaling(
-                self.picture.size, self.size, native=native, token=self.unit, upscaling=self.upscaling
-            )
-        return plan_cascade(
-            self.size,
-            native=native,
-            token=self.unit,
-            sampling=self.sampling,
-            upscaling=self.upscaling,
-            cascade=self.cascade,
-        )
+            return plan_upscaling(self.picture.size, self.size, **given)
+        return plan_cascade(self.size, sampling=self.sampling, cascade=self.cascade, **given)

@@ -41,7 +41,7 @@ def settle(flags: PictureFlags, place: Place, cards: Cards) -> tuple[Request, Mo
     if request.height is not None:
         check_outputs(request)
     ranks = place.local_world_size if place.launcher else request.world_size
-    return request, facts, notes_of(flags, request, facts, cards, prompts=begin.prompts_given, gpus=gpus, ranks=ranks)
+    return request, facts, notes_of(flags, request, facts, cards, prompts=begin.prompts, gpus=gpus, ranks=ranks)
 
 
 def choose(
@@ -51,31 +51,26 @@ def choose(
     facts = find_model(flags.model, cards, has_cuda=device == "cuda")
     checkpoint = find_checkpoint(flags.clear_weights, flags.window, facts, cards)
     window = _window(flags, checkpoint)
-    factor = _down_factor(window, checkpoint)
+    factor = down_factor(window, checkpoint)
     begin = find_start(flags, facts, place, unit=facts.token_size * factor)
+    settled = flags.settled(window)
+    kept: dict[str, Any] = {each.name: getattr(settled, each.name) for each in fields(Kept)}
     negative_prompt = facts.negative_prompt if flags.negative_prompt is None else flags.negative_prompt
     request = Request(
-        prompts=tuple(_understood(prompt, facts) or "" for prompt in begin.prompts_given),
         negative_prompt=_understood(negative_prompt, facts),
-        num_images=begin.num_images,
-        picture=begin.picture,
         model=facts.location,
         model_name=facts.name,
         clear_weights=checkpoint,
         loras=find_loras(flags.lora, facts, cards),
-        height=begin.height,
-        width=begin.width,
         native_size=facts.native_size,
         token_size=facts.token_size,
         down_factor=factor,
-        cascade=begin.cascade,
-        sampling=begin.sampling,
         upscaling=upscaling(flags, begin.sampling, facts),
         max_sequence_length=flags.max_sequence_length or facts.max_sequence_length,
         dtype=("bfloat16" if device == "cuda" else "float32") if flags.dtype == "auto" else flags.dtype,
         device=device,
         world_size=devices.world_size(flags.nproc, place, otherwise=gpus or 1),
-        **_kept(flags.settled(window)) | {"output": begin.output},
+        **kept | vars(begin) | {"prompts": tuple(_understood(prompt, facts) or "" for prompt in begin.prompts)},
     )
     _check_size(request)
     return request, facts, begin
@@ -90,7 +85,7 @@ def located(request: Request, folder: Path, checkpoint: str | None, loras: Itera
         request,
         model=str(folder),
         clear_weights=found,
-        down_factor=_down_factor(request.window, found),
+        down_factor=down_factor(request.window, found),
         height=request.height or native,
         width=request.width or native,
         native_size=native,
@@ -100,10 +95,6 @@ def located(request: Request, folder: Path, checkpoint: str | None, loras: Itera
     _check_size(settled)
     check_outputs(settled)
     return settled
-
-
-def _kept(flags: Kept) -> dict[str, Any]:
-    return {each.name: getattr(flags, each.name) for each in fields(Kept)}
 
 
 def _understood(prompt: str | None, facts: ModelFacts) -> str | None:
@@ -125,10 +116,6 @@ def _window(flags: PictureFlags, checkpoint: str | None) -> Window:
     return radius
 
 
-def _down_factor(window: Window | None, checkpoint: str | None) -> int:
-    return 1 if window == "full" else down_factor(checkpoint)
-
-
 def _check_size(request: Request) -> None:
     if request.height is None or request.width is None:
         return
@@ -141,21 +128,16 @@ def _check_size(request: Request) -> None:
     if height * width > MOST_PIXELS:
         nearest = f"{MOST_PIXELS // height // request.token_size * request.token_size} wide"
         raise Refusal(f"a picture has at most {MOST_PIXELS} pixels, got {width} x {height}; nearest: {nearest}")
-    if request.base_res is not None and request.base_res > max(height, width):
-        most = max(height, width)
-        raise Refusal(f"--base-res must be at most the final {most} px, got {request.base_res}; nearest: {most}")
-    side, longest = max(height, width), LONGEST_SIDE.get(request.output.suffix.lower())
-    if longest is not None and side > longest:
-        raise Refusal(
-            f"a {request.output.suffix} picture is at most {longest} pixels wide and high, got {side}; nearest: .png"
-        )
-    if request.base_res or request.native_size:  # else a hub model, whose stages are known once it is located
+    side, base, ending = max(height, width), request.base_res, request.output.suffix
+    if base is not None and base > side:
+        raise Refusal(f"--base-res must be at most the final {side} px, got {base}; nearest: {side}")
+    if side > (longest := LONGEST_SIDE.get(ending.lower(), side)):
+        raise Refusal(f"a {ending} picture is at most {longest} pixels wide and high, got {side}; nearest: .png")
+    if request.shard_weights and request.stages:
         _check_shards(request)
 
 
 def _check_shards(request: Request) -> None:
-    if not request.shard_weights:
-        return
     smallest = min(request.stages, key=lambda stage: stage.height)
     units, together = smallest.height // request.unit, request.down_factor
     if units < request.world_size:

@@ -20,9 +20,10 @@ GUIDANCE = ("guidance_scale", "true_cfg_scale")
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Choices that `generate` and `upscale` make each in their own way; sizes in pixels."""
+    """Fields of the request that `generate` and `upscale` choose each in their own way; sizes in pixels."""
 
-    prompts_given: tuple[str, ...]
+    prompts: tuple[str, ...]
+    """As given."""
     height: int | None
     """None: a hub model's native size."""
     width: int | None
@@ -42,7 +43,7 @@ def find_start(flags: PictureFlags, facts: ModelFacts, place: Place, *, unit: in
     assert isinstance(flags, GenerateFlags), flags
     height, width = flags.height or flags.res, flags.width or flags.res
     return Start(
-        prompts_given=_prompts(flags, facts, place),
+        prompts=_prompts(flags, facts, place),
         height=height or facts.native_size,
         width=width or facts.native_size,
         sampling=replace(facts.sampling, **_given(flags, "steps", *GUIDANCE)),
@@ -67,9 +68,7 @@ def _from_picture(flags: UpscaleFlags, facts: ModelFacts, place: Place, unit: in
     picture, (height, width), prompt = find_picture(flags, facts, unit=unit, reads=place.local_rank == 0)
     chosen = flags.prompt if flags.prompt is not None else prompt or ""
     output = flags.output or Path(f"{flags.image.stem}-upscaled.png")
-    return Start(
-        prompts_given=(chosen,), height=height, width=width, sampling=facts.sampling, output=output, picture=picture
-    )
+    return Start(prompts=(chosen,), height=height, width=width, sampling=facts.sampling, output=output, picture=picture)
 
 
 def _check_units(name: str, size: int | None, unit: int, token: int) -> None:

@@ -24,8 +24,6 @@ from clear_dist.vae.layers import Layer, decoder_layers, encoder_layers
 from clear_dist.vae.stripe_ops import StripeOps, frame, unframe
 from clear_dist.weights.offload import brought
 
-__all__ = ["MAX_BYTES", "decode_stripes", "encode_stripes"]
-
 MAX_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}
 """Limit of a chunk's temporary tensors, by device: a CPU wants them small, a GPU wants few calls."""
 

@@ -8,6 +8,7 @@ whole picture, G groups of channels.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
-from clear_dist.comm.rows import RowHalos, StripeJoin
+from clear_dist.comm.rows import StripeJoin, fill_halos
 from clear_dist.geometry import Rows
 
 Pointwise = Callable[[Tensor], Tensor]
@@ -27,15 +28,14 @@ FUSED = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.
 BYTES_PER_VALUE = 12  # at most three temporary tensors of float32 at a time
 
 
+@dataclass(frozen=True)
 class StripeOps:
     """Operations of one decode or encode; all ranks call the same ones in the same order."""
 
-    def __init__(self, group: Group, stripes: tuple[Rows, ...], *, max_bytes: int, counters: Counters) -> None:
-        self._group = group
-        self._stripes = stripes
-        self._max_bytes = max_bytes
-        self._counters = counters
-        self._halos = RowHalos(group, counters)
+    group: Group
+    stripes: tuple[Rows, ...]
+    max_bytes: int
+    counters: Counters
 
     def convolve(
         self,
@@ -55,7 +55,7 @@ class StripeOps:
             out_BCEW: None: new memory. At stride 1 it may share that of `x_BCEW` from one row above: then a chunk is
                 written where no later one reads.
         """
-        self._halos.fill(x_BCEW)
+        fill_halos(x_BCEW, self.group, self.counters)
         step, zoom = conv.stride[0], 2 if upsample else 1
         if out_BCEW is None:
             batch, _, extended, width = x_BCEW.shape
@@ -86,16 +86,11 @@ class StripeOps:
 
     def attend(self, query_BLC: Tensor, key_BLC: Tensor, value_BLC: Tensor, heads: int) -> Tensor:
         """Attention [B, L, C] to the whole picture; RuntimeError without a fused kernel (others hold all scores)."""
-        query, key, value = (
-            part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query_BLC, *self._gather(key_BLC, value_BLC))
-        )
+        join = StripeJoin(self.group, self.stripes, self.counters)
+        parts = query_BLC, join.join(key_BLC), join.join(value_BLC)
+        query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
         with sdpa_kernel(list(FUSED)):
             return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-
-    def _gather(self, *parts_BLC: Tensor) -> list[Tensor]:
-        """[B, S, C] each."""
-        join = StripeJoin(self._group, self._stripes, self._counters)
-        return [join.join(part) for part in parts_BLC]
 
     def _moments(self, x_BCEW: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         """Mean and variance over the whole picture, [B, G] each, in float64."""
@@ -108,8 +103,8 @@ class StripeOps:
             mean_BG = mean_BG111.double().flatten(1)
             parts = torch.stack([torch.ones_like(mean_BG), mean_BG, variance_BG + mean_BG.square()])
             sums_3BG += parts * values[0, 0].numel()
-        self._counters.add("other_bytes", sums_3BG.nbytes)
-        count_BG, sum_BG, squares_BG = self._group.all_reduce(sums_3BG, "sum")
+        self.counters.add("other_bytes", sums_3BG.nbytes)
+        count_BG, sum_BG, squares_BG = self.group.all_reduce(sums_3BG, "sum")
         mean_BG = sum_BG / count_BG
         return mean_BG, (squares_BG / count_BG - mean_BG.square()).clamp_min(0.0)
 
@@ -117,16 +112,16 @@ class StripeOps:
         """`before` of these rows and one more on either side; zeros beyond the border of the picture."""
         piece = x_BCEW[:, :, rows.start : rows.stop + 2]
         piece = piece if before is None else before(piece)
-        if rows.start == 0 and self._group.rank == 0:
+        if rows.start == 0 and self.group.rank == 0:
             piece[:, :, 0] = 0
-        if rows.stop == x_BCEW.shape[2] - 2 and self._group.rank == self._group.size - 1:
+        if rows.stop == x_BCEW.shape[2] - 2 and self.group.rank == self.group.size - 1:
             piece[:, :, -1] = 0
         return piece
 
     def _chunks(self, x_BCEW: Tensor, channels: int, step: int = 1) -> Iterator[Rows]:
         """Pieces of whole `step`s whose temporary tensors (`channels` in all) stay within the limit."""
         batch, _, extended, width = x_BCEW.shape
-        rows = self._max_bytes // (batch * width * channels * BYTES_PER_VALUE) - 2
+        rows = self.max_bytes // (batch * width * channels * BYTES_PER_VALUE) - 2
         rows = max(1, rows // step) * step
         for start in range(0, extended - 2, rows):
             yield Rows(start, min(start + rows, extended - 2))

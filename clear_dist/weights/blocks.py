@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +15,7 @@ from clear_dist.weights.quantised import plain_layers, to_float8, to_int8
 
 
 def quantise_and_shard(
-    family: Family,
-    group: Group,
-    counters: Counters,
-    options: Options,
-    *,
-    elsewhere: AbstractSet[Tensor],
+    family: Family, group: Group, counters: Counters, options: Options, *, elsewhere: AbstractSet[Tensor]
 ) -> tuple[ShardedWeights, ...]:
     """Quantise the blocks' linear layers, for good, and shard the blocks, until undone; one rank shards nothing.
 
@@ -29,6 +23,7 @@ def quantise_and_shard(
     Other changes of weights (CLEAR's, a LoRA to be fused) come first; weights `elsewhere` stay as and where they are.
     """
     transformer, shards = family.transformer, options.shard_weights and group.size > 1
+    quantise = to_float8 if options.float8 else to_int8 if options.int8 else None
     if shards:
         of_blocks = {tensor for block in family.blocks for tensor in tensors_of(block)}
         bring(transformer, group.device, but=of_blocks | elsewhere)
@@ -37,8 +32,9 @@ def quantise_and_shard(
         for block in family.blocks:
             if shards:
                 bring(block, group.device, but=elsewhere)
-            if options.float8 or options.int8:
-                (to_float8 if options.float8 else to_int8)(transformer, names_within(block, family))
+            if quantise is not None:
+                modules = set(block.modules())
+                quantise(transformer, [name for name in family.products if transformer.get_submodule(name) in modules])
             yield block
 
     if shards:
@@ -54,22 +50,10 @@ def require_quantisable(*families: Family, options: Options) -> None:
         plain_layers(family.transformer, family.products, "float8" if options.float8 else "int8")
 
 
-def names_within(block: nn.Module, family: Family) -> list[str]:
-    modules = set(block.modules())
-    return [name for name in family.products if family.transformer.get_submodule(name) in modules]
-
-
 def bring(module: nn.Module, device: torch.device, *, but: AbstractSet[Tensor]) -> None:
     for tensor in tensors_of(module):
         if tensor not in but:
             tensor.data = tensor.data.to(device)
-
-
-def weight_bytes(transformer: nn.Module, *, but: AbstractSet[Tensor]) -> int:
-    """Bytes of this rank's parameters and buffers, except `but`; its own share of sharded ones."""
-    tensors: Iterator[Any] = tensors_of(transformer)
-    mine = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors if tensor not in but)
-    return sum(tensor.nbytes for tensor in mine)
 
 
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:

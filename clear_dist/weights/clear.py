@@ -1,7 +1,6 @@
 """CLEAR checkpoints, which replace the image side of every attention layer (paper, Sec. 3.3)."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from clear_dist.cards.clear import (
-    PROJECTIONS,
-    SPATIAL_WEIGHT,
-    down_factor_of,
-    is_image_side,
-    radius_of,
-    refuse_pickled,
-    require_same_tensors,
-    with_spatial_weights,
-)
+from clear_dist.cards import clear
 from clear_dist.engine.agreement import checksum
 from clear_dist.engine.pooled_keys import Pooling
 from clear_dist.engine.stock import attention_layers
@@ -38,7 +28,7 @@ class ReplacedWeights:
     def figures(self) -> dict[str, Any]:
         return {
             "file": str(self.file),
-            "radius": radius_of(self.file),
+            "radius": clear.radius_of(self.file),
             "down_factor": 1 if self.pooling is None else self.pooling.factor,
             "tensors": len(self.tensors),
             "layers": self.layers,
@@ -58,7 +48,7 @@ class ReplacedWeights:
 
 def require_radius(path: str | Path) -> int:
     """Radius in tokens from a name such as `clear_local_16.safetensors`; raises ValueError where it has none."""
-    radius = radius_of(path)
+    radius = clear.radius_of(path)
     if radius is None:
         raise ValueError(
             f"a CLEAR checkpoint is named clear_local_<radius>.safetensors, got {Path(path).name}; pass window=<radius>"
@@ -71,45 +61,35 @@ def load_clear_weights(transformer: Any, path: str | Path, device: torch.device 
 
     Raises ValueError, before any change, for a file that is damaged or another model's, or a LoRA fused in the weights.
     """
-    require_unfused_lora(transformer)
+    for name, module in transformer.named_modules():
+        if clear.is_image_side(f"{name}.") and getattr(module, "merged", False):
+            raise ValueError(f"CLEAR weights replace {name}, a fused LoRA included; call pipe.unfuse_lora() first")
     parameters = dict(image_attention_parameters(transformer))
     layers = list(attention_layers(transformer))
-    with _opened(path) as file, torch.no_grad():
-        # One tensor at a time: a checkpoint may take gigabytes.
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        factor = down_factor_of(shapes, path)
-        own = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        require_same_tensors(with_spatial_weights(own, factor), shapes, path)
-        for name, parameter in parameters.items():
-            # On a CPU a view of the file, which ranks share, as they share the model's; a copy is not shared.
-            parameter.data = file.get_tensor(name).to(parameter.device).to(parameter.dtype)
-        pooling = None
-        if factor > 1:
-            weights = [file.get_tensor(f"{layer}.{SPATIAL_WEIGHT}").reshape(factor, factor) for layer in layers]
-            pooling = Pooling(weights=tuple(weight.to(device, transformer.dtype) for weight in weights))
+    clear.refuse_pickled(path)
+    try:
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            # One tensor at a time: a checkpoint may take gigabytes.
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            factor = clear.down_factor_of(shapes, path)
+            own = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+            clear.require_same_tensors(clear.with_spatial_weights(own, factor), shapes, path)
+            for name, parameter in parameters.items():
+                # On a CPU a view of the file, which ranks share, as they share the model's; a copy is not shared.
+                parameter.data = file.get_tensor(name).to(parameter.device).to(parameter.dtype)
+            pooling = None
+            if factor > 1:
+                tensors = (file.get_tensor(f"{layer}.{clear.SPATIAL_WEIGHT}") for layer in layers)
+                weights = (tensor.reshape(factor, factor).to(device, transformer.dtype) for tensor in tensors)
+                pooling = Pooling(weights=tuple(weights))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"CLEAR weights must be a complete safetensors file, got {path}: {error}") from error
     return ReplacedWeights(file=Path(path), tensors=tuple(parameters), layers=len(layers), pooling=pooling)
-
-
-def require_unfused_lora(transformer: Any) -> None:
-    """Raises ValueError where a LoRA is fused in the weights, and would be lost with them."""
-    for name, module in transformer.named_modules():
-        if is_image_side(f"{name}.") and getattr(module, "merged", False):
-            raise ValueError(f"CLEAR weights replace {name}, a fused LoRA included; call pipe.unfuse_lora() first")
 
 
 def image_attention_parameters(transformer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters that a checkpoint must hold, by their names in it."""
     for name, module in transformer.named_modules():
-        if name.endswith(tuple(f".attn.{projection}" for projection in PROJECTIONS)):
+        if name.endswith(tuple(f".attn.{projection}" for projection in clear.PROJECTIONS)):
             linear = getattr(module, "base_layer", module)  # under a LoRA's wrapping
             yield from ((f"{name}.{part}", parameter) for part, parameter in linear.named_parameters(recurse=False))
-
-
-@contextmanager
-def _opened(path: str | Path) -> Iterator[Any]:
-    refuse_pickled(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"CLEAR weights must be a complete safetensors file, got {path}: {error}") from error

@@ -61,9 +61,6 @@ class HoistedPlace:
             raise ValueError(f"hoist_modulation needs plain linear layers with weights, got {got} for {name}.linear")
         return cls(name, norm, stock, HoistedLinear(stock))
 
-    def holds(self, layer: nn.Module) -> bool:
-        return innermost(self.norm) is layer
-
     def put(self, layer: nn.Linear) -> None:
         if hasattr(self.norm.linear, "base_layer"):
             self.norm.linear.base_layer = layer
@@ -78,7 +75,7 @@ class HoistedPlace:
             return versions
         kind = f"{type(outer).__module__}.{type(outer).__qualname__}"
         variants = kind == LORA and (any(outer.use_dora.values()) or getattr(outer, "lora_variant", None))
-        if kind != LORA or variants or not self.holds(self.hoisted):
+        if kind != LORA or variants or innermost(self.norm) is not self.hoisted:
             got = "a variant of LoRA such as DoRA" if variants else kind
             raise ValueError(f"hoist_modulation takes LoRA and nothing else on {self.name}.linear, got {got}")
         if outer.merged and outer.disable_adapters:  # peft unmerges them within the forward
@@ -145,7 +142,7 @@ class HoistedModulation:
         self.forget()
         device = next(self._model.embedder.parameters()).device
         for place in self._places:
-            if place.holds(place.hoisted):
+            if innermost(place.norm) is place.hoisted:
                 place.stock.weight, place.stock.bias = place.hoisted.weight, place.hoisted.bias
                 place.put(place.stock)
                 place.norm.linear.to(device)  # with what adapters have added

@@ -14,12 +14,7 @@ from torch import Tensor, nn
 
 
 def load_mapped(
-    model: nn.Module,
-    files: Iterable[Path],
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    advance: Callable[[int], None],
+    model: nn.Module, files: Iterable[Path], *, dtype: torch.dtype, device: torch.device, advance: Callable[[int], None]
 ) -> None:
     """Load a model on the meta device from `files` with exactly its tensors; floating-point ones become `dtype`.
 
@@ -45,11 +40,6 @@ def _placed(view: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     placed = view.to(device)  # to the dtype later: both at once would cast on the host
     if view.is_floating_point():
         placed = placed.to(dtype)
-    if placed is view:
-        _read(view)
+    if placed is view:  # each page is touched: otherwise the first step would read it from disk
+        view.view(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
     return placed
-
-
-def _read(view: Tensor) -> None:
-    """Touch each page; otherwise the first step would read it from disk."""
-    view.view(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()

@@ -54,13 +54,7 @@ class Offloaded:
     """Parts of a pipeline, in host memory until `remove`."""
 
     def __init__(self, pipe: Any, device: torch.device, names: Iterable[str]) -> None:
-        """
-        Args:
-            names: the parts; those that `pipe` has not are passed over.
-
-        Raises:
-            ValueError: diffusers offloads them already.
-        """
+        """Parts that `pipe` has not are passed over; raises ValueError where diffusers offloads one already."""
         parts = {name: part for name in names if (part := getattr(pipe, name, None)) is not None}
         for name, part in parts.items():
             if hasattr(part, "_hf_hook"):

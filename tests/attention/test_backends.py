@@ -14,7 +14,7 @@ from clear_dist.attention.backend import CallShape
 from clear_dist.merge import merge
 from tests.attention.calls import Case
 
-NAMES = [name for name, backend in BACKENDS.items() if backend.why_not(CallShape("cpu", torch.float32)) is None]
+NAMES = [name for name, backend in BACKENDS.items() if backend.why_not_here(CallShape("cpu", torch.float32)) is None]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 CASES = [
     Case(rows=16, key_rows=16, columns=16, text=4, radius=4),

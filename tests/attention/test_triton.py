@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is m
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("tests", ["test_backends.py", "interpreted_triton.py"])
 def test_results_in_the_interpreter(tests: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(FOLDER / tests), "-k", "triton"]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", str(FOLDER / tests), "-k", "triton"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=FOLDER.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

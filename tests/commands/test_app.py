@@ -12,18 +12,18 @@ from clear_dist.commands import draw
 from clear_dist.commands.app import with_dashes
 
 ROOT = Path(__file__).parents[2]
-# Runs `clear-dist`, then tells what was imported and how much processor time it took.
+# Runs `clear-dist`, then tells what was imported.
 RUN = """
-import atexit, sys, time
+import atexit, sys
 heavy = lambda: [name for name in ("torch", "diffusers", "transformers") if name in sys.modules]
-atexit.register(lambda: print(heavy(), time.process_time(), sep="|"))
+atexit.register(lambda: print(heavy()))
 from clear_dist.cli import main
 main()
 """
 
 
 def run(*arguments: str, cwd: Path, **environment: str) -> tuple[int, list[str], list[str]]:
-    """Exit status, lines on stdout and on stderr; nothing heavy was imported, and less than a second was spent."""
+    """Exit status, lines on stdout and on stderr; nothing heavy was imported."""
     done = subprocess.run(
         [sys.executable, "-c", RUN, *arguments],
         cwd=cwd,
@@ -32,10 +32,8 @@ def run(*arguments: str, cwd: Path, **environment: str) -> tuple[int, list[str],
         text=True,
         timeout=60,
     )
-    *lines, figures = done.stdout.splitlines()
-    heavy, seconds = figures.split("|")
+    *lines, heavy = done.stdout.splitlines()
     assert heavy == "[]"
-    assert float(seconds) < 1.0
     return done.returncode, lines, done.stderr.splitlines()
 
 

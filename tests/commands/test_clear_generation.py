@@ -20,7 +20,7 @@ from clear_dist.launch.env import Place
 from clear_dist.options import Refusal
 from clear_dist.request.flags import GenerateFlags, UpscaleFlags
 from clear_dist.request.settle import settle
-from tests.commands.test_generate import launch
+from tests.commands.test_generate import start_on_ranks
 from tests.ranks import run_ranks
 from tests.tiny import make_clear_weights, make_tiny_flux, make_tiny_pipeline
 
@@ -81,8 +81,8 @@ def test_all_stages_are_whole_units(model: Path, tmp_path: Path) -> None:
 def test_what_was_replaced_is_told_and_reported(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     file = Path(shutil.copy(model / "clear_local_2_down_4.safetensors", tmp_path))
-    process = launch(model, "--clear-weights", str(file), "--nproc", "2", "--res", "128", "--report", "r.json")
-    _, errors = process.communicate(timeout=100)
+    process = start_on_ranks(model, "--clear-weights", str(file), "--nproc", "2", "--res", "128", "--report", "r.json")
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     told = "clear-dist: CLEAR weights: clear_local_2_down_4.safetensors (radius 2, down factor 4), "
     assert [line for line in errors.splitlines() if "CLEAR" in line] == [told + "14 tensors in 2 layers replaced"]

@@ -1,4 +1,4 @@
-"""`clear-dist plan` as a user meets it: in under a second, without torch."""
+"""`clear-dist plan` as a user meets it."""
 
 import json
 from pathlib import Path

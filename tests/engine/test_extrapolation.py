@@ -142,7 +142,7 @@ def other_on_rank_1(group: Group, what: str) -> None:
 
 @pytest.mark.parametrize("what", ["scale", "none"])
 def test_ranks_with_different_extrapolations_are_told(what: str) -> None:
-    run_ranks(other_on_rank_1, 2, what, timeout=30)
+    run_ranks(other_on_rank_1, 2, what)
 
 
 def test_the_scale_at_the_native_size_is_the_usual_one() -> None:

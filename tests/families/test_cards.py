@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clear_dist.cards.card import Card, Cards, Defaults, HubModel, Published
+from clear_dist.cards.card import Card, Cards, Defaults, HubModel, Published, TextEncoders
 from clear_dist.cards.clear import Shapes, is_image_side, with_spatial_weights
 from clear_dist.cards.folder import card_of
 from clear_dist.cards.headers import whole_number
@@ -21,7 +21,7 @@ from clear_dist.families.flux.card import CARD as FLUX
 from clear_dist.families.flux.card import FLUX_DEV
 from clear_dist.launch.env import Place
 from clear_dist.options import Refusal
-from clear_dist.plan import sizes
+from clear_dist.plan import model
 from clear_dist.request.flags import GenerateFlags
 from clear_dist.request.request import Lora, Request
 from clear_dist.request.settle import located, settle
@@ -93,7 +93,16 @@ SECOND = Card(
     native_size=512,
     token_limits={},
     schedule={"shift": 1.0},
-    hub_models=(HubModel(id="someone/second", native_size=512, shape=LARGE, defaults=LARGE.defaults({})),),
+    hub_models=(
+        HubModel(
+            id="someone/second",
+            native_size=512,
+            shape=LARGE,
+            defaults=LARGE.defaults({}),
+            configs={"transformer": {"num_layers": LARGE.num_layers}, "vae": {}},
+            text=TextEncoders(numbers=1, heads=2, channels=3, hidden=4),
+        ),
+    ),
     clear=Published(
         repository="someone/clear", files=("clear_local_3.safetensors", "clear_local_5.safetensors"), radius=5
     ),
@@ -221,10 +230,12 @@ def test_a_hub_model_that_is_not_known_may_be_of_either_family(folder: Path, tmp
 
 def test_a_plan_knows_what_the_cards_know(folder: Path) -> None:
     found = {
-        name: sizes.find(settle(GenerateFlags(model=name, device="cpu"), Place(), BOTH)[1])
+        name: model.find(settle(GenerateFlags(model=name, device="cpu"), Place(), BOTH)[1])
         for name in (str(folder), "someone/second", "someone/else")
     }
-    assert [None if each is None else each.double_blocks for each in found.values()] == [3, 8, None]
+    layers = [None if each is None else each.transformer.config.get("num_layers", 3) for each in found.values()]
+    assert layers == [3, 8, None]
+    assert {each.transformer.kind for each in found.values() if each is not None} == {"diffusers.SecondTransformer"}
 
 
 def test_each_family_of_both_is_found(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-SECONDS_OF_SILENCE, SECONDS_OF_SLOWNESS = 30.0, 0.5
+SECONDS_OF_SLOWNESS = 0.5
 """Of each download."""
 TOKEN = "hf_valid"
 
@@ -25,6 +25,8 @@ class Hub:
     requests: list[tuple[str, str]] = field(default_factory=list)
     """Method and path, in order."""
     port: int = 0
+    over: threading.Event = field(default_factory=threading.Event)
+    """Set when it closes: nobody is answered who still waits."""
 
     @property
     def endpoint(self) -> str:
@@ -45,6 +47,7 @@ def serving(folder: Path) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.over.set()
         server.shutdown()
         server.server_close()
 
@@ -76,7 +79,7 @@ class Handler(BaseHTTPRequestHandler):
         if token not in ("", TOKEN):
             self.refuse(401, "", "Invalid credentials in Authorization header")
         elif name == "silent":
-            time.sleep(SECONDS_OF_SILENCE)
+            self.hub.over.wait()
         elif name == "broken":
             self.refuse(503, "", "down")
         elif name == "hidden":

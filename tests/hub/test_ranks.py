@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from clear_dist import hub
+from clear_dist.comm import in_touch
 from clear_dist.comm.group import Group
 from clear_dist.families.cards import CARDS
 from clear_dist.options import Refusal
@@ -29,14 +30,15 @@ def unchecked(request: FromTheHub, folder: Path, file: str, *_: object) -> str:
 
 
 def fetch_for_longer_than_the_timeout(group: Group, fails: bool) -> str:
+    in_touch.SECONDS_BETWEEN_WORDS = 0.2  # this process is the rank's own
     impatient = Group.create("cpu", timeout_seconds=2)
 
     def fetch(_: object) -> None:
-        time.sleep(5)
+        time.sleep(3)
         if fails:
             raise ZeroDivisionError("the cause")
 
-    hub.fetch, hub.cached, hub.located = fetch, lambda want: Path("here"), unchecked  # this process is the rank's own
+    hub.fetch, hub.cached, hub.located = fetch, lambda want: Path("here"), unchecked
     return hub.locate(FromTheHub(), impatient, CARDS, local_rank=group.rank)  # type: ignore
 
 

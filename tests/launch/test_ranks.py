@@ -15,7 +15,7 @@ from clear_dist.launch import ends, ranks
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
-import os, signal, sys, time
+import os, pathlib, signal, sys, time
 from clear_dist.launch import env, ranks
 from clear_dist.options import Refusal
 
@@ -23,7 +23,10 @@ from clear_dist.options import Refusal
 def work():
     rank = env.read().rank
     os.write(1, f"ready {{os.getpid()}}\\n".encode())
-    time.sleep(0.5)  # until all are there
+    here = pathlib.Path(__file__).parent
+    (here / f"{{rank}}.there").touch()
+    while len(list(here.glob("*.there"))) < 3:
+        time.sleep(0.01)
     {body}
 
 if __name__ == "__main__":
@@ -67,7 +70,7 @@ def ended(pids: list[int], seconds: float = 5.0) -> bool:
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
     """Exit status and the lines on stderr; it must not take long."""
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=60)
     return process.returncode, errors.splitlines()
 
 

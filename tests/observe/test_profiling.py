@@ -13,7 +13,7 @@ from diffusers import FluxPipeline
 from clear_dist.comm.group import Group
 from clear_dist.observe.profiling import Profile, readable
 from clear_dist.parallelize import parallelize
-from tests.commands.test_generate import generate, launch
+from tests.commands.test_generate import generate, start_on_ranks
 from tests.ranks import run_ranks
 from tests.test_parallelize import run
 from tests.tiny import make_clear_weights, make_tiny_flux, make_tiny_pipeline
@@ -83,8 +83,8 @@ def crossing(trace: dict[str, Any]) -> list[str]:
 
 def profiled(model: Path, *arguments: str) -> list[dict[str, Any]]:
     """The traces of two ranks, of five steps."""
-    process = launch(model, "a fox", "--nproc", "2", "--steps", "5", "--profile", "trace.json", *arguments)
-    output, errors = process.communicate(timeout=100)
+    process = start_on_ranks(model, "a fox", "--nproc", "2", "--steps", "5", "--profile", "trace.json", *arguments)
+    output, errors = process.communicate(timeout=240)
     assert (process.returncode, errors) == (0, "")
     assert "profile=trace.rank0.json ranks=2 steps=3\n" in output
     assert sorted(os.listdir()) == ["clear-dist.png", "trace.rank0.json", "trace.rank1.json"]

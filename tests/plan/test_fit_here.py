@@ -1,6 +1,7 @@
 """The check before `generate`: what does not fit is refused in one line, with settings that do."""
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from clear_dist.families.cards import CARDS
 from clear_dist.families.flux.card import FLUX_DEV, FLUX_SCHNELL
 from clear_dist.launch.env import Place
 from clear_dist.options import Refusal
-from clear_dist.plan import fit_here, sizes
+from clear_dist.plan import Engine, fit_here, model
 from clear_dist.request import devices
 from clear_dist.request.flags import GenerateFlags, PlanFlags
 from clear_dist.request.settle import settle
-from tests.plan.sizes import sizes_of
+from tests.plan.asked import flux_request, planned_model
 from tests.tiny import make_tiny_flux, make_tiny_pipeline
 
 ALONE = Place()
@@ -37,9 +38,16 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
     return have
 
 
+@pytest.fixture(autouse=True)
+def _one_engine(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
+    monkeypatch.setattr(fit_here, "Engine", lambda: engine)
+
+
 def fit_lines(flags: GenerateFlags, place: Place) -> tuple[str, ...]:
     request, facts, _ = settle(flags, place, CARDS)
-    return fit_here.require(request, facts, place)
+    check = fit_here.begin(request, facts, place)
+    line = None if check is None else check.line()
+    return () if line is None else (line,)
 
 
 def lines_of(place: Place = ALONE, **given: Any) -> tuple[str, ...]:
@@ -114,8 +122,10 @@ def test_lora_are_known(gpus: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     shapes |= {f"{name}.lora_B.weight": (outputs, 512) for name, (outputs, _) in layers.items()}
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "lora.safetensors")
     flags = PlanFlags(model=FLUX_DEV, res=1024, gpu="h100", lora=[str(tmp_path / "lora.safetensors")])
-    found = planned_for(flags).ranks[0].drawing
-    assert found.items["LoRA"] == 2 * 3 * 2 * 512 * 3072
+    plan = planned_for(flags)
+    found = plan.memory.held(0)
+    plan.engine.stop()
+    assert found["LoRA"] == 2 * 3 * 2 * 512 * 3072
 
 
 def test_an_unknown_gpu_is_judged_by_its_memory(gpus: Any) -> None:
@@ -152,15 +162,64 @@ def test_models_whose_sizes_are_not_known_are_not_judged(gpus: Any) -> None:
     fit_lines(GenerateFlags(model="someone/flux-like", clear_weights="none"), ALONE)
 
 
+def test_a_small_picture_in_much_memory_needs_no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fit_here, "Engine", Engine)
+    monkeypatch.setattr(fit_here, "free_bytes", lambda: 8 * 10**9)
+    for res, asks in ((256, False), (1536, True)):
+        request, facts, _ = settle(GenerateFlags(model="demo", device="cpu", res=res), ALONE, CARDS)
+        check = fit_here.begin(request, facts, ALONE)
+        assert (check is not None) == asks
+        if check is not None:
+            assert check.line() is None
+            assert check.plan.engine.process.poll() is not None, "its process has ended"
+
+
 @pytest.mark.parametrize("guidance", [True, False])
-def test_sizes_of_a_folder(guidance: bool, tmp_path: Path) -> None:
+def test_a_folder_is_planned_as_its_modules_are(guidance: bool, tmp_path: Path) -> None:
     pipe = make_tiny_pipeline(double_blocks=2, single_blocks=3, guidance_embeds=guidance)
     folder = make_tiny_flux(tmp_path / "tiny", double_blocks=2, single_blocks=3, guidance_embeds=guidance)
-    assert sizes.find(read_folder(folder, CARDS)) == sizes_of(pipe)
+    found, expected = model.find(read_folder(folder, CARDS)), planned_model(pipe)
+    assert found is not None
+    assert (found.text, found.token, found.packing) == (expected.text, 16, 2)
+    for mine, theirs in ((found.transformer, expected.transformer), (found.vae, expected.vae)):
+        assert mine.kind == theirs.kind
+        made = {name: list(value) if isinstance(value, tuple) else value for name, value in theirs.config.items()}
+        assert {name: value for name, value in mine.config.items() if name in made} == {
+            name: made[name] for name in mine.config if name in made
+        }
 
 
-def test_sizes_of_flux() -> None:
-    dev, schnell = (sizes.find(find_model(name, CARDS, has_cuda=True)) for name in (FLUX_DEV, FLUX_SCHNELL))
-    assert dev is not None and schnell is not None
-    assert dev.numbers == 11_901_408_320
-    assert schnell.numbers == 11_891_178_560
+@pytest.mark.parametrize(("name", "numbers"), [(FLUX_DEV, 11_901_408_320), (FLUX_SCHNELL, 11_891_178_560)])
+def test_weights_of_flux(name: str, numbers: int, engine: Engine) -> None:
+    known = model.find(find_model(name, CARDS, has_cuda=True))
+    assert known is not None
+    assert engine.weights(replace(flux_request(), model=known)).whole == 2 * numbers
+
+
+def test_a_model_that_cannot_be_built_is_refused_with_the_reason(engine: Engine) -> None:
+    asked = flux_request()
+    wrong = replace(asked.model.transformer, config={"num_layers": "many"})
+    with pytest.raises(Refusal, match=r"the model cannot be planned: .*FluxTransformer2DModel"):
+        engine.weights(replace(asked, model=replace(asked.model, transformer=wrong)))
+    unknown = replace(asked.model.transformer, kind="diffusers.NoSuchModel")
+    with pytest.raises(Refusal, match=r"no NoSuchModel can be made"):
+        engine.weights(replace(asked, model=replace(asked.model, transformer=unknown)))
+    assert engine.weights(asked).held > 0, "it goes on answering"
+
+
+def test_a_job_goes_on_where_nobody_knows(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(20.0)
+    ended = Engine()
+    ended.process.kill()
+    monkeypatch.setattr(fit_here, "Engine", lambda: ended)
+    (line,) = lines_of(res=1024)
+    assert line.startswith("warning: whether it fits is not known: the engine cannot tell")
+
+
+def test_a_process_that_ended_is_told_of() -> None:
+    engine = Engine()
+    engine.process.kill()
+    with pytest.raises(RuntimeError, match="cannot tell what it takes"):
+        engine.weights(flux_request())
+    engine.stop()

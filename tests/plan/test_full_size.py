@@ -1,123 +1,59 @@
-"""FLUX.1-dev at its full size, on the meta device: tensors are counted that no memory here could hold."""
+"""FLUX.1-dev at its full size, on the meta device: what diffusers and transformers make is what plans take it to be."""
 
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from clear_dist.comm.group import Group
-from clear_dist.engine.parts import Parts
+from clear_dist.comm.pretend import Pretended
+from clear_dist.families.cards import CARDS
+from clear_dist.families.flux.card import FLUX_DEV
 from clear_dist.families.flux.transformer import Flux
-from clear_dist.geometry import Rows, plan_text
-from clear_dist.plan import TextSizes, VaeSizes, blocks, vae
-from clear_dist.plan.memory import step_of
-from clear_dist.plan.weights import weights_per_rank
-from clear_dist.vae import decode_stripes, encode_stripes
-from tests.allocated import Allocated, put_on
-from tests.plan.sizes import FLUX, flux_request, numbers
-
-GB = 1e9
-HALF: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta"}
+from clear_dist.geometry import Rows
+from clear_dist.plan import Engine
+from clear_dist.plan.allocated import Allocated, FusedAttention
+from clear_dist.vae import MAX_BYTES, decode_stripes, encode_stripes
+from tests.plan.asked import flux_request
 
 
-def flux(**config: Any) -> FluxTransformer2DModel:
+@pytest.mark.parametrize(("ranks", "encode"), [(4, False), (4, True), (16, False)])
+def test_a_tall_stripe_of_the_vae(ranks: int, encode: bool, engine: Engine) -> None:
+    """A plan asks about a few rows and goes on along straight lines; here all of a stripe of 2048 px is run."""
+    asked = flux_request(height=2048, width=2048, world_size=ranks, cascade=False)
     with torch.device("meta"):
-        return FluxTransformer2DModel(guidance_embeds=True, **config).to(torch.bfloat16)
+        model = AutoencoderKL(**VAE).to(torch.bfloat16).requires_grad_(False)
+    rows = 256 // ranks
+    group, stripes = Pretended.of(1, ranks, "gloo"), tuple(Rows(rows * n, rows * (n + 1)) for n in range(ranks))
+    run, shape = (encode_stripes, (1, 3, 8 * rows, 2048)) if encode else (decode_stripes, (1, 16, rows, 256))
+    with torch.no_grad(), FusedAttention(), Allocated() as allocated:
+        given = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        run(model, given, group, stripes, max_bytes=MAX_BYTES["cuda"])
+    planned = engine.vae(asked, asked.parts[0][1], encode=encode)
+    assert planned.peak == pytest.approx(allocated.peak, rel=0.03)
+    for kind in ("convolutions", "attention"):
+        counted = sum(amount for (_, found), amount in allocated.operations.items() if found == kind)
+        assert planned.operations[kind] == pytest.approx(counted, rel=0.001)
 
 
-def attention_of_its_output_alone() -> Any:
-    return SimpleNamespace(
-        parts=Parts(),
-        text_plan=plan_text(512, 1, 0),
-        start_text=lambda layer, query, key, value: None,
-        start_halos=lambda layer, key, value, alone=False: object(),
-        attend=lambda layer, halos, query, key, value, alone=False: torch.empty_like(query),
-    )
-
-
-@pytest.mark.parametrize(("pixels", "images"), [(1024, 1), (2048, 2), (4096, 1), (8192, 1), (16384, 1)])
-def test_activations_of_a_step(pixels: int, images: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two blocks of each kind: what one holds is gone when the next one begins."""
-    transformer = flux(num_layers=2, num_single_layers=2)
-    tokens, text = (pixels // 16) ** 2, 512
-    call = {
-        "hidden_states": torch.empty(images, tokens, 64, **HALF),
-        "encoder_hidden_states": torch.empty(images, text, 4096, **HALF),
-        "pooled_projections": torch.empty(images, 768, **HALF),
-        "timestep": torch.empty(images, **HALF),
-        "guidance": torch.empty(images, device="meta"),
-        "img_ids": torch.empty(tokens, 3, device="meta"),
-        "txt_ids": torch.empty(text, 3, device="meta"),
-    }
-    family = Flux(transformer)
-    put_on(family, attention_of_its_output_alone())
-    with torch.no_grad(), Allocated() as allocated:
-        transformer(**call)
-    monkeypatch.setattr(blocks, "attention_bytes", lambda step: step.bytes_of(step.tokens))
-    request = flux_request(height=pixels, width=pixels, ranks=1, cascade=False, num_images=images)
-    planned = blocks.step_bytes(step_of(request, request.stages[0], request.parts[0][0]))
-    assert planned.total == pytest.approx(allocated.peak, rel=0.03)
-
-
-class Alone:
-    """In place of a group: one rank on the meta device."""
-
-    rank, size, device, wire = 0, 1, torch.device("meta"), torch.device("cpu")
-
-    def settle(self) -> None:
-        pass
-
-    def all_reduce(self, tensor: torch.Tensor, _: str) -> torch.Tensor:
-        return tensor
-
-
-@pytest.mark.parametrize(("rows", "columns", "dtype"), [(32, 512, torch.bfloat16), (64, 64, torch.float32)])
-def test_what_the_vae_holds(rows: int, columns: int, dtype: torch.dtype) -> None:
-    """A stripe of 8192 px on 16 ranks, and a whole picture; attention in the middle is not for the meta device."""
+def test_weights_of_the_transformer(engine: Engine) -> None:
     with torch.device("meta"):
-        model = AutoencoderKL(**VAE | {"mid_block_add_attention": False}).to(dtype)
-    request = flux_request(
-        model=type(FLUX)(**{**vars_of(FLUX), "vae": VaeSizes(attention=False)}),
-        height=16 * rows,
-        width=16 * columns,
-        ranks=1,
-        cascade=False,
-        dtype=str(dtype)[6:],
-    )
-    part, stripes = request.parts[0][0], (Rows(0, rows),)
-    alone = cast(Group, Alone())
-    with torch.no_grad(), Allocated() as allocated:
-        decode_stripes(model, torch.empty(1, 16, 2 * rows, 2 * columns, dtype=dtype, device="meta"), alone, stripes)
-    assert vae.decode_bytes(request, part) == pytest.approx(allocated.peak, rel=0.05)
-    with torch.no_grad(), Allocated() as allocated:
-        pixels = torch.empty(1, 3, 16 * rows, 16 * columns, dtype=dtype, device="meta")
-        encode_stripes(model, pixels, alone, stripes)
-    assert vae.encode_bytes(request, part) == pytest.approx(allocated.peak, rel=0.05)
-
-
-def vars_of(sizes: Any) -> dict[str, Any]:
-    return {name: getattr(sizes, name) for name in sizes.__dataclass_fields__}
-
-
-def test_weights_of_the_transformer() -> None:
-    transformer = flux()
+        transformer = FluxTransformer2DModel(guidance_embeds=True).to(torch.bfloat16)
     family = Flux(transformer)
     whole = sum(x.nbytes for x in transformer.parameters())
     modulation = sum(x.nbytes for norm in family.modulated.values() for x in norm.linear.parameters())
     layers = [transformer.get_submodule(name) for name in family.products]
     products, rows = sum(x.weight.nbytes for x in layers), sum(len(x.weight) for x in layers)
-    assert weights_per_rank(FLUX, itemsize=2).held == whole
-    assert weights_per_rank(FLUX, itemsize=2, hoisted=True).held == whole - modulation
-    assert weights_per_rank(FLUX, itemsize=2, eight_bits=True).held == whole - products // 2 + 4 * rows
-    everything = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    in_blocks = [sum(x.nbytes for x in block.parameters()) for block in everything]
-    sharded = weights_per_rank(FLUX, itemsize=2, ranks=8, sharded=True)
-    assert sharded.held == whole - sum(in_blocks) * 7 // 8
-    assert (sharded.sent, sharded.gathered) == (sum(in_blocks) // 8, 2 * max(in_blocks))
-    assert FLUX.modulation_outputs == sum(len(norm.linear.bias) for norm in family.modulated.values())
+    plain = engine.weights(flux_request())
+    assert (plain.held, plain.whole, plain.modulation, plain.blocks) == (whole, whole, modulation, 57)
+    assert plain.products == products // 2
+    assert plain.modulation_outputs == sum(len(norm.linear.bias) for norm in family.modulated.values())
+    assert engine.weights(flux_request(hoist_modulation=True)).held == whole - modulation
+    assert engine.weights(flux_request(int8=True)).held == whole - products // 2 + 4 * rows
+    in_blocks = sum(x.nbytes for block in family.blocks for x in block.parameters())
+    sharded = engine.weights(flux_request(shard_weights=True))
+    assert (sharded.held, sharded.sent) == (whole - in_blocks * 7 // 8, in_blocks // 8)
 
 
 VAE: dict[str, Any] = {
@@ -132,7 +68,7 @@ VAE: dict[str, Any] = {
 """FLUX.1's ae, as its config.json has it."""
 
 
-def test_weights_of_the_other_parts() -> None:
+def test_weights_of_the_other_parts(engine: Engine) -> None:
     with torch.device("meta"):
         decoder = AutoencoderKL(**VAE)
         clip = CLIPTextModel(
@@ -156,6 +92,14 @@ def test_weights_of_the_other_parts() -> None:
             tie_word_embeddings=False,
         )
         t5 = T5EncoderModel(xxl)
-    assert VaeSizes().numbers == numbers(decoder)
-    assert TextSizes().numbers == numbers(clip) + numbers(t5)
-    assert (TextSizes().heads, TextSizes().channels, TextSizes().hidden) == (64, 4096, 10240)
+    known = CARDS.on_hub(FLUX_DEV)
+    assert known is not None and known[1].text is not None
+    text = known[1].text
+    assert dict(known[1].configs["vae"]) == {**VAE}
+    assert engine.vae(flux_request()).weights == 2 * numbers(decoder)
+    assert text.numbers == numbers(clip) + numbers(t5)
+    assert (text.heads, text.channels, text.hidden) == (64, 4096, 10240)
+
+
+def numbers(module: torch.nn.Module) -> int:
+    return sum(x.numel() for x in module.parameters())

@@ -1,70 +1,70 @@
 """Work and rates against figures that were worked out apart: limits of the hardware, the paper's times."""
 
+from typing import Any
+
 import pytest
 
-from clear_dist.plan import GPUS, LINKS
-from clear_dist.plan.counts import attended_pairs
-from clear_dist.plan.timing import _attention_work, _convolution_work, stage_time, visited_pairs
-from clear_dist.plan.traffic import share_of
-from clear_dist.plan.vae import decoder
+from benchmarks.lib.counts import circle_pairs
+from clear_dist.geometry import Rows
+from clear_dist.plan import GPUS, LINKS, Engine
+from clear_dist.plan.timing import stage_time
 from clear_dist.request.hardware import named_like
-from tests.plan.sizes import flux_request
+from tests.plan.asked import flux_request
 
 
-def alone(pixels: int, **settings: object) -> object:
-    return flux_request(height=pixels, width=pixels, ranks=1, cascade=False, **settings)
+@pytest.fixture
+def seconds_per_step(engine: Engine) -> Any:
+    def seconds(pixels: int, **settings: Any) -> float:
+        asked = flux_request(**{"height": pixels, "width": pixels, "cascade": False, "world_size": 1} | settings)
+        time = stage_time(engine, asked, 0)
+        assert time is not None
+        return time.step
+
+    return seconds
 
 
-def seconds_per_step(pixels: int, **settings: object) -> float:
-    request = flux_request(**{"height": pixels, "width": pixels, "cascade": False, "ranks": 1} | settings)
-    time = stage_time(request, request.stages[0], request.parts[0])
-    assert time is not None
-    return time.step
-
-
-def test_work_of_a_decode_at_8192_pixels() -> None:
+def test_work_of_a_decode_at_8192_pixels(engine: Engine) -> None:
     """633 TFLOP of convolutions and 2,252 of attention."""
-    request = alone(8192)
-    part = request.parts[0][0]
-    layers = list(decoder(request, part))
-    convolutions = sum(_convolution_work(layer) for layer in layers if layer.kind != "attention")
-    attention = sum(_attention_work(part, layer) for layer in layers if layer.kind == "attention")
-    assert convolutions / 1e12 == pytest.approx(633, rel=0.01)
-    assert attention / 1e12 == pytest.approx(2252, rel=0.01)
+    asked = flux_request(world_size=1, cascade=False)
+    work = engine.vae(asked, asked.parts[0][0]).operations
+    assert work["convolutions"] / 1e12 == pytest.approx(633, rel=0.01)
+    assert work["attention"] / 1e12 == pytest.approx(2252, rel=0.01)
 
 
 @pytest.mark.parametrize(("radius", "share"), [(8, 0.171), (16, 0.419), (32, 0.568)])
-def test_visited_pairs_of_the_image(radius: int, share: float) -> None:
+def test_visited_pairs_of_the_image(radius: int, share: float, engine: Engine) -> None:
     """Of tiles of 8x16 by 8x16 tokens, counted one by one at 512 x 512 tokens; ours has some more at the border."""
-    request = alone(8192, window=radius, text_tokens=1)
-    part = request.parts[0][0]
-    wanted = attended_pairs(1, share_of(request, request.stages[0], 0, part), own_text=1)
-    assert 0.92 * share < wanted / visited_pairs(request, part) < 1.01 * share
+    asked = flux_request(window=radius, max_sequence_length=1, world_size=1, cascade=False)
+    visited = engine.step(asked, asked.stages[0], asked.parts[0][0]).operations["visited"] / 57
+    wanted = circle_pairs(Rows(0, 512), (512, 512), radius)
+    assert 0.92 * share < wanted / visited < 1.01 * share
 
 
 @pytest.mark.parametrize(("pixels", "limit", "paper"), [(2048, 0.348, 0.860), (4096, 1.37, 4.16), (8192, 5.44, 18.0)])
-def test_steps_lie_between_the_limit_and_the_papers_time(pixels: int, limit: float, paper: float) -> None:
+def test_steps_lie_between_the_limit_and_the_papers_time(
+    pixels: int, limit: float, paper: float, seconds_per_step: Any
+) -> None:
     """Radius 16 on an H100; the paper's are of uncompiled blocks and row-major attention."""
     assert limit < seconds_per_step(pixels, compile=True) < seconds_per_step(pixels) < paper
 
 
 @pytest.mark.parametrize(("pixels", "limit", "paper"), [(2048, 0.6, 1.05), (4096, 5.0, 7.45), (8192, 80, 92.1)])
-def test_full_attention(pixels: int, limit: float, paper: float) -> None:
-    assert limit < seconds_per_step(pixels, window="full") < 1.2 * paper
+def test_full_attention(pixels: int, limit: float, paper: float, seconds_per_step: Any) -> None:
+    assert limit < seconds_per_step(pixels, window="full", text_attention="exact") < 1.2 * paper
 
 
-def test_slow_links_cost_time_and_stale_hides_more() -> None:
-    fast = seconds_per_step(2048, ranks=8)
-    slow = {"ranks": 8, "link": LINKS["25gbe"]}
+def test_slow_links_cost_time_and_stale_hides_more(seconds_per_step: Any) -> None:
+    fast = seconds_per_step(2048, world_size=8)
+    slow = {"world_size": 8, "link": LINKS["25gbe"]}
     assert seconds_per_step(2048, **slow) > seconds_per_step(2048, schedule="stale", **slow) > fast
 
 
-def test_weights_in_shards_hide_behind_computing_where_there_is_enough() -> None:
+def test_weights_in_shards_hide_behind_computing_where_there_is_enough(seconds_per_step: Any) -> None:
     """docs/models.md: enough to compute meanwhile from 2048 px on over NVLink, from 8192 px on over PCIe 4."""
     links = ((1024, "nvlink", False), (2048, "nvlink", True), (2048, "pcie4", False), (8192, "pcie4", True))
     for pixels, link, hidden in links:
         whole, sharded = (
-            seconds_per_step(pixels, ranks=8, link=LINKS[link], shard_weights=shards) for shards in (False, True)
+            seconds_per_step(pixels, world_size=8, link=LINKS[link], shard_weights=shards) for shards in (False, True)
         )
         arriving = 20.7e9 / LINKS[link].bytes_per_second
         first_block = arriving / 57
@@ -72,21 +72,21 @@ def test_weights_in_shards_hide_behind_computing_where_there_is_enough() -> None
         assert (sharded - whole < 1.01 * first_block) == hidden, f"{pixels} px, {link}"
 
 
-def test_text_in_shares_takes_less_time_where_it_is_much() -> None:
+def test_text_in_shares_takes_less_time_where_it_is_much(seconds_per_step: Any) -> None:
     """At 1024 px replicated text is half of the tokens of a rank of 8."""
-    replicated, shared = (seconds_per_step(1024, ranks=8, text_sharding=asked) for asked in ("replicated", "auto"))
+    replicated, shared = (seconds_per_step(1024, world_size=8, text_tokens=asked) for asked in ("replicated", "auto"))
     assert 0.5 < shared / replicated < 0.75
-    assert seconds_per_step(8192, ranks=8) == seconds_per_step(8192, ranks=8, text_sharding="replicated")
+    assert seconds_per_step(8192, world_size=8) == seconds_per_step(8192, world_size=8, text_tokens="replicated")
 
 
-def test_down_sampled_keys_take_time() -> None:
+def test_down_sampled_keys_take_time(seconds_per_step: Any) -> None:
     """At 8192 px nine tenths of the operations of products, at a lower rate."""
     plain, pooled = (seconds_per_step(8192, window=8, down_factor=factor) for factor in (1, 4))
     products = 3.39e15 / (0.7 * 989e12)
     assert pooled - plain == pytest.approx(0.9 * products * 0.7 / 0.55, rel=0.03)
 
 
-def test_int8_weights_are_unpacked_once_a_layer() -> None:
+def test_int8_weights_are_unpacked_once_a_layer(seconds_per_step: Any) -> None:
     """8.65e9 numbers, 11 bytes each, whatever the picture."""
     expected = 11 * 8.65e9 / (0.8 * 3350e9)
     for pixels in (1024, 4096):

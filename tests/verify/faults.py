@@ -59,7 +59,7 @@ class KilledInAnExchange(HaloExchange):
 class HangsInAnExchange(HaloExchange):
     def _finish(self) -> Halos:
         if self._group.rank == 1:
-            time.sleep(100)
+            time.sleep(1000)
         return super()._finish()
 
 

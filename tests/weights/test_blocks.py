@@ -1,8 +1,7 @@
 """The flags that make a model fit on smaller GPUs, from the command line: refused, told, and carried out."""
 
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from clear_dist.cli import main
 from clear_dist.comm.counters import Counters
 from clear_dist.commands.prepare import parts_on_host
 from clear_dist.families.cards import CARDS
@@ -25,9 +25,9 @@ from clear_dist.request.flags import GenerateFlags
 from clear_dist.request.settle import located, settle
 from clear_dist.weights import blocks
 from clear_dist.weights.loading import load_pipeline
+from tests.forked import forked
 from tests.tiny import make_clear_weights, make_tiny_flux, make_tiny_pipeline
 
-SCRIPT = str(Path(__file__).parents[2] / "clear-dist")
 QUICK = ("--res", "64", "--steps", "2", "--seed", "5", "--device", "cpu", "--max_sequence_length", "16")
 
 
@@ -104,11 +104,11 @@ def test_from_the_command_to_the_report(model: Path, tmp_path: Path) -> None:
     pictures, reports = {}, {}
     for name, flags in (("whole", ()), ("sharded", ("--nproc", "2", "--shard-weights", "--offload"))):
         files = str(tmp_path / f"{name}.png"), str(tmp_path / f"{name}.json")
-        command = [sys.executable, SCRIPT, "generate", "--model", str(model), *QUICK, *flags]
-        command += ["--output", files[0], "--report", files[1]]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=140)
-        assert done.returncode == 0, done.stderr
-        assert all(line.startswith("clear-dist: ") for line in done.stderr.splitlines()), done.stderr
+        written = ["--output", files[0], "--report", files[1]]
+        process = forked(partial(main, ["generate", "--model", str(model), *QUICK, *flags, *written]))
+        _, errors = process.communicate(timeout=140)
+        assert process.returncode == 0, errors
+        assert all(line.startswith("clear-dist: ") for line in errors.splitlines()), errors
         with Image.open(files[0]) as picture:
             pictures[name] = np.asarray(picture).astype(int)
         reports[name] = json.loads(Path(files[1]).read_text())

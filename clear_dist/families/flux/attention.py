@@ -70,21 +70,19 @@ def of_text(attn: Any) -> Projections:
     return attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k
 
 
-def unmodulated(x_BLC: Tensor) -> Tensor:
-    """`x_BLC`, which the stock block has modulated already."""
-    return x_BLC
-
-
 def fill(
     heads: Heads,
     projections: Projections,
     rotary: Rotary,
     x_BLC: Tensor,
-    modulated: Callable[[Tensor], Tensor] = unmodulated,
+    modulated: Callable[[Tensor], Tensor] | None = None,
     *,
     first: int = 0,
 ) -> Tensor:
-    """Compute q, k and v of `x_BLC`, my tokens from `first` on, and send halos; returns the last chunk, `modulated`."""
+    """Compute q, k and v of `x_BLC`, my tokens from `first` on, and send halos; returns the last chunk, `modulated`.
+
+    Without `modulated`, the stock block has modulated `x_BLC` already.
+    """
     to_q, to_k, to_v, norm_q, norm_k = projections
     parts = heads.striped.parts
     query, key, value = heads.own
@@ -92,7 +90,7 @@ def fill(
     for chunk in chunks_of(x_BLC):
         place = slice(first + chunk.start, first + chunk.stop)
         turns = rotary[0][place], rotary[1][place]
-        normed = modulated(x_BLC[:, chunk])
+        normed = x_BLC[:, chunk] if modulated is None else modulated(x_BLC[:, chunk])
         parts.rotate(to_k, norm_k, normed, *turns, key[:, place])
         parts.project(to_v, normed, value[:, place])
         if place.stop == key.shape[1]:

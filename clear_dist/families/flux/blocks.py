@@ -104,10 +104,7 @@ class StripedSingleBlock(FluxSingleTransformerBlock):
         return both
 
 
-STRIPED: dict[type, type] = {
-    FluxTransformerBlock: StripedDoubleBlock,
-    FluxSingleTransformerBlock: StripedSingleBlock,
-}
+STRIPED: dict[type, type] = {FluxTransformerBlock: StripedDoubleBlock, FluxSingleTransformerBlock: StripedSingleBlock}
 
 
 @dataclass(frozen=True)

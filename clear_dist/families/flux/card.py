@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from clear_dist.cards.card import Card, Defaults, HubModel, Published
+from clear_dist.cards.card import Card, Defaults, HubModel, Published, TextEncoders
 from clear_dist.cards.clear import Shapes, is_image_side, with_spatial_weights
 from clear_dist.cards.headers import whole_number, whole_numbers
 from clear_dist.options import Refusal, shortened
@@ -164,7 +164,31 @@ def _linear(name: str, inputs: int, outputs: int) -> Iterator[tuple[str, tuple[i
     yield f"{name}.bias", (outputs,)
 
 
+_VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+_TEXT = TextEncoders(numbers=123_060_480 + 4_762_310_656, heads=64, channels=4096, hidden=10_240)
+"""CLIP and T5-XXL."""
 _DEV, _SCHNELL = FluxShape(guidance_embeds=True), FluxShape()
+
+
+def _hub_model(name: str, shape: FluxShape, scheduler: Mapping[str, Any]) -> HubModel:
+    return HubModel(
+        id=name,
+        native_size=1024,
+        shape=shape,
+        defaults=shape.defaults(scheduler),
+        configs={"transformer": {"guidance_embeds": shape.guidance_embeds}, "vae": _VAE},
+        text=_TEXT,
+    )
+
+
 CARD = Card(
     pipeline="FluxPipeline",
     scheduler="FlowMatchEulerDiscreteScheduler",
@@ -186,8 +210,8 @@ CARD = Card(
     token_limits={"tokenizer": 77},
     schedule={"shift": 3.0, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096},
     hub_models=(
-        HubModel(id=FLUX_DEV, native_size=1024, shape=_DEV, defaults=_DEV.defaults({"use_dynamic_shifting": True})),
-        HubModel(id=FLUX_SCHNELL, native_size=1024, shape=_SCHNELL, defaults=_SCHNELL.defaults({})),
+        _hub_model(FLUX_DEV, _DEV, {"use_dynamic_shifting": True}),
+        _hub_model(FLUX_SCHNELL, _SCHNELL, {}),
     ),
     clear=Published(
         repository=CLEAR_REPOSITORY,

@@ -17,7 +17,7 @@ from torch import Tensor
 from clear_dist.engine.family import Encoded, OnStep
 from clear_dist.families.flux.card import PACKING
 from clear_dist.options import Refusal, shortened
-from clear_dist.stages import Sampling, Size, Stage, Upscaling
+from clear_dist.stages import Size, Stage, Upscaling
 
 
 class FluxPipelineAdapter:
@@ -59,21 +59,8 @@ class FluxPipelineAdapter:
         return lines
 
     def load_lora(self, file: Path, name: str) -> None:
-        tensors, alphas, metadata = self._lora_tensors(file)
-        for tensor in tensors:
-            if not tensor.startswith(("transformer.", "text_encoder.")):
-                raise Refusal(f"{file} must name layers as diffusers, kohya or XLabs do, got {tensor}")
-        pipe = self._pipe
-        given = {"network_alphas": alphas, "metadata": metadata, "adapter_name": name, "_pipeline": pipe}
-        if pipe.transformer is not None:
-            pipe.load_lora_into_transformer(tensors, transformer=pipe.transformer, **given)
-        if pipe.text_encoder is not None:
-            pipe.load_lora_into_text_encoder(tensors, text_encoder=pipe.text_encoder, **given)
-
-    def _lora_tensors(self, file: Path) -> tuple[dict[str, Any], Any, Any]:
-        """Tensors by diffusers' names, their alphas, and diffusers' metadata."""
         try:
-            return self._pipe.lora_state_dict(
+            tensors, alphas, metadata = self._pipe.lora_state_dict(
                 str(file.parent),
                 weight_name=file.name,
                 return_alphas=True,
@@ -84,6 +71,15 @@ class FluxPipelineAdapter:
         except (ValueError, KeyError, RuntimeError) as error:  # diffusers gives up in several ways
             why = " ".join(str(error).split()) or type(error).__name__
             raise Refusal(f"{file} must be a LoRA that diffusers can read, and is not ({why})") from error
+        for tensor in tensors:
+            if not tensor.startswith(("transformer.", "text_encoder.")):
+                raise Refusal(f"{file} must name layers as diffusers, kohya or XLabs do, got {tensor}")
+        pipe = self._pipe
+        given = {"network_alphas": alphas, "metadata": metadata, "adapter_name": name, "_pipeline": pipe}
+        if pipe.transformer is not None:
+            pipe.load_lora_into_transformer(tensors, transformer=pipe.transformer, **given)
+        if pipe.text_encoder is not None:
+            pipe.load_lora_into_text_encoder(tensors, text_encoder=pipe.text_encoder, **given)
 
     def refining(self) -> FluxImg2ImgPipeline:
         """Image-to-image pipeline with the scheduler's static shift (paper, Sec. 4.3).
@@ -114,7 +110,12 @@ class FluxPipelineAdapter:
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Packed latents [B, tokens, 64], as from `FluxPipeline(output_type="latent")`."""
-        sampling = stage.sampling
+        sampling, refined = stage.sampling, {}
+        if start is not None:
+            assert isinstance(sampling, Upscaling), sampling
+            # diffusers' sigmas for num_inference_steps = steps / strength; stated like this, every step counts.
+            sigmas = np.linspace(sampling.strength, sampling.strength / sampling.steps, sampling.steps)
+            refined = {"image": start, "strength": 1.0, "sigmas": sigmas.tolist()}
 
         def end_step(pipeline: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             if on_step is not None:
@@ -123,7 +124,7 @@ class FluxPipelineAdapter:
 
         latents = pipe(
             **embeddings,
-            **({} if start is None else refined_from(start, sampling)),
+            **refined,
             height=stage.height,
             width=stage.width,
             num_inference_steps=sampling.steps,
@@ -151,11 +152,3 @@ class FluxPipelineAdapter:
     def from_vae(self, mean_BCHW: Tensor) -> Tensor:
         config = self._pipe.vae.config
         return (mean_BCHW - config.shift_factor) * config.scaling_factor
-
-
-def refined_from(start: Tensor, sampling: Sampling | Upscaling) -> dict[str, Any]:
-    """Arguments of the image-to-image pipeline for a start [B, 16, R, W]."""
-    assert isinstance(sampling, Upscaling), sampling
-    # diffusers' sigmas for num_inference_steps = steps / strength; stated like this, every step counts.
-    sigmas = np.linspace(sampling.strength, sampling.strength / sampling.steps, sampling.steps)
-    return {"image": start, "strength": 1.0, "sigmas": sigmas.tolist()}

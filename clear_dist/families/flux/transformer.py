@@ -125,6 +125,20 @@ class Flux:
         drawn = [inputs[name] for name in ("hidden_states", "timestep", "guidance") if inputs.get(name) is not None]
         return drawn, [inputs["encoder_hidden_states"], inputs["pooled_projections"]]
 
+    def empty_inputs(self, size: tuple[int, int], *, images: int, text_tokens: int) -> Inputs:
+        config, tokens = self.transformer.config, size[0] * size[1]
+        like = next(self.transformer.parameters())
+        inputs = {
+            "hidden_states": like.new_empty(images, tokens, config.in_channels),
+            "encoder_hidden_states": like.new_empty(images, text_tokens, config.joint_attention_dim),
+            "pooled_projections": like.new_empty(images, config.pooled_projection_dim),
+            "timestep": like.new_empty(images),
+            "img_ids": like.new_empty(tokens, 3),
+            "txt_ids": like.new_empty(text_tokens, 3),
+        }
+        guidance = like.new_empty(images, dtype=torch.float32)
+        return inputs | ({"guidance": guidance} if config.guidance_embeds else {})
+
     def named_inputs(self, args: tuple[Any, ...], kwargs: Inputs) -> Inputs:
         return dict(inspect.signature(self.transformer.forward).bind(*args, **kwargs).arguments)
 

@@ -16,7 +16,8 @@ from clear_dist.families.flux.blocks import StripedDoubleBlock, StripedSingleBlo
 from clear_dist.families.flux.transformer import Flux
 from clear_dist.geometry import plan_text
 from clear_dist.parallelize import parallelize
-from tests.allocated import Allocated, put_on
+from clear_dist.plan.allocated import Allocated
+from tests.put_on import put_on
 from tests.ranks import run_ranks
 from tests.test_parallelize import oracle_latents, relative_error, run
 from tests.tiny import make_tiny_pipeline

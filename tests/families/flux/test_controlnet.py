@@ -186,7 +186,7 @@ def unequal(group: Group, what: str) -> None:
 
 @pytest.mark.parametrize("what", ["picture", "scale"])
 def test_ranks_with_different_controls_are_told(what: str) -> None:
-    run_ranks(unequal, 2, what, timeout=30)
+    run_ranks(unequal, 2, what)
 
 
 def test_what_cannot_be_cut_is_refused_by_name_and_nothing_is_changed() -> None:

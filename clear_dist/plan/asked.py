@@ -1,0 +1,167 @@
+"""What is planned: a request, where it is to run, and the parts that ranks have in its stages."""
+
+import os
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from clear_dist.cards.headers import read_shapes
+from clear_dist.geometry import HaloPlan, Rows, covering_radius, cut_in_stripes, plan_halos
+from clear_dist.options import Options
+from clear_dist.plan.model import PlannedModel
+from clear_dist.request.hardware import Gpu, Link
+from clear_dist.request.lora import TEXT_ENCODER
+from clear_dist.request.request import Lora, Request
+from clear_dist.stages import Stage, Upscaling
+
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A rank's stripe in a stage, in rows of tokens."""
+
+    ranks: int
+    """That take part."""
+    rank: int
+    rows: int
+    halos: tuple[tuple[int, ...], tuple[int, ...]]
+    """Rows from each rank on one side, and on the other: above or below, in such an order that equal parts match."""
+    sent: int
+    """Rows, to all other ranks together."""
+    columns: int
+
+    @property
+    def received(self) -> int:
+        return sum(map(sum, self.halos))
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """Equal for ranks that need the same."""
+        return self.rows, self.halos, self.sent
+
+    def covers(self, other: "Part") -> bool:
+        """Whether the other one needs no more than this one."""
+        return self.rows >= other.rows and self.received >= other.received and self.sent >= other.sent
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """A settled request on ranks of one kind."""
+
+    request: Request
+    """Its size is known."""
+    model: PlannedModel
+    gpu: Gpu | None
+    """None: a CPU."""
+    link: Link
+    forked: bool = True
+    """Whether ranks on a CPU come from one process, as with --nproc; torchrun's do not."""
+    shares_gpus: bool = False
+    """Whether several ranks are on one GPU, so that messages go through host memory."""
+
+    def changed(self, **fields: Any) -> "PlanRequest":
+        """With other fields of the request."""
+        return replace(self, request=replace(self.request, **fields))
+
+    @property
+    def ranks(self) -> int:
+        return self.request.world_size
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.gpu is not None
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return ITEMSIZE[self.request.dtype]
+
+    @property
+    def transport(self) -> Literal["nccl", "gloo", "host"]:
+        return "gloo" if not self.on_cuda else "host" if self.shares_gpus else "nccl"
+
+    @property
+    def offloads(self) -> bool:
+        """Whether text encoders and VAE are in host memory, but for while they are used."""
+        return self.request.offload and self.on_cuda
+
+    @property
+    def hoists(self) -> bool:
+        """Whether modulation is in host memory."""
+        return self.request.hoist_modulation and self.on_cuda
+
+    @property
+    def in_shards(self) -> bool:
+        return self.request.shard_weights and self.ranks > 1
+
+    @property
+    def options(self) -> Options:
+        """As the engine is given them."""
+        given = {each.name: getattr(self.request, each.name) for each in fields(Options)}
+        return Options(**given | {"hoist_modulation": self.hoists, "offload": False})
+
+    @cached_property
+    def lora_numbers(self) -> int:
+        """Of the weights that all LoRA together add to the transformer."""
+        return sum(map(_numbers, self.request.loras))
+
+    @property
+    def kind(self) -> dict[str, Any]:
+        """Of numbers, and of the device."""
+        return {"dtype": self.request.dtype, "device": self.request.device}
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether there are units of rows for all ranks, in every stage where their weights are in shards."""
+        stages = self.stages if self.in_shards else self.stages[-1:]
+        return self.ranks <= min(stage.height for stage in stages) // self.request.unit
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        return self.request.stages
+
+    @cached_property
+    def parts(self) -> tuple[tuple[Part, ...], ...]:
+        """For each stage, the part of each rank; a low stage may have fewer parts than there are ranks."""
+        return tuple(self._parts_of(stage) for stage in self.stages)
+
+    def stripes(self, stage: Stage) -> tuple[Rows, ...]:
+        height, unit = stage.height // self.model.token, self.request.down_factor
+        return cut_in_stripes(height, min(self.ranks, height // unit), unit=unit)
+
+    def lags(self, stage: Stage, ranks: int) -> bool:
+        """Whether halos lag in a stage on so many ranks: one that is all warm-up keeps nothing."""
+        return ranks > 1 and self.request.lags_within(stage.sampling.steps)
+
+    def _parts_of(self, stage: Stage) -> tuple[Part, ...]:
+        stripes, columns = self.stripes(stage), stage.width // self.model.token
+        radius = self.request.radius
+        if radius is not None:
+            radius = min(radius, covering_radius(stripes[-1].stop, columns))
+        plans = (plan_halos(stripes, rank, radius) for rank in range(len(stripes)))
+        return tuple(_part(plan, rank, len(stripes), columns) for rank, plan in enumerate(plans))
+
+
+def is_upper(stage: Stage) -> bool:
+    """Whether a stage starts from a picture."""
+    return isinstance(stage.sampling, Upscaling)
+
+
+def _part(plan: HaloPlan, rank: int, ranks: int, columns: int) -> Part:
+    sides: tuple[list[int], list[int]] = ([], [])
+    for transfer in plan.receives:
+        sides[transfer.rows.start >= plan.own.stop].append(len(transfer.rows))
+    first, second = sorted(tuple(sorted(side)) for side in sides)
+    sent = sum(len(transfer.rows) for transfer in plan.sends)
+    return Part(ranks=ranks, rank=rank, rows=len(plan.own), halos=(first, second), sent=sent, columns=columns)
+
+
+def _numbers(lora: Lora) -> int:
+    """Of the weights that it adds to the transformer; 0 where its file is not here yet."""
+    if not os.path.isfile(lora.source):
+        return 0
+    shapes = read_shapes(Path(lora.source))
+    return sum(prod(shape) for name, shape in shapes.items() if not name.startswith(TEXT_ENCODER))

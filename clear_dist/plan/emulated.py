@@ -1,0 +1,44 @@
+"""What others' code adds to a step, and cannot run on tensors without values: torch.compile, and peft's LoRA."""
+
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from clear_dist.engine.parts import Parts
+from clear_dist.plan.allocated import Allocated
+from clear_dist.plan.built import Built
+
+
+def fused_parts(allocated: Allocated) -> Parts:
+    """The engine's parts of a block, as if each were one graph."""
+    plain = Parts()
+    return Parts(**{part.name: partial(_fused, allocated, getattr(plain, part.name)) for part in fields(Parts)})
+
+
+def _fused(allocated: Allocated, part: Any, *arguments: Any, **named: Any) -> Any:
+    with allocated.fusing():
+        result = part(*arguments, **named)
+    if isinstance(result, Tensor):
+        allocated.make(result)
+    return result
+
+
+class Adapted(nn.Module):
+    """A linear layer with a LoRA beside it, as peft computes it; the rank matters little for what is held."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.base_layer = layer
+        like = {"bias": False, "device": layer.weight.device, "dtype": layer.bias.dtype}
+        self.down, self.up = nn.Linear(layer.in_features, 1, **like), nn.Linear(1, layer.out_features, **like)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.up(self.down(x)) * 1.0
+
+
+def add_lora(built: Built) -> None:
+    """A LoRA on each layer that all tokens go through."""
+    for name in built.family.products:
+        built.transformer.set_submodule(name, Adapted(built.transformer.get_submodule(name)))

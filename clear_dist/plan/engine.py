@@ -1,0 +1,126 @@
+"""The engine as a plan asks it: a process that runs it without values (measure.py), and its answers."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from clear_dist.launch.ranks import QUIET
+from clear_dist.options import Options, Refusal
+from clear_dist.plan.asked import Part, PlanRequest
+from clear_dist.plan.questions import (
+    ANSWERS,
+    Question,
+    Step,
+    StepQuestion,
+    VaePass,
+    VaeQuestion,
+    Weights,
+    WeightsQuestion,
+    as_json,
+)
+from clear_dist.stages import Stage
+
+PACKAGES = Path(__file__).parents[2]
+PROGRAM = """
+import sys
+sys.modules |= {"transformers": None, "peft": None}  # no use here, and a third of the time to import diffusers
+from clear_dist.launch.ranks import die_with
+die_with(int(sys.argv[1]))
+from clear_dist.plan.measure import main
+main()
+"""
+OF_WEIGHTS = ("hoist_modulation", "int8", "float8", "shard_weights")
+"""Options that weights depend on."""
+
+
+def started() -> "subprocess.Popen[str]":
+    paths = (str(PACKAGES), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", PROGRAM, str(os.getpid())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | QUIET | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+    )
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A process that imports the engine from now on, until `stop`; what was asked once is remembered.
+
+    All questions raise a Refusal where the model cannot be built, RuntimeError where the process has ended.
+    """
+
+    process: "subprocess.Popen[str]" = field(default_factory=started)
+    answers: dict[str, Any] = field(default_factory=dict)
+
+    def weights(self, asked: PlanRequest) -> Weights:
+        options = Options(**{name: getattr(asked.options, name) for name in OF_WEIGHTS})
+        ranks = asked.ranks if asked.in_shards else 1
+        return self.ask(WeightsQuestion(module=asked.model.transformer, ranks=ranks, options=options, **asked.kind))
+
+    def step(self, asked: PlanRequest, stage: Stage, part: Part) -> Step:
+        """Asked once for all ranks whose parts are alike."""
+        parts, request = asked.parts[asked.stages.index(stage)], asked.request
+        hoist = request.hoist_modulation and request.shard_weights  # else it moves weights alone
+        question = StepQuestion(
+            module=asked.model.transformer,
+            ranks=part.ranks,
+            options=replace(asked.options, schedule="sync", warmup_steps=None, hoist_modulation=hoist),
+            transport=asked.transport,
+            height=stage.height // asked.model.token,
+            width=stage.width // asked.model.token,
+            rank=next(other.rank for other in parts if other.shape == part.shape),
+            images=request.num_images,
+            text_tokens=request.max_sequence_length,
+            passes=stage.sampling.passes,
+            steps=stage.sampling.steps if asked.lags(stage, part.ranks) else 1,
+            down_factor=request.down_factor,
+            has_lora=asked.lora_numbers > 0,
+            **asked.kind,
+        )
+        return self.ask(question)
+
+    def vae(self, asked: PlanRequest, part: Part | None = None, *, encode: bool = False) -> VaePass:
+        """Of a part's stripe; without one, its weights alone."""
+        question = VaeQuestion(module=asked.model.vae, ranks=1, **asked.kind)
+        if part is not None:
+            question = replace(
+                question,
+                encode=encode,
+                rows=asked.model.packing * part.rows,
+                columns=asked.model.packing * part.columns,
+                ranks=part.ranks,
+                images=asked.request.num_images,
+            )
+        return self.ask(question)
+
+    def ask(self, question: Question) -> Any:
+        line = json.dumps(as_json(question))
+        if line not in self.answers:
+            self.answers[line] = self._asked(line)
+        found = self.answers[line]
+        if "error" in found:
+            raise Refusal(found["error"])
+        return ANSWERS[type(question)](**found["answer"])
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def _asked(self, line: str) -> Any:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(f"{line}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended, and tells why on stderr
+        if answer := self.process.stdout.readline():
+            return json.loads(answer)
+        lines = self.process.communicate()[1].strip().splitlines() or ["it ended without a word"]
+        raise RuntimeError(f"the engine cannot tell what it takes: {lines[-1]}")

@@ -1,0 +1,202 @@
+"""Memory of a rank by phase: weights that it holds all the time, and what the engine says that each phase adds."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from clear_dist.plan.asked import Part, PlanRequest, is_upper
+from clear_dist.plan.engine import Engine
+from clear_dist.plan.questions import Step, VaePass
+from clear_dist.stages import Stage
+
+CONTEXT = 600_000_000
+"""Of CUDA, cuBLAS and cuDNN on a GPU: assumed, not measured."""
+CHANNELS_OF_NCCL = 400_000_000
+"""Of NCCL's groups, where there are several ranks: assumed, not measured."""
+LIBRARIES, FORKED = 630_000_000, 450_000_000
+"""Of Python, torch, diffusers and transformers in a process on a CPU, and in one of several forked ranks, which
+touch less of them: measured, benchmarks/memory/plan.py."""
+SHARED = 370_000_000
+"""Of these, what forked ranks have in common: pages of files, and of the process that they come from."""
+PICTURE_CHANNELS, FLOAT32 = 3, 4
+Items = Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A phase of a stage, at its highest."""
+
+    name: str
+    stage: int
+    """Its number; -1: before all stages."""
+    items: Items
+    """Bytes by name: weights first."""
+    where: str = ""
+    """Function at work when most is alive."""
+    as_stored: int = 0
+    """Of weights on a CPU, what ranks may have in common: the files' pages, if those have the dtype asked for."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.items.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    rank: int
+    phases: tuple[Phase, ...]
+
+    @property
+    def before(self) -> Phase:
+        """The largest phase before anything is drawn."""
+        return max((phase for phase in self.phases if phase.stage < 0), key=lambda phase: phase.total)
+
+    @property
+    def drawing(self) -> Phase:
+        """The largest one after that."""
+        return max((phase for phase in self.phases if phase.stage >= 0), key=lambda phase: phase.total)
+
+    @property
+    def peak(self) -> int:
+        return self.largest.total
+
+    @property
+    def largest(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Of all ranks of a request."""
+
+    asked: PlanRequest
+    engine: Engine
+
+    def of_rank(self, rank: int) -> RankMemory:
+        """All phases; raises a Refusal where the model cannot be built."""
+        stages = range(len(self.asked.stages))
+        drawing = (phase for number in stages for phase in self.of_stage(rank, number))
+        return RankMemory(rank=rank, phases=(*self.before(rank), *drawing))
+
+    def before(self, rank: int) -> Iterator[Phase]:
+        """Rank 0 encodes the prompt; the others have loaded by then, and wait. What is made smaller is loaded whole."""
+        asked = self.asked
+        if rank:
+            yield self._phase("wait", -1, self.held(rank))
+        else:
+            around = self.held(rank) if asked.request.keep_text_encoder else self._surroundings()
+            text = {"text encoders": self.text_encoders, "text activations": self._text_activations()}
+            yield self._phase("text", -1, {**around, **text})
+        weights = self.engine.weights(asked)
+        if not asked.in_shards and weights.held < weights.whole:  # shards come from host memory, block by block
+            yield self._phase("load", -1, self._loaded(rank, weights.whole) | self._surroundings())
+
+    def of_stage(self, rank: int, number: int) -> Iterator[Phase]:
+        """Of one stage; where a rank takes no part it idles."""
+        asked, stage = self.asked, self.asked.stages[number]
+        held, parts = self.held(rank), asked.parts[number]
+        if rank >= len(parts):
+            yield self._phase("idle", number, held)
+            return
+        part, kept = parts[rank], {**held, **self._drawn_before(rank, number)}
+        if is_upper(stage):
+            encoding = self.engine.vae(asked, part, encode=True)
+            yield self._phase("encode", number, {**self._with_vae(kept), "VAE activations": encoding.peak})
+        step = self.engine.step(asked, stage, part)
+        yield self._phase("denoise", number, {**kept, **self._denoising(stage, step)}, step.where)
+        held = held | ({"masks": step.masks} if step.masks else {})
+        drawn = {"latents": 3 * self._latents(stage)}
+        decoding = self.engine.vae(asked, part)
+        yield self._phase(
+            "decode", number, {**self._with_vae({**kept, **held}), **drawn, "VAE activations": decoding.peak}
+        )
+        yield self._phase("save", number, {**held, **drawn, "picture": self._picture(rank, part, parts, decoding)})
+
+    def held(self, rank: int) -> dict[str, int]:
+        """What a rank holds while pictures are drawn, whatever their size."""
+        lora = {"LoRA": self.asked.lora_numbers * self.asked.itemsize} if self.asked.lora_numbers else {}
+        return self._loaded(rank, self.engine.weights(self.asked).held) | lora | self._surroundings()
+
+    @property
+    def text_encoders(self) -> int:
+        """Bytes; only rank 0 has any."""
+        return self.asked.model.text.numbers * self.asked.itemsize
+
+    @property
+    def pinned(self) -> int:
+        """Bytes of the modulation that all ranks of a machine keep in its host's memory, each its own."""
+        return self.asked.ranks * self.engine.weights(self.asked).modulation * self.asked.hoists
+
+    def _loaded(self, rank: int, transformer: int) -> dict[str, int]:
+        items = {"transformer": transformer}
+        if not self.asked.offloads:
+            items["VAE"] = self.engine.vae(self.asked).weights
+            if rank == 0 and self.asked.request.keep_text_encoder:
+                items["text encoders"] = self.text_encoders
+        return items
+
+    def _surroundings(self) -> dict[str, int]:
+        several = self.asked.ranks > 1
+        if self.asked.on_cuda:
+            return {"CUDA": CONTEXT + CHANNELS_OF_NCCL * several}
+        return {"libraries": FORKED if self.asked.forked and several else LIBRARIES}
+
+    def _with_vae(self, items: Items) -> Items:
+        """While it is used it is there in any case."""
+        return {**items, "VAE": self.engine.vae(self.asked).weights}
+
+    def _text_activations(self) -> int:
+        """The widest encoder's scores or its widest layer, a prompt at a time."""
+        text, tokens, size = self.asked.model.text, self.asked.request.max_sequence_length, self.asked.itemsize
+        scores = text.heads * tokens**2 * (3 * size + FLOAT32)
+        hidden = 3 * tokens * text.hidden * size
+        return max(scores, hidden) + 4 * tokens * text.channels * size
+
+    def _phase(self, name: str, stage: int, items: Items, where: str = "") -> Phase:
+        as_stored = 0
+        if not self.asked.on_cuda and "transformer" in items:
+            weights = self.engine.weights(self.asked)
+            as_stored = (weights.whole if name == "load" else weights.as_stored) + items["VAE"]
+        return Phase(name=name, stage=stage, items=items, where=where, as_stored=as_stored)
+
+    def _denoising(self, stage: Stage, step: Step) -> Items:
+        """Rows of the table, and what the pipeline holds besides: other passes' outputs, the start, tables."""
+        rows, latents = dict(step.peak), self._latents(stage)
+        if self.asked.lags(stage, min(self.asked.ranks, stage.height // self.asked.request.unit)):
+            rows["stale halos"] = rows.pop("halos", 0)
+        else:
+            rows["halos"] = rows.get("halos", 0) + rows.pop("halos on their way", 0)
+        start = latents + latents * FLOAT32 // self.asked.itemsize if is_upper(stage) else 0
+        rows["latents"] = rows.get("latents", 0) + start + self._tables(stage)
+        return {name: amount for name, amount in rows.items() if amount}
+
+    def _tables(self, stage: Stage) -> int:
+        """Of hoisted modulation: what it is in all steps."""
+        steps, images = max(each.sampling.steps for each in self.asked.stages), self.asked.request.num_images
+        numbers = steps * stage.sampling.passes * images * self.engine.weights(self.asked).modulation_outputs
+        return numbers * self.asked.itemsize * self.asked.hoists
+
+    def _latents(self, stage: Stage) -> int:
+        """Of all tokens, once: as many numbers as the VAE has for them."""
+        token, config = self.asked.model.token, self.asked.model.vae.config
+        numbers = config["latent_channels"] * self.asked.model.packing**2
+        return self.asked.request.num_images * stage.height * stage.width // token**2 * numbers * self.asked.itemsize
+
+    def _drawn_before(self, rank: int, number: int) -> Items:
+        """The stage before, of which this one starts."""
+        if not number or rank >= len(self.asked.parts[number - 1]):
+            return {}
+        return {
+            "stage before": self._pixels(self.asked.parts[number - 1][rank])
+            + self._latents(self.asked.stages[number - 1])
+        }
+
+    def _pixels(self, part: Part) -> int:
+        """Of a stripe, as the VAE puts it out."""
+        pixels = part.rows * part.columns * self.asked.model.token**2
+        return self.asked.request.num_images * PICTURE_CHANNELS * pixels * self.asked.itemsize
+
+    def _picture(self, rank: int, part: Part, parts: tuple[Part, ...], decoding: VaePass) -> int:
+        """The stripe's pixels, one picture of them on its way to bytes, and on rank 0 another rank's bytes, twice."""
+        tallest = max(other.rows for other in parts)
+        others = 2 * PICTURE_CHANNELS * tallest * part.columns * self.asked.model.token**2
+        return self._pixels(part) + decoding.picture + (others if rank == 0 and part.ranks > 1 else 0)

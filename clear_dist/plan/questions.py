@@ -1,0 +1,129 @@
+"""What a plan asks the engine and is answered, in JSON; nothing here imports torch, `measure.py` answers elsewhere."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from clear_dist.options import Options
+
+Amounts = Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Module:
+    """A module that can be made without values: `library.Class`, and its config.json."""
+
+    kind: str
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    module: Module
+    dtype: str
+    device: str
+    """`cpu` or `cuda`, on which it would run."""
+    ranks: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsQuestion(Question):
+    options: Options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The transformer's on one rank, in bytes but for the last three."""
+
+    whole: int
+    """As they are loaded."""
+    held: int
+    """All the time."""
+    sent: int
+    """In one pass: a rank's share of all that is in shards, once."""
+    as_stored: int
+    """Of what is held, what may still be the pages of the files that it came from."""
+    modulation: int
+    """What `--hoist-modulation` keeps in host memory."""
+    modulation_outputs: int
+    """Numbers that these layers put out, for a picture in a step."""
+    products: int
+    """Numbers that all tokens are multiplied with."""
+    blocks: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepQuestion(Question):
+    """A denoising step of one rank; sizes in tokens."""
+
+    options: Options
+    transport: Literal["nccl", "gloo", "host"]
+    height: int
+    width: int
+    rank: int
+    images: int
+    text_tokens: int
+    passes: int
+    down_factor: int
+    has_lora: bool
+    steps: int
+    """Of the stage where halos lag; else 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """All passes and pictures of a step together."""
+
+    peak: Amounts
+    """Bytes by row of the table, when most is alive; without weights."""
+    where: str
+    """Function at work then."""
+    masks: int
+    """Bytes of masks that stay."""
+    bytes: Amounts
+    """Handed over, by the engine's own counters."""
+    operations: Amounts
+    tokens: int
+    """That go through the blocks, for one picture and pass."""
+    channels: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeQuestion(Question):
+    """An encode or decode of one of `ranks` stripes of equal height; 0 rows: the weights alone."""
+
+    encode: bool = False
+    rows: int = 0
+    """Of latents, as columns."""
+    columns: int = 0
+    images: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaePass:
+    """All pictures of an encode or decode together."""
+
+    weights: int
+    """Bytes, as the next two."""
+    peak: int = 0
+    picture: int = 0
+    """Of a stripe of one picture, on its way to whole numbers."""
+    bytes: Amounts
+    operations: Amounts
+
+
+ANSWERS = {WeightsQuestion: Weights, StepQuestion: Step, VaeQuestion: VaePass}
+
+
+def as_json(question: Question) -> dict[str, Any]:
+    return {"kind": type(question).__name__, **asdict(question)}
+
+
+def from_json(fields: Mapping[str, Any]) -> Any:
+    """The question that `as_json` was given."""
+    values = dict(fields)
+    name = values.pop("kind")
+    values["module"] = Module(**values["module"])
+    if "options" in values:
+        values["options"] = Options(**values["options"])
+    return next(kind for kind in ANSWERS if kind.__name__ == name)(**values)

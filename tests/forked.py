@@ -1,0 +1,56 @@
+"""`forked(function)`: a command of its own, but forked from a process that has imported what it would: seconds each."""
+
+import atexit
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from signal import SIGKILL
+
+from tests.ranks import server
+
+
+class Forked:
+    """As much of a `subprocess.Popen` as tests use; its process group is its own."""
+
+    def __init__(self, process: BaseProcess, folder: "tempfile.TemporaryDirectory[str]") -> None:
+        assert process.pid is not None
+        self.pid = process.pid
+        self.returncode: int | None = None
+        self._process, self._folder = process, folder
+        atexit.register(self._kill)  # a test may fail before the command ends, which would be waited for
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """What it wrote to stdout and stderr, once it has ended."""
+        self._process.join(timeout)
+        self.returncode = self._process.exitcode
+        if self.returncode is None:
+            self._kill()
+            raise subprocess.TimeoutExpired("a forked command", timeout)
+        atexit.unregister(self._kill)
+        with self._folder as folder:
+            return Path(folder, "1").read_text(), Path(folder, "2").read_text()
+
+    def _kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, SIGKILL)
+
+
+def forked(function: Callable[[], object]) -> Forked:
+    """Call `function`, which is pickled, in this process's folder; its exit status is the command's."""
+    folder = tempfile.TemporaryDirectory()
+    process = server().Process(target=_be_command, args=(function, Path.cwd(), Path(folder.name)))
+    process.start()
+    return Forked(process, folder)
+
+
+def _be_command(function: Callable[[], object], here: Path, folder: Path) -> None:
+    os.setsid()
+    os.chdir(here)
+    for stream in (1, 2):
+        os.dup2(os.open(folder / str(stream), os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    os.environ.pop("OMP_NUM_THREADS", None)  # ranks share the cores, as a user's do
+    raise SystemExit(function())
