@@ -11,7 +11,6 @@ from clear_dist.comm.stale_exchange import StaleHaloExchange, StaleTextReduce
 from clear_dist.comm.text_reduce import TextReduce
 from clear_dist.comm.text_shards import TextGather, TextScatter
 from clear_dist.engine.pooled_keys import PooledKeys
-from clear_dist.engine.room import SENDING_LAYERS
 from clear_dist.engine.settings import Settings
 from clear_dist.geometry import HaloPlan, Rows, TextPlan, plan_pooled
 
@@ -38,7 +37,7 @@ class Exchanges:
     _clock: Clock | None
 
     def __post_init__(self) -> None:
-        layers = 0 if self._clock is None else SENDING_LAYERS
+        layers = 0 if self._clock is None else self._settings.sending_layers
         self._sends, self._pooled_sends = (SendBuffers(self._group, self._counters, layers=layers) for _ in range(2))
         self._made: dict[tuple[int, int, TextPlan], Exchange] = {}
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from clear_dist.attention import Backend
 from clear_dist.comm.text_reduce import REDUCTIONS, Reduction
 from clear_dist.engine.pooled_keys import Pooling
+from clear_dist.engine.room import SENDING_LAYERS
 from clear_dist.options import Options
 
 
@@ -16,6 +17,7 @@ class Settings:
     options: Options
     choose_backend: Callable[..., Backend]
     pooling: Pooling | None = None
+    sending_layers: int = SENDING_LAYERS
 
     @property
     def reduction(self) -> Reduction:

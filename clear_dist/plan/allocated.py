@@ -9,37 +9,44 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from types import CodeType
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+ON_THEIR_WAY = "halos on their way"
 ROWS = (
-    ("clear_dist.engine.pooled_keys", "", "pooled keys"),
-    ("clear_dist.comm.halo_exchange", "SendBuffers", "halos on their way"),
-    ("clear_dist.comm.halo_exchange", "", "halos"),
-    ("clear_dist.comm.text_", "", "text"),
-    ("clear_dist.comm.pretend", "PretendedShell", "blocks gathered"),
-    ("clear_dist.attention.masked", "bias", "masks"),
-    ("clear_dist.vae", "", "VAE activations"),
-    ("clear_dist.attention", "", "attention"),
-    ("clear_dist.engine.joint_attention", "", "attention"),
-    ("clear_dist.comm.rows", "", "latents"),
-    ("clear_dist.families", "empty_inputs", "latents"),
-    ("clear_dist.plan.stepped", "_new_latents", "latents"),
-    ("clear_dist.families", "", "activations"),
+    ("comm/halo_exchange", "SendBuffers", ON_THEIR_WAY),
+    ("engine/pooled_keys", "", "pooled keys"),
+    ("comm/halo_exchange", "", "halos"),
+    ("comm/text_", "", "text"),
+    ("comm/pretend", "PretendedShell", "blocks gathered"),
+    ("attention/masked", "bias", "masks"),
+    ("vae", "", "VAE activations"),
+    ("attention", "", "attention"),
+    ("engine/joint_attention", "", "attention"),
+    ("comm/rows", "", "latents"),
+    ("families", "empty_inputs", "latents"),
+    ("plan/stepped", "_new_latents", "latents"),
+    ("families", "", "activations"),
 )
-"""Module, class or function, and the row of what they allocate; the first of them that is at work counts."""
+"""File, class or function, and the row of what they allocate; the first of them that is at work counts."""
+PACKAGE = f"{Path(__file__).parents[1]}/"
 PRODUCTS, CONVOLUTIONS, ATTENTION = "products", "convolutions", "attention"
 KINDS = {"convolution": CONVOLUTIONS, "mm": PRODUCTS, "addmm": PRODUCTS, "bmm": PRODUCTS, "_scaled_mm_v2": PRODUCTS}
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-COPY, UNSAFE_VIEW = torch.ops.aten.copy_.default, torch.ops.aten._unsafe_view.default
+UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 META = torch.device("meta")
+ATEN = torch.library.Library("aten", "IMPL")
+"""PyTorch's attention without values, here by a kernel that holds no scores as on other devices; lasts as long."""
+ATEN.impl(
+    "scaled_dot_product_attention",
+    lambda *tensors, attn_mask=None, scale=None, **_: FUSED(*tensors, attn_mask=attn_mask, scale=scale)[0],
+    "AutogradMeta",
+)
 
 
 class Allocated(TorchDispatchMode):
@@ -61,11 +68,21 @@ class Allocated(TorchDispatchMode):
         """Most bytes alive when a function asked for more."""
         self.operations: Counter[tuple[int | None, str]] = Counter()
         """By block and kind."""
+        self._outermost: Any = None
         self._alive: dict[int, tuple[int, str, int | None, Any]] = {}
         self._by_row: Counter[str] = Counter()
         self._is_fusing = False
         self._unmade: dict[int, Any] = {}
         """Storages that a compiled graph would not make."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled inside, and to ask torch for that each time takes long."""
+        return False
+
+    def __enter__(self) -> Any:
+        self._outermost = sys._getframe(1)
+        return super().__enter__()
 
     def begin(self) -> None:
         """Forget the peak and the operations so far."""
@@ -77,10 +94,10 @@ class Allocated(TorchDispatchMode):
         return Counter(self._by_row)
 
     def kept_by(self, block: int) -> "Counter[str]":
-        """Bytes that are alive since this block asked for them, by row."""
+        """Bytes that are alive since this block asked for them, by row, but for what any block uses again."""
         kept: Counter[str] = Counter()
         for size, row, owner, _ in self._alive.values():
-            if owner == block:
+            if owner == block and row != ON_THEIR_WAY:
                 kept[row] += size
         return kept
 
@@ -103,7 +120,7 @@ class Allocated(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function is COPY and args[0].is_meta:
+        if writes_in_place(function) and args[0].is_meta:
             return args[0]
         if only_views(function):
             return function(*args, **kwargs)
@@ -131,12 +148,13 @@ class Allocated(TorchDispatchMode):
         key, known = (function, described(args), described(kwargs.items())), layouts()
         if key not in known:
             result = function(*args, **kwargs)
-            found = tuple(tensors_in((result,)))
-            if len(found) == 1 and isinstance(result, Tensor):
-                known[key] = found[0].shape, found[0].stride(), found[0].dtype
+            several = result if isinstance(result, tuple) else (result,)
+            if all(isinstance(x, Tensor) for x in several):
+                known[key] = isinstance(result, tuple), described(several)
             return result
-        shape, stride, dtype = known[key]
-        return torch.empty_strided(shape, stride, dtype=dtype, device=META)
+        is_tuple, found = known[key]
+        made = tuple(torch.empty_strided(shape, stride, dtype=dtype, device=META) for shape, stride, dtype in found)
+        return made if is_tuple else made[0]
 
     def _operate(self, packet: Any, args: Any, kwargs: Any, result: Any) -> bool:
         """Count an operation's work; returns whether it is a product of matrices or alike."""
@@ -172,22 +190,13 @@ class Allocated(TorchDispatchMode):
         """Row and function of the code that asks for memory now."""
         frame: Any = sys._getframe(3)
         found, where = len(ROWS), ""
-        while frame is not None:
-            index = row_of(frame.f_code, frame.f_globals.get("__name__", ""))
+        while frame is not None and frame is not self._outermost:
+            code = frame.f_code
+            index = row_of(code.co_filename, code.co_qualname)
             if index is not None:
-                found, where = min(found, index), where or frame.f_code.co_qualname
+                found, where = min(found, index), where or code.co_qualname
             frame = frame.f_back
         return ROWS[found][2] if found < len(ROWS) else self.row, where
-
-
-class FusedAttention(TorchFunctionMode):
-    """PyTorch's attention by a kernel that holds no scores, also on the meta device, which would take another."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is scaled_dot_product_attention and args[0].is_meta:
-            return FUSED(*args[:3], attn_mask=kwargs.get("attn_mask"), scale=kwargs.get("scale"))[0]
-        return function(*args, **kwargs)
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -209,7 +218,7 @@ def described(values: Iterable[Any]) -> tuple[Any, ...]:
 
 @cache
 def layouts() -> dict[Any, Any]:
-    """Shape, stride and dtype of results, by operation and arguments."""
+    """Whether the result is a tuple, and shape, stride and dtype of all, by operation and arguments."""
     return {}
 
 
@@ -225,6 +234,14 @@ def makes_new_tensors(function: Any) -> bool:
 
 
 @cache
+def writes_in_place(function: Any) -> bool:
+    """Whether an operation returns its first argument, of which it changes the values only."""
+    schema = function._schema
+    is_such = schema.name.startswith("aten::") and schema.name.endswith("_") and len(schema.returns) == 1
+    return is_such and torch.Tag.inplace_view not in function.tags
+
+
+@cache
 def only_views(function: Any) -> bool:
     """Whether an operation always changes its arguments, or returns views; one made of others may copy as well."""
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd")
@@ -232,11 +249,10 @@ def only_views(function: Any) -> bool:
 
 
 @cache
-def row_of(code: CodeType, module: str) -> int | None:
+def row_of(file: str, function: str) -> int | None:
     """Index among ROWS of what a function allocates; one beyond them for others of this package's functions."""
-    if not module.startswith("clear_dist.") or module == __name__:
+    if not file.startswith(PACKAGE) or file == __file__:
         return None
-    found = (
-        index for index, (room, owner, _) in enumerate(ROWS) if module.startswith(room) and owner in code.co_qualname
-    )
+    name = file.removeprefix(PACKAGE)
+    found = (index for index, (room, owner, _) in enumerate(ROWS) if name.startswith(room) and owner in function)
     return next(found, len(ROWS))

@@ -68,8 +68,8 @@ def load(kind: str, config: Mapping[str, Any], dtype: str) -> Any:
     return module.requires_grad_(False).to(getattr(torch, dtype)).eval()
 
 
-def cut_down(transformer: Any, *, at_least: int = 0) -> Built:
-    """Leave two blocks of each kind, more of the first ones where the second is to have `at_least` before it."""
+def cut_down(transformer: Any) -> Built:
+    """Leave two blocks of each kind."""
     blocks = family_of(transformer).blocks
     kinds: dict[Any, list[nn.Module]] = {}
     for block in blocks:
@@ -78,7 +78,7 @@ def cut_down(transformer: Any, *, at_least: int = 0) -> Built:
     kept: set[nn.Module] = set()
     further: dict[nn.Module, int] = {}
     for alike in kinds.values():
-        here = alike[: max(FEWEST, at_least + 1 - len(kept))]
+        here = alike[:FEWEST]
         kept |= set(here)
         further[here[-1]] = len(alike) - len(here)
     for module in list(transformer.modules()):

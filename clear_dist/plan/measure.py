@@ -15,10 +15,9 @@ from torch import Tensor
 
 from clear_dist.comm.pretend import META, Pretended, Tally
 from clear_dist.drawing.cascade import to_bytes
-from clear_dist.engine.room import SENDING_LAYERS
 from clear_dist.geometry import Rows
 from clear_dist.launch import ends
-from clear_dist.plan.allocated import ATTENTION, Allocated, FusedAttention
+from clear_dist.plan.allocated import ATTENTION, Allocated
 from clear_dist.plan.built import Built, count_weights, cut_down, load
 from clear_dist.plan.questions import Question, StepQuestion, VaeQuestion, WeightsQuestion, as_json, from_json
 from clear_dist.plan.stepped import run_steps
@@ -45,10 +44,10 @@ def answered(question: Question) -> dict[str, Any]:
     if isinstance(question, VaeQuestion):
         return of_vae(question)
     if isinstance(question, StepQuestion):
-        return run_steps(question, _transformer(question, SENDING_LAYERS + 1 if question.steps > 1 else 0).copy())
+        return run_steps(question, _cut_down(_key(question)).copy())
     assert isinstance(question, WeightsQuestion), question
     group = Pretended.of(0, question.ranks, "gloo")
-    return count_weights(_transformer(question, 0).copy(), question.options, group)
+    return count_weights(_cut_down(_key(question)).copy(), question.options, group)
 
 
 def of_vae(question: VaeQuestion) -> dict[str, Any]:
@@ -113,7 +112,7 @@ def _stripe(line: str) -> dict[str, Any]:
     rest: dict[str, Any] = {"max_bytes": MAX_BYTES[question.device], "counters": tally}
     scale = 2 ** (len(module.config.block_out_channels) - 1)
     pixels = scale * question.rows, scale * question.columns
-    with torch.no_grad(), FusedAttention(), Allocated("VAE activations") as allocated:
+    with torch.no_grad(), Allocated("VAE activations") as allocated:
         if question.encode:
             encode_stripes(module, _empty(question, 3, *pixels), group, stripes, **rest)
         else:
@@ -151,10 +150,6 @@ def _module(key: tuple[str, str, str]) -> Any:
 
 
 @cache
-def _cut_down(key: tuple[str, str, str], at_least: int) -> Built:
+def _cut_down(key: tuple[str, str, str]) -> Built:
     kind, config, dtype = key
-    return cut_down(load(kind, json.loads(config), dtype), at_least=at_least)
-
-
-def _transformer(question: Question, at_least: int) -> Built:
-    return _cut_down(_key(question), at_least)
+    return cut_down(load(kind, json.loads(config), dtype))

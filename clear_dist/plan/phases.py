@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from clear_dist.plan.asked import Part, PlanRequest, is_upper
 from clear_dist.plan.engine import Engine
-from clear_dist.plan.questions import Step, VaePass
+from clear_dist.plan.questions import Step
 from clear_dist.stages import Stage
 
 CONTEXT = 600_000_000
@@ -103,13 +103,12 @@ class Memory:
             yield self._phase("encode", number, {**self._with_vae(kept), "VAE activations": encoding.peak})
         step = self.engine.step(asked, stage, part)
         yield self._phase("denoise", number, {**kept, **self._denoising(stage, step)}, step.where)
-        held = held | ({"masks": step.masks} if step.masks else {})
-        drawn = {"latents": 3 * self._latents(stage)}
-        decoding = self.engine.vae(asked, part)
+        held = held | self._masks(number, part)
+        drawn, decoding = {"latents": 3 * self._latents(stage)}, self.engine.vae(asked, part)
         yield self._phase(
             "decode", number, {**self._with_vae({**kept, **held}), **drawn, "VAE activations": decoding.peak}
         )
-        yield self._phase("save", number, {**held, **drawn, "picture": self._picture(rank, part, parts, decoding)})
+        yield self._phase("save", number, {**held, **drawn, "picture": self._pixels(part) + decoding.picture})
 
     def held(self, rank: int) -> dict[str, int]:
         """What a rank holds while pictures are drawn, whatever their size."""
@@ -169,6 +168,13 @@ class Memory:
         rows["latents"] = rows.get("latents", 0) + start + self._tables(stage)
         return {name: amount for name, amount in rows.items() if amount}
 
+    def _masks(self, number: int, part: Part) -> Items:
+        """Of attention, as long as others do not take their places: one rank has one in a stage, others up to three."""
+        since = 0 if part.ranks == 1 else number
+        stages = zip(self.asked.stages[since : number + 1], self.asked.parts[since:], strict=False)
+        masks = sum(self.engine.step(self.asked, stage, parts[part.rank]).masks for stage, parts in stages)
+        return {"masks": masks} if masks else {}
+
     def _tables(self, stage: Stage) -> int:
         """Of hoisted modulation: what it is in all steps."""
         steps, images = max(each.sampling.steps for each in self.asked.stages), self.asked.request.num_images
@@ -194,9 +200,3 @@ class Memory:
         """Of a stripe, as the VAE puts it out."""
         pixels = part.rows * part.columns * self.asked.model.token**2
         return self.asked.request.num_images * PICTURE_CHANNELS * pixels * self.asked.itemsize
-
-    def _picture(self, rank: int, part: Part, parts: tuple[Part, ...], decoding: VaePass) -> int:
-        """The stripe's pixels, one picture of them on its way to bytes, and on rank 0 another rank's bytes, twice."""
-        tallest = max(other.rows for other in parts)
-        others = 2 * PICTURE_CHANNELS * tallest * part.columns * self.asked.model.token**2
-        return self._pixels(part) + decoding.picture + (others if rank == 0 and part.ranks > 1 else 0)

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from math import ceil
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +20,7 @@ from clear_dist.engine.room import SENDING_LAYERS
 from clear_dist.engine.settings import Settings
 from clear_dist.engine.striped import StripedModel
 from clear_dist.geometry import reached_tiles
-from clear_dist.plan.allocated import Allocated, FusedAttention
+from clear_dist.plan.allocated import ON_THEIR_WAY, Allocated
 from clear_dist.plan.built import Built, quantise
 from clear_dist.plan.emulated import add_lora, fused_parts
 from clear_dist.plan.questions import StepQuestion
@@ -111,9 +110,12 @@ def run_steps(question: StepQuestion, built: Built) -> dict[str, Any]:
     tally, allocated = Tally(), Allocated()
     striped = _on_stripes(question, built, tally, allocated)
     in_blocks = InBlocks(built, tally, allocated)
-    with torch.no_grad(), FusedAttention(), allocated:
+    with torch.no_grad(), allocated:
         later = _run(question, striped.family, in_blocks, allocated)
         kept = in_blocks.further(allocated.kept_by) + later
+    if question.steps > 1:  # each layer's messages are as large
+        sent = question.steps * question.passes * (len(built.family.blocks) + sum(built.further.values()))
+        kept[ON_THEIR_WAY] = allocated.at_peak[ON_THEIR_WAY] * (min(SENDING_LAYERS + 1, sent) - 2) // 2
     text, cut = striped.text_plan, striped.running_cut
     return {
         "peak": {row: amount for row, amount in (allocated.at_peak + kept).items() if amount},
@@ -163,7 +165,8 @@ def _settings(question: StepQuestion, family: Family, allocated: Allocated) -> S
         return Backend(chosen.name, lambda shape: None, partial(_attend, chosen, question, allocated))
 
     plain = replace(question.options, compile=False, warmup_steps=1, schedule="stale" if question.steps > 1 else "sync")
-    return Settings(options=plain, choose_backend=choose, pooling=pooling if plain.radius is not None else None)
+    pooling = pooling if plain.radius is not None else None
+    return Settings(options=plain, choose_backend=choose, pooling=pooling, sending_layers=1)
 
 
 def _attend(backend: Backend, question: StepQuestion, allocated: Allocated, call: WindowCall) -> tuple[Tensor, Tensor]:
@@ -203,9 +206,7 @@ def _run(question: StepQuestion, family: Family, in_blocks: InBlocks, allocated:
     shape, generation = family.latents(inputs[0]).shape, family.generation(inputs[0])
     inputs = [_of_one_generation(family, each, generation) for each in inputs]
     before = allocated.by_row()["latents"]
-    # Where halos lag, until as many messages are on their way as may be.
-    enough = 1 + ceil((SENDING_LAYERS + 1) / (len(family.blocks) * question.passes))
-    for _ in range(min(question.steps, enough)):
+    for _ in range(min(question.steps, 2)):  # in the second one halos lag, where they may
         in_blocks.begin_step()
         latents = _new_latents(shape, getattr(torch, question.dtype))
         calls = ({name: latents if x is None else x for name, x in each.items()} for each in inputs)

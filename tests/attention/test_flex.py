@@ -127,11 +127,11 @@ def with_flash(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("with_flash")
 def test_flash_is_for_hopper_and_blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
     request = CallShape("cuda", torch.bfloat16, head_dim=128)
-    assert flex.why_not_flash(request) is None
+    assert flex.lacks_flash(request) is None
     monkeypatch.setattr(flex, "_capability", lambda: 10)
-    assert flex.why_not_flash(request) is None
+    assert flex.lacks_flash(request) is None
     monkeypatch.setattr(flex, "_capability", lambda: 8)
-    assert "compute capability 9 or 10, got 8" in (flex.why_not_flash(request) or "")
+    assert "compute capability 9 or 10, got 8" in (flex.lacks_flash(request) or "")
 
 
 @pytest.mark.usefixtures("with_flash")
@@ -151,10 +151,10 @@ def test_flash_says_what_it_cannot_do(request_: CallShape, reason: str) -> None:
 def test_flash_needs_its_package_and_a_torch_with_the_right_log_sum_exp(monkeypatch: pytest.MonkeyPatch) -> None:
     request = CallShape("cuda", torch.bfloat16, head_dim=128)
     monkeypatch.setattr(torch, "__version__", "2.12.1+cu130")
-    assert flex.why_not_flash(request) == "it needs torch 2.13 or newer, got 2.12.1+cu130"
+    assert flex.lacks_flash(request) == "it needs torch 2.13 or newer, got 2.12.1+cu130"
     monkeypatch.setattr(torch, "__version__", "2.13.0")
     monkeypatch.setattr(flex, "find_spec", lambda name: None if name == "flash_attn.cute" else object())
-    assert flex.why_not_flash(request) == "the package flash-attn-4 is not installed"
+    assert flex.lacks_flash(request) == "the package flash-attn-4 is not installed"
 
 
 @pytest.mark.usefixtures("with_flash")

@@ -87,10 +87,8 @@ def test_one_picture(model: Path, here: Path, capsys: pytest.CaptureFixture[str]
 
 def test_many_prompts_with_one_load(model: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("prompts.txt").write_text("a red fox\ntwo dogs\n")
-    assert (
-        generate(model, "--prompts", "prompts.txt", "--num_images", "2", "--output", "x.webp", "--report", "r.json")
-        == 0
-    )
+    files = ("--prompts", "prompts.txt", "--output", "x.webp", "--report", "r.json")
+    assert generate(model, "--num_images", "2", *files) == 0
     assert sorted(os.listdir(here)) == ["prompts.txt", "r.json", "x-0.webp", "x-1.webp", "x-2.webp", "x-3.webp"]
     assert len(json.loads(Path("r.json").read_text())["seconds_per_step"]) == 4
     pictures = [Path(f"x-{index}.webp").read_bytes() for index in range(4)]

@@ -13,7 +13,7 @@ from clear_dist.families.flux.card import FLUX_DEV
 from clear_dist.families.flux.transformer import Flux
 from clear_dist.geometry import Rows
 from clear_dist.plan import Engine
-from clear_dist.plan.allocated import Allocated, FusedAttention
+from clear_dist.plan.allocated import Allocated
 from clear_dist.vae import MAX_BYTES, decode_stripes, encode_stripes
 from tests.plan.asked import flux_request
 
@@ -27,7 +27,7 @@ def test_a_tall_stripe_of_the_vae(ranks: int, encode: bool, engine: Engine) -> N
     rows = 256 // ranks
     group, stripes = Pretended.of(1, ranks, "gloo"), tuple(Rows(rows * n, rows * (n + 1)) for n in range(ranks))
     run, shape = (encode_stripes, (1, 3, 8 * rows, 2048)) if encode else (decode_stripes, (1, 16, rows, 256))
-    with torch.no_grad(), FusedAttention(), Allocated() as allocated:
+    with torch.no_grad(), Allocated() as allocated:
         given = torch.empty(shape, dtype=torch.bfloat16, device="meta")
         run(model, given, group, stripes, max_bytes=MAX_BYTES["cuda"])
     planned = engine.vae(asked, asked.parts[0][1], encode=encode)

@@ -129,7 +129,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "a cascade with guidance": (1, {"height": 768, "width": 512, "window": 4, "native": 384, "guidance": 2.0}),
     "three ranks": (3, {"height": 1056, "width": 1024, "window": 8}),
     "three ranks, full": (3, {"height": 1056, "width": 512, "window": "full"}),
-    "three ranks, stale": (3, {"height": 1056, "width": 1024, "window": 8, "schedule": "stale", "steps": 4}),
+    "three ranks, stale": (3, {"height": 1056, "width": 1024, "window": 8, "schedule": "stale", "steps": 6}),
     "three ranks in chunks": (
         3,
         {"height": 1056, "width": 1024, "window": 16, "dtype": "bfloat16", "native": 512},
@@ -150,7 +150,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
             "window": 8,
             "dtype": "bfloat16",
             "schedule": "stale",
-            "steps": 4,
+            "steps": 6,
             "flags": {"down_factor": 4},
         },
     ),
