@@ -103,7 +103,7 @@ class Memory:
             yield self._phase("encode", number, {**self._with_vae(kept), "VAE activations": encoding.peak})
         step = self.engine.step(asked, stage, part)
         yield self._phase("denoise", number, {**kept, **self._denoising(stage, step)}, step.where)
-        held = held | self._masks(number, part)
+        held = {**held, **self._masks(number, part)}
         drawn, decoding = {"latents": 3 * self._latents(stage)}, self.engine.vae(asked, part)
         yield self._phase(
             "decode", number, {**self._with_vae({**kept, **held}), **drawn, "VAE activations": decoding.peak}
