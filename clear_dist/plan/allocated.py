@@ -40,13 +40,17 @@ KINDS = {"convolution": CONVOLUTIONS, "mm": PRODUCTS, "addmm": PRODUCTS, "bmm": 
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 META = torch.device("meta")
+
+
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+) -> Tensor:
+    return FUSED(query, key, value, attn_mask=attn_mask)[0]
+
+
 ATEN = torch.library.Library("aten", "IMPL")
-"""PyTorch's attention without values, here by a kernel that holds no scores as on other devices; lasts as long."""
-ATEN.impl(
-    "scaled_dot_product_attention",
-    lambda *tensors, attn_mask=None, scale=None, **_: FUSED(*tensors, attn_mask=attn_mask, scale=scale)[0],
-    "AutogradMeta",
-)
+"""Keeps PyTorch's attention on tensors without values what it is on others: by a kernel that holds no scores."""
+ATEN.impl("scaled_dot_product_attention", _fused_attention, "AutogradMeta")
 
 
 class Allocated(TorchDispatchMode):

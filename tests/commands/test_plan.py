@@ -27,8 +27,8 @@ def test_what_fits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("gpu", ["CPU", "AUTO"])
 def test_capitals_are_the_same_in_kinds_of_gpu(gpu: str, tmp_path: Path) -> None:
-    small = planned(tmp_path, "--model", "demo", "--gpu", gpu.lower())
-    assert planned(tmp_path, "--model", "demo", "--gpu", gpu)[0] == small[0] == 0
+    status, lines, _ = planned(tmp_path, "--model", "demo", "--gpu", gpu)
+    assert status == 0 and lines[0].endswith("on CPU")
 
 
 def test_what_does_not_fit(tmp_path: Path) -> None:
@@ -59,16 +59,16 @@ def test_flags_for_smaller_gpus(tmp_path: Path) -> None:
 def test_a_sweep_of_weights_in_shards_ends_where_a_stage_has_no_more_rows(tmp_path: Path) -> None:
     """The first one has 64 rows of tokens, 16 units of down-sampled ones."""
     weights = ("--clear-weights", "Huage001/CLEAR:clear_local_8_down_4.safetensors")
-    _, lines, _ = planned(tmp_path, "--res", "4096", "--sweep", "--json", "--shard-weights", *weights)
+    _, lines, _ = planned(tmp_path, "--res", "2048", "--sweep", "--json", "--shard-weights", *weights)
     assert [row["ranks"] for row in json.loads("\n".join(lines))["sweep"]][-1] == 16
 
 
 def test_for_programs(tmp_path: Path) -> None:
-    status, lines, _ = planned(tmp_path, "--res", "4096", "--nproc", "3", "--json", "--schedule", "stale")
+    status, lines, _ = planned(tmp_path, "--res", "1024", "--nproc", "3", "--json", "--schedule", "stale")
     found = json.loads("\n".join(lines))
     assert status == 0 and found["fits"] is True and len(found["memory"]) == 3
     assert found["request"]["schedule"] == "stale"
-    _, lines, _ = planned(tmp_path, "--res", "4096", "--sweep", "--json", "--schedule", "stale")
+    _, lines, _ = planned(tmp_path, "--res", "1024", "--sweep", "--json", "--schedule", "stale")
     swept = {row["ranks"]: row for row in json.loads("\n".join(lines))["sweep"]}
     assert max(swept) == 64
     assert swept[3]["needed"] == found["needed"] and swept[3]["seconds"] == found["seconds"]["all"]

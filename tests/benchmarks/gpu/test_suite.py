@@ -4,9 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+from benchmarks.gpu import suite
+from tests.forked import forked
 
 ROOT = Path(__file__).parents[3]
 
@@ -15,6 +19,18 @@ def run(*flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks.gpu.suite", *flags]
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+
+
+def run_forked(*flags: str) -> tuple[int | None, str]:
+    """Exit status and stderr, without the seconds of imports."""
+    process = forked(partial(be_suite, *flags))
+    _, errors = process.communicate(timeout=300)
+    return process.returncode, errors
+
+
+def be_suite(*flags: str) -> None:
+    sys.argv = [suite.__file__, *flags]
+    suite.main()
 
 
 def rows_of(folder: Path, part: str) -> list[dict]:
@@ -48,8 +64,8 @@ def test_all_parts_run(tmp_path):
 
 def test_a_part_that_fails_is_recorded_and_the_others_go_on(tmp_path):
     parts = ["--parts", "profile", "correctness"]
-    ended = run("--device", "cpu", "--small", "--backend", "no-such", *parts, "--folder", str(tmp_path))
-    assert ended.returncode == 1
+    status, _ = run_forked("--device", "cpu", "--small", "--backend", "no-such", *parts, "--folder", str(tmp_path))
+    assert status == 1
     states = json.loads((tmp_path / "summary.json").read_text())["parts"]
     assert states["profile"]["state"] == "failed"
     assert "no-such" in rows_of(tmp_path, "profile")[-1]["error"]
@@ -57,8 +73,8 @@ def test_a_part_that_fails_is_recorded_and_the_others_go_on(tmp_path):
 
 
 def test_without_time_parts_are_skipped(tmp_path):
-    ended = run("--device", "cpu", "--small", "--minutes", "0.01", "--folder", str(tmp_path))
-    assert ended.returncode == 0
+    status, _ = run_forked("--device", "cpu", "--small", "--minutes", "0.01", "--folder", str(tmp_path))
+    assert status == 0
     assert {part["state"] for part in json.loads((tmp_path / "summary.json").read_text())["parts"].values()} == {
         "skipped"
     }
@@ -73,10 +89,8 @@ def test_without_time_parts_are_skipped(tmp_path):
     ],
 )
 def test_wrong_flags_are_answered_in_one_line(flags, told):
-    ended = run(*flags)
-    assert ended.returncode == 2
-    lines = [
-        line for line in ended.stderr.splitlines() if line.startswith("python -m benchmarks.gpu.suite: ")
-    ]  # libraries talk, too
-    assert "Traceback" not in ended.stderr
-    assert len(lines) == 1 and told in lines[0]
+    status, errors = run_forked(*flags)
+    assert status == 2
+    lines = [line for line in errors.splitlines() if line.startswith("python -m benchmarks.gpu.suite: ")]
+    assert "Traceback" not in errors
+    assert len(lines) == 1 and told in lines[0]  # libraries talk, too

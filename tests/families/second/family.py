@@ -14,7 +14,7 @@ from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.family import Inputs, PipelineAdapter, Removable, Stripes
 from clear_dist.engine.heads import Heads
 from clear_dist.geometry import TextPlan
-from tests.families.second.transformer import HEADS, PATCH, WIDTH
+from tests.families.second.transformer import HEADS, LATENTS, PATCH, TEXT_WIDTH, WIDTH
 
 
 @dataclass
@@ -90,6 +90,15 @@ class Second:
 
     def named_inputs(self, args: tuple[Any, ...], kwargs: Inputs) -> Inputs:
         return dict(signature(self.transformer.forward).bind(*args, **kwargs).arguments)
+
+    def empty_inputs(self, size: tuple[int, int], *, images: int, text_tokens: int) -> Inputs:
+        weight = self.transformer.text.weight
+        return {
+            "latents": weight.new_empty(images, LATENTS, PATCH * size[0], PATCH * size[1]),
+            "text": weight.new_empty(images, text_tokens, TEXT_WIDTH),
+            "timestep": weight.new_empty(images),
+            "mask": weight.new_empty(images, text_tokens, dtype=torch.bool),
+        }
 
     def generation(self, inputs: Inputs) -> object:
         return inputs["text"]

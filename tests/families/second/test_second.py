@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -12,7 +13,11 @@ from torch import Tensor
 
 from clear_dist.comm.group import Group
 from clear_dist.families import transformers
+from clear_dist.options import Options
 from clear_dist.parallelize import parallelize
+from clear_dist.plan.built import cut_down
+from clear_dist.plan.questions import Module, StepQuestion
+from clear_dist.plan.stepped import run_steps
 from tests.families.second.family import Second, draw_weights
 from tests.families.second.transformer import (
     LATENTS,
@@ -110,6 +115,48 @@ def test_stale_halos_differ_and_are_equal_on_all_ranks() -> None:
     assert torch.equal(first, again) and torch.equal(first, theirs)
     assert first.isfinite().all()
     assert (first - unsplit(RADIUS)).abs().max() > 1e-4 * unsplit(RADIUS).abs().max()
+
+
+COUNTED = ("halo_bytes_sent", "text_bytes_gathered", "text_bytes_reduced", "join_bytes")
+
+
+def counted(group: Group, settings: dict[str, Any]) -> dict[str, int]:
+    """Bytes of the last step."""
+    pipe = pipeline()
+    with known():
+        handle = parallelize(pipe, group=group, **settings)
+    draw(pipe)
+    found = handle.counters.as_dict()
+    return {name: int(found[name][-1]) for name in COUNTED}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("settings", [FULL, WINDOW, WINDOW | {"schedule": "stale", "warmup_steps": 1}])
+def test_it_has_a_plan_for_nothing(size: int, settings: dict[str, Any]) -> None:
+    with known(), torch.device("meta"):
+        built = cut_down(SecondTransformer())
+    question = StepQuestion(
+        module=Module(kind="tests.SecondTransformer", config={}),
+        dtype="float32",
+        device="cpu",
+        ranks=size,
+        options=Options(**{"text_attention": "exact"} | settings),
+        transport="gloo",
+        height=ROWS,
+        width=COLUMNS,
+        rank=0,
+        images=2,
+        text_tokens=TEXT,
+        passes=1,
+        down_factor=1,
+        has_lora=False,
+        steps=STEPS if settings.get("schedule") == "stale" else 1,
+    )
+    for rank, sent in enumerate(run_ranks(counted, size, settings)):
+        with known():
+            planned = run_steps(replace(question, rank=rank), built.copy())
+        assert {name: planned["bytes"].get(name, 0) for name in COUNTED} == sent
+        assert planned["peak"]["activations"] > 0
 
 
 def test_an_unknown_transformer_is_refused() -> None:

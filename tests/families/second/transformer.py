@@ -103,9 +103,14 @@ class Block(nn.Module):
 class Positions(nn.Module):
     """Absolute ones, [height x width, WIDTH]."""
 
-    def forward(self, height: int, width: int) -> Tensor:
+    def __init__(self) -> None:
+        super().__init__()
         rates = torch.exp(-math.log(100.0) * torch.arange(WIDTH // 4) / (WIDTH // 4))
-        rows, columns = (torch.arange(side)[:, None] * rates for side in (height, width))
+        self.register_buffer("rates", rates, persistent=False)
+
+    def forward(self, height: int, width: int) -> Tensor:
+        rates = self.rates
+        rows, columns = (torch.arange(side, device=rates.device)[:, None] * rates for side in (height, width))
         rows, columns = rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)
         return torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()], dim=-1).flatten(0, 1)
 
