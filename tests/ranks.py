@@ -23,7 +23,16 @@ from clear_dist.commands import draw, verify
 from clear_dist.launch.ranks import QUIET
 
 # Imported once, in the server that ranks are forked from, and all that these import: seconds, in each rank.
-PRELOADED = ["pytest", "hypothesis", "tests.oracle", "tests.tiny", "tests.ranks", *draw.PRELOAD, *verify.PRELOAD]
+PRELOADED = [
+    "pytest",
+    "hypothesis",
+    "tests.oracle",
+    "tests.tiny",
+    "tests.ranks",
+    *draw.PRELOAD,
+    *verify.PRELOAD,
+    "tests.frozen",
+]
 SECONDS_AFTER_A_FAILURE = 10.0
 
 

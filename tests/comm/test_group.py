@@ -228,7 +228,7 @@ def wait_for_a_sleeper(group: Group) -> None:
 
 def test_a_rank_that_does_not_answer_counts_as_lost_after_the_timeout() -> None:
     with pytest.raises(RanksFailedError) as failed:
-        run_ranks(wait_for_a_sleeper, 2, timeout=40)
+        run_ranks(wait_for_a_sleeper, 2, timeout=6)
     assert "PeerLost" in failed.value.failures[0]
     assert "was killed" in failed.value.failures[1]
 

@@ -123,7 +123,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "bfloat16": (1, {"height": 1024, "width": 512, "window": 8, "dtype": "bfloat16"}),
     "two pictures of bfloat16": (
         1,
-        {"height": 512, "width": 1024, "window": 16, "dtype": "bfloat16", "images": 2, "heads": 8},
+        {"height": 512, "width": 512, "window": 16, "dtype": "bfloat16", "images": 2, "heads": 8},
     ),
     "full attention": (1, {"height": 1024, "width": 512, "window": "full"}),
     "a cascade with guidance": (1, {"height": 768, "width": 512, "window": 4, "native": 384, "guidance": 2.0}),
@@ -132,7 +132,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "three ranks, stale": (3, {"height": 1056, "width": 1024, "window": 8, "schedule": "stale", "steps": 6}),
     "three ranks in chunks": (
         3,
-        {"height": 1056, "width": 1024, "window": 16, "dtype": "bfloat16", "native": 512},
+        {"height": 1056, "width": 1024, "window": 16, "native": 512},
     ),
     "stripes thinner than halos": (5, {"height": 256, "width": 1024, "window": 8, "text": 300}),
     "replicated text": (
@@ -148,7 +148,6 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
             "height": 1088,
             "width": 1024,
             "window": 8,
-            "dtype": "bfloat16",
             "schedule": "stale",
             "steps": 6,
             "flags": {"down_factor": 4},
