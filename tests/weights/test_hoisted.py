@@ -47,7 +47,7 @@ def compared(group: Group, settings: dict[str, Any]) -> dict[str, bool]:
     return same | {"undone": torch.equal(run(hoisted), run(stock))}
 
 
-@pytest.mark.parametrize(("size", "settings"), [(1, EXACT), (2, EXACT), (3, {"window": "full"}), (3, STALE)])
+@pytest.mark.parametrize(("size", "settings"), [(1, EXACT), (3, {"window": "full"}), (3, STALE)])
 def test_hoisted_is_not_hoisted_to_the_bit(size: int, settings: dict[str, Any]) -> None:
     for same in run_ranks(compared, size, settings, timeout=120):
         assert [name for name, equal in same.items() if not equal] == []
