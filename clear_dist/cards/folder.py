@@ -2,10 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from clear_dist import demo
 from clear_dist.cards.card import INDEX, Card, Cards, Defaults, HubModel, TransformerShape
@@ -143,18 +141,19 @@ def _check_parts(folder: Path, card: Card, nearest: str) -> None:
     for part in card.parts:
         if not (folder / part).is_dir():
             raise Refusal(f"a {card.pipeline} must have the folder {part}, and {folder} has none; download it again")
-    kind = read_json(folder / "transformer" / "config.json").get("_class_name")
-    if kind != card.transformer:
-        raise Refusal(f"the transformer must be a {card.transformer}, got {kind} in {folder}; nearest: {nearest}")
-    if others := _schedulers(folder, read_json(folder / INDEX)) - {card.scheduler}:
-        got = ", ".join(sorted(others))
-        raise Refusal(f"the scheduler must be a {card.scheduler}, got {got} in {folder}; nearest: {nearest}")
+    vae = (card.parts["vae"] or "").rpartition(".")[2]
+    for part, kind in {"transformer": card.transformer, "vae": vae, "scheduler": card.scheduler}.items():
+        if others := _classes(folder, part) - {kind}:
+            got = ", ".join(sorted(others))
+            raise Refusal(f"the {part} must be a {kind}, got {got} in {folder}; nearest: {nearest}")
 
 
-def _schedulers(folder: Path, index: Mapping[str, Any]) -> set[str]:
-    listed = index.get("scheduler")
+def _classes(folder: Path, part: str) -> set[str]:
+    """Of a part, by the pipeline's index and by its own configuration."""
+    listed = read_json(folder / INDEX).get(part)
     by_index = listed[1] if isinstance(listed, list) and len(listed) == 2 else None
-    return {str(by_index), str(read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name"))}
+    file = "scheduler_config.json" if part == "scheduler" else "config.json"
+    return {str(by_index), str(read_json(folder / part / file).get("_class_name"))}
 
 
 def _check_tokenizers(folder: Path, card: Card) -> None:

@@ -94,6 +94,11 @@ class PlanRequest:
         return self.request.hoist_modulation and self.on_cuda
 
     @property
+    def keeps_modulation_apart(self) -> bool:
+        """Whether it is in no shard and in no block: on a CPU that has shards too, where it stays whole."""
+        return self.hoists or (self.request.hoist_modulation and self.in_shards)
+
+    @property
     def in_shards(self) -> bool:
         return self.request.shard_weights and self.ranks > 1
 

@@ -96,7 +96,7 @@ def quantise(built: Built, options: Options, group: Pretended) -> None:
     quantise_and_shard(built.family, group, Counters(), whole, elsewhere=elsewhere)
 
 
-def count_weights(built: Built, options: Options, group: Pretended) -> dict[str, int]:
+def count_weights(built: Built, options: Options, device: str, group: Pretended) -> dict[str, int]:
     """Bytes of the transformer's weights on a rank's device, as `options` make them, in place; and numbers of some."""
     modulation, products = built.modulation, built.products
     counted = {
@@ -116,7 +116,7 @@ def count_weights(built: Built, options: Options, group: Pretended) -> dict[str,
         in_shards = {x for block in blocks for x in block.parameters() if x not in elsewhere}
         shares = {block: share_of(block, group.size, whole=elsewhere) for block in blocks}
         sent = built.of_all(lambda module: sum(share for block, share in shares.items() if block in module.modules()))
-    whole = tensors_in(built.transformer) - elsewhere - in_shards
+    whole = tensors_in(built.transformer) - (elsewhere if device == "cuda" else set()) - in_shards
     small = {
         x
         for layer in built.transformer.modules()

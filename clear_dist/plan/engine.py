@@ -26,14 +26,16 @@ from clear_dist.stages import Stage
 
 PACKAGES = Path(__file__).parents[2]
 PROGRAM = """
-import sys
+import gc, sys
+gc.disable()  # imports leave little garbage, and to look for it takes a fifth of their time
 sys.modules |= {"transformers": None, "peft": None}  # no use here, and a third of the time to import diffusers
 from clear_dist.launch.ranks import die_with
 die_with(int(sys.argv[1]))
 from clear_dist.plan.measure import main
+gc.enable()
 main()
 """
-OF_WEIGHTS = ("hoist_modulation", "int8", "float8", "shard_weights")
+OF_WEIGHTS = ("int8", "float8", "shard_weights")
 """Options that weights depend on."""
 
 
@@ -60,14 +62,15 @@ class Engine:
     answers: dict[str, Any] = field(default_factory=dict)
 
     def weights(self, asked: PlanRequest) -> Weights:
-        options = Options(**{name: getattr(asked.options, name) for name in OF_WEIGHTS})
+        chosen = {name: getattr(asked.request, name) for name in OF_WEIGHTS}
+        options = Options(**chosen, hoist_modulation=asked.keeps_modulation_apart)
         ranks = asked.ranks if asked.in_shards else 1
         return self.ask(WeightsQuestion(module=asked.model.transformer, ranks=ranks, options=options, **asked.kind))
 
     def step(self, asked: PlanRequest, stage: Stage, part: Part) -> Step:
         """Asked once for all ranks whose parts are alike."""
         parts, request = asked.parts[asked.stages.index(stage)], asked.request
-        hoist = request.hoist_modulation and request.shard_weights  # else it moves weights alone
+        hoist = asked.keeps_modulation_apart and request.shard_weights  # else it moves weights alone
         question = StepQuestion(
             module=asked.model.transformer,
             ranks=part.ranks,

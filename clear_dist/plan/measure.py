@@ -47,7 +47,7 @@ def answered(question: Question) -> dict[str, Any]:
         return run_steps(question, _cut_down(_key(question)).copy())
     assert isinstance(question, WeightsQuestion), question
     group = Pretended.of(0, question.ranks, "gloo")
-    return count_weights(_cut_down(_key(question)).copy(), question.options, group)
+    return count_weights(_cut_down(_key(question)).copy(), question.options, question.device, group)
 
 
 def of_vae(question: VaeQuestion) -> dict[str, Any]:
@@ -61,8 +61,14 @@ def of_vae(question: VaeQuestion) -> dict[str, Any]:
         found = dict(_stripe(_line(question)))
         return {"peak": max(found.pop("peaks").values())} | weights | found
 
-    low, high = (_stripe(_line(replace(question, rows=rows, ranks=ranks))) for rows, ranks in ((few, 1), (2 * few, 3)))
+    sizes = ((few, 1), (2 * few, _together(question)))
+    low, high = (_stripe(_line(replace(question, rows=rows, ranks=ranks))) for rows, ranks in sizes)
     return weights | grown(question, few, low, high)
+
+
+def _together(question: VaeQuestion) -> int:
+    """Ranks that are enough to see what many do: the middle one of three has all neighbours that there may be."""
+    return min(3, question.ranks)
 
 
 def rows_of_chunks(question: VaeQuestion, module: Any) -> int:
@@ -73,13 +79,14 @@ def rows_of_chunks(question: VaeQuestion, module: Any) -> int:
 
 
 def grown(question: VaeQuestion, few: int, low: Any, high: Any) -> dict[str, Any]:
-    """What a stripe takes, by one of `few` rows alone, and one twice as high in the middle of three."""
+    """What a stripe takes, by one of `few` rows alone, and one twice as high among as many as three."""
     times, ranks, attending = question.rows / few, question.ranks, _of_others(question)
+    further = 2 * _together(question) - 1
 
     def line(name: str, kind: str) -> int:
         first, second = (each[kind].get(name, 0) for each in (low, high))
         others = attending[name] * few * question.columns if kind == "peaks" and name in attending else 0.0
-        return round(first + (second - first - 5 * others) * (times - 1) + others * (ranks * times - 1))
+        return round(first + (second - first - further * others) * (times - 1) + others * (ranks * times - 1))
 
     operations = {name: line(name, "operations") for name in low["operations"]}
     if ATTENTION in operations:  # each row to all

@@ -18,6 +18,8 @@ touch less of them: measured, benchmarks/memory/plan.py."""
 SHARED = 370_000_000
 """Of these, what forked ranks have in common: pages of files, and of the process that they come from."""
 PICTURE_CHANNELS, FLOAT32 = 3, 4
+LATENT_CHANNELS = 4
+"""Of diffusers' AutoencoderKL, where its configuration names none."""
 Items = Mapping[str, int]
 
 
@@ -99,11 +101,11 @@ class Memory:
             return
         part, kept = parts[rank], {**held, **self._drawn_before(rank, number)}
         if is_upper(stage):
-            encoding = self.engine.vae(asked, part, encode=True)
-            yield self._phase("encode", number, {**self._with_vae(kept), "VAE activations": encoding.peak})
-        step = self.engine.step(asked, stage, part)
-        yield self._phase("denoise", number, {**kept, **self._denoising(stage, step)}, step.where)
-        held = {**held, **self._masks(number, part)}
+            encoding, masks = self.engine.vae(asked, part, encode=True), self._masks(rank, number - 1)
+            yield self._phase("encode", number, {**self._with_vae(kept), **masks, "VAE activations": encoding.peak})
+        step, masks = self.engine.step(asked, stage, part), self._masks(rank, number)
+        yield self._phase("denoise", number, {**kept, **self._denoising(stage, step), **masks}, step.where)
+        held = {**held, **masks}
         drawn, decoding = {"latents": 3 * self._latents(stage)}, self.engine.vae(asked, part)
         yield self._phase(
             "decode", number, {**self._with_vae({**kept, **held}), **drawn, "VAE activations": decoding.peak}
@@ -168,11 +170,13 @@ class Memory:
         rows["latents"] = rows.get("latents", 0) + start + self._tables(stage)
         return {name: amount for name, amount in rows.items() if amount}
 
-    def _masks(self, number: int, part: Part) -> Items:
-        """Of attention, as long as others do not take their places: one rank has one in a stage, others up to three."""
-        since = 0 if part.ranks == 1 else number
-        stages = zip(self.asked.stages[since : number + 1], self.asked.parts[since:], strict=False)
-        masks = sum(self.engine.step(self.asked, stage, parts[part.rank]).masks for stage, parts in stages)
+    def _masks(self, rank: int, number: int) -> Items:
+        """Of attention after stage `number`; several ranks have up to three in one, which take the places of others."""
+        masks = 0
+        for earlier in range(max(0, number) if self.asked.on_cuda else 0, number + 1):
+            if rank < len(self.asked.parts[earlier]):
+                made = self.engine.step(self.asked, self.asked.stages[earlier], self.asked.parts[earlier][rank]).masks
+                masks = masks + made if self.asked.ranks == 1 else made or masks
         return {"masks": masks} if masks else {}
 
     def _tables(self, stage: Stage) -> int:
@@ -184,7 +188,7 @@ class Memory:
     def _latents(self, stage: Stage) -> int:
         """Of all tokens, once: as many numbers as the VAE has for them."""
         token, config = self.asked.model.token, self.asked.model.vae.config
-        numbers = config["latent_channels"] * self.asked.model.packing**2
+        numbers = config.get("latent_channels", LATENT_CHANNELS) * self.asked.model.packing**2
         return self.asked.request.num_images * stage.height * stage.width // token**2 * numbers * self.asked.itemsize
 
     def _drawn_before(self, rank: int, number: int) -> Items:

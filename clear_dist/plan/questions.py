@@ -1,7 +1,7 @@
 """What a plan asks the engine and is answered, in JSON; nothing here imports torch, `measure.py` answers elsewhere."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from clear_dist.options import Options
@@ -116,7 +116,8 @@ ANSWERS = {WeightsQuestion: Weights, StepQuestion: Step, VaeQuestion: VaePass}
 
 
 def as_json(question: Question) -> dict[str, Any]:
-    return {"kind": type(question).__name__, **asdict(question)}
+    options = {"options": vars(question.options)} if isinstance(question, WeightsQuestion | StepQuestion) else {}
+    return {"kind": type(question).__name__, **vars(question), "module": vars(question.module), **options}
 
 
 def from_json(fields: Mapping[str, Any]) -> Any:

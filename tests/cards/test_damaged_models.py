@@ -78,6 +78,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit(f / "transformer/config.json", _class_name="SD3Transformer2DModel"),
         "must be a FluxTransformer2DModel, got SD3Transformer2DModel",
     ),
+    "a transformer that nobody knows": (
+        lambda f: edit(f / "model_index.json", transformer=["diffusers", "NoSuchTransformer"]),
+        "the transformer must be a FluxTransformer2DModel, got NoSuchTransformer",
+    ),
+    "a VAE that nobody knows": (
+        lambda f: edit(f / "vae/config.json", _class_name="NoVae"),
+        "the vae must be a AutoencoderKL, got NoVae",
+    ),
     "another use": (lambda f: edit(f / "transformer/config.json", in_channels=384), "must take 64 channels"),
     "no vae": (lambda f: shutil.rmtree(f / "vae"), "must have the folder vae"),
     "no weights": (lambda f: (f / TRANSFORMER).unlink(), f"there is no file .*{TRANSFORMER}"),

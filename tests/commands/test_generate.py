@@ -173,7 +173,14 @@ def has_begun(process: subprocess.Popen[str]) -> bool:
     return bool(int(status.split("SigCgt:")[1].split()[0], 16) >> (signal.SIGTERM - 1) & 1)
 
 
-AT_IMPORT = [("", 1), ("", 2), ("libtorch_cpu", 2), ("_multiarray_umath", 1), ("_safetensors_rust", 2), ("tokenizers", 1)]
+AT_IMPORT = [
+    ("", 1),
+    ("", 2),
+    ("libtorch_cpu", 2),
+    ("_multiarray_umath", 1),
+    ("_safetensors_rust", 2),
+    ("tokenizers", 1),
+]
 
 
 @pytest.mark.parametrize(("library", "nproc"), AT_IMPORT)

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.lib import counts
 from clear_dist.comm.group import Group
+from clear_dist.families.flux.transformer import Flux
 from clear_dist.parallelize import parallelize
 from clear_dist.plan import Engine, PlanRequest
 from clear_dist.plan.traffic import step_traffic
@@ -36,8 +37,9 @@ def tiny() -> Any:
 
 
 def counted(group: Group, case: dict[str, Any], checkpoint: Path | None) -> dict[str, int]:
-    """Bytes of the last of two or more steps, and of this rank's weights."""
+    """Bytes of the last of two or more steps, and of this rank's weights, those of hoisted modulation too."""
     pipe = tiny()
+    modulation = sum(x.nbytes for norm in Flux(pipe.transformer).modulated.values() for x in norm.linear.parameters())
     request: Request = requested(pipe, group.size, case).request
     settings = {name: getattr(request, name) for name in SETTINGS}
     handle = parallelize(pipe, group=group, clear_weights=checkpoint, **settings)
@@ -45,7 +47,8 @@ def counted(group: Group, case: dict[str, Any], checkpoint: Path | None) -> dict
     steps = {"num_inference_steps": request.sampling.steps, "true_cfg_scale": request.sampling.true_cfg_scale}
     pipe(**embeddings(pipe, request), **size, **steps, output_type="latent", generator=torch.manual_seed(1))
     found = handle.counters.as_dict()
-    return {name: int(found[word][-1]) for name, word in COUNTED.items()} | {"weights": handle.weight_bytes}
+    weights = handle.weight_bytes + modulation * request.hoist_modulation
+    return {name: int(found[word][-1]) for name, word in COUNTED.items()} | {"weights": weights}
 
 
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -58,6 +61,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "down-sampled keys, stale": (2, {"flags": {"down_factor": 2}, "schedule": "stale", "steps": 4}),
     "weights in shards": (3, {"flags": {"shard_weights": True}, "guidance": 2.0, "images": 2}),
     "weights in shards of 8 bits": (2, {"flags": {"shard_weights": True, "int8": True}}),
+    "weights in shards, modulation whole": (3, {"flags": {"shard_weights": True, "hoist_modulation": True}}),
     "8 bits": (2, {"flags": {"int8": True}}),
 }
 

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from clear_dist.comm.pretend import Pretended
+from clear_dist.comm.pretend import Pretended, Tally
 from clear_dist.families.cards import CARDS
 from clear_dist.families.flux.card import FLUX_DEV
 from clear_dist.families.flux.transformer import Flux
@@ -18,7 +18,7 @@ from clear_dist.vae import MAX_BYTES, decode_stripes, encode_stripes
 from tests.plan.asked import flux_request
 
 
-@pytest.mark.parametrize(("ranks", "encode"), [(4, False), (4, True), (16, False)])
+@pytest.mark.parametrize(("ranks", "encode"), [(2, True), (4, False), (4, True), (16, False)])
 def test_a_tall_stripe_of_the_vae(ranks: int, encode: bool, engine: Engine) -> None:
     """A plan asks about a few rows and goes on along straight lines; here all of a stripe of 2048 px is run."""
     asked = flux_request(height=2048, width=2048, world_size=ranks, cascade=False)
@@ -26,12 +26,14 @@ def test_a_tall_stripe_of_the_vae(ranks: int, encode: bool, engine: Engine) -> N
         model = AutoencoderKL(**VAE).to(torch.bfloat16).requires_grad_(False)
     rows = 256 // ranks
     group, stripes = Pretended.of(1, ranks, "gloo"), tuple(Rows(rows * n, rows * (n + 1)) for n in range(ranks))
+    tally = Tally()
     run, shape = (encode_stripes, (1, 3, 8 * rows, 2048)) if encode else (decode_stripes, (1, 16, rows, 256))
     with torch.no_grad(), Allocated() as allocated:
         given = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-        run(model, given, group, stripes, max_bytes=MAX_BYTES["cuda"])
+        run(model, given, group, stripes, max_bytes=MAX_BYTES["cuda"], counters=tally)
     planned = engine.vae(asked, asked.parts[0][1], encode=encode)
     assert planned.peak == pytest.approx(allocated.peak, rel=0.03)
+    assert planned.bytes["other_bytes"] == tally.sums["other_bytes"]
     for kind in ("convolutions", "attention"):
         counted = sum(amount for (_, found), amount in allocated.operations.items() if found == kind)
         assert planned.operations[kind] == pytest.approx(counted, rel=0.001)

@@ -32,6 +32,7 @@ LEAST = 2**21
 """Bytes: below, a few numbers for each picture, which are not estimated, weigh too much."""
 SETTINGS = (
     "window", "text_attention", "text_tokens", "schedule", "warmup_steps", "int8", "attention_backend", "shard_weights",
+    "hoist_modulation",
 )  # fmt: skip
 Peaks = dict[tuple[int, str], int]
 
