@@ -30,9 +30,19 @@ from clear_dist.weights.offload import offloaded_parts
 from tests.tiny import make_tiny_flux
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "model_index.json": {"_class_name": "SecondPipeline", "scheduler": ["diffusers", "SecondScheduler"]},
+    "model_index.json": {
+        "_class_name": "SecondPipeline",
+        "transformer": ["diffusers", "SecondTransformer"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "SecondScheduler"],
+    },
     "transformer/config.json": {"_class_name": "SecondTransformer", "depth": 3, "in_channels": 4},
-    "vae/config.json": {"block_out_channels": [8, 8, 8], "latent_channels": 4, "sample_size": 200},
+    "vae/config.json": {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": [8, 8, 8],
+        "latent_channels": 4,
+        "sample_size": 200,
+    },
     "scheduler/scheduler_config.json": {"_class_name": "SecondScheduler"},
     "tokenizer/tokenizer.json": {},
     "text_encoder/config.json": {},
