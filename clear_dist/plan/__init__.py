@@ -1,7 +1,7 @@
 """What a request will take: stripes, memory, bytes, time; asked of the engine itself, without a GPU.
 
     asked    a settled request, and where it is to run
-    engine   a process that runs the engine on tensors without values: questions.py in, measure.py, answers.py out
+    engine   a process that runs the engine on tensors without values: asked by questions.py, answered by measure.py
     phases   what a rank holds in each phase: weights, and what the engine says
     traffic  bytes handed over, by the engine's counters
     timing   operations over assumed rates

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from clear_dist.comm.pretend import META
+
 ON_THEIR_WAY = "halos on their way"
 ROWS = (
     ("comm/halo_exchange", "SendBuffers", ON_THEIR_WAY),
@@ -39,7 +41,6 @@ PRODUCTS, CONVOLUTIONS, ATTENTION = "products", "convolutions", "attention"
 KINDS = {"convolution": CONVOLUTIONS, "mm": PRODUCTS, "addmm": PRODUCTS, "bmm": PRODUCTS, "_scaled_mm_v2": PRODUCTS}
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
-META = torch.device("meta")
 
 
 def _fused_attention(

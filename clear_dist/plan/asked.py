@@ -24,7 +24,7 @@ class Part:
     """A rank's stripe in a stage, in rows of tokens."""
 
     ranks: int
-    """That take part."""
+    """Ranks that take part in the stage."""
     rank: int
     rows: int
     halos: tuple[tuple[int, ...], tuple[int, ...]]
@@ -110,12 +110,12 @@ class PlanRequest:
 
     @cached_property
     def lora_numbers(self) -> int:
-        """Of the weights that all LoRA together add to the transformer."""
+        """Numbers in the weights that all LoRA together add to the transformer."""
         return sum(map(_numbers, self.request.loras))
 
     @property
     def kind(self) -> dict[str, Any]:
-        """Of numbers, and of the device."""
+        """Kind of numbers and of device, as questions name them."""
         return {"dtype": self.request.dtype, "device": self.request.device}
 
     @property
@@ -165,7 +165,7 @@ def _part(plan: HaloPlan, rank: int, ranks: int, columns: int) -> Part:
 
 
 def _numbers(lora: Lora) -> int:
-    """Of the weights that it adds to the transformer; 0 where its file is not here yet."""
+    """Numbers in the weights that a LoRA adds to the transformer; 0 where its file is not here yet."""
     if not os.path.isfile(lora.source):
         return 0
     shapes = read_shapes(Path(lora.source))
