@@ -145,7 +145,7 @@ def _check_parts(folder: Path, card: Card, nearest: str) -> None:
     for part, kind in {"transformer": card.transformer, "vae": vae, "scheduler": card.scheduler}.items():
         if others := _classes(folder, part) - {kind}:
             got = ", ".join(sorted(others))
-            raise Refusal(f"the {part} must be a {kind}, got {got} in {folder}; nearest: {nearest}")
+            raise Refusal(f"the class of the {part} must be {kind}, got {got} in {folder}; nearest: {nearest}")
 
 
 def _classes(folder: Path, part: str) -> set[str]:

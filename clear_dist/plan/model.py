@@ -29,6 +29,8 @@ class PlannedModel:
     """Pixels along the side of a token."""
     packing: int
     """Latents along it."""
+    channels: int
+    """Of a token of latents."""
 
 
 def find(facts: ModelFacts) -> PlannedModel | None:
@@ -45,8 +47,15 @@ def find(facts: ModelFacts) -> PlannedModel | None:
     else:
         return None
     transformer, vae = (Module(kind=card.parts[part] or "", config=configs[part]) for part in ("transformer", "vae"))
+    assert facts.shape is not None, "known with the configurations"
     return PlannedModel(
-        name=facts.name, transformer=transformer, vae=vae, text=text, token=facts.token_size, packing=card.packing
+        name=facts.name,
+        transformer=transformer,
+        vae=vae,
+        text=text,
+        token=facts.token_size,
+        packing=card.packing,
+        channels=facts.shape.in_channels,
     )
 
 

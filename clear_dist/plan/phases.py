@@ -18,8 +18,6 @@ touch less of them: measured, benchmarks/memory/plan.py."""
 SHARED = 370_000_000
 """Of these, what forked ranks have in common: pages of files, and of the process that they come from."""
 PICTURE_CHANNELS, FLOAT32 = 3, 4
-LATENT_CHANNELS = 4
-"""Of diffusers' AutoencoderKL, where its configuration names none."""
 Items = Mapping[str, int]
 
 
@@ -186,10 +184,9 @@ class Memory:
         return numbers * self.asked.itemsize * self.asked.hoists
 
     def _latents(self, stage: Stage) -> int:
-        """Of all tokens, once: as many numbers as the VAE has for them."""
-        token, config = self.asked.model.token, self.asked.model.vae.config
-        numbers = config.get("latent_channels", LATENT_CHANNELS) * self.asked.model.packing**2
-        return self.asked.request.num_images * stage.height * stage.width // token**2 * numbers * self.asked.itemsize
+        """Of all tokens, once."""
+        tokens = stage.height * stage.width // self.asked.model.token**2
+        return self.asked.request.num_images * tokens * self.asked.model.channels * self.asked.itemsize
 
     def _drawn_before(self, rank: int, number: int) -> Items:
         """The stage before, of which this one starts."""

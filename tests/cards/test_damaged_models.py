@@ -76,15 +76,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another transformer": (
         lambda f: edit(f / "transformer/config.json", _class_name="SD3Transformer2DModel"),
-        "must be a FluxTransformer2DModel, got SD3Transformer2DModel",
+        "must be FluxTransformer2DModel, got SD3Transformer2DModel",
     ),
     "a transformer that nobody knows": (
         lambda f: edit(f / "model_index.json", transformer=["diffusers", "NoSuchTransformer"]),
-        "the transformer must be a FluxTransformer2DModel, got NoSuchTransformer",
+        "transformer must be FluxTransformer2DModel, got NoSuchTransformer",
     ),
     "a VAE that nobody knows": (
         lambda f: edit(f / "vae/config.json", _class_name="NoVae"),
-        "the vae must be a AutoencoderKL, got NoVae",
+        "the class of the vae must be AutoencoderKL, got NoVae",
     ),
     "another use": (lambda f: edit(f / "transformer/config.json", in_channels=384), "must take 64 channels"),
     "no vae": (lambda f: shutil.rmtree(f / "vae"), "must have the folder vae"),
@@ -166,7 +166,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "size 0": (lambda f: edit(f / "vae/config.json", sample_size=0), "sample_size .* got 0"),
     "another scheduler": (
         lambda f: edit(f / "scheduler/scheduler_config.json", _class_name="DDIMScheduler"),
-        "scheduler must be a FlowMatchEulerDiscreteScheduler, got DDIMScheduler",
+        "scheduler must be FlowMatchEulerDiscreteScheduler, got DDIMScheduler",
     ),
     "a shift in words": (
         lambda f: edit(f / "scheduler/scheduler_config.json", shift="three"),

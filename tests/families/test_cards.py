@@ -187,13 +187,13 @@ def tensors(name: str, shapes: Shapes) -> Callable[[Path], object]:
         ),
         (
             change("transformer/config.json", _class_name="FluxTransformer2DModel"),
-            "must be a SecondTransformer, got Flux",
+            "must be SecondTransformer, got Flux",
         ),
         (change("transformer/config.json", depth="deep"), 'depth must be a whole number from 1 to 65536, got "deep"'),
         (change("transformer/config.json", depth=4), "lacks layers.3.attn.to_k.weight and 3 more"),
         (change("vae/config.json", latent_channels=16), "must take 16 channels, 1 per channel of the VAE, got 4 in"),
         (change("scheduler/scheduler_config.json", shift=0), "shift must be a number above 0, got 0"),
-        (change("scheduler/scheduler_config.json", _class_name="X"), "must be a SecondScheduler, got X"),
+        (change("scheduler/scheduler_config.json", _class_name="X"), "must be SecondScheduler, got X"),
         (without("text_encoder"), "a SecondPipeline must have the folder text_encoder, and"),
         (lambda folder: (folder / "tokenizer/tokenizer.json").unlink(), "tokenizer must hold one of tokenizer.json"),
         (

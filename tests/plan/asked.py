@@ -47,6 +47,7 @@ def planned_model(pipe: Any) -> PlannedModel:
         text=TextEncoders(numbers=numbers, heads=t5.num_heads, channels=t5.d_model, hidden=t5.d_ff),
         token=16,
         packing=2,
+        channels=pipe.transformer.config.in_channels,
     )
 
 

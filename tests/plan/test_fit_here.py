@@ -181,7 +181,7 @@ def test_a_folder_is_planned_as_its_modules_are(guidance: bool, tmp_path: Path) 
     folder = make_tiny_flux(tmp_path / "tiny", double_blocks=2, single_blocks=3, guidance_embeds=guidance)
     found, expected = model.find(read_folder(folder, CARDS)), planned_model(pipe)
     assert found is not None
-    assert (found.text, found.token, found.packing) == (expected.text, 16, 2)
+    assert (found.text, found.token, found.packing, found.channels) == (expected.text, 16, 2, 64)
     for mine, theirs in ((found.transformer, expected.transformer), (found.vae, expected.vae)):
         assert mine.kind == theirs.kind
         made = {name: list(value) if isinstance(value, tuple) else value for name, value in theirs.config.items()}
