@@ -25,7 +25,7 @@ def upscale(flags: UpscaleFlags) -> int:
 
 
 def _run(flags: PictureFlags) -> int:
-    began, place = time.time(), env.read()
+    began, place = time.time(), env.read_for(flags.nproc)
     request, facts, notes = settle(flags, place, CARDS)
     check = fit_here.begin(request, facts, place)
     for line in notes if place.rank == 0 else ():

@@ -44,7 +44,7 @@ def planned_for(flags: PlanFlags) -> Plan:
     found = devices.find_gpus() if flags.gpu == "auto" else ()
     gpu = _gpu(flags, found)
     device = "cpu" if gpu is None else "cuda"
-    place = env.read()
+    place = env.read_for(flags.nproc)
     request, facts, _ = choose(flags, place, CARDS, device=device, gpus=len(found))
     known = model.find(facts)
     if known is None:

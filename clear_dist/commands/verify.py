@@ -21,7 +21,7 @@ def verify(flags: VerifyFlags) -> int:
 
     Takes less than a minute and downloads nothing. Ends with 0 if all checks pass, with 1 if one fails.
     """
-    place = env.read()
+    place = env.read_for(flags.nproc)
     gpus = devices.gpus_for(flags.device)
     size = devices.world_size(flags.nproc, place, otherwise=gpus or RANKS_ON_CPU)
     if flags.json is not None and flags.json != STDOUT:

@@ -3,21 +3,21 @@
 0 done, 2 the request is wrong, 1 it failed while running, 130 interrupted.
 """
 
-import json
 import os
 import signal
 import sys
 import time
 import traceback as tracebacks
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 
 from clear_dist.launch import env
 from clear_dist.options import Refusal
 
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
-LONGEST_CAUSE = 600
+LONGEST_CAUSE, LONGEST_TRACEBACK = 600, 30_000
+"""Characters; a pipe holds 64 KB that nobody reads as yet."""
 SHOW_CURSOR = "\x1b[?25h"
 HOW_TO_SEE_MORE = "(for the traceback: --traceback)"
 
@@ -36,24 +36,28 @@ class Cause:
     """Wall clock; the first of several causes speaks."""
 
 
-def run_rank(work: Callable[[], None], *, traceback: bool) -> int:
+def run_rank(work: Callable[[], None], *, traceback: bool, outbox: Connection | None = None) -> int:
+    """Do a rank's work; a failure is told through `outbox`, which its launcher reads, else by this process."""
     place = env.read()
     try:
         work()
     except KeyboardInterrupt:
         return interrupted()
-    except Refusal as error:
-        return _tell(place, _cause(place, REFUSED, str(error), error), traceback=traceback)
-    except Failure as error:
-        return _tell(place, _cause(place, FAILED, str(error), error), traceback=traceback)
+    except (Refusal, Failure) as error:
+        status = REFUSED if isinstance(error, Refusal) else FAILED
+        cause = _cause(place, status, str(error), error)
     except Exception as error:
         lost = _lost_peer(error) if place.launcher is not None else None
         if lost is not None and place.launcher == "clear-dist":
             return FAILED  # the rank that has the cause tells it, or the launcher; torchrun would not
         what = f"failed: {describe(error)}" if lost is None else f"lost contact with another rank: {lost}"
-        line = f"rank {place.rank} {what} {HOW_TO_SEE_MORE}"
-        return _tell(place, _cause(place, FAILED, line, error), traceback=traceback)
-    return 0
+        cause = _cause(place, FAILED, f"rank {place.rank} {what} {HOW_TO_SEE_MORE}", error)
+    else:
+        return 0
+    if outbox is None:
+        return _tell(place, cause, traceback=traceback)
+    outbox.send(cause)
+    return cause.status
 
 
 def refuse(message: str) -> int:
@@ -75,22 +79,20 @@ def interrupted() -> int:
     return _tell(place, _cause(place, INTERRUPTED, "interrupted", None), traceback=False)
 
 
-def ended_by_torchrun() -> int:
+def ended_by_launcher() -> int:
     """Tell it where no rank of this machine has told why; called outside the main thread."""
     place = env.read()
-    line = f"rank {place.rank} was ended by torchrun, which lost another rank or was ended itself"
+    line = f"rank {place.rank} was ended by {place.launcher}, which lost another rank or was ended itself"
     cause = _cause(place, FAILED, line, None)
     return _print(cause, traceback=False) if _speaks(place, cause) else cause.status
 
 
-def causes(folder: Path) -> list[Cause]:
-    """Causes that failed ranks have left in `folder`, in order of time."""
-    found = [Cause(**json.loads(file.read_text())) for file in folder.glob("rank*.json")]
-    return sorted(found, key=lambda cause: cause.seconds)
-
-
 def conclude(
-    statuses: Mapping[int, int | None], folder: Path, *, traceback: bool, beside: BaseException | None = None
+    statuses: Mapping[int, int | None],
+    causes: Iterable[Cause],
+    *,
+    traceback: bool,
+    beside: BaseException | None = None,
 ) -> int:
     """Tell what the ranks' statuses mean (None: still at work, -n: killed by signal n).
 
@@ -110,7 +112,7 @@ def conclude(
         guess = " (out of memory?)" if number == signal.SIGKILL else ""
         say(f"rank {rank} was killed by {signal.Signals(number).name}{guess}")
         return FAILED
-    for cause in causes(folder)[:1]:
+    for cause in sorted(causes, key=lambda cause: cause.seconds)[:1]:
         return _print(cause, traceback=traceback)
     say(f"rank {next(iter(failed))} lost contact with the other ranks")
     return FAILED
@@ -135,19 +137,13 @@ def _restore_terminal() -> None:
 
 
 def _cause(place: env.Place, status: int, line: str, error: BaseException | None) -> Cause:
-    trace = "".join(tracebacks.format_exception(error)) if error is not None else ""
+    trace = "".join(tracebacks.format_exception(error))[-LONGEST_TRACEBACK:] if error is not None else ""
     return Cause(rank=place.rank, status=status, line=line, traceback=trace, seconds=time.time())
 
 
 def _tell(place: env.Place, cause: Cause, *, traceback: bool) -> int:
-    if place.launcher == "clear-dist" and place.failures is not None:
-        # Its launcher reads this once the rank has ended, so a partial file is never seen by name.
-        partial = place.failures / f"{place.rank}.partial"
-        partial.write_text(json.dumps(asdict(cause)))
-        partial.replace(place.failures / f"rank{place.rank}.json")
-        return cause.status
-    if place.launcher == "torchrun":
-        # As soon as one rank has ended torchrun terminates the others, this one perhaps in the middle of its line.
+    if place.launcher is not None:
+        # As soon as one rank has ended its launcher terminates the others, this one perhaps in the middle of its line.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return _print(cause, traceback=traceback) if _speaks(place, cause) else cause.status
 
@@ -162,8 +158,8 @@ def _print(cause: Cause, *, traceback: bool) -> int:
 def _speaks(place: env.Place, cause: Cause) -> bool:
     """Whether no other rank of this machine is known to have spoken."""
     if place.failures is None or not place.failures.is_dir():
-        # Each may have a cause of its own, but all are interrupted alike.
-        return place.rank == 0 or cause.status != INTERRUPTED
+        # Each may fail for a reason of its own, but all are interrupted, and refuse a request, alike.
+        return place.local_rank == 0 or cause.status == FAILED
     try:
         os.close(os.open(place.failures / "clear_dist_spoke", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:

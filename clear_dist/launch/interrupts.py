@@ -46,15 +46,15 @@ def undisturbed() -> Iterator[None]:
 
 
 @contextmanager
-def heeding_torchrun() -> Iterator[None]:
-    """torchrun ends all ranks once it has lost one, perhaps before they notice: one of them tells."""
+def heeding_launcher() -> Iterator[None]:
+    """torchrun and its kin end all ranks once one is lost, perhaps before they notice: one of them tells."""
     arrived, sent = os.pipe()
     os.set_blocking(sent, False)
 
     def listen() -> None:
         while os.read(arrived, 1) != bytes([signal.SIGTERM]):
             pass
-        status = ends.ended_by_torchrun()
+        status = ends.ended_by_launcher()
         time.sleep(LAST_WORDS_SECONDS)
         os._exit(status)
 
@@ -70,8 +70,8 @@ def heeding_torchrun() -> Iterator[None]:
 
 @contextmanager
 def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    # By SIGTERM torchrun ends its ranks.
-    numbers = ENDING[:1] if env.launched_by_torchrun() else ENDING
+    # By SIGTERM a launcher ends its ranks.
+    numbers = ENDING[:1] if env.is_launched() else ENDING
     before = {number: signal.getsignal(number) for number in numbers}
     # Ignored on purpose: by nohup, by a shell's &, by our own ranks.
     before = {number: old for number, old in before.items() if old != signal.SIG_IGN}

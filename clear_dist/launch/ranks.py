@@ -8,19 +8,18 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any, cast
 
 from clear_dist.launch import ends, env
 from clear_dist.launch.aside import Call, calling
-from clear_dist.launch.interrupts import ENDING, at_once, heeding_torchrun, undisturbed, unwinding
+from clear_dist.launch.interrupts import ENDING, at_once, heeding_launcher, undisturbed, unwinding
 
 QUIET = {
     "DIFFUSERS_VERBOSITY": "error",
@@ -62,7 +61,7 @@ def run(
     with at_once():
         here = partial(_work_here, work, preload, beside)
         if env.read().launcher is not None:
-            with heeding_torchrun():
+            with heeding_launcher():
                 return _leave(ends.run_rank(here, traceback=traceback))
         if nproc == 1:
             return ends.run_rank(here, traceback=traceback)
@@ -70,13 +69,9 @@ def run(
         if not on_cuda:
             _import(preload)  # only imports: a fork is safe as long as no parallel region of OpenMP has run
         try:
-            with unwinding(), _reserved_port() as port, tempfile.TemporaryDirectory(prefix="clear-dist-") as folder:
-                failures = Path(folder)
-                places = [
-                    env.variables(rank=rank, size=nproc, port=port, failures=failures, threads=threads)
-                    for rank in range(nproc)
-                ]
-                return _run_ranks(work, places, failures, beside, on_cuda=on_cuda, traceback=traceback)
+            with unwinding(), _reserved_port() as port:
+                places = [env.variables(rank=rank, size=nproc, port=port, threads=threads) for rank in range(nproc)]
+                return _run_ranks(work, places, beside, on_cuda=on_cuda, traceback=traceback)
         except KeyboardInterrupt:
             return ends.interrupted()
 
@@ -104,7 +99,6 @@ def _import(names: Sequence[str]) -> None:
 def _run_ranks(
     work: Work,
     places: list[dict[str, str]],
-    folder: Path,
     beside: Callable[[], None] | None,
     *,
     on_cuda: bool,
@@ -112,30 +106,35 @@ def _run_ranks(
 ) -> int:
     # mypy knows no common class of contexts that has Process.
     context: Any = multiprocessing.get_context("spawn" if on_cuda else "fork")
-    processes = [context.Process(target=_be_rank, args=(work, place, os.getpid())) for place in places]
+    pipes = [context.Pipe(duplex=False) for _ in places]
+    processes = [
+        context.Process(target=_be_rank, args=(work, place, os.getpid(), outbox))
+        for place, (_, outbox) in zip(places, pipes, strict=True)
+    ]
+    causes: list[ends.Cause] = []
     try:
         with undisturbed():
             for process in processes:
                 process.start()
         # A thread starts after the forks: they would copy the locks that it holds.
         with calling(beside) as call:
-            raised = _wait(processes, folder, call)
+            raised = _wait(processes, [inbox for inbox, _ in pipes], causes, call)
     finally:
         with undisturbed():
             # Before the rest is ended: only those that ended by themselves tell what happened.
             statuses = {rank: process.exitcode for rank, process in enumerate(processes)}
             _end(processes)
-    return ends.conclude(statuses, folder, traceback=traceback, beside=raised)
+    return ends.conclude(statuses, causes, traceback=traceback, beside=raised)
 
 
-def _be_rank(work: Work, variables: dict[str, str], launcher: int) -> None:
+def _be_rank(work: Work, variables: dict[str, str], launcher: int, outbox: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides, and tells
     for number in ENDING[1:]:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     die_with(launcher)
     os.environ.update(variables)
-    _leave(ends.run_rank(work, traceback=False))
+    _leave(ends.run_rank(work, traceback=False, outbox=outbox))
 
 
 def _leave(status: int) -> int:
@@ -155,8 +154,10 @@ def _share_of_threads(size: int) -> int | None:
     return threads
 
 
-def _wait(processes: list[BaseProcess], folder: Path, call: Call) -> BaseException | None:
-    """Until all ranks have ended or one has failed; or until `call` has raised what is returned."""
+def _wait(
+    processes: list[BaseProcess], inboxes: list[Connection], causes: list[ends.Cause], call: Call
+) -> BaseException | None:
+    """Until all ranks have ended or one has failed, or until `call` has raised what is returned; adds to `causes`."""
     running = {process.sentinel: process for process in processes}
     deadline: float | None = None
     while running and call.raised is None:
@@ -168,7 +169,8 @@ def _wait(processes: list[BaseProcess], folder: Path, call: Call) -> BaseExcepti
             process = running.pop(cast(int, ready))
             process.join()
         failed = [process.exitcode for process in processes if process.exitcode]
-        if any(code < 0 for code in failed) or ends.causes(folder) or (deadline and time.monotonic() >= deadline):
+        causes += [inbox.recv() for inbox in inboxes if inbox.poll()]  # a rank has one at most
+        if any(code < 0 for code in failed) or causes or (deadline and time.monotonic() >= deadline):
             return None
         if failed and deadline is None:
             # It lost a peer; the peer's end, which is the cause, is about to be seen.

@@ -132,12 +132,19 @@ def test_ranks_that_do_not_listen_are_killed(tmp_path: Path) -> None:
     assert ended(pids)
 
 
-def test_ranks_die_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGQUIT, signal.SIGUSR1])
+def test_ranks_die_with_a_launcher_that_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     process = start(tmp_path, REST)
     pids = wait_for_ranks(process)
-    process.kill()
+    process.send_signal(number)
     assert ended(pids)
     process.communicate()
+    assert not list(temporary.iterdir())
 
 
 def test_lost_peers_are_silent_and_the_cause_speaks(tmp_path: Path) -> None:
