@@ -19,6 +19,8 @@ Schedule = Literal["sync", "stale"]
 
 ATTENTION_BACKENDS = ("auto", "reference", "masked", "tiled", "flex", "flash", "triton")
 WARMUP_STEPS = 4
+JOIN_SECONDS = 300
+"""How long ranks wait for missing ones."""
 LONGEST_SHOWN = 80
 """Most characters of a value that a message repeats."""
 MODEL, CUT = "Model", "How it is cut"

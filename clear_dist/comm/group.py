@@ -12,6 +12,7 @@ import torch.distributed as dist
 from clear_dist.comm import process_groups
 from clear_dist.comm.counters import labelled
 from clear_dist.comm.process_groups import Transport
+from clear_dist.options import JOIN_SECONDS
 
 REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 _SIGNS_OF_DEATH = ("closed by peer", "reset by peer", "broken pipe")
@@ -48,8 +49,8 @@ class Group:
     main: dist.ProcessGroup
     text: dist.ProcessGroup
     """For text alone, which would wait behind the halos in one NCCL group."""
-    initialised_torch: bool
-    """Whether `close` must shut torch.distributed down."""
+    closes_torch: bool
+    """Whether `close` must shut torch.distributed down: one rank, which the engine has initialised."""
 
     @classmethod
     def create(
@@ -59,10 +60,12 @@ class Group:
         process_group: dist.ProcessGroup | None = None,
         transport: Transport | Literal["auto"] = "auto",
         timeout_seconds: float = 600.0,
+        join_seconds: float = JOIN_SECONDS,
     ) -> "Group":
         """Make the group of all ranks of `process_group`; all of them call this, others need not.
 
-        Without one the default group is taken, which is initialised with torchrun's ranks, or alone, if need be. A CUDA
+        Without one the default group is taken, which is initialised with the launcher's ranks, or alone, if need be;
+        that of several ranks stays until the process ends. They may come `join_seconds` one after another. A CUDA
         device becomes the current one, as NCCL demands. "auto" is gloo on CPU, NCCL where each rank has a GPU of its
         own, host where ranks share one.
 
@@ -74,11 +77,11 @@ class Group:
         process_groups.check_transport(device, transport)
         if process_group == dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError("this process must be a rank of process_group, and is not")
-        initialised_torch = not dist.is_initialized()
-        if initialised_torch:
-            process_groups.initialise_torch(device, timeout)
+        is_new = not dist.is_initialized()
+        if is_new:
+            process_groups.initialise_torch(device, timeout, join_seconds)
         ranks = tuple(sorted(dist.get_process_group_ranks(process_group)))
-        return cls._of([ranks], device, transport, timeout, initialised_torch)
+        return cls._of([ranks], device, transport, timeout, is_new and dist.get_world_size() == 1)
 
     @classmethod
     def _of(
@@ -87,7 +90,7 @@ class Group:
         device: torch.device,
         transport: Transport | Literal["auto"],
         timeout: timedelta,
-        initialised_torch: bool = False,
+        closes_torch: bool = False,
     ) -> "Group":
         """Group of the part (global ranks, disjoint) that this process is in; the ranks of all parts call this."""
         with _telling_failed_connections():
@@ -105,7 +108,7 @@ class Group:
             timeout=timeout,
             main=main,
             text=text,
-            initialised_torch=initialised_torch,
+            closes_torch=closes_torch,
         )
         with _telling_failed_connections():  # NCCL's first call on a group must involve all its ranks; halos do not
             for process_group in (main, text):
@@ -234,7 +237,7 @@ class Group:
         dist.destroy_process_group(self.text)
         dist.destroy_process_group(self.main)
         # Others may have been made since on what this one initialised.
-        if self.initialised_torch and len(dist.distributed_c10d._world.pg_map) == 1:
+        if self.closes_torch and len(dist.distributed_c10d._world.pg_map) == 1:
             dist.destroy_process_group()
 
 

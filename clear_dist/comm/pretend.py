@@ -44,7 +44,7 @@ class Pretended(Group):
             timeout=timedelta(seconds=1),
             main=everyone,
             text=everyone,
-            initialised_torch=True,
+            closes_torch=True,
         )
 
     @property

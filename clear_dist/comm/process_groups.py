@@ -1,5 +1,6 @@
 """torch.distributed's process groups: how ranks meet, and how their tensors travel."""
 
+import atexit
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
@@ -7,10 +8,14 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg  # registers the backend ALONE
 
+from clear_dist.comm.meeting import INTERFACES, meet, require_interfaces
 from clear_dist.launch import env
 
 Transport = Literal["nccl", "gloo", "host"]
+ALONE = "fake"
+"""torch's backend that sends nothing, for one rank, where all that it computes is right."""
 
 
 def with_index(device: torch.device) -> torch.device:
@@ -33,18 +38,30 @@ def backends(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
 
 
-def initialise_torch(device: torch.device, timeout: timedelta) -> None:
-    """Make the default group of torchrun's ranks, or of this process alone; ConnectionError if they cannot meet."""
-    meeting = env.read().meeting
-    if meeting is None:
-        dist.init_process_group(backends(device), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+def initialise_torch(device: torch.device, timeout: timedelta, join_seconds: float) -> None:
+    """Make the default group of the launcher's ranks, or of this process alone, which needs no network.
+
+    Raises ConnectionError where they do not meet within `join_seconds`, a Refusal for a network that is not here.
+    """
+    place = env.read()
+    if place.meeting is None or place.world_size == 1:
+        dist.init_process_group(ALONE, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
-    host, port = meeting
+    require_interfaces()
     try:
-        socket.getaddrinfo(host, port)  # torch would try for as long as it waits for ranks
-        dist.init_process_group(backends(device), timeout=timeout)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ConnectionError(f"cannot meet the other ranks at {host}:{port}: {error}".splitlines()[0]) from error
+        store, size = meet(place, join_seconds), place.world_size
+        dist.init_process_group(backends(device), store=store, rank=place.rank, world_size=size, timeout=timeout)
+    except (OSError, RuntimeError) as error:
+        where = ":".join(map(str, place.meeting))
+        hint = f"; {INTERFACES} names the interface to use" if "gloo/" in str(error) else ""
+        raise ConnectionError(f"cannot meet the other ranks at {where}: {error}".splitlines()[0] + hint) from error
+    atexit.register(_leave_torch)
+
+
+def _leave_torch() -> None:
+    """Destroy the default group when the process ends, else NCCL complains; after a failure it would wait."""
+    if dist.is_initialized() and len(dist.distributed_c10d._world.pg_map) == 1:
+        dist.destroy_process_group()
 
 
 def new_process_group(parts: Sequence[tuple[int, ...]], backend: str, timeout: timedelta) -> dist.ProcessGroup:
@@ -53,6 +70,7 @@ def new_process_group(parts: Sequence[tuple[int, ...]], backend: str, timeout: t
     # not take part, so that others may use them at will. Its groups are found by their ranks and by how many groups
     # this process has at the time, which must be equal on the members: so all parts are made at once.
     local = sum(map(len, parts)) < dist.get_world_size()
+    backend = ALONE if dist.get_world_size() == 1 else backend
     made = [
         dist.new_group(list(part), timeout=timeout, backend=backend, use_local_synchronization=local) for part in parts
     ]

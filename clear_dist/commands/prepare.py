@@ -51,7 +51,7 @@ class Prepared:
         if device.type == "cuda":
             self.device = device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
         self.began, self.phases = began, phases
-        self.group = group = Group.create(device)
+        self.group = group = Group.create(device, join_seconds=request.join_timeout)
         self.launch = time.time() - began
         """Seconds until the ranks were at work."""
         with phases.phase("load", detail=" the files"):

@@ -28,12 +28,14 @@ def verify(flags: VerifyFlags) -> int:
         outputs.check_file("--json", Path(flags.json), (".json",))
     for line in _notes(flags, place, gpus, size) if place.rank == 0 else ():
         ends.say(line)
-    work, on_cuda = partial(_verify, "cuda" if gpus else "cpu", flags.json), gpus > 0
+    work, on_cuda = partial(_verify, "cuda" if gpus else "cpu", flags.json, flags.join_timeout), gpus > 0
     return ranks.run(work, nproc=size, on_cuda=on_cuda, traceback=flags.traceback, preload=PRELOAD)
 
 
-def _verify(device: str, output: str | None) -> None:
-    import_module("clear_dist.verify").verify(device, output)  # torch: not for --help, nor for a refusal
+def _verify(device: str, output: str | None, join_seconds: float) -> None:
+    import_module("clear_dist.verify").verify(
+        device, output, join_seconds=join_seconds
+    )  # torch: not for --help, nor for a refusal
 
 
 def _notes(flags: VerifyFlags, place: Place, gpus: int, size: int) -> Iterator[str]:

@@ -6,7 +6,7 @@ Mistakes in the flags alone are refused here. None: not given; a value that fits
 from dataclasses import dataclass
 from pathlib import Path
 
-from clear_dist.options import CUT, MODEL, Flags, Options, Refusal, flag
+from clear_dist.options import CUT, JOIN_SECONDS, MODEL, Flags, Options, Refusal, flag
 from clear_dist.request.hardware import GPUS, LINKS
 
 DRAWN, LARGE, WRITTEN = "What to draw", "Above the native size", "What is written"
@@ -27,6 +27,9 @@ class Kept(Options):
     )
     save_stages: bool = flag(False, "write the lower stages' pictures too", LARGE, planned=False)
     revision: str | None = flag(None, "of a hub model", MODEL, planned=False)
+    join_timeout: int = flag(
+        JOIN_SECONDS, "seconds that ranks wait for missing ones (300)", CUT, bounds=(1, 86_400), planned=False
+    )
     keep_text_encoder: bool = flag(
         False, "encode each prompt when its turn comes, not all before the rest loads", MODEL
     )
@@ -150,6 +153,7 @@ class VerifyFlags(Flags):
     nproc: int | None = flag(
         None, "ranks to start here (visible GPUs; 2 on CPU); not under torchrun", bounds=(1, 1_024)
     )
+    join_timeout: int = flag(JOIN_SECONDS, "seconds that ranks wait for missing ones (300)", bounds=(1, 86_400))
     device: str = flag("auto", "auto: CUDA where it is", choices=DEVICES)
     json: str | None = flag(None, "versions, devices, every figure; - is stdout", metavar="FILE|-")
     traceback: bool = flag(False, "if a rank fails, show where")

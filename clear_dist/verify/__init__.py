@@ -17,6 +17,7 @@ from clear_dist.families.transformers import SAMPLES
 from clear_dist.launch import env
 from clear_dist.launch.ends import Failure, describe
 from clear_dist.observe import report
+from clear_dist.options import JOIN_SECONDS
 from clear_dist.request.flags import STDOUT
 from clear_dist.verify import attention, environment, halos, links, text
 from clear_dist.verify.finding import Check, Finding, Result, Show, Subjects, gather, shown
@@ -38,12 +39,14 @@ SCHEMA = 1
 MOST_NAMED = 3
 
 
-def verify(device_type: str, output: str | None, subjects: Subjects | None = None) -> None:
+def verify(
+    device_type: str, output: str | None, subjects: Subjects | None = None, *, join_seconds: float = JOIN_SECONDS
+) -> None:
     """Run and show all checks, with a JSON report in `output` (`-`: stdout, None: none); Failure on all ranks."""
     began, place = time.perf_counter(), env.read()
     if place.threads is not None:
         torch.set_num_threads(place.threads)
-    meeting = Group.create(_device(device_type, place.local_rank))
+    meeting = Group.create(_device(device_type, place.local_rank), join_seconds=join_seconds)
     # Ranks may be slow to start; once they are here, one that is silent hangs.
     group = replace(meeting, timeout=timedelta(seconds=SECONDS_TO_ANSWER[device_type])).split(meeting.size)
     with shown(rank=group.rank, to_stderr=output == STDOUT) as show, torch.inference_mode():
