@@ -9,9 +9,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run `clear-dist` and exit: 0 done, 2 a wrong request, 1 a failure while running, 130 interrupted."""
     # Signals wait until their handler, too, has been imported.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    from clear_dist.launch import streams
     from clear_dist.launch.interrupts import at_once
 
-    with at_once():
+    with streams.there(), at_once():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         from clear_dist.commands import app
 

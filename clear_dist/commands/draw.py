@@ -1,11 +1,13 @@
 """`clear-dist generate` and `upscale`: check the request, start the ranks, end."""
 
+import sys
 import time
+from contextlib import redirect_stdout
 from functools import partial
 from importlib import import_module
 
 from clear_dist.families.cards import CARDS
-from clear_dist.launch import ends, env, ranks
+from clear_dist.launch import ends, env, ranks, streams
 from clear_dist.plan import fit_here
 from clear_dist.request.flags import GenerateFlags, PictureFlags, UpscaleFlags
 from clear_dist.request.request import Request
@@ -41,4 +43,5 @@ def _run(flags: PictureFlags) -> int:
 
 
 def _render(request: Request, began: float) -> None:
-    import_module("clear_dist.commands.render").render(request, began)  # torch: not for --help, nor for a refusal
+    with redirect_stdout(streams.deaf(sys.stdout)):  # the result is the pictures; stdout only tells of them
+        import_module("clear_dist.commands.render").render(request, began)  # torch: not for --help, nor for a refusal

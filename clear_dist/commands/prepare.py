@@ -29,6 +29,7 @@ from clear_dist.observe.progress import Phases
 from clear_dist.options import Options, Refusal
 from clear_dist.parallelize import parallelize
 from clear_dist.pictures import preview_of
+from clear_dist.request.outputs import require_free
 from clear_dist.request.request import Lora, Request
 from clear_dist.weights import loading
 from clear_dist.weights.offload import offloaded_parts
@@ -39,8 +40,10 @@ SEED_BITS = 32
 class Prepared:
     """One request on one rank, its model loaded."""
 
-    def __init__(self, request: Request, began: float, phases: Phases) -> None:
+    def __init__(self, request: Request, began: float, phases: Phases, taken: Path | None = None) -> None:
         """Meet the other ranks, load the model, and put it on stripes; `began` is wall clock.
+
+        `taken` is an output that another job will write, as rank 0 finds out.
 
         Raises a Refusal where only the loaded model could tell that the request is wrong.
         """
@@ -54,6 +57,7 @@ class Prepared:
         self.group = group = Group.create(device, join_seconds=request.join_timeout)
         self.launch = time.time() - began
         """Seconds until the ranks were at work."""
+        require_free(group.broadcast_object(taken))
         with phases.phase("load", detail=" the files"):
             self.request = request = hub.locate(request, group, CARDS, local_rank=place.local_rank)
         self.encoded, self.pipe = in_touch(group, partial(_load, request, group.rank, device, phases))

@@ -20,10 +20,12 @@ from clear_dist.drawing.prompts import share
 from clear_dist.engine.family import Encoded
 from clear_dist.families.transformers import adapter_of
 from clear_dist.launch import env
+from clear_dist.launch.ends import say
 from clear_dist.launch.interrupts import unwinding
 from clear_dist.observe import peaks, report
 from clear_dist.observe.progress import watched
 from clear_dist.pictures import replacing
+from clear_dist.request.outputs import claimed
 from clear_dist.request.pictures import load
 from clear_dist.request.request import Request
 from clear_dist.stages import Stage
@@ -148,8 +150,10 @@ def saving_work(stage: Stage) -> float:
 
 def render(request: Request, began: float) -> None:
     """Make a request's pictures; `began` is wall clock. Raises a Refusal for what only the loaded model could tell."""
-    with watched(rank=env.read().rank) as phases, torch.inference_mode():
-        rendering = Rendering(request, began, phases)
+    rank = env.read().rank
+    writing = claimed(request) if rank == 0 else nullcontext()
+    with writing as taken, watched(rank=rank, say=say, quiet=request.quiet) as phases, torch.inference_mode():
+        rendering = Rendering(request, began, phases, taken)
         with rendering.compile_time.measuring(), unwinding():  # from here on files are written
             rendering.run()
     rendering.handle.close()

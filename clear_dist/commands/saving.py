@@ -15,8 +15,10 @@ from clear_dist.drawing.generation import picture_rows
 from clear_dist.pictures import numbered, save_picture, stage_file
 from clear_dist.request.request import Request
 
-NOT_TO_BE_SHARED = ("prompts", "negative_prompt", "output", "latents_out", "report", "profile", "picture")
-"""Settings of other prompts, and files of this machine."""
+NOT_TO_BE_SHARED = (
+    "prompts", "negative_prompt", "output", "latents_out", "report", "profile", "picture", "join_timeout", "quiet",
+)  # fmt: skip
+"""Settings of other prompts, files of this machine, and what leaves the picture as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)

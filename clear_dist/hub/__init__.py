@@ -29,7 +29,8 @@ def locate(request: Request, group: Group, cards: Cards, *, local_rank: int) -> 
     wants = [want for want in (model, checkpoint, *map(wanted_lora, request.loras)) if want is not None]
     if not wants:
         return request
-    _raise_together(group, in_touch(group, partial(_failure_of, wants) if local_rank == 0 else lambda: None))
+    fetching = partial(_failure_of, wants, request.quiet) if local_rank == 0 else lambda: None
+    _raise_together(group, in_touch(group, fetching))
     folder = Path(request.model) if model is None else _held(model)
     if model is not None:
         require_same_commit(group, model.repository, folder.name)
@@ -91,9 +92,9 @@ def _held(want: Wanted) -> Path:
     return folder
 
 
-def _failure_of(wants: Sequence[Wanted]) -> Exception | None:
+def _failure_of(wants: Sequence[Wanted], quiet: bool) -> Exception | None:
     try:
-        fetch(wants)
+        fetch(wants, quiet=quiet)
     except Exception as error:
         return error
     return None

@@ -55,7 +55,7 @@ class Wanted:
     nearest: str
 
 
-def fetch(wants: Sequence[Wanted]) -> None:
+def fetch(wants: Sequence[Wanted], *, quiet: bool = False) -> None:
     """Download missing files once all are known to be there and to fit on the disk; raises as `hub.locate`."""
     missing = {want: size for want in wants if (size := _missing_bytes(want)) is not None}
     for want in missing:
@@ -63,7 +63,7 @@ def fetch(wants: Sequence[Wanted]) -> None:
     require_disk_space(sum(missing.values()), " and ".join(want.repository for want in missing))
     for want, size in missing.items():
         try:
-            _download(want, size)
+            _download(want, size, quiet)
         except Exception as error:
             raise explained(want, error) from error
 
@@ -184,13 +184,14 @@ def _answer(ask: Callable[[], Answer]) -> Answer:
     return in_background(ask).result(timeout=HF_HUB_ETAG_TIMEOUT)
 
 
-def _download(want: Wanted, size: int) -> None:
+def _download(want: Wanted, size: int, quiet: bool) -> None:
     began, before = time.monotonic(), _bytes_in(_blobs(want))
     downloading = in_background(partial(_snapshot, want, want.revision))
     while not wait([downloading], SECONDS_BETWEEN_FIGURES).done:
-        done = (_bytes_in(_blobs(want)) - before) / 1e9
-        rate = done / (time.monotonic() - began)
-        say(f"downloading {want.repository}: {done:.1f} of {size / 1e9:.1f} GB, {rate:.2f} GB/s")
+        if not quiet:
+            done = (_bytes_in(_blobs(want)) - before) / 1e9
+            rate = done / (time.monotonic() - began)
+            say(f"downloading {want.repository}: {done:.1f} of {size / 1e9:.1f} GB, {rate:.2f} GB/s")
     downloading.result()
 
 

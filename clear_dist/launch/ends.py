@@ -9,6 +9,7 @@ import sys
 import time
 import traceback as tracebacks
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -120,8 +121,9 @@ def conclude(
 
 def say(line: str) -> None:
     """Write one line to stderr: stdout is for the result."""
-    sys.stderr.write(f"clear-dist: {line}\n")  # in one piece: print would write the end of the line by itself
-    sys.stderr.flush()
+    with suppress(OSError, AttributeError):  # a script may have no stderr, or one that is full
+        sys.stderr.write(f"clear-dist: {line}\n")  # in one piece: print would write the end of the line by itself
+        sys.stderr.flush()
 
 
 def describe(error: BaseException) -> str:

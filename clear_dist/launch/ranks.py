@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, cast
 
-from clear_dist.launch import ends, env
+from clear_dist.launch import ends, env, streams
 from clear_dist.launch.aside import Call, calling
 from clear_dist.launch.interrupts import ENDING, at_once, heeding_launcher, undisturbed, unwinding
 
@@ -134,7 +134,8 @@ def _be_rank(work: Work, variables: dict[str, str], launcher: int, outbox: Conne
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     die_with(launcher)
     os.environ.update(variables)
-    _leave(ends.run_rank(work, traceback=False, outbox=outbox))
+    with streams.there():  # a process that was started afresh has those of Python again
+        _leave(ends.run_rank(work, traceback=False, outbox=outbox))
 
 
 def _leave(status: int) -> int:

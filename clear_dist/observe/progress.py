@@ -1,6 +1,7 @@
-"""Progress while a picture is made: stages, phases, steps and the time left; shown by rank 0, on terminals only."""
+"""Progress while a picture is made: stages, phases, steps and the time left; shown by rank 0, in a log line by line."""
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ PHASES = {
     "save": "saving",
 }
 WHOLE = "all in all"
+SECONDS_BETWEEN_LINES = 30.0
+
+Say = Callable[[str], None]
 
 
 @dataclass
@@ -38,7 +42,9 @@ class LoadedPart:
 class Phases:
     """Timer of a run's phases, on every rank, with a display where somebody watches."""
 
-    def __init__(self, progress: Progress | None = None) -> None:
+    def __init__(self, progress: Progress | None = None, begin: Say = lambda line: None) -> None:
+        """`begin` is told of each stage that begins to be denoised."""
+        self._begin = begin
         self.times = Times()
         self.stages: list[Times] = []
         self.parts: list[LoadedPart] = []
@@ -64,6 +70,8 @@ class Phases:
         if self._progress is not None:
             shown = f"0/{steps}" if steps else ""
             self._task = self._progress.add_task(f"{PHASES[name]}{detail}", total=steps, shown=shown)
+            if steps:
+                self._begin(line_of(self._progress))
         try:
             yield
         finally:
@@ -127,10 +135,36 @@ class TimeLeft(ProgressColumn):
         return Text(f"left: {timedelta(seconds=max(0, round(left)))}")
 
 
+def line_of(progress: Progress) -> str:
+    """What is being done, and how much of all is."""
+    doing = [task for task in progress.tasks if not task.finished and (task.completed or task.description != WHOLE)]
+    lines = []
+    for task in sorted(doing, key=lambda task: task.description == WHOLE):
+        known = ", ".join(filter(None, (task.fields["shown"], TimeLeft().render(task).plain)))
+        lines.append(task.description.strip() + f": {known}" * bool(known))
+    return "; ".join(lines)
+
+
 @contextmanager
-def watched(*, rank: int) -> Iterator[Phases]:
-    """Phases with a display on rank 0 if stderr is a terminal, else without one."""
-    if rank != 0 or not sys.stderr.isatty():
+def logged(progress: Progress, say: Say) -> Iterator[None]:
+    """Have a thread say every 30 s what is being done."""
+    ended = threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(SECONDS_BETWEEN_LINES):
+            say(line_of(progress))
+
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+@contextmanager
+def watched(*, rank: int, say: Say, quiet: bool = False) -> Iterator[Phases]:
+    """Phases with a display on rank 0, lines where stderr is no terminal; with none on others, or if `quiet`."""
+    if rank != 0 or quiet:
         yield Phases()
         return
     columns = (
@@ -141,5 +175,10 @@ def watched(*, rank: int) -> Iterator[Phases]:
         TimeLeft(),
     )
     # Results on stdout go through the display only where they would be drawn over it.
-    with Progress(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty()) as progress:
-        yield Phases(progress)
+    progress = Progress(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty())
+    if sys.stderr.isatty():
+        with progress:
+            yield Phases(progress)
+    else:
+        with logged(progress, say):
+            yield Phases(progress, say)

@@ -1,9 +1,13 @@
 """Files that a request will write: their names, folders, and room on the disk."""
 
+import fcntl
 import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 from clear_dist.options import Refusal, nearest_word, shortened
@@ -57,6 +61,42 @@ def check_outputs(request: Request) -> None:
                 f"{folder} must have {size / 1e6:.0f} MB free for this request, and has {free / 1e6:.0f} MB; "
                 f"nearest: --output {Path(tempfile.gettempdir()) / output.name}"
             )
+
+
+@contextmanager
+def claimed(request: Request) -> Iterator[Path | None]:
+    """Hold what will be written for this process, until it ends, even if it is killed; yields what another one holds.
+
+    A byte for each name in a file of the user's, which machines of a cluster share as they share the home folder.
+    """
+    given = (request.output, request.latents_out, request.report, request.profile)
+    locks = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "clear-dist", "outputs")
+    try:
+        locks.parent.mkdir(parents=True, exist_ok=True)
+        stream = locks.open("ab")
+    except OSError:  # a home that cannot be written to ends no work
+        yield None
+        return
+    with stream:
+        yield next((file for file in given if file is not None and not _is_free(stream.fileno(), file)), None)
+
+
+def _is_free(locks: int, file: Path) -> bool:
+    place = int.from_bytes(sha256(os.fsencode(file.resolve())).digest()[:7])
+    try:
+        fcntl.lockf(locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
+def require_free(taken: Path | None) -> None:
+    """Raises a Refusal for a file that another running job will write."""
+    if taken is not None:
+        nearest = taken.with_name(f"{taken.stem}-new{taken.suffix}")
+        raise Refusal(f"two running jobs cannot write the same file, got {taken}; nearest: {nearest}")
 
 
 def _by_products(request: Request, pictures: int) -> list[Path]:

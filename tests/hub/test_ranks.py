@@ -22,6 +22,7 @@ class FromTheHub:
     clear_weights: str = "owner/name:file"
     from_folder: bool = True
     loras: tuple[()] = ()
+    quiet: bool = True
 
 
 def unchecked(request: FromTheHub, folder: Path, file: str, *_: object) -> str:
@@ -33,7 +34,7 @@ def fetch_for_longer_than_the_timeout(group: Group, fails: bool) -> str:
     in_touch.SECONDS_BETWEEN_WORDS = 0.2  # this process is the rank's own
     impatient = Group.create("cpu", timeout_seconds=2)
 
-    def fetch(_: object) -> None:
+    def fetch(_: object, *, quiet: bool) -> None:
         time.sleep(3)
         if fails:
             raise ZeroDivisionError("the cause")

@@ -1,6 +1,8 @@
 """Phases: what is timed, and what a person sees of it."""
 
 import io
+import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress, Task
 
 from clear_dist.observe import progress as observed
-from clear_dist.observe.progress import Phases, TimeLeft
+from clear_dist.observe.progress import Phases, TimeLeft, line_of, watched
 
 
 @pytest.fixture
@@ -99,3 +101,44 @@ def test_the_time_left_follows_from_the_work_done_and_counts_down() -> None:
     assert left() == "left: 0:00:00"
     progress.update(task_id, completed=100.0)
     assert left() == ""
+
+
+def test_a_log_has_a_line_for_each_stage_and_of_what_is_done(clock: SimpleNamespace) -> None:
+    said: list[str] = []
+    progress = Progress(console=Console(file=io.StringIO()), get_time=lambda: clock.now)
+    phases = Phases(progress, said.append)
+    with phases.phase("load", detail=" the model"), phases.loading("transformer", 4_000_000_000) as advance:
+        clock.now += 2.0
+        advance(1_000_000_000)
+        assert line_of(progress) == "loading the model; transformer: 1.0/4.0 GB, 0.5 GB/s, left: 0:00:06"
+    phases.expect(work=100.0)
+    for number in (1, 2):
+        with phases.phase("denoise", detail=f", stage {number} of 2", steps=4, work=40.0):
+            clock.now += 20.0
+            phases.end_step(1)
+        with phases.phase("decode", work=10.0):
+            assert line_of(progress).startswith("decoding; all in all: ")
+    assert said == ["denoising, stage 1 of 2: 0/4", "denoising, stage 2 of 2: 0/4; all in all: 20 %, left: 0:01:20"]
+
+
+def test_lines_come_while_nothing_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observed, "SECONDS_BETWEEN_LINES", 0.01)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    told, said = threading.Event(), []
+
+    def say(line: str) -> None:
+        said.append(line)
+        told.set()
+
+    with watched(rank=0, say=say) as phases, phases.phase("decode"):
+        assert told.wait(60)
+    assert set(said) == {"decoding"}
+
+
+@pytest.mark.parametrize(("rank", "quiet"), [(1, False), (0, True)])
+def test_other_ranks_and_quiet_ones_say_nothing(rank: int, quiet: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observed, "SECONDS_BETWEEN_LINES", 0.01)
+    said: list[str] = []
+    with watched(rank=rank, say=said.append, quiet=quiet) as phases, phases.phase("denoise", steps=1):
+        phases.end_step(1)
+    assert said == []
