@@ -48,7 +48,7 @@ def parallelize(
         options, chosen: a `clear_dist.Options`, its fields by name (window=16, text_attention="exact"), or both.
         clear_weights: a CLEAR checkpoint; without one a window draws noise, unless `pipe` was trained with it.
         controlnet_window: window of ControlNets, which CLEAR has not distilled; by default the transformer's.
-        group: ranks that share an image; by default all of torch.distributed's, without it this process alone.
+        group: ranks that share an image; by default all of torch.distributed's, or the launcher's, or this one alone.
 
     Raises:
         ValueError: an argument is wrong or differs between ranks, or the pipeline's transformer cannot be cut.

@@ -83,6 +83,7 @@ class Parallelized:
         """Restore processors, hooks and the places of weights; all ranks call this.
 
         A CLEAR checkpoint's weights stay, its down-sampled keys go; shards are gathered: each rank needs room for all.
+        Torch.distributed, where it was initialised here for several ranks, stays so: the next time they meet over it.
         """
         for model in (*self._controlnets, self._striped):
             model.remove()

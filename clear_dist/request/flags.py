@@ -46,7 +46,7 @@ class Kept(Options):
     )
     latents_out: Path | None = flag(None, "packed latents, safetensors", WRITTEN, metavar="FILE", planned=False)
     report: Path | None = flag(None, "times, memory and communication, JSON", WRITTEN, metavar="FILE", planned=False)
-    quiet: bool = flag(False, "no progress on stderr, a line a stage and every 30 s in a log", planned=False)
+    quiet: bool = flag(False, "no progress: no display, and in a log no lines for stages and every 30 s", planned=False)
     profile: Path | None = flag(
         None, "what is in flight when, in the last 3 steps: json or json.gz, one for each rank", WRITTEN,
         metavar="FILE", planned=False,

@@ -37,7 +37,7 @@ def in_slurm(variables: dict[str, str], arguments: tuple[str, ...]) -> None:
 
 
 def start(model: Path, variables: dict[str, str], *arguments: str) -> Forked:
-    given = ("generate", "--model", str(model), *QUICK, *arguments)
+    given = ("generate", "a fox", "--model", str(model), *QUICK, *arguments)
     return forked(partial(in_slurm, variables, given))
 
 
