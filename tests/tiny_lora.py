@@ -1,12 +1,20 @@
-"""Random LoRA for a tiny FLUX, and what it comes to when it is added to the weights by hand."""
+"""Random LoRA for a tiny FLUX, what it comes to when it is added to the weights by hand, and what was added."""
 
 import math
 import re
 from pathlib import Path
 
 import torch
+from diffusers import FluxPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from clear_dist.cards.folder import read_folder
+from clear_dist.families.cards import CARDS
+from clear_dist.options import Options
+from clear_dist.request.lora import compare_loras
+from clear_dist.request.request import Lora
+from clear_dist.weights.lora import load_loras
 
 LAYERS = re.compile(
     r".*\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|proj_mlp|proj_out|ff\.net\.(0\.proj|2)|norm1?\.linear)|x_embedder"
@@ -40,6 +48,42 @@ def add_lora(model: nn.Module, tensors: dict[str, Tensor], weight: float = 1.0, 
         if name.startswith(f"{prefix}.") and ".lora_A." in name:
             layer = model.get_submodule(name.removeprefix(f"{prefix}.").removesuffix(".lora_A.weight"))
             layer.weight += weight * tensors[name.replace(".lora_A.", ".lora_B.")] @ down
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape) / math.sqrt(shape[-1])
+
+
+def put_on(
+    pipe: FluxPipeline, model: Path, tensors: dict[str, Tensor], file: Path, weight: float = 1.0, **metadata: str
+) -> None:
+    """As a job does: compared with the model's files, then loaded."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)
+    lora = Lora(source=str(file), weight=weight)
+    compare_loras([lora], read_folder(model, CARDS), CARDS, Options())
+    load_loras(pipe, [lora], CARDS)
+
+
+@torch.no_grad()
+def changes(part: nn.Module) -> dict[str, Tensor]:
+    """What adapters add to the weights of each layer that has one, and to its bias."""
+    found = {}
+    for name, layer in part.named_modules():
+        if hasattr(layer, "base_layer"):
+            inputs = torch.cat([torch.zeros(1, layer.in_features), torch.eye(layer.in_features)])
+            added = layer(inputs) - layer.base_layer(inputs)
+            found[name] = (added[1:] - added[0]).T
+            if added[0].any():
+                found[f"{name}.bias"] = added[0]
+    return found
+
+
+def require_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, change in expected.items():
+        torch.testing.assert_close(
+            found[name], change, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def as_kohya(tensors: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:

@@ -26,6 +26,21 @@ class Defaults:
     max_sequence_length: int = 512
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoraLayer:
+    """A layer as files of LoRA have it: one linear layer, or several whose outputs follow each other."""
+
+    modules: Mapping[str, int]
+    """Outputs of each, by its name in the model."""
+    inputs: int
+    is_swapped: bool = False
+    """Whether the model has the halves of the outputs in the other order."""
+
+    @property
+    def outputs(self) -> int:
+        return sum(self.modules.values())
+
+
 class TransformerShape(Protocol):
     """The numbers in a transformer's config.json that decide its tensors."""
 
@@ -38,8 +53,8 @@ class TransformerShape(Protocol):
         """Tensors of a CLEAR checkpoint; with a factor above 1 its spatial weights too."""
         ...
 
-    def lora_layers(self) -> Mapping[str, tuple[int, int]]:
-        """Outputs and inputs of layers that a LoRA may adapt, by all names in use, with underscores for dots."""
+    def lora_layers(self) -> Mapping[str, LoraLayer]:
+        """Layers that a LoRA may adapt, by all names in use, with underscores for dots."""
         ...
 
     def defaults(self, scheduler: Mapping[str, Any]) -> Defaults: ...
@@ -135,6 +150,9 @@ class Cards:
 
     def of_pipeline(self, name: object) -> Card | None:
         return next((card for card in self.cards if card.pipeline == name), None)
+
+    def of_transformer(self, name: str) -> Card | None:
+        return next((card for card in self.cards if card.transformer == name), None)
 
     def on_hub(self, model: str) -> tuple[Card, HubModel] | None:
         return next(((card, known) for card, known in self._hub_models() if known.id == model), None)

@@ -9,6 +9,8 @@ from typing import Any
 from clear_dist.cards.clear import PICKLED, Shapes, refuse_pickled
 from clear_dist.options import Refusal, shortened
 
+Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
+
 PICKLES = (b"PK\x03\x04", *(bytes((0x80, protocol)) for protocol in range(2, 6)))
 """First bytes of torch's archives and of pickles themselves."""
 PART_OF_SEVERAL = re.compile(r"-\d+-of-\d+\.")
@@ -23,8 +25,13 @@ def read_shapes(file: Path) -> Shapes:
     return {name: shape for name, (_, shape) in read_tensors(file).items()}
 
 
-def read_tensors(file: Path) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+def read_tensors(file: Path) -> Tensors:
     """Dtype (such as "BF16") and shape by name; raises a Refusal for a missing, pickled, truncated or foreign file."""
+    return read_header(file)[0]
+
+
+def read_header(file: Path) -> tuple[Tensors, Mapping[str, str]]:
+    """Tensors, and what else the file tells of itself; raises as `read_tensors`."""
     refuse_pickled(file)
     if not file.is_file():
         raise Refusal(f"there is no file {file}; weights must be a safetensors file")
@@ -42,12 +49,13 @@ def read_tensors(file: Path) -> Mapping[str, tuple[str, tuple[int, ...]]]:
             header = json.loads(stream.read(length))
             tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
             kinds = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in tensors.items()}
+            metadata = dict(header.get("__metadata__") or {})
             end = max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
         except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
             raise Refusal(f"weights must be a safetensors file, got {file}, which is of another format") from error
     if size != 8 + length + end:
         raise Refusal(f"{file} must have {8 + length + end} bytes by its own header, got {size}; download it again")
-    return kinds
+    return kinds, metadata
 
 
 def read_component(folder: Path, stem: str) -> Shapes:

@@ -2,7 +2,6 @@
 
 import secrets
 import time
-import warnings
 from collections.abc import Iterable
 from dataclasses import fields
 from functools import partial
@@ -30,8 +29,9 @@ from clear_dist.options import Options, Refusal
 from clear_dist.parallelize import parallelize
 from clear_dist.pictures import preview_of
 from clear_dist.request.outputs import require_free
-from clear_dist.request.request import Lora, Request
+from clear_dist.request.request import Request
 from clear_dist.weights import loading
+from clear_dist.weights.lora import load_loras
 from clear_dist.weights.offload import offloaded_parts
 
 SEED_BITS = 32
@@ -68,7 +68,7 @@ class Prepared:
                 self.handle = parallelize(self.pipe, clear_weights=request.clear_weights, group=group, **options)
             except ValueError as error:
                 raise Refusal(str(error)) from error
-            load_loras(self.pipe, hub.local_loras(request))
+            load_loras(self.pipe, hub.local_loras(request), CARDS)
         replaced = self.handle.replaced
         if group.rank == 0 and replaced is not None and not replaced.file.is_relative_to(request.model):
             say(f"CLEAR weights: {replaced}")  # a model's own go without saying
@@ -113,27 +113,13 @@ def parts_on_host(request: Request, card: Card) -> tuple[str, ...]:
     return (*(offloaded_parts(card.parts) if request.offload else ()), *sharded)
 
 
-def load_loras(pipe: Any, loras: Iterable[Lora]) -> None:
-    """Put LoRA on the pipeline's transformer and text encoders, each with its weight; raises as `load_lora`."""
-    weights = {}
-    for number, lora in enumerate(loras):
-        weights[f"lora_{number}"] = lora.weight
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are what is wanted
-            adapter_of(pipe).load_lora(Path(lora.source), f"lora_{number}")
-    on_this_rank = {name for names in pipe.get_list_adapters().values() for name in names} if weights else set()
-    chosen = {name: weight for name, weight in weights.items() if name in on_this_rank}
-    if chosen:
-        pipe.set_adapters(list(chosen), list(chosen.values()))
-
-
 def encode_ahead(request: Request, card: Card, device: torch.device, phases: Phases) -> list[Encoded]:
     """Embeddings of each prompt; the text encoders are gone from `device` afterwards. Raises as `load_pipeline`."""
     with phases.phase("load", detail=" text encoders"):
         pipe = loading.load_text_pipeline(
             Path(request.model), card, dtype=getattr(torch, request.dtype), device=device, phases=phases
         )
-        load_loras(pipe, hub.local_loras(request))
+        load_loras(pipe, hub.local_loras(request), CARDS)
     with phases.phase("text", detail="s" if len(request.prompts) > 1 else ""):
         encoded = encode(pipe, request, request.prompts)
     del pipe

@@ -14,7 +14,6 @@ Shapes: B batch, T text tokens, L tokens of one rank, C channels, N heads, D hea
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -167,13 +166,6 @@ class PipelineAdapter(Protocol):
 
     def too_long(self, prompt: str, max_sequence_length: int) -> list[str]:
         """A line per text encoder that does not see all of the prompt."""
-
-    def load_lora(self, file: Path, name: str) -> None:
-        """Put a LoRA beside the layers of the parts that are here, as adapter `name`.
-
-        Raises:
-            Refusal: diffusers cannot read it, or would pass over a part of it.
-        """
 
     def refining(self) -> Any:
         """An image-to-image pipeline of the same parts; raises ValueError where it would leave one out."""

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clear_dist.cards.headers import read_shapes
+from clear_dist.cards.lora import TEXT_PREFIX
 from clear_dist.geometry import HaloPlan, Rows, covering_radius, cut_in_stripes, plan_halos
 from clear_dist.options import Options
 from clear_dist.plan.model import PlannedModel
 from clear_dist.request.hardware import Gpu, Link
-from clear_dist.request.lora import TEXT_ENCODER
 from clear_dist.request.request import Lora, Request
 from clear_dist.stages import Stage, Upscaling
 
@@ -169,4 +169,4 @@ def _numbers(lora: Lora) -> int:
     if not os.path.isfile(lora.source):
         return 0
     shapes = read_shapes(Path(lora.source))
-    return sum(prod(shape) for name, shape in shapes.items() if not name.startswith(TEXT_ENCODER))
+    return sum(prod(shape) for name, shape in shapes.items() if not TEXT_PREFIX.match(name))

@@ -1,74 +1,62 @@
-"""LoRA before anything is loaded: where they are and, by their headers, whether they fit the model; without torch.
-
-Files name layers as diffusers does (`transformer.transformer_blocks.0.attn.to_q.lora_A.weight`), as kohya's scripts do
-(`lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight`), or as XLabs does
-(`double_blocks.0.processor.qkv_lora1.down.weight`). A model's card has all these names.
-"""
+"""LoRA before anything is loaded: where they are and, by their headers, whether they fit the model; without torch."""
 
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
-from clear_dist.cards.card import Cards, TransformerShape
-from clear_dist.cards.clear import Shapes
+from clear_dist.cards.card import Cards
 from clear_dist.cards.folder import ModelFacts
-from clear_dist.cards.headers import read_shapes
-from clear_dist.options import Refusal, shortened
+from clear_dist.cards.headers import read_component
+from clear_dist.cards.lora import Layers, linear_layers, read_pairs
+from clear_dist.options import Options, Refusal, shortened, spelled
 from clear_dist.request.request import Lora
 
 DEFAULT_FILE = "pytorch_lora_weights.safetensors"
 HUB = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w./-]+\.safetensors))?", re.ASCII)
 WEIGHTS = (-10.0, 10.0)
-PREFIXES = re.compile(r"^(transformer\.|diffusion_model\.|base_model\.model\.|lora_unet_|lora_transformer_)")
-PART = re.compile(
-    r"(.+?)\.(?:lora_([AB])(?:\.default)?|(?:lora[._]|(?<=_lora\.)|(?<=_lora\d\.))(down|up))\.(weight|bias)"
-)
-"""Layer, and which half of its LoRA: A and down read, B and up write."""
-TEXT_ENCODER = ("text_encoder.", "lora_te")
+NOT_WITH_DORA = ("float8", "int8", "shard_weights", "hoist_modulation")
+"""Options under which a layer's weights are not there as peft wants to measure them."""
 
 
-def find_loras(words: Iterable[str] | None, facts: ModelFacts, cards: Cards) -> tuple[Lora, ...]:
+def find_loras(words: Iterable[str] | None, facts: ModelFacts, cards: Cards, options: Options) -> tuple[Lora, ...]:
     """LoRA that `--lora` names; raises a Refusal where one is missing, damaged, pickled or for another model."""
     found = tuple(map(_found, words or ()))
-    compare_loras(found, facts.shape, cards)
+    compare_loras(found, facts, cards, options)
     if found and find_spec("peft") is None:
         raise Refusal("--lora needs the package peft, which is not installed; nearest: pip install peft")
     return found
 
 
-def compare_loras(loras: Iterable[Lora], shape: TransformerShape | None, cards: Cards) -> None:
-    """Compare local files with the model; raises a Refusal for a damaged one, another model's, or another adapter.
+def compare_loras(loras: Iterable[Lora], facts: ModelFacts, cards: Cards, options: Options) -> None:
+    """Compare local files with the model, as far as it is known; raises as `read_pairs`.
 
-    Args:
-        shape: the model's; None if unknown: layers of any known model pass, sizes are not checked.
+    Where the model's numbers are unknown, layers of any known one pass, and sizes are not checked. Raises a Refusal,
+    too, for a DoRA under options of which it cannot see the weights.
     """
     for lora in loras:
-        if os.path.isfile(lora.source):
-            layers = dict.fromkeys(cards.lora_layers) if shape is None else shape.lora_layers()
-            _compare(read_shapes(Path(lora.source)), layers, lora.source)
-
-
-def _compare(shapes: Shapes, layers: Mapping[str, tuple[int, int] | None], where: str) -> None:
-    if not shapes:
-        raise Refusal(f"--lora must hold the layers of a LoRA, got the empty file {where}")
-    for name, shape in shapes.items():
-        if name.startswith(TEXT_ENCODER) or name.endswith("alpha"):
+        if not os.path.isfile(lora.source):
             continue
-        match = PART.fullmatch(name)
-        if match is None:
-            raise Refusal(f"--lora takes LoRA of linear layers and nothing else, got {shortened(name)} in {where}")
-        layer, letter, direction, _ = match.groups()
-        own = PREFIXES.sub("", layer).replace(".", "_")
-        if own not in layers:
-            raise Refusal(f"{where} adapts {shortened(layer)}, which this model has not; is it for another model?")
-        reads = letter == "A" or direction == "down"
-        size, got = layers[own], (shape or (0,))[-1 if reads else 0]
-        if size is not None and got != size[reads]:
-            ends = "inputs" if reads else "outputs"
-            raise Refusal(f"{name} must have {size[reads]} {ends}, got {got} in {where}; is it for another model?")
+        for pair in read_pairs(Path(lora.source), parts_of(facts, cards)):
+            other = next((name for name in NOT_WITH_DORA if getattr(options, name)), None)
+            if other is not None and pair.part == "transformer" and "magnitude" in pair.tensors:
+                raise Refusal(
+                    f"{lora.source} is a DoRA, which needs plain weights of its layers, got {spelled(other)}; "
+                    f"nearest: without {spelled(other)}"
+                )
+
+
+def parts_of(facts: ModelFacts, cards: Cards) -> dict[str, Layers | None]:
+    """Layers of transformer and text encoders, as far as they are known."""
+    transformer = dict.fromkeys(cards.lora_layers) if facts.shape is None else facts.shape.lora_layers()
+    parts: dict[str, Layers | None] = {"transformer": transformer}
+    for card in cards.cards if facts.card is None else (facts.card,):
+        for part in card.text_encoders:
+            folder = facts.folder
+            parts[part] = None if folder is None else linear_layers(read_component(folder / part, card.weights[part]))
+    return parts
 
 
 def _found(word: str) -> Lora:

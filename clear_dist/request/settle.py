@@ -61,7 +61,7 @@ def choose(
         model=facts.location,
         model_name=facts.name,
         clear_weights=checkpoint,
-        loras=find_loras(flags.lora, facts, cards),
+        loras=find_loras(flags.lora, facts, cards, flags),
         native_size=facts.native_size,
         token_size=facts.token_size,
         down_factor=factor,
@@ -91,7 +91,7 @@ def located(request: Request, folder: Path, checkpoint: str | None, loras: Itera
         native_size=native,
         token_size=facts.token_size,
     )
-    compare_loras(loras, facts.shape, cards)
+    compare_loras(loras, facts, cards, request)
     _check_size(settled)
     check_outputs(settled)
     return settled

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clear_dist.cards.card import Card, Cards, Defaults, HubModel, Published, TextEncoders
+from clear_dist.cards.card import Card, Cards, Defaults, HubModel, LoraLayer, Published, TextEncoders
 from clear_dist.cards.clear import Shapes, is_image_side, with_spatial_weights
 from clear_dist.cards.folder import card_of
 from clear_dist.cards.headers import whole_number
@@ -77,8 +77,9 @@ class SecondShape:
         replaced = {name: shape for name, shape in self.tensors().items() if is_image_side(name)}
         return with_spatial_weights(replaced, down_factor)
 
-    def lora_layers(self) -> dict[str, tuple[int, int]]:
-        return {f"layers_{index}_mlp": (16, 8) for index in range(self.num_layers)}
+    def lora_layers(self) -> dict[str, LoraLayer]:
+        layers = {f"layers.{index}.mlp": 16 for index in range(self.num_layers)}
+        return {name.replace(".", "_"): LoraLayer(modules={name: size}, inputs=8) for name, size in layers.items()}
 
     def defaults(self, scheduler: Mapping[str, Any]) -> Defaults:
         return Defaults(takes_guidance=False, sampling=Sampling(steps=9), max_sequence_length=77)
@@ -227,7 +228,8 @@ def test_a_hub_model_that_is_known(folder: Path) -> None:
 
 def test_a_hub_model_that_is_not_known_may_be_of_either_family(folder: Path, tmp_path: Path) -> None:
     assert set(BOTH.files_of("someone/else")) == {*BOTH.files_of("someone/second"), *BOTH.files_of(FLUX_DEV)}
-    save({"transformer.x_embedder.lora_A.weight": (4, 64)}, tmp_path / "flux.safetensors")
+    halves = {"A": (4, 64), "B": (3072, 4)}
+    save({f"transformer.x_embedder.lora_{x}.weight": halves[x] for x in halves}, tmp_path / "flux.safetensors")
     loras = [str(folder / LORA), str(tmp_path / "flux.safetensors")]
     request = settled("someone/else", clear_weights="none", lora=loras)
     with pytest.raises(Refusal, match=r"flux\.safetensors adapts transformer\.x_embedder, which this model has not"):

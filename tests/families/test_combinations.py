@@ -8,10 +8,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clear_dist.comm.group import Group
-from clear_dist.commands.prepare import load_loras
+from clear_dist.families.cards import CARDS
 from clear_dist.parallelize import parallelize
 from clear_dist.request.request import Lora
 from clear_dist.weights.clear import load_clear_weights
+from clear_dist.weights.lora import load_loras
 from tests.oracle import DenseClearProcessor
 from tests.pooled_oracle import pool_keys
 from tests.ranks import run_ranks
@@ -45,7 +46,7 @@ def striped(group: Group, clear: Path, style: Path) -> list[Tensor]:
     for case in CASES:
         pipe = make_pipeline()
         handle = parallelize(pipe, group=group, clear_weights=clear, text_attention="exact", **case)
-        load_loras(pipe, [Lora(source=str(style), weight=WEIGHT)])
+        load_loras(pipe, [Lora(source=str(style), weight=WEIGHT)], CARDS)
         results.append(controlled(pipe))
         handle.undo()
     return results

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from clear_dist.cards.card import Card, Defaults, HubModel, Published, TextEncoders
+from clear_dist.cards.card import Card, Defaults, HubModel, LoraLayer, Published, TextEncoders
 from clear_dist.cards.clear import Shapes, is_image_side, with_spatial_weights
 from clear_dist.cards.headers import whole_number, whole_numbers
 from clear_dist.options import Refusal, shortened
@@ -21,7 +21,15 @@ MLP_RATIO = 4
 ROPE_AXES = (16, 56, 56)
 """Channels of a head that tell apart pictures, rows and columns."""
 
-Layers = Iterator[tuple[str, tuple[int, int]]]
+QKV = ("to_q", "to_k", "to_v")
+SIDES = {
+    "img": (QKV, "to_out.0", "ff", "norm1"),
+    "txt": (("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out", "ff_context", "norm1_context"),
+}
+"""Diffusers' names in a double block: attention's inputs and output, MLP, modulation."""
+
+Layers = Iterator[tuple[str, tuple[str, ...]]]
+"""Name of a layer, and diffusers' names of those that it consists of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +67,22 @@ class FluxShape:
         replaced = {name: shape for name, shape in self._tensors() if is_image_side(name)}
         return with_spatial_weights(replaced, down_factor)
 
-    def lora_layers(self) -> dict[str, tuple[int, int]]:
-        """Outputs and inputs of linear layers by diffusers', the original and XLabs' names."""
-        linear = {
-            name.removesuffix(".weight").replace(".", "_"): (shape[0], shape[1])
+    def lora_layers(self) -> dict[str, LoraLayer]:
+        """Linear layers by diffusers', the original and XLabs' names."""
+        shapes = {
+            name.removesuffix(".weight"): shape
             for name, shape in self._tensors()
             if name.endswith(".weight") and len(shape) == 2
         }
-        return linear | dict(self._original_layers()) | dict(self._xlabs_layers())
+        names = {name: (name,) for name in shapes} | dict(self._original_layers()) | dict(self._xlabs_layers())
+        return {
+            name.replace(".", "_"): LoraLayer(
+                modules={module: shapes[module][0] for module in modules},
+                inputs=shapes[modules[0]][1],
+                is_swapped=name == "final_layer.adaLN_modulation.1",  # shift, then scale
+            )
+            for name, modules in names.items()
+        }
 
     def defaults(self, scheduler: Mapping[str, Any]) -> Defaults:
         """FLUX.1-dev's, or FLUX.1-schnell's 4 steps where neither guidance is taken nor the schedule shifts."""
@@ -116,39 +132,40 @@ class FluxShape:
 
     def _original_layers(self) -> Layers:
         """Black Forest Labs' names, which kohya's scripts share; queries, keys and values are one layer."""
-        width, hidden = self.channels, MLP_RATIO * self.channels
         for index in range(self.num_layers):
-            for side in ("img", "txt"):
-                block = f"double_blocks_{index}_{side}"
-                yield f"{block}_attn_qkv", (3 * width, width)
-                yield f"{block}_attn_proj", (width, width)
-                yield f"{block}_mlp_0", (hidden, width)
-                yield f"{block}_mlp_2", (width, hidden)
-                yield f"{block}_mod_lin", (6 * width, width)
+            block = f"transformer_blocks.{index}"
+            for side, (qkv, proj, mlp, norm) in SIDES.items():
+                original = f"double_blocks.{index}.{side}"
+                yield f"{original}_attn.qkv", tuple(f"{block}.attn.{name}" for name in qkv)
+                yield f"{original}_attn.proj", (f"{block}.attn.{proj}",)
+                yield f"{original}_mlp.0", (f"{block}.{mlp}.net.0.proj",)
+                yield f"{original}_mlp.2", (f"{block}.{mlp}.net.2",)
+                yield f"{original}_mod.lin", (f"{block}.{norm}.linear",)
         for index in range(self.num_single_layers):
-            block = f"single_blocks_{index}"
-            yield f"{block}_linear1", (3 * width + hidden, width)
-            yield f"{block}_linear2", (width, width + hidden)
-            yield f"{block}_modulation_lin", (3 * width, width)
-        yield "img_in", (width, self.in_channels)
-        yield "txt_in", (width, self.joint_attention_dim)
-        inputs = {"time": TIME_CHANNELS, "guidance": TIME_CHANNELS, "vector": self.pooled_projection_dim}
-        for name, channels in inputs.items():
-            yield f"{name}_in_in_layer", (width, channels)
-            yield f"{name}_in_out_layer", (width, width)
-        yield "final_layer_linear", (self.out_channels or self.in_channels, width)
-        yield "final_layer_adaLN_modulation_1", (2 * width, width)
+            block, original = f"single_transformer_blocks.{index}", f"single_blocks.{index}"
+            yield f"{original}.linear1", (*(f"{block}.attn.{name}" for name in QKV), f"{block}.proj_mlp")
+            yield f"{original}.linear2", (f"{block}.proj_out",)
+            yield f"{original}.modulation.lin", (f"{block}.norm.linear",)
+        embedders = {"time": "timestep", "vector": "text"} | ({"guidance": "guidance"} if self.guidance_embeds else {})
+        for original, name in embedders.items():
+            yield f"{original}_in.in_layer", (f"time_text_embed.{name}_embedder.linear_1",)
+            yield f"{original}_in.out_layer", (f"time_text_embed.{name}_embedder.linear_2",)
+        yield "img_in", ("x_embedder",)
+        yield "txt_in", ("context_embedder",)
+        yield "final_layer.linear", ("proj_out",)
+        yield "final_layer.adaLN_modulation.1", ("norm_out.linear",)
 
     def _xlabs_layers(self) -> Layers:
         """XLabs' names, by attention processors; 1 is the image side, 2 the text side."""
-        width = self.channels
         for index in range(self.num_layers):
-            for side in (1, 2):
-                yield f"double_blocks_{index}_processor_qkv_lora{side}", (3 * width, width)
-                yield f"double_blocks_{index}_processor_proj_lora{side}", (width, width)
+            block, processor = f"transformer_blocks.{index}.attn", f"double_blocks.{index}.processor"
+            for side, (qkv, proj, _, _) in enumerate(SIDES.values(), 1):
+                yield f"{processor}.qkv_lora{side}", tuple(f"{block}.{name}" for name in qkv)
+                yield f"{processor}.proj_lora{side}", (f"{block}.{proj}",)
         for index in range(self.num_single_layers):
-            yield f"single_blocks_{index}_processor_qkv_lora", (3 * width, width)
-            yield f"single_blocks_{index}_processor_proj_lora", (width, (1 + MLP_RATIO) * width)
+            block, processor = f"single_transformer_blocks.{index}", f"single_blocks.{index}.processor"
+            yield f"{processor}.qkv_lora", tuple(f"{block}.attn.{name}" for name in QKV)
+            yield f"{processor}.proj_lora", (f"{block}.proj_out",)
 
 
 def _check_axes(axes: tuple[int, ...], head_dim: int, where: Path | str) -> None:

@@ -6,7 +6,6 @@ R rows and W columns in the VAE's layout.
 
 import inspect
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from clear_dist.engine.family import Encoded, OnStep
 from clear_dist.families.flux.card import PACKING
-from clear_dist.options import Refusal, shortened
+from clear_dist.options import shortened
 from clear_dist.stages import Size, Stage, Upscaling
 
 
@@ -57,29 +56,6 @@ class FluxPipelineAdapter:
                 rest = shortened(tokenizer.decode(ids[most - 1 :], skip_special_tokens=True).strip())
                 lines.append(f"the prompt is longer than the {most} tokens that {name} takes here; cut off: {rest!r}")
         return lines
-
-    def load_lora(self, file: Path, name: str) -> None:
-        try:
-            tensors, alphas, metadata = self._pipe.lora_state_dict(
-                str(file.parent),
-                weight_name=file.name,
-                return_alphas=True,
-                return_lora_metadata=True,
-                use_safetensors=True,
-                local_files_only=True,
-            )
-        except (ValueError, KeyError, RuntimeError) as error:  # diffusers gives up in several ways
-            why = " ".join(str(error).split()) or type(error).__name__
-            raise Refusal(f"{file} must be a LoRA that diffusers can read, and is not ({why})") from error
-        for tensor in tensors:
-            if not tensor.startswith(("transformer.", "text_encoder.")):
-                raise Refusal(f"{file} must name layers as diffusers, kohya or XLabs do, got {tensor}")
-        pipe = self._pipe
-        given = {"network_alphas": alphas, "metadata": metadata, "adapter_name": name, "_pipeline": pipe}
-        if pipe.transformer is not None:
-            pipe.load_lora_into_transformer(tensors, transformer=pipe.transformer, **given)
-        if pipe.text_encoder is not None:
-            pipe.load_lora_into_text_encoder(tensors, text_encoder=pipe.text_encoder, **given)
 
     def refining(self) -> FluxImg2ImgPipeline:
         """Image-to-image pipeline with the scheduler's static shift (paper, Sec. 4.3).
