@@ -1,6 +1,7 @@
 """Headers of safetensors files and numbers of JSON configurations, read and checked without torch."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +35,8 @@ def read_header(file: Path) -> tuple[Tensors, Mapping[str, str]]:
     """Tensors, and what else the file tells of itself; raises as `read_tensors`."""
     refuse_pickled(file)
     if not file.is_file():
-        raise Refusal(f"there is no file {file}; weights must be a safetensors file")
+        what = f"{file} is a link to nothing" if file.is_symlink() else f"there is no file {file}"
+        raise Refusal(f"{what}; weights must be a safetensors file: download it again")
     size = file.stat().st_size
     with file.open("rb") as stream:
         first = stream.read(8)
@@ -78,7 +80,7 @@ def component_files(folder: Path, stem: str) -> list[Path]:
                 raise Refusal(f"there is no file {file}, which {index.name} names; download it again")
         return files
     file = folder / f"{stem}.safetensors"
-    if not file.is_file() and folder.is_dir():
+    if not os.path.lexists(file) and folder.is_dir():
         _refuse_others(file, index)
     return [file]
 

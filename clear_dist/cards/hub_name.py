@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Self
 
-_WORD = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?(?::([\w./-]+))?", re.ASCII)
+_WORD = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?(?::([^:/][^:]*))?", re.ASCII)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,14 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from glob import escape
+from pathlib import Path, PurePath
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from clear_dist.cards.card import INDEX, Cards
 from clear_dist.cards.hub_name import HubFile
+from clear_dist.cards.lora import PEFT_FILE, PEFT_SETTINGS
 from clear_dist.comm.group import Group
 from clear_dist.comm.in_touch import in_touch
 from clear_dist.hub.fetching import Wanted, cached, fetch
@@ -56,13 +58,15 @@ def wanted_file(name: str | None, nearest: str) -> Wanted | None:
     hub = None if name is None or os.path.exists(name) else HubFile.of(name)
     if hub is None:
         return None
-    return Wanted(
-        repository=hub.repository, revision=hub.revision, patterns=(hub.file,), needed=hub.file, nearest=nearest
-    )
+    patterns = (escape(hub.file),)
+    return Wanted(repository=hub.repository, revision=hub.revision, patterns=patterns, needed=hub.file, nearest=nearest)
 
 
 def wanted_lora(lora: Lora) -> Wanted | None:
-    return wanted_file(lora.source, "--lora FILE")
+    want = wanted_file(lora.source, "--lora FILE")
+    if want is None or PurePath(want.needed).name != PEFT_FILE:
+        return want
+    return replace(want, patterns=(*want.patterns, escape(str(PurePath(want.needed).with_name(PEFT_SETTINGS)))))
 
 
 def local_loras(request: Request) -> Iterator[Lora]:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
@@ -29,6 +30,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 
+from clear_dist.cards.clear import radius_of
+from clear_dist.cards.hub_name import HubFile
 from clear_dist.comm.in_touch import in_background
 from clear_dist.launch.ends import Failure, describe, say
 from clear_dist.options import Refusal, nearest_word
@@ -69,12 +72,13 @@ def fetch(wants: Sequence[Wanted], *, quiet: bool = False) -> None:
 
 
 def cached(want: Wanted) -> Path | None:
-    """The folder of the files, without asking the hub; None where they are not here."""
+    """The folder of the files, without asking the hub; None where they are not here, or a link leads to nothing."""
     try:
         folder = Path(_snapshot(want, want.revision, local_files_only=True))
     except (OSError, HFValidationError):
         return None
-    return folder if (folder / want.needed).exists() else None
+    held = [folder / want.needed, *(file for pattern in want.patterns for file in folder.glob(pattern))]
+    return folder if all(file.exists() for file in held) else None
 
 
 def require_disk_space(needed: int, what: str) -> None:
@@ -133,10 +137,8 @@ def explained(want: Wanted, error: Exception) -> Refusal | Failure:
             f"the hub's files must have a folder that can be written to and has room, got {HF_HUB_CACHE} "
             f"({error.strerror}); nearest: HF_HOME=FOLDER"
         )
-    return Failure(
-        f"cannot get {repository} from the hub ({cause_of(error)}): check the network and HF_ENDPOINT, or pass "
-        f"{LOCAL_FILES}"
-    )
+    way_out = "unset it" if isinstance(error, OfflineModeIsEnabled) else "check the network and HF_ENDPOINT"
+    return Failure(f"cannot get {repository} from the hub ({cause_of(error)}): {way_out}, or pass {LOCAL_FILES}")
 
 
 def cause_of(error: BaseException) -> str:
@@ -168,15 +170,24 @@ def _ask(want: Wanted) -> int:
     info = _answer(about)
     names = [file.rfilename for file in info.siblings or ()]
     if want.needed not in names:
-        alike = [name for name in names if "/" not in name and name.endswith(".safetensors")]
-        by_name = want.needed.endswith(".safetensors") and alike
-        nearest = f"--clear-weights {want.repository}:{nearest_word(want.needed, alike)}" if by_name else want.nearest
-        raise Refusal(f"{want.repository} on the hub must hold {want.needed}, and does not; nearest: {nearest}")
+        raise Refusal(
+            f"{want.repository} on the hub must hold {want.needed}, and does not; nearest: {_nearest(want, names)}"
+        )
     try:
         files = _answer(partial(_snapshot, want, info.sha, dry_run=True))
     except DryRunError as error:
         raise error.__cause__ or error from error
     return sum(file.file_size or 0 for file in files if file.will_download)
+
+
+def _nearest(want: Wanted, names: Sequence[str]) -> str:
+    """A flag that can be given instead: the likeliest file of the repository, of the kind that is wanted."""
+    flag = want.nearest.split()[0]
+    others = [name for name in names if "/" not in name and name.endswith(".safetensors")]
+    alike = [name for name in others if (radius_of(name) is None) == (flag == "--lora")]
+    if flag == "--model" or not alike:
+        return want.nearest
+    return f"{flag} {quote(str(HubFile(want.repository, want.revision, nearest_word(want.needed, alike))))}"
 
 
 def _answer(ask: Callable[[], Answer]) -> Answer:

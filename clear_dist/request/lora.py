@@ -2,20 +2,20 @@
 
 import math
 import os
-import re
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 
 from clear_dist.cards.card import Cards
 from clear_dist.cards.folder import ModelFacts
 from clear_dist.cards.headers import read_component
+from clear_dist.cards.hub_name import HubFile
 from clear_dist.cards.lora import Layers, linear_layers, read_pairs
 from clear_dist.options import Options, Refusal, shortened, spelled
 from clear_dist.request.request import Lora
 
 DEFAULT_FILE = "pytorch_lora_weights.safetensors"
-HUB = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w./-]+\.safetensors))?", re.ASCII)
 WEIGHTS = (-10.0, 10.0)
 NOT_WITH_DORA = ("float8", "int8", "shard_weights", "hoist_modulation")
 """Options under which a layer's weights are not there as peft wants to measure them."""
@@ -64,13 +64,13 @@ def _found(word: str) -> Lora:
     path = Path(source).expanduser()
     if source and os.path.exists(path):
         return Lora(source=str(_in_folder(path) if path.is_dir() else path), weight=weight)
-    on_hub = HUB.fullmatch(source)
-    if on_hub is None or (source.endswith(".safetensors") and on_hub[2] is None):
+    on_hub = HubFile.of(source, default=DEFAULT_FILE)
+    if on_hub is None or on_hub.repository.endswith(".safetensors") or not on_hub.file.endswith(".safetensors"):
         raise Refusal(
             "--lora must be a safetensors file, a folder or a hub id owner/name[:file], with or without :WEIGHT; "
             f"there is no {shortened(source)!r}"
         )
-    return Lora(source=f"{on_hub[1]}:{on_hub[2] or DEFAULT_FILE}", weight=weight)
+    return Lora(source=str(on_hub), weight=weight)
 
 
 def _parted(word: str) -> tuple[str, float]:
@@ -90,10 +90,11 @@ def _parted(word: str) -> tuple[str, float]:
 
 
 def _in_folder(folder: Path) -> Path:
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
     if folder / DEFAULT_FILE in files:
         return folder / DEFAULT_FILE
     if len(files) != 1:
-        got = ", ".join(file.name for file in files) or "none"
-        raise Refusal(f"--lora: {folder} must hold {DEFAULT_FILE} or one safetensors file, got {shortened(got)}")
+        got = shortened(", ".join(file.name for file in files) or "none")
+        nearest = f"; nearest: --lora {quote(str(files[0]))}" if files else ""
+        raise Refusal(f"--lora: {folder} must hold {DEFAULT_FILE} or one safetensors file, got {got}{nearest}")
     return files[0]

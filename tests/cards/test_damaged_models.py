@@ -89,6 +89,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "another use": (lambda f: edit(f / "transformer/config.json", in_channels=384), "must take 64 channels"),
     "no vae": (lambda f: shutil.rmtree(f / "vae"), "must have the folder vae"),
     "no weights": (lambda f: (f / TRANSFORMER).unlink(), f"there is no file .*{TRANSFORMER}"),
+    "a link to nothing": (
+        lambda f: ((f / TRANSFORMER).unlink(), (f / TRANSFORMER).symlink_to("gone")),
+        f"{TRANSFORMER} is a link to nothing; weights must be a safetensors file: download it again",
+    ),
     "no text weights": (lambda f: (f / "text_encoder_2/model.safetensors").unlink(), "text_encoder_2"),
     "pickled": (
         lambda f: (f / TRANSFORMER).rename(f / "transformer/diffusion_pytorch_model.bin"),

@@ -13,40 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diffusers import FluxPipeline
 
 from clear_dist.cli import main
 from clear_dist.launch import ranks
 from tests.forked import forked
-from tests.hub.server import TOKEN, Hub, serving
-from tests.tiny import make_clear_weights, make_tiny_flux
-from tests.tiny_lora import make_lora, save_lora
+from tests.hub.server import TOKEN, Hub
 
 ROOT = Path(__file__).parents[2]
 ONCE = 2
 """Connections of one question: the library has one of its own, once a day. Its repetitions would be five and more."""
 INDEX = "model_index.json"
 QUICK = ("--res", "64", "--steps", "1", "--seed", "5", "--device", "cpu", "--max-sequence-length", "16")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_tiny_flux(tmp_path_factory.mktemp("hub"))
-    transformer = FluxPipeline.from_pretrained(folder).transformer
-    make_clear_weights(transformer, folder / "clear_local_2.safetensors")
-    save_lora(make_lora(transformer, seed=1), folder / "style.safetensors")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def hub(folder: Path) -> Iterator[Hub]:
-    with serving(folder) as running:
-        yield running
 
 
 def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
@@ -85,7 +62,8 @@ def fetch_here(wants: Sequence[tuple[str, str | None, str]]) -> None:
         wanted = {"repository": repository, "revision": revision, "needed": needed, "patterns": patterns}
         before, told = len(connections), None
         try:
-            fetching.fetch([Wanted(**wanted, nearest="--model demo")])
+            nearest = "--clear-weights auto" if needed.startswith("clear_local") else "--model demo"
+            fetching.fetch([Wanted(**wanted, nearest=nearest)])
         except Exception as error:
             told = [type(error).__name__, str(error)]
         print(json.dumps([told, len(connections) - before]), flush=True)

@@ -16,7 +16,7 @@ from clear_dist.families.flux.card import FLUX_DEV, FluxShape
 from clear_dist.launch.env import Place
 from clear_dist.options import Options, Refusal
 from clear_dist.request.flags import GenerateFlags
-from clear_dist.request.lora import compare_loras
+from clear_dist.request.lora import DEFAULT_FILE, compare_loras
 from clear_dist.request.request import Lora
 from clear_dist.request.settle import settle
 from tests.tiny import make_tiny_flux, make_tiny_pipeline
@@ -198,11 +198,12 @@ def test_files_that_are_none_are_refused(model: Path, tensors: Tensors, tmp_path
     pickled = tmp_path / "style.bin"
     torch.save(tensors, pickled)
     (tmp_path / "none").mkdir()
+    (tmp_path / "none" / DEFAULT_FILE).symlink_to(tmp_path / "nothing")
     for word, message in (
         (str(cut), "download it again"),
         (str(pickled), "pickled file"),
         (str(tmp_path / "none"), "must hold pytorch_lora_weights.safetensors or one safetensors file, got none"),
-        (str(tmp_path), r"got cut\.safetensors, style\.safetensors"),
+        (str(tmp_path), r"got cut\.safetensors, style\.safetensors; nearest: --lora .*/cut\.safetensors"),
         ("styles/missing.safetensors", "there is no 'styles/missing.safetensors'"),
         ("missing", "there is no 'missing'"),
         ("", "there is no ''"),
@@ -226,6 +227,9 @@ def test_words_that_name_a_lora(model: Path, tensors: Tensors, tmp_path: Path) -
     )
     assert loras_of(model, "someone/style:more/x.safetensors:2")[0] == Lora(
         source="someone/style:more/x.safetensors", weight=2
+    )
+    assert loras_of(model, "someone/style@v2:my [v2] style.safetensors:2")[0] == Lora(
+        source="someone/style@v2:my [v2] style.safetensors", weight=2
     )
     assert Lora(source=default).without_folders() == Lora(source=default)
     assert Lora(source=str(file)).without_folders() == Lora(source="style.safetensors")
