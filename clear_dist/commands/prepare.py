@@ -133,11 +133,16 @@ def encode(pipe: Any, request: Request, prompts: Iterable[str]) -> list[Encoded]
     is_guided = max(stage.sampling.passes for stage in request.stages) > 1
     negative = nothing(adapter)
     if request.negative_prompt is not None and is_guided:
+        _tell_too_long("the negative prompt", adapter.too_long(request.negative_prompt, most))
         negative = adapter.encode([request.negative_prompt], most)
     encoded = []
     for prompt in prompts:
-        for line in adapter.too_long(prompt, most):
-            say(f"warning: {line}")
+        _tell_too_long("the prompt", adapter.too_long(prompt, most))
         both = (*adapter.encode([prompt], most), *negative)
         encoded.append([None if tensor is None else tensor.cpu() for tensor in both])
     return encoded
+
+
+def _tell_too_long(name: str, lines: Iterable[str]) -> None:
+    for line in lines:
+        say(f"warning: {name} is {line}")

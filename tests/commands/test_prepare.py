@@ -71,3 +71,16 @@ def test_text_encoders_are_gone_before_the_rest_is_loaded(
         assert told["seconds"]["text"] > 0
         assert told["loading"]["peak_memory_bytes"][0] > 50_000_000
     assert [reports[name]["settings"]["keep_text_encoder"] for name in ("ahead", "kept")] == [False, True]
+
+
+def test_what_is_cut_off_of_long_prompts_is_said(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    long = ("abcdefghij klmn", "--negative-prompt", "abcdefghij opqr", "--true-cfg-scale", "2")
+    with pytest.raises(SystemExit) as ending:
+        main(["generate", "--model", str(model), *long, *QUICK])
+    assert not ending.value.code
+    told = [line.partition("warning: ")[2] for line in capsys.readouterr().err.splitlines() if "T5" in line]
+    words = "is longer than the 16 tokens that T5 takes here; cut off:"
+    assert told == [f"the negative prompt {words} 'r'", f"the prompt {words} 'n'"]

@@ -54,7 +54,7 @@ class FluxPipelineAdapter:
             if len(ids) > most:
                 # The last place goes to the token that ends a prompt.
                 rest = shortened(tokenizer.decode(ids[most - 1 :], skip_special_tokens=True).strip())
-                lines.append(f"the prompt is longer than the {most} tokens that {name} takes here; cut off: {rest!r}")
+                lines.append(f"longer than the {most} tokens that {name} takes here; cut off: {rest!r}")
         return lines
 
     def refining(self) -> FluxImg2ImgPipeline:
