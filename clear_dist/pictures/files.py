@@ -29,7 +29,11 @@ def thumbnail_of(file: Path) -> Path:
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Temporary name beside `file`, with the same ending; becomes `file` at the end, and vanishes on failure."""
+    """Temporary name beside `file`, with the same ending; becomes `file` at the end, and vanishes on failure.
+
+    A symlink stays one: what it points to is replaced.
+    """
+    file = file.resolve()
     partial = file.with_name(f".{secrets.token_hex(8)}{file.suffix}")  # short: `file` may have the longest name allowed
     try:
         with _raising_on_sigterm():

@@ -28,20 +28,22 @@ def check_outputs(request: Request) -> None:
     pixels, pictures = request.size[0] * request.size[1], len(request.prompts) * request.num_images
     check_file("--output", output, PICTURE_ENDINGS)
     kept = 1 + SHARE_OF_LOWER_STAGES * request.save_stages
-    needed = {output.parent.resolve(): round(pixels * BYTES_PER_PIXEL * pictures * kept)}
+    needed = {output.resolve().parent: round(pixels * BYTES_PER_PIXEL * pictures * kept)}
     if latents_out is not None:
         check_file("--latents-out", latents_out, (".safetensors",))
-        folder = latents_out.parent.resolve()
+        folder = latents_out.resolve().parent
         needed[folder] = needed.get(folder, 0) + pixels * LATENT_BYTES_PER_PIXEL * pictures
     if report is not None:
         check_file("--report", report, (".json",))
     if request.profile is not None:
         check_file("--profile", request.profile, PROFILE_ENDINGS)
-    for file in request.traces:
-        refuse_folder("--profile", file, PROFILE_ENDINGS)
     by_products = _by_products(request, pictures)
-    for file in by_products:
-        refuse_folder("--output", file, PICTURE_ENDINGS)
+    named = (("--profile", request.traces, PROFILE_ENDINGS), ("--output", by_products, PICTURE_ENDINGS))
+    for name, written, endings in named:
+        for file in written:
+            refuse_folder(name, file, endings)
+            if file.is_symlink():
+                check_file(name, file, endings)
     picture = None if request.picture is None else request.picture.file
     given = (output, latents_out, report, *request.traces, picture, *by_products)
     files = [file.resolve() for file in given if file is not None]
@@ -120,7 +122,7 @@ def check_file(name: str, file: Path, endings: tuple[str, ...]) -> None:
         ending = nearest_word(file.suffix.lower(), endings)
         nearest = f"clear-dist{ending}" if nameless else file.with_suffix(ending)
         raise Refusal(f"{name} must end in {', '.join(endings)}, got {str(file)!r}; nearest: {nearest}")
-    folder = file.parent
+    folder = file.resolve().parent  # a symlink is written through
     if not folder.is_dir():
         existing = next(parent for parent in folder.absolute().parents if parent.is_dir())
         raise Refusal(f"{name} must lie in a folder that exists, got {file}; nearest: {existing / file.name}")
@@ -135,7 +137,7 @@ def check_file(name: str, file: Path, endings: tuple[str, ...]) -> None:
 
 def refuse_folder(name: str, file: Path, endings: tuple[str, ...]) -> None:
     try:
-        is_folder = stat.S_ISDIR(file.stat().st_mode)
+        mode = file.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
@@ -143,5 +145,7 @@ def refuse_folder(name: str, file: Path, endings: tuple[str, ...]) -> None:
             f"{name} must be a file that can be written, got {shortened(str(file))!r} of {len(os.fsencode(file.name))} "
             f"bytes ({error.strerror}); nearest: clear-dist{endings[0]}"
         ) from error
-    if is_folder:
+    if stat.S_ISDIR(mode):
         raise Refusal(f"{name} must be a file, got the folder {file}; nearest: {file / f'clear-dist{endings[0]}'}")
+    if not stat.S_ISREG(mode):  # it would be replaced by a file
+        raise Refusal(f"{name} must be a file, got {file}, which is none; nearest: clear-dist{endings[0]}")

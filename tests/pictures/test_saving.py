@@ -140,6 +140,20 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     assert file.read_text() == "old"
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_symlink_is_written_through(tmp_path: Path, exists: bool) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    file, link = tmp_path / "elsewhere/real.png", tmp_path / "link.png"
+    link.symlink_to("elsewhere/real.png")
+    if exists:
+        file.write_text("old")
+    save(link)
+    assert link.is_symlink()
+    assert os.listdir(file.parent) == ["real.png"]
+    with Image.open(file) as picture:
+        assert picture.size == (32, 16)
+
+
 def test_sigterm_while_writing_leaves_nothing(tmp_path: Path) -> None:
     code = (
         "import time, pathlib, numpy as np; from clear_dist.pictures import save_picture\n"
