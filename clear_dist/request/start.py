@@ -88,11 +88,11 @@ def _prompts(flags: GenerateFlags, facts: ModelFacts, place: Place) -> tuple[str
     try:
         if place.world_size > 1 and stat.S_ISFIFO(flags.prompts.stat().st_mode):
             raise Refusal(f"--prompts must be a file under torchrun, got the pipe {flags.prompts}; nearest: --nproc")
-        lines = flags.prompts.read_text(encoding="utf-8-sig").splitlines()
+        text = flags.prompts.read_text(encoding="utf-8-sig")  # lines end in \n here; `splitlines` knows ten more ends
     except (OSError, UnicodeDecodeError) as error:
         why, shown = getattr(error, "strerror", None) or "not UTF-8", shortened(str(flags.prompts))
         raise Refusal(f"--prompts must be a text file, one prompt a line, got {shown} ({why})") from error
-    given = tuple(line.strip() for line in lines if line.strip())
+    given = tuple(line.strip() for line in text.split("\n") if line.strip())
     if not given:
         raise Refusal(f"--prompts must hold at least one prompt, got the empty file {flags.prompts}")
     return given

@@ -250,8 +250,9 @@ def test_outputs_of_a_hub_model_are_checked_before_it_is_known(tmp_path: Path) -
 
 def test_a_file_of_prompts(original: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_text("one\n\n  two \n")
-    assert settle(GenerateFlags(model=str(original), prompts=file), ALONE, CARDS)[0].prompts == ("one", "two")
+    others = "a\vb\fc\x1cd\x1de\x1ef\x85g\u2028h\u2029i"  # where Python's `splitlines` would break, and no editor does
+    file.write_bytes(f"one\r\n\r  two \r{others}\n".encode())
+    assert settle(GenerateFlags(model=str(original), prompts=file), ALONE, CARDS)[0].prompts == ("one", "two", others)
     file.write_text("\ufeffone\n", encoding="utf-8")
     assert settle(GenerateFlags(model=str(original), prompts=file), ALONE, CARDS)[0].prompts == ("one",)
     file.write_text("\n")
