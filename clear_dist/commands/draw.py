@@ -22,7 +22,7 @@ def generate(flags: GenerateFlags) -> int:
 
 
 def upscale(flags: UpscaleFlags) -> int:
-    """Make a picture larger: enlarge it, add noise, and denoise it again, stage by stage (SDEdit)."""
+    """Make pictures larger: enlarge each, add noise, and denoise it again, stage by stage (SDEdit)."""
     return _run(flags)
 
 

@@ -61,7 +61,7 @@ def _parameter(each: Field, hint: Any) -> Parameter:
     flag = flag_of(each)
     default = Parameter.empty if each.default is MISSING else each.default
     if flag.is_argument:
-        shown: Any = typer.Argument(help=flag.help, show_default=False)
+        shown: Any = typer.Argument(help=flag.help, metavar=flag.metavar, show_default=False)
     else:
         metavar = flag.metavar or "|".join(flag.choices) or None
         names = flag.names or ((spelled(each.name),) if hint is bool else ())

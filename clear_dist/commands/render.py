@@ -25,6 +25,7 @@ from clear_dist.launch.interrupts import unwinding
 from clear_dist.observe import peaks, report
 from clear_dist.observe.progress import watched
 from clear_dist.pictures import replacing
+from clear_dist.pictures.alpha import Alpha
 from clear_dist.request.outputs import claimed
 from clear_dist.request.pictures import load
 from clear_dist.request.request import Request
@@ -38,10 +39,12 @@ class Rendering(Prepared):
     def run(self) -> None:
         self.stages: list[report.StageFigures] = []
         request = self.request
-        stages = request.stages
-        saved = stages if request.save_stages else stages[-1:]
-        work = sum(sum(work_of(stage).values()) for stage in stages) + sum(map(saving_work, saved))
-        self.phases.expect(len(request.prompts) * work)
+        work = 0.0
+        for index in range(len(request.prompts)):
+            stages = request.alone(index).stages
+            saved = stages if request.save_stages else stages[-1:]
+            work += sum(sum(work_of(stage).values()) for stage in stages) + sum(map(saving_work, saved))
+        self.phases.expect(work)
         latents = []
         for index in range(len(request.prompts)):
             drawing = self._render_prompt(index)
@@ -55,11 +58,20 @@ class Rendering(Prepared):
             self._report(request.report)
 
     def _render_prompt(self, index: int) -> Drawing:
-        request, began, count = self.request, time.perf_counter(), len(self.request.prompts)
+        request, began, count = self.request.alone(index), time.perf_counter(), len(self.request.prompts)
+        drawing, alpha = self._start(request)
         saving = Saving(
-            request=request, settings=self._settings(), seed=self.seed, group=self.group, prompt=index, began=began
+            request=request,
+            prompt=self.request.prompts[index],
+            settings=self._settings(request),
+            seed=self.seed,
+            group=self.group,
+            files=self.request.outputs[index * request.num_images :][: request.num_images],
+            alpha=alpha,
+            began=began,
         )
-        detail = f", prompt {index + 1} of {count}" if count > 1 else ""
+        kind = "prompt" if request.picture is None else "picture"
+        detail = f", {kind} {index + 1} of {count}" if count > 1 else ""
         with self.phases.phase("text", detail=detail):
             embeddings = self._encode(index)
         cascade = Cascade(self.pipe, embeddings, seed=self.seed, phases=self.phases, on_step=self._end_step)
@@ -69,9 +81,6 @@ class Rendering(Prepared):
         def around(number: int) -> AbstractContextManager[None]:
             return profile.recording() if profile is not None and number == last else nullcontext()
 
-        drawing = None
-        if request.picture is not None:
-            drawing = from_image(load(request.picture) if self.group.rank == 0 else None, self.group)
         for number, drawn in enumerate(cascade.run(stages, drawing, detail=detail, around=around)):
             drawing, stage = drawn, stages[number]
             if number == last or request.save_stages:
@@ -93,6 +102,13 @@ class Rendering(Prepared):
         assert drawing is not None, "there is at least one stage"
         return drawing
 
+    def _start(self, request: Request) -> tuple[Drawing | None, Alpha | None]:
+        """The picture to start from, and its alpha on rank 0."""
+        if request.picture is None:
+            return None, None
+        image, alpha = load(request.picture) if self.group.rank == 0 else (None, None)
+        return from_image(image, self.group), None if alpha is None else Alpha(alpha, request.picture.background)
+
     def _encode(self, index: int) -> dict[str, Tensor]:
         encoded: Encoded = []
         if self.encoded is not None:
@@ -111,9 +127,9 @@ class Rendering(Prepared):
         if self.previews is not None:
             self.previews.after_step(pipe, stage, done, latents)
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, request: Request) -> dict[str, Any]:
         chosen = {"seed": self.seed, "text_attention": self.handle.text_attention, "transport": self.group.transport}
-        return json.loads(json.dumps(asdict(self.request), default=str)) | chosen
+        return json.loads(json.dumps(asdict(request), default=str)) | chosen
 
     def _report(self, file: Path) -> None:
         figures = report.RankFigures(
@@ -131,7 +147,7 @@ class Rendering(Prepared):
             return
         contents = report.build(
             seed=self.seed,
-            settings=self._settings(),
+            settings=self._settings(self.request),
             times=self.phases.times,
             launch=self.launch,
             total=time.time() - self.began,

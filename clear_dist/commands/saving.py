@@ -3,7 +3,7 @@
 import json
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,40 +12,43 @@ from clear_dist import __version__
 from clear_dist.comm.group import Group
 from clear_dist.drawing.cascade import Drawing
 from clear_dist.drawing.generation import picture_rows
-from clear_dist.pictures import numbered, save_picture, stage_file
+from clear_dist.pictures import keeps_alpha, save_picture, stage_file
+from clear_dist.pictures.alpha import Alpha
 from clear_dist.request.request import Request
 
 NOT_TO_BE_SHARED = (
-    "prompts", "negative_prompt", "output", "latents_out", "report", "profile", "picture", "join_timeout", "quiet",
+    "prompts", "negative_prompt", "output", "latents_out", "report", "profile", "pictures", "join_timeout", "quiet",
 )  # fmt: skip
 """Settings of other prompts, files of this machine, and what leaves the picture as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:
-    """Called alike on every rank for prompt number `prompt`; rank 0 writes, row by row as stripes arrive."""
+    """Called alike on every rank for each prompt; rank 0 writes, row by row as stripes arrive."""
 
     request: Request
+    """This prompt's picture alone, where there is one."""
+    prompt: str
     settings: Mapping[str, Any]
     seed: int
     group: Group
-    prompt: int
+    files: Sequence[Path]
+    """Of the last stage's pictures."""
+    alpha: Alpha | None
+    """On rank 0, the picture's to start from."""
     began: float
     """By `time.perf_counter`."""
 
     def save(self, drawing: Drawing, *, last: bool) -> None:
         """Save all pictures of a stage, a lower one's named by size; raises OSError, and leaves no part of a file."""
-        request = self.request
         height, width = drawing.size
-        for index in range(request.num_images):
-            count = len(request.prompts) * request.num_images
-            file = numbered(request.output, self.prompt * request.num_images + index, count)
-            if not last:
-                file = stage_file(file, height, width)
+        for index, output in enumerate(self.files):
+            file = output if last else stage_file(output, height, width)
             rows = picture_rows(drawing, index, self.group)
             if self.group.rank == 0:
-                metadata = self._metadata(index) if request.metadata else None
-                written = save_picture(rows, file, height=height, width=width, metadata=metadata)
+                metadata = self._metadata(index) if self.request.metadata else None
+                alpha = self.alpha if keeps_alpha(file) else None
+                written = save_picture(rows, file, height=height, width=width, metadata=metadata, alpha=alpha)
                 named = zip(("output", "thumbnail"), (shlex.quote(str(each)) for each in written), strict=False)
                 figures = f"seed={self.seed} size={width}x{height} ranks={self.group.size}"
                 seconds = f"seconds={time.perf_counter() - self.began:.2f}"
@@ -65,7 +68,7 @@ class Saving:
             settings["upscaled_from"] = list(self.request.picture.size)
             del settings["sampling"]
         own = {
-            "prompt": self.request.prompts[self.prompt],
+            "prompt": self.prompt,
             "seed": str(self.seed),
             "Software": f"clear-dist {__version__}",
             "image": str(index),

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL.Image import Image, fromarray
+from PIL.Image import Image, alpha_composite, fromarray, new
 from torch import Tensor
 
 from clear_dist.comm.group import Group
@@ -79,8 +79,8 @@ def upscale(
 ) -> list[Image]:
     """`image` enlarged and refined, stage by stage; a list of one on rank 0, empty on the others.
 
-    Only rank 0 reads the image, stretched where `height` and `width`, in pixels, have another shape. Raises ValueError
-    for an unsupported pipeline, a side not in whole tokens, or a larger image.
+    Only rank 0 reads the image, on white where it is transparent, stretched where `height` and `width`, in pixels, have
+    another shape. Raises ValueError for an unsupported pipeline, a side not in whole tokens, or a larger image.
     """
     striped = require_striped(pipe)
     require_whole_tokens(pipe, height=height, width=width)
@@ -121,6 +121,8 @@ def from_image(image: Image | None, group: Group) -> Drawing:
         raise ValueError("rank 0 must be given the picture, got None")
     pixels = None
     if group.rank == 0 and image is not None:
+        if image.has_transparency_data:  # else what it hides would be drawn
+            image = alpha_composite(new("RGBA", image.size, "white"), image.convert("RGBA"))
         values = torch.from_numpy(np.array(image.convert("RGB")))
         pixels = values.permute(2, 0, 1)[None].to(group.device)
     rows = (Rows(0, size[0]), *(Rows(0, 0),) * (group.size - 1))

@@ -5,16 +5,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from clear_dist.pictures.files import numbered, preview_of, replacing, stage_file, thumbnail_of
+from clear_dist.pictures.files import keeps_alpha, numbered, preview_of, replacing, stage_file, thumbnail_of
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["files_of", "numbered", "preview_of", "replacing", "save_picture", "stage_file"]
+    from clear_dist.pictures.alpha import Alpha
+
+__all__ = ["files_of", "keeps_alpha", "numbered", "preview_of", "replacing", "save_picture", "stage_file"]
 
 MOST_WITHOUT_THUMBNAIL = 4096
 """Longer side in pixels that viewers open at ease."""
-Writer: TypeAlias = Callable[[Iterator["np.ndarray"], Path, int, int, Mapping[str, str]], None]
+Writer: TypeAlias = Callable[[Iterator["np.ndarray"], Path, tuple[int, int, int], Mapping[str, str]], None]
+"""Of uint8 [some rows, width, channels]; the picture is [height, width, channels]."""
 
 
 def files_of(file: Path, *, height: int, width: int) -> list[Path]:
@@ -23,12 +26,19 @@ def files_of(file: Path, *, height: int, width: int) -> list[Path]:
 
 
 def save_picture(
-    rows: Iterable["np.ndarray"], file: Path, *, height: int, width: int, metadata: Mapping[str, str] | None
+    rows: Iterable["np.ndarray"],
+    file: Path,
+    *,
+    height: int,
+    width: int,
+    metadata: Mapping[str, str] | None,
+    alpha: "Alpha | None" = None,
 ) -> list[Path]:
     """Write a picture in the format of the file's ending; returns the files written.
 
-    Rows are uint8 [some rows, width, 3], from the top. Metadata are text chunks of a PNG, elsewhere a JSON description
-    (in EXIF long values are cut and end in "..."). Raises OSError; then, as when `rows` raises, nothing is left behind.
+    Rows are uint8 [some rows, width, 3], from the top, in sRGB; `alpha` is resized to them. Metadata are text chunks of
+    a PNG, elsewhere a JSON description (in EXIF long values are cut and end in "..."). Raises OSError; then, as when
+    `rows` raises, nothing is left behind.
     """
     # Numpy and Pillow: checks and --help do without.
     from clear_dist.pictures.thumbnail import Thumbnail, in_blocks
@@ -39,7 +49,8 @@ def save_picture(
         partials = [stack.enter_context(replacing(each)) for each in reversed(files)]  # the picture is renamed first
         thumbnail = Thumbnail(height, width) if len(files) > 1 else None
         watched = blocks if thumbnail is None else thumbnail.watching(blocks)
-        _writer(file)(watched, partials[-1], height, width, metadata or {})
+        shown = watched if alpha is None else alpha.put_back(watched, height, width)
+        _writer(file)(shown, partials[-1], (height, width, 3 if alpha is None else 4), metadata or {})
         next(watched, None)  # a writer stops at the last row, `rows` may have more to do
         if thumbnail is not None:
             thumbnail.save(partials[0])

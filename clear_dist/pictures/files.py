@@ -27,6 +27,11 @@ def thumbnail_of(file: Path) -> Path:
     return file.with_name(f"{file.stem}.thumbnail.jpg")
 
 
+def keeps_alpha(file: Path) -> bool:
+    """Whether a picture's format has transparency."""
+    return file.suffix.lower() not in (".jpg", ".jpeg")
+
+
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
     """Temporary name beside `file`, with the same ending; becomes `file` at the end, and vanishes on failure.

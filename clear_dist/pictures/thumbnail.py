@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from clear_dist.pictures.srgb import profile
 from clear_dist.pictures.whole import JPEG_OPTIONS
 
 CHANNELS = 3
@@ -54,4 +55,4 @@ class Thumbnail:
             yield block
 
     def save(self, file: Path) -> None:
-        self.image.save(file, **JPEG_OPTIONS)
+        self.image.save(file, **JPEG_OPTIONS, icc_profile=profile())

@@ -3,11 +3,13 @@
 import json
 import zlib
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import tifffile
 
+from clear_dist.pictures.srgb import profile
 from clear_dist.pictures.thumbnail import BLOCK_ROWS, CHANNELS
 
 MOST_CLASSIC_BYTES = 2**32 - 2**26
@@ -17,19 +19,19 @@ MOST_CLASSIC_BYTES = 2**32 - 2**26
 def write(
     blocks: Iterator[np.ndarray],
     file: Path,
-    height: int,
-    width: int,
+    shape: tuple[int, int, int],
     metadata: Mapping[str, str],
     *,
     most_classic_bytes: int = MOST_CLASSIC_BYTES,
 ) -> None:
-    shape = (height, width, CHANNELS)
-    with tifffile.TiffWriter(file, bigtiff=height * width * CHANNELS > most_classic_bytes) as out:
+    with tifffile.TiffWriter(file, bigtiff=prod(shape) > most_classic_bytes) as out:
         out.write(
             map(_strip, blocks),
             shape=shape,
             dtype=np.uint8,
             photometric="rgb",
+            extrasamples=["unassalpha"] * (shape[2] - CHANNELS),
+            iccprofile=profile(),
             planarconfig="contig",
             compression="adobe_deflate",
             predictor="horizontal",

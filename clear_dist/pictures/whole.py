@@ -8,6 +8,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from clear_dist.pictures.srgb import profile
+
+MODES = {3: "RGB", 4: "RGBA"}
+"""Pillow's, by channels."""
 EXIF_DESCRIPTION, EXIF_SOFTWARE = 0x010E, 0x0131
 MOST_EXIF_BYTES = 60_000
 """Limit of the description: a JPEG holds less than 64 KB of EXIF."""
@@ -19,12 +23,13 @@ SAVE_OPTIONS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def write(blocks: Iterator[np.ndarray], file: Path, height: int, width: int, metadata: Mapping[str, str]) -> None:
-    image, top = Image.new("RGB", (width, height)), 0
+def write(blocks: Iterator[np.ndarray], file: Path, shape: tuple[int, int, int], metadata: Mapping[str, str]) -> None:
+    height, width, channels = shape
+    image, top = Image.new(MODES[channels], (width, height)), 0
     for block in blocks:
         image.paste(Image.fromarray(block), (0, top))
         top += len(block)
-    options = dict(SAVE_OPTIONS.get(file.suffix.lower(), {}))
+    options = {**SAVE_OPTIONS.get(file.suffix.lower(), {}), "icc_profile": profile()}
     if metadata:
         options["exif"] = _exif(metadata)
     image.save(file, **options)

@@ -3,10 +3,11 @@
 Mistakes in the flags alone are refused here. None: not given; a value that fits the model is chosen.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from clear_dist.options import CUT, JOIN_SECONDS, MODEL, Flags, Options, Refusal, flag
+from clear_dist.options import CUT, JOIN_SECONDS, MODEL, Flags, Options, Refusal, check_encoding, flag, shortened
 from clear_dist.request.hardware import GPUS, LINKS
 
 DRAWN, LARGE, WRITTEN = "What to draw", "Above the native size", "What is written"
@@ -15,6 +16,9 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 SIDES, SQUARES, STEPS = (16, 32_768), (16, 16_384), (1, 1_000)
 STDOUT = "-"
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
+READ_ENDINGS = (*PICTURE_ENDINGS, ".gif", ".bmp", ".avif", ".jp2")
+"""Of pictures to start from, in a folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +72,6 @@ class PictureFlags(Kept):
         None, "classifier-free guidance; above 1: on (1; demo 3, at its native size)", DRAWN, bounds=(1.0, 100.0)
     )
     max_sequence_length: int | None = flag(None, "text tokens (as many as the model asks for)", DRAWN, bounds=(1, 512))
-    prompt: str | None = flag(None, "what the picture shows; quote it", is_argument=True, planned=False)
     strength: float | None = flag(
         None, "share of noise that enlarged pictures get (0.7; demo 0.3)", LARGE, bounds=(0.001, 1.0)
     )
@@ -101,6 +104,7 @@ class PictureFlags(Kept):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateFlags(PictureFlags):
+    prompt: str | None = flag(None, "what the picture shows; quote it", is_argument=True, planned=False)
     prompts: Path | None = flag(
         None, "one prompt a line; the model is loaded once", DRAWN, metavar="FILE", planned=False
     )
@@ -118,20 +122,54 @@ class GenerateFlags(PictureFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prompt is not None and self.prompts is not None:
-            raise Refusal("either a prompt or --prompts can be given, got both; leave one out")
+        _check_prompts(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpscaleFlags(PictureFlags):
-    image: Path = flag(..., "the picture to make larger", is_argument=True)
-    prompt: str | None = flag(None, "what it shows (the prompt that clear-dist wrote into it)", is_argument=True)
+    images: list[str] = flag(
+        ..., "pictures or folders to make larger, and what they show (the prompt that clear-dist wrote into each)",
+        is_argument=True, metavar="IMAGE... [PROMPT]",
+    )  # fmt: skip
+    prompts: Path | None = flag(
+        None, "one prompt a line, as many as pictures; the model is loaded once", DRAWN, metavar="FILE"
+    )
+    background: str | None = flag(None, "below transparent parts: a name or #rrggbb (white)", DRAWN, metavar="COLOUR")
     res: int | None = flag(None, "the longer side in pixels (twice the picture's)", DRAWN, bounds=SQUARES)
     height: int | None = flag(None, "pixels; with both, the picture is cropped to their shape", DRAWN, bounds=SIDES)
     width: int | None = flag(None, "pixels; with both, the picture is cropped to their shape", DRAWN, bounds=SIDES)
     output: Path | None = flag(  # type: ignore[assignment]  # named after the image where it is not given
-        None, "picture: png, jpg, webp or tiff (IMAGE-upscaled.png, in this folder)", WRITTEN, metavar="FILE"
-    )
+        None, "picture: png, jpg, webp or tiff; several are numbered (IMAGE-upscaled.png, in this folder)", WRITTEN,
+        metavar="FILE",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        words = self.words
+        for word in self.images:
+            check_encoding("--prompt", word)
+        if len(words) > 1 or not self.files:
+            shown = ", ".join(repr(shortened(word)) for word in words)
+            raise Refusal(f"upscale takes files and at most one prompt, got {shown}; quote the prompt")
+        _check_prompts(self)
+
+    @property
+    def files(self) -> list[Path]:
+        """Pictures and folders: what exists, or is named like a picture."""
+        return [Path(word) for word in self.images if word not in self.words]
+
+    @property
+    def words(self) -> list[str]:
+        return [word for word in self.images if not os.path.exists(word) and not word.lower().endswith(READ_ENDINGS)]
+
+    @property
+    def prompt(self) -> str | None:
+        return next(iter(self.words), None)
+
+
+def _check_prompts(flags: GenerateFlags | UpscaleFlags) -> None:
+    if flags.prompt is not None and flags.prompts is not None:
+        raise Refusal("either a prompt or --prompts can be given, got both; leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)

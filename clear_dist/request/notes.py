@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from clear_dist import demo
 from clear_dist.cards.card import Cards
@@ -9,7 +10,9 @@ from clear_dist.cards.clear import named_down_factor, radius_of
 from clear_dist.cards.folder import ModelFacts
 from clear_dist.cards.headers import component_files, read_tensors
 from clear_dist.options import shortened, spelled
-from clear_dist.request.flags import PictureFlags
+from clear_dist.pictures import keeps_alpha
+from clear_dist.request.flags import PictureFlags, UpscaleFlags
+from clear_dist.request.pictures import is_listed
 from clear_dist.request.request import Request
 from clear_dist.stages import Upscaling
 
@@ -60,9 +63,30 @@ def _choices(flags: PictureFlags, request: Request, facts: ModelFacts, cards: Ca
         sizes = " -> ".join(f"{stage.width}x{stage.height}" for stage in request.stages)
         upper = request.upscaling
         yield f"cascade: {sizes} ({upper.steps} steps at strength {upper.strength:g} in each upper stage)"
-    if request.picture is not None and flags.prompt is None:
+    if isinstance(flags, UpscaleFlags):
+        yield from _pictures(flags, request)
+
+
+def _pictures(flags: UpscaleFlags, request: Request) -> Iterator[str]:
+    count, told = len(request.pictures), sum(map(bool, request.prompts))
+    if count > 1:
+        yield f"pictures: {count}, the largest {request.width}x{request.height}"
+    if flags.prompt is None and flags.prompts is None:
         prompt = request.prompts[0]
-        yield f"prompt: {shortened(prompt)!r} (from the picture's metadata)" if prompt else "prompt: none"
+        if count > 1:
+            yield f"prompts: {told} of {count} pictures have one in their metadata"
+        else:
+            yield f"prompt: {shortened(prompt)!r} (from the picture's metadata)" if prompt else "prompt: none"
+    for folder in filter(Path.is_dir, flags.files):
+        if left_out := sum(not is_listed(file) and not file.name.startswith(".") for file in folder.iterdir()):
+            yield f"{folder}: {left_out} files or folders in it are no pictures by their names"
+    for picture in request.pictures:
+        name, output = shortened(picture.file.name), picture.output
+        if picture.has_alpha:
+            fate = "kept apart, and put back" if keeps_alpha(output) else f"laid on --background: {output} has none"
+            yield f"{name}: its transparency is {fate}"
+        for note in picture.notes:
+            yield f"{WARNING}{name}: {note}"
 
 
 def _window(request: Request) -> Iterator[str]:
@@ -135,6 +159,8 @@ def _without_effect(flags: PictureFlags, request: Request, facts: ModelFacts) ->
     ):  # fmt: skip
         if applies:
             yield f"{WARNING}{line}"
+    if isinstance(flags, UpscaleFlags) and flags.background and not any(each.has_alpha for each in request.pictures):
+        yield f"{WARNING}--background has no effect: nothing here is transparent"
     if not any(isinstance(stage.sampling, Upscaling) for stage in stages):
         for name in ("base_res", "strength", "upscale_steps", "ntk_factor", "save_stages"):
             if getattr(flags, name):

@@ -8,14 +8,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
+from math import prod
 from pathlib import Path
 
 from clear_dist.options import Refusal, nearest_word, shortened
-from clear_dist.pictures import files_of, numbered, preview_of, stage_file
+from clear_dist.pictures import files_of, preview_of, stage_file
+from clear_dist.request.flags import PICTURE_ENDINGS
 from clear_dist.request.request import PROFILE_ENDINGS, Request
 
-PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
-BYTES_PER_PIXEL = 3
 SHARE_OF_LOWER_STAGES = 0.5
 """Most pixels of all lower stages per pixel of the last: each has about a quarter of the next one's."""
 LATENT_BYTES_PER_PIXEL = 1
@@ -25,30 +25,36 @@ LATENT_BYTES_PER_PIXEL = 1
 def check_outputs(request: Request) -> None:
     """Raises a Refusal for an unknown ending, a folder that is missing or cannot be written to, or a full disk."""
     output, latents_out, report = request.output, request.latents_out, request.report
-    pixels, pictures = request.size[0] * request.size[1], len(request.prompts) * request.num_images
+    sizes = [request.alone(index).size for index in range(len(request.prompts))]
+    pixels = sum(map(prod, sizes)) * request.num_images
     check_file("--output", output, PICTURE_ENDINGS)
     kept = 1 + SHARE_OF_LOWER_STAGES * request.save_stages
-    needed = {output.resolve().parent: round(pixels * BYTES_PER_PIXEL * pictures * kept)}
+    channels = 3 + any(picture.has_alpha for picture in request.pictures)
+    needed = {output.resolve().parent: round(pixels * channels * kept)}
     if latents_out is not None:
         check_file("--latents-out", latents_out, (".safetensors",))
+        if len(set(sizes)) > 1:
+            shown = ", ".join(f"{width}x{height}" for height, width in dict.fromkeys(sizes))
+            raise Refusal(
+                f"--latents-out takes pictures of one size, got {shortened(shown)}; nearest: --height, --width"
+            )
         folder = latents_out.resolve().parent
-        needed[folder] = needed.get(folder, 0) + pixels * LATENT_BYTES_PER_PIXEL * pictures
+        needed[folder] = needed.get(folder, 0) + pixels * LATENT_BYTES_PER_PIXEL
     if report is not None:
         check_file("--report", report, (".json",))
     if request.profile is not None:
         check_file("--profile", request.profile, PROFILE_ENDINGS)
-    by_products = _by_products(request, pictures)
-    named = (("--profile", request.traces, PROFILE_ENDINGS), ("--output", by_products, PICTURE_ENDINGS))
-    for name, written, endings in named:
-        for file in written:
+    written = list(_written(request))
+    named = (("--profile", request.traces, PROFILE_ENDINGS), ("--output", written, PICTURE_ENDINGS))
+    for name, files, endings in named:
+        for file in files:
             refuse_folder(name, file, endings)
             if file.is_symlink():
                 check_file(name, file, endings)
-    picture = None if request.picture is None else request.picture.file
-    given = (output, latents_out, report, *request.traces, picture, *by_products)
-    files = [file.resolve() for file in given if file is not None]
-    if len(set(files)) < len(files):
-        again = next(file for index, file in enumerate(files) if file in files[:index])
+    given = (*written, latents_out, report, *request.traces, *(picture.file for picture in request.pictures))
+    used = [file.resolve() for file in given if file is not None]
+    if len(set(used)) < len(used):
+        again = next(file for index, file in enumerate(used) if file in used[:index])
         flags = {"--report": report, "--latents-out": latents_out}
         clashing = ((flag, file) for flag, file in flags.items() if file is not None and file.resolve() == again)
         flag, mine = next(clashing, ("--output", output))
@@ -71,7 +77,7 @@ def claimed(request: Request) -> Iterator[Path | None]:
 
     A byte for each name in a file of the user's, which machines of a cluster share as they share the home folder.
     """
-    given = (request.output, request.latents_out, request.report, request.profile)
+    given = (*request.outputs, request.latents_out, request.report, request.profile)
     locks = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "clear-dist", "outputs")
     try:
         locks.parent.mkdir(parents=True, exist_ok=True)
@@ -101,17 +107,15 @@ def require_free(taken: Path | None) -> None:
         raise Refusal(f"two running jobs cannot write the same file, got {taken}; nearest: {nearest}")
 
 
-def _by_products(request: Request, pictures: int) -> list[Path]:
-    stages = request.stages if request.save_stages else request.stages[-1:]
-    files: dict[Path, None] = {}
-    for index in range(pictures):
-        for stage in stages:
-            file = numbered(request.output, index, pictures)
-            file = file if stage is stages[-1] else stage_file(file, *stage.size)
-            files |= dict.fromkeys(files_of(file, height=stage.height, width=stage.width))
+def _written(request: Request) -> Iterator[Path]:
+    """Pictures, those of lower stages, thumbnails and previews."""
+    for index, output in enumerate(request.outputs):
+        stages = request.alone(index // request.num_images).stages
+        for stage in stages if request.save_stages else stages[-1:]:
+            file = output if stage is stages[-1] else stage_file(output, *stage.size)
+            yield from files_of(file, height=stage.height, width=stage.width)
     if request.preview_every is not None:
-        files[preview_of(request.output)] = None
-    return [file for file in files if file != request.output]
+        yield preview_of(request.output)
 
 
 def check_file(name: str, file: Path, endings: tuple[str, ...]) -> None:

@@ -1,34 +1,51 @@
-"""A user's picture before it is made larger: whether it can be read, and its new size."""
+"""A user's pictures before they are made larger: whether they can be read, and their new sizes."""
 
-import json
-import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, UnidentifiedImageError
 
 from clear_dist.cards.folder import ModelFacts
 from clear_dist.options import Refusal, shortened
-from clear_dist.request.flags import SQUARES, UpscaleFlags
+from clear_dist.pictures.decoding import Decoded, TooDeep, decode
+from clear_dist.request.flags import READ_ENDINGS, SQUARES, UpscaleFlags
 from clear_dist.request.request import Picture
 from clear_dist.stages import Size
 
 LARGEST_SAFE = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 """Pixels; more is a decompression bomb to Pillow."""
 DEFAULT_GROWTH = 2
-ORIENTATION, SWAPPED, DESCRIPTION = 0x0112, (5, 6, 7, 8), 0x010E
-"""EXIF tags, and the orientations that swap the sides."""
-DEEP = ("I", "F")
-"""First letters of Pillow's modes with more than 8 bits a channel, which it would cut off."""
+WHITE = "white"
 
 
-def find_picture(flags: UpscaleFlags, facts: ModelFacts, *, unit: int, reads: bool) -> tuple[Picture, Size, str | None]:
-    """The picture, its new size in multiples of `unit` pixels, and the prompt in its file.
+def find_files(given: Iterable[Path]) -> Iterator[Path]:
+    """Pictures given, and those in folders given, by their names; raises a Refusal for a folder without any."""
+    for file in given:
+        if not file.is_dir():
+            yield file
+            continue
+        found = sorted(each for each in file.iterdir() if is_listed(each))
+        if not found:
+            raise Refusal(f"a folder must hold pictures ({', '.join(READ_ENDINGS)}), got {file} without any")
+        yield from found
 
-    `reads`: decode all of it, to refuse a damaged file now; once per machine is enough. Raises a Refusal for a picture
-    that cannot be read, is a decompression bomb, or would become smaller.
+
+def is_listed(file: Path) -> bool:
+    """Whether it is one of a folder's pictures."""
+    return file.suffix.lower() in READ_ENDINGS and not file.name.startswith(".")
+
+
+def find_picture(
+    file: Path, output: Path, flags: UpscaleFlags, facts: ModelFacts, *, unit: int
+) -> tuple[Picture, str | None]:
+    """The picture, with its new size in multiples of `unit` pixels, and the prompt in its file.
+
+    All of it is decoded, as it will be when it is its turn. Raises a Refusal for a picture that cannot be read, is a
+    decompression bomb, or would become smaller.
     """
-    picture, prompt = _open(flags.image, reads=reads)
+    decoded = _decoded(file)
+    picture = decoded.image.height, decoded.image.width
     native = flags.base_res or facts.native_size or 0
     target = _target(flags, picture, native, unit)
     box, asked = _box(picture, target), target[0] * target[1]
@@ -36,55 +53,61 @@ def find_picture(flags: UpscaleFlags, facts: ModelFacts, *, unit: int, reads: bo
     nearest = f"--res {least}" if least <= SQUARES[1] else "none"
     if asked < (box[2] - box[0]) * (box[3] - box[1]):
         raise Refusal(
-            f"upscale makes pictures larger, got {target[1]} x {target[0]} for one of {picture[1]} x {picture[0]} px; "
-            f"nearest: {nearest}"
+            f"upscale makes pictures larger, got {target[1]} x {target[0]} for one of {picture[1]} x {picture[0]} px, "
+            f"{shortened(str(file))}; nearest: {nearest}"
         )
     if asked < native * native and max(target) < native:
         whose = "the model's native" if flags.base_res is None else "--base-res,"
         raise Refusal(f"--res must be at least {whose} {native} px, got {max(target)}; nearest: {nearest}")
-    return Picture(file=flags.image.absolute(), box=box), target, prompt
+    has_alpha, below = decoded.alpha is not None, _background(flags)
+    found = Picture(
+        file=file.absolute(),
+        box=box,
+        target=target,
+        output=output,
+        background=below,
+        has_alpha=has_alpha,
+        notes=decoded.notes,
+    )
+    return found, decoded.prompt
 
 
-def load(picture: Picture) -> Image.Image:
-    """The used part of the picture, upright, in RGB."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(picture.file) as image:
-            return ImageOps.exif_transpose(image).convert("RGB").crop(picture.box)
+def load(picture: Picture) -> tuple[Image.Image, Image.Image | None]:
+    """The used part of the picture, upright, in RGB, its transparent parts laid on the background; and its alpha."""
+    decoded = _decoded(picture.file)
+    image, alpha = decoded.image.crop(picture.box), decoded.alpha
+    if alpha is None:
+        return image, None
+    alpha = alpha.crop(picture.box)
+    return Image.composite(image, Image.new("RGB", image.size, picture.background), alpha), alpha
 
 
-def _open(file: Path, *, reads: bool) -> tuple[Size, str | None]:
+def _decoded(file: Path) -> Decoded:
     shown = shortened(str(file))
     if file.exists() and not file.is_file() and not file.is_dir():  # a pipe can be read once only
         raise Refusal(f"the picture must be a file, got {shown}, which is none")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(file) as image:
-                if reads:
-                    image.load()
-                exif, mode, prompt = image.getexif(), image.mode, _prompt(image)
-                turned = exif.get(ORIENTATION) in SWAPPED
-                height, width = (image.width, image.height) if turned else (image.height, image.width)
+        return decode(file)
+    except TooDeep as error:
+        raise Refusal(
+            f"the picture must have 8 bits a channel, and {shown} has more ({error}); save it as an 8-bit png"
+        ) from error
     except Image.DecompressionBombError as error:
         raise Refusal(f"the picture must have at most {LARGEST_SAFE} pixels, and {shown} has more ({error})") from error
     except UnidentifiedImageError as error:
         raise Refusal(f"the picture must be one that Pillow reads (png, jpg, webp, tiff ...), got {shown}") from error
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's for damaged files
+    except Exception as error:  # Pillow's for damaged files are of a dozen kinds
         why = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise Refusal(f"the picture must be a file that can be read, got {shown} ({why})") from error
-    if mode.startswith(DEEP):
-        raise Refusal(f"the picture must have 8 bits a channel, and {shown} has more ({mode}); save it as an 8-bit png")
-    return (height, width), prompt
 
 
-def _prompt(image: Image.Image) -> str | None:
-    """Prompt that clear-dist wrote into the file: in a PNG's text chunks, elsewhere as JSON in the description."""
-    found = dict(image.info)
-    with suppress(TypeError, ValueError):  # others describe as they like
-        found |= json.loads(image.getexif().get(DESCRIPTION, "{}"))
-    ours = str(found.get("Software", "")).startswith("clear-dist")
-    return found["prompt"] if ours and isinstance(found.get("prompt"), str) else None
+def _background(flags: UpscaleFlags) -> tuple[int, int, int]:
+    given = flags.background or WHITE
+    with suppress(ValueError):
+        colour = ImageColor.getrgb(given)
+        if len(colour) == len("RGB"):
+            return colour[0], colour[1], colour[2]
+    raise Refusal(f"--background must be a colour, by name or #rrggbb, got {shortened(given)!r}; nearest: {WHITE}")
 
 
 def _target(flags: UpscaleFlags, picture: Size, native: int, unit: int) -> Size:

@@ -2,9 +2,11 @@
 
 import os
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from clear_dist.pictures import numbered
 from clear_dist.request.flags import Kept
 from clear_dist.stages import Sampling, Size, Stage, Upscaling, plan_cascade, plan_upscaling
 
@@ -17,6 +19,13 @@ class Picture:
 
     file: Path
     box: tuple[int, int, int, int]
+    target: Size
+    output: Path
+    background: tuple[int, int, int] = (255, 255, 255)
+    """Below transparent parts."""
+    has_alpha: bool = False
+    notes: tuple[str, ...] = ()
+    """What of it is not used."""
 
     @property
     def size(self) -> Size:
@@ -45,14 +54,15 @@ class Request(Kept):
     prompts: tuple[str, ...]
     negative_prompt: str | None
     num_images: int
-    picture: Picture | None
-    """Picture to start from; None: noise."""
+    pictures: tuple[Picture, ...]
+    """Pictures to start from, one for each prompt; none: noise."""
     model: str
     model_name: str
     clear_weights: str | None
     """A file, or a hub file as `owner/name:file` or `owner/name@revision:file`."""
     loras: tuple[Lora, ...]
     height: int | None
+    """Of several pictures, the largest one's."""
     width: int | None
     native_size: int | None
     token_size: int
@@ -79,6 +89,26 @@ class Request(Kept):
     def size(self) -> Size:
         assert self.height is not None and self.width is not None, "known once the model is located"
         return self.height, self.width
+
+    @property
+    def picture(self) -> Picture | None:
+        """The picture that becomes the largest."""
+        return max(self.pictures, key=lambda each: prod(each.target), default=None)
+
+    def alone(self, prompt: int) -> "Request":
+        """The request of one prompt's picture; this one where it starts from noise."""
+        if not self.pictures:
+            return self
+        picture, (height, width) = self.pictures[prompt], self.pictures[prompt].target
+        return replace(self, prompts=(self.prompts[prompt],), pictures=(picture,), height=height, width=width)
+
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        """Names of all pictures, `num_images` for each prompt."""
+        if self.pictures:
+            return tuple(picture.output for picture in self.pictures)
+        count = len(self.prompts) * self.num_images
+        return tuple(numbered(self.output, index, count) for index in range(count))
 
     @property
     def traces(self) -> tuple[Path, ...]:

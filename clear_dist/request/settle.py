@@ -72,7 +72,7 @@ def choose(
         world_size=devices.world_size(flags.nproc, place, otherwise=gpus or 1),
         **kept | vars(begin) | {"prompts": tuple(_understood(prompt, facts) or "" for prompt in begin.prompts)},
     )
-    _check_size(request)
+    _check_sizes(request)
     return request, facts, begin
 
 
@@ -92,7 +92,7 @@ def located(request: Request, folder: Path, checkpoint: str | None, loras: Itera
         token_size=facts.token_size,
     )
     compare_loras(loras, facts, cards, request)
-    _check_size(settled)
+    _check_sizes(settled)
     check_outputs(settled)
     return settled
 
@@ -114,6 +114,11 @@ def _window(flags: PictureFlags, checkpoint: str | None) -> Window:
             "nearest: clear_local_<radius>.safetensors"
         )
     return radius
+
+
+def _check_sizes(request: Request) -> None:
+    for index in range(len(request.pictures) or 1):
+        _check_size(request.alone(index))
 
 
 def _check_size(request: Request) -> None:

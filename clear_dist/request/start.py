@@ -2,6 +2,7 @@
 
 import stat
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from clear_dist import demo
 from clear_dist.cards.folder import ModelFacts
 from clear_dist.launch.env import Place
 from clear_dist.options import Refusal, shortened, spelled
+from clear_dist.pictures import numbered
 from clear_dist.request.flags import GenerateFlags, PictureFlags, UpscaleFlags
-from clear_dist.request.pictures import find_picture
+from clear_dist.request.pictures import find_files, find_picture
 from clear_dist.request.request import Picture
 from clear_dist.stages import Sampling, Upscaling, refining_steps
 
@@ -31,7 +33,7 @@ class Start:
     output: Path
     num_images: int = 1
     cascade: bool = True
-    picture: Picture | None = None
+    pictures: tuple[Picture, ...] = ()
 
 
 def find_start(flags: PictureFlags, facts: ModelFacts, place: Place, *, unit: int) -> Start:
@@ -39,7 +41,7 @@ def find_start(flags: PictureFlags, facts: ModelFacts, place: Place, *, unit: in
     for name in ("res", "height", "width", "base_res"):
         _check_units(name, getattr(flags, name), unit, facts.token_size)
     if isinstance(flags, UpscaleFlags):
-        return _from_picture(flags, facts, place, unit)
+        return _from_pictures(flags, facts, place, unit)
     assert isinstance(flags, GenerateFlags), flags
     height, width = flags.height or flags.res, flags.width or flags.res
     return Start(
@@ -64,11 +66,28 @@ def _given(flags: PictureFlags, *names: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _from_picture(flags: UpscaleFlags, facts: ModelFacts, place: Place, unit: int) -> Start:
-    picture, (height, width), prompt = find_picture(flags, facts, unit=unit, reads=place.local_rank == 0)
-    chosen = flags.prompt if flags.prompt is not None else prompt or ""
-    output = flags.output or Path(f"{flags.image.stem}-upscaled.png")
-    return Start(prompts=(chosen,), height=height, width=width, sampling=facts.sampling, output=output, picture=picture)
+def _from_pictures(flags: UpscaleFlags, facts: ModelFacts, place: Place, unit: int) -> Start:
+    files = list(find_files(flags.files))
+    count = len(files)
+    lines = None if flags.prompts is None else _lines(flags.prompts, place)
+    if lines is not None and len(lines) != count:
+        raise Refusal(f"--prompts must hold a prompt for each of {count} pictures, got {len(lines)}; nearest: {count}")
+    pictures, prompts = [], []
+    for index, file in enumerate(files):
+        output = Path(f"{file.stem}-upscaled.png") if flags.output is None else numbered(flags.output, index, count)
+        picture, own = find_picture(file, output, flags, facts, unit=unit)
+        pictures.append(picture)
+        given = flags.prompt if lines is None else lines[index]
+        prompts.append((own or "") if given is None else given)
+    height, width = max((picture.target for picture in pictures), key=prod)
+    return Start(
+        prompts=tuple(prompts),
+        height=height,
+        width=width,
+        sampling=facts.sampling,
+        output=flags.output or pictures[0].output,
+        pictures=tuple(pictures),
+    )
 
 
 def _check_units(name: str, size: int | None, unit: int, token: int) -> None:
@@ -81,18 +100,22 @@ def _check_units(name: str, size: int | None, unit: int, token: int) -> None:
 
 
 def _prompts(flags: GenerateFlags, facts: ModelFacts, place: Place) -> tuple[str, ...]:
+    if flags.prompts is not None:
+        return _lines(flags.prompts, place)
+    default = demo.DEFAULT_PROMPT if facts.is_demo else DEFAULT_PROMPT
+    return (default if flags.prompt is None else flags.prompt,)
+
+
+def _lines(file: Path, place: Place) -> tuple[str, ...]:
     """The prompts as given; a pipe can be read once only, so not by each of torchrun's ranks."""
-    if flags.prompts is None:
-        default = demo.DEFAULT_PROMPT if facts.is_demo else DEFAULT_PROMPT
-        return (default if flags.prompt is None else flags.prompt,)
     try:
-        if place.world_size > 1 and stat.S_ISFIFO(flags.prompts.stat().st_mode):
-            raise Refusal(f"--prompts must be a file under torchrun, got the pipe {flags.prompts}; nearest: --nproc")
-        text = flags.prompts.read_text(encoding="utf-8-sig")  # lines end in \n here; `splitlines` knows ten more ends
+        if place.world_size > 1 and stat.S_ISFIFO(file.stat().st_mode):
+            raise Refusal(f"--prompts must be a file under torchrun, got the pipe {file}; nearest: --nproc")
+        text = file.read_text(encoding="utf-8-sig")  # any file's lines end in \n here; `splitlines` knows ten more ends
     except (OSError, UnicodeDecodeError) as error:
-        why, shown = getattr(error, "strerror", None) or "not UTF-8", shortened(str(flags.prompts))
+        why, shown = getattr(error, "strerror", None) or "not UTF-8", shortened(str(file))
         raise Refusal(f"--prompts must be a text file, one prompt a line, got {shown} ({why})") from error
     given = tuple(line.strip() for line in text.split("\n") if line.strip())
     if not given:
-        raise Refusal(f"--prompts must hold at least one prompt, got the empty file {flags.prompts}")
+        raise Refusal(f"--prompts must hold at least one prompt, got the empty file {file}")
     return given

@@ -69,11 +69,11 @@ def test_all_stages_are_whole_units(model: Path, tmp_path: Path) -> None:
     assert sizes[-1] == (640, 448) and len(sizes) > 2
     assert all(side % UNIT == 0 for size in sizes for side in size)
     Image.new("RGB", (100, 75)).save(tmp_path / "x.png")
-    enlarging = UpscaleFlags(model=str(model), image=tmp_path / "x.png")
+    enlarging = UpscaleFlags(model=str(model), images=[str(tmp_path / "x.png")])
     request, *_ = settle(enlarging, ALONE, CARDS)
     assert request.size == (192, 256)  # twice the longer side is 200
     with pytest.raises(Refusal, match=r"--res must be a multiple of 64 pixels \(4 tokens, .* nearest: 192 or 256"):
-        settle(UpscaleFlags(model=str(model), image=tmp_path / "x.png", res=240), ALONE, CARDS)
+        settle(UpscaleFlags(model=str(model), images=[str(tmp_path / "x.png")], res=240), ALONE, CARDS)
     full, *_ = settle(GenerateFlags(model=str(model), res=240, window="full"), ALONE, CARDS)
     assert (full.down_factor, full.clear_weights) == (1, None)
 

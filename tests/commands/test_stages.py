@@ -102,6 +102,28 @@ def test_upscale_keeps_the_prompt_of_the_file(model: Path, here: Path, capsys: p
     assert [line.split()[0] for line in lines] == ["output=small.png", "output=small-upscaled.png", "output=other.webp"]
 
 
+def test_several_pictures_with_one_load(model: Path, here: Path) -> None:
+    """Each as if it were alone: on two ranks, with its size, its prompt and its transparency."""
+    values = np.random.default_rng(0).integers(0, 256, (64, 96, 4), np.uint8)
+    Path("photos").mkdir()
+    Image.fromarray(values).save("photos/a.png")
+    Image.fromarray(values[:, :64, :3]).save("photos/b.png")
+    Path("prompts.txt").write_text("a fox\ntwo dogs\n")
+    assert run(model, "upscale", "photos", "--prompts", "prompts.txt", "--report", "r.json", "--nproc", "2", *FEW) == 0
+    for name, prompt, size in (("a", "a fox", (192, 128)), ("b", "two dogs", (128, 128))):
+        assert run(model, "upscale", f"photos/{name}.png", prompt, "--output", f"{name}-alone.png", *FEW) == 0
+        with Image.open(f"{name}-upscaled.png") as picture, Image.open(f"{name}-alone.png") as alone:
+            assert picture.text["prompt"] == prompt  # type: ignore[attr-defined]
+            settings = json.loads(picture.text["settings"])  # type: ignore[attr-defined]
+            assert (settings["width"], settings["height"]) == picture.size == size
+            assert picture.mode == alone.mode == ("RGBA" if name == "a" else "RGB")
+            white = Image.new("RGBA", picture.size, "white")
+            shown = [np.asarray(Image.alpha_composite(white, each.convert("RGBA")), int) for each in (picture, alone)]
+            assert np.abs(shown[0] - shown[1]).max() <= 2  # rounding, of drawing and of laying on white
+    stages = json.loads(Path("r.json").read_text())["stages"]
+    assert [stage["grid"] for stage in stages] == [[8, 12], [8, 8]]
+
+
 @pytest.mark.parametrize(("strength", "steps"), [("0.001", "1"), ("1", "2")])
 def test_strength_says_how_much_of_the_picture_is_kept(model: Path, here: Path, strength: str, steps: str) -> None:
     """Almost none leaves what the VAE makes of it; all of it leaves nothing."""

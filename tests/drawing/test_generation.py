@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxInpaintPipeline
+from PIL.Image import fromarray
 
 import clear_dist
 from clear_dist.comm.group import Group
+from clear_dist.drawing.generation import from_image
 from tests.ranks import run_ranks
 from tests.tiny import make_tiny_pipeline
 
@@ -45,6 +47,16 @@ def test_pictures_are_the_stock_pipelines() -> None:
     assert len(first) == 2
     for picture, expected in zip(first, stock, strict=True):
         assert np.abs(picture / 255 - expected).max() < 1.5 / 255
+
+
+def test_what_a_transparent_picture_hides_is_not_drawn() -> None:
+    hidden = fromarray(np.full((16, 32, 4), (255, 0, 255, 0), np.uint8))
+    group = Group.create("cpu")
+    try:
+        pixels = from_image(hidden, group).pixels
+    finally:
+        group.close()
+    assert pixels is not None and (pixels == 255).all()
 
 
 def test_sizes_and_pipelines_are_checked() -> None:

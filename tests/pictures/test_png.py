@@ -32,7 +32,7 @@ def test_every_neighbourhood_of_a_few_values_is_filtered_right(tmp_path: Path) -
     with Image.open(file) as found:
         np.testing.assert_array_equal(np.asarray(found), picture)
     lines = picture.reshape(2, -1)
-    filtered = png._filtered(lines, np.zeros_like(lines[0]))
+    filtered = png._filtered(lines, np.zeros_like(lines[0]), 3)
     assert (filtered[:, 0] == png.PAETH).all()
     expected = [
         int(lines[1, i]) - paeth(*(int(v) for v in (lines[1, i - 3], lines[0, i], lines[0, i - 3])))
@@ -60,7 +60,7 @@ def test_chunks_are_no_larger_than_blocks(tmp_path: Path) -> None:
             assert length <= 16 * 500 * 3 + 2**16
         at += 12 + length
     assert at == os.path.getsize(file)
-    assert kinds[:2] == [b"IHDR", b"iTXt"] and kinds[-1] == b"IEND" and set(kinds[2:-1]) == {b"IDAT"}
+    assert kinds[:3] == [b"IHDR", b"sRGB", b"iTXt"] and kinds[-1] == b"IEND" and set(kinds[3:-1]) == {b"IDAT"}
     assert kinds.count(b"IDAT") > 5
 
 

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import signal
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from clear_dist.pictures import files_of, numbered, replacing, save_picture
+from clear_dist.pictures.alpha import Alpha
 from clear_dist.pictures.whole import EXIF_DESCRIPTION, EXIF_SOFTWARE
 from tests.pictures.rows import noise, split
 
@@ -138,6 +140,49 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
         fail()
     assert os.listdir(tmp_path) == ["picture.png"]
     assert file.read_text() == "old"
+
+
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".webp", ".tiff"])
+def test_pictures_say_that_they_are_srgb(tmp_path: Path, ending: str) -> None:
+    file = tmp_path / f"a{ending}"
+    save(file)
+    with Image.open(file) as picture:
+        if ending == ".png":
+            assert picture.info["srgb"] == 0
+        else:
+            own = ImageCms.ImageCmsProfile(io.BytesIO(picture.info["icc_profile"]))
+            assert "sRGB" in ImageCms.getProfileDescription(own)
+
+
+@pytest.mark.parametrize("ending", [".png", ".webp", ".tiff"])
+def test_transparency_is_put_back(tmp_path: Path, ending: str) -> None:
+    """On the background the picture looks as it was drawn; where nothing shows through, it is as it was drawn."""
+    file, background = tmp_path / f"a{ending}", (255, 128, 0)
+    opacity = np.linspace(0, 255, 64).astype(np.uint8)[None].repeat(32, axis=0)
+    share = opacity[..., None] / 255
+    drawn = (share * (10, 200, 90) + (1 - share) * background).round().astype(np.uint8)
+    alpha = Alpha(Image.fromarray(opacity), background)
+    save_picture(split(drawn), file, height=32, width=64, metadata=METADATA, alpha=alpha)
+    with Image.open(file) as picture:
+        assert picture.mode == "RGBA"
+        found = np.asarray(picture)
+        shown = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
+    assert np.array_equal(found[..., 3], opacity)
+    lossy = 12 * (ending == ".webp")
+    assert np.abs(np.asarray(shown)[..., :3].astype(int) - drawn).max() <= 1 + lossy
+    visible = opacity > 100
+    assert np.abs(found[visible][:, :3].astype(int) - (10, 200, 90)).max() <= 2 + lossy
+
+
+def test_transparency_grows_with_the_picture(tmp_path: Path) -> None:
+    half = np.zeros((8, 8), np.uint8)
+    half[:, 4:] = 255
+    drawn = noise(64, 64)
+    alpha = Alpha(Image.fromarray(half), (0, 0, 0))
+    save_picture([drawn], tmp_path / "a.png", height=64, width=64, metadata=None, alpha=alpha)
+    found = np.asarray(Image.open(tmp_path / "a.png"))
+    assert (found[:, :24] == 0).all()
+    assert np.array_equal(found[:, 40:, :3], drawn[:, 40:]) and (found[:, 40:, 3] == 255).all()
 
 
 @pytest.mark.parametrize("exists", [True, False])

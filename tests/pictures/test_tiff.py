@@ -28,7 +28,7 @@ def test_pillow_and_tifffile_read_the_same_pixels(tmp_path: Path, height: int, w
 
 def test_a_large_one_is_a_bigtiff(tmp_path: Path) -> None:
     picture, file, metadata = noise(100, 60), tmp_path / "a.tif", {"prompt": "ß" * 70_000, "Software": "clear-dist 0"}
-    tiff.write(in_blocks(split(picture), 100, 60), file, 100, 60, metadata, most_classic_bytes=picture.size - 1)
+    tiff.write(in_blocks(split(picture), 100, 60), file, (100, 60, 3), metadata, most_classic_bytes=picture.size - 1)
     with tifffile.TiffFile(file) as written:
         assert written.is_bigtiff
         np.testing.assert_array_equal(written.asarray(), picture)

@@ -1,6 +1,7 @@
 """`clear-dist upscale` before anything is loaded: what is made of a user's picture, and what is refused."""
 
 import os
+import random
 import zlib
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,17 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from clear_dist.cards.folder import ModelFacts, find_model
 from clear_dist.families.cards import CARDS
 from clear_dist.launch.env import Place
 from clear_dist.options import Refusal
 from clear_dist.pictures import save_picture
+from clear_dist.pictures.srgb import profile
 from clear_dist.request.flags import UpscaleFlags
-from clear_dist.request.pictures import load
+from clear_dist.request.pictures import find_picture, load
 from clear_dist.request.request import Request
 from clear_dist.request.settle import settle
+from tests.pictures.test_decoding import damaged
 from tests.tiny import make_tiny_flux
 
 ALONE = Place()
@@ -40,8 +44,8 @@ def picture(height: int, width: int, name: str = "in.png", **options: Any) -> Pa
     return Path(name)
 
 
-def checked(model: Path, image: Path, **given: Any) -> Request:
-    return settle(UpscaleFlags(model=str(model), image=image, **given), ALONE, CARDS)[0]
+def checked(model: Path, *images: Path | str, **given: Any) -> Request:
+    return settle(UpscaleFlags(model=str(model), images=list(map(str, images)), **given), ALONE, CARDS)[0]
 
 
 def test_twice_the_size_without_a_word(model: Path) -> None:
@@ -85,7 +89,7 @@ def test_pictures_are_turned_upright_and_cropped(model: Path) -> None:
     assert request.picture is not None
     assert request.picture.box == (0, 40, 120, 160)
     upright = Image.open(file).transpose(Image.Transpose.ROTATE_270)
-    assert np.array_equal(np.asarray(load(request.picture)), np.asarray(upright.crop((0, 40, 120, 160))))
+    assert np.array_equal(np.asarray(load(request.picture)[0]), np.asarray(upright.crop((0, 40, 120, 160))))
 
 
 def test_the_prompt_in_the_file_is_used(model: Path) -> None:
@@ -95,8 +99,8 @@ def test_the_prompt_in_the_file_is_used(model: Path) -> None:
     chunks.add_itxt("Software", "clear-dist 0.1.0")
     file = picture(128, 128, pnginfo=chunks)
     assert checked(model, file).prompts == ("a red fox",)
-    assert checked(model, file, prompt="two dogs").prompts == ("two dogs",)
-    assert checked(model, file, prompt="").prompts == ("",)
+    assert checked(model, file, "two dogs").prompts == ("two dogs",)
+    assert checked(model, file, "").prompts == ("",)
 
 
 @pytest.mark.parametrize("orientation", [9, 65535])
@@ -106,7 +110,7 @@ def test_orientations_that_are_none_turn_nothing(model: Path, orientation: Any) 
     request = checked(model, picture(120, 200, "in.jpg", exif=exif))
     assert request.picture is not None
     assert request.picture.size == (120, 200)
-    assert load(request.picture).size == (200, 120)
+    assert load(request.picture)[0].size == (200, 120)
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tif"])
@@ -114,7 +118,7 @@ def test_prompts_are_found_in_every_format(model: Path, ending: str) -> None:
     rows = np.zeros((128, 128, 3), dtype=np.uint8)
     file = Path(f"in.{ending}")
     save_picture([rows], file, height=128, width=128, metadata={"prompt": "a red fox", "Software": "clear-dist 9"})
-    request, _, lines = settle(UpscaleFlags(model=str(model), image=file), ALONE, CARDS)
+    request, _, lines = settle(UpscaleFlags(model=str(model), images=[str(file)]), ALONE, CARDS)
     assert request.prompts == ("a red fox",)
     assert "prompt: 'a red fox' (from the picture's metadata)" in lines
 
@@ -122,7 +126,10 @@ def test_prompts_are_found_in_every_format(model: Path, ending: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"res": 64}, r"upscale makes pictures larger, got 64 x 64 for one of 200 x 200 px; nearest: --res 208"),
+        (
+            {"res": 64},
+            r"upscale makes pictures larger, got 64 x 64 for one of 200 x 200 px, in.png; nearest: --res 208",
+        ),
         ({"res": 256, "save_stages": True, "output": Path("in.png")}, r"nearest: --output in-new.png"),
         ({"res": 300}, r"--res must be a multiple of 16 pixels"),
         ({"height": 416, "width": 417}, r"--width must be a multiple of 16 pixels"),
@@ -138,7 +145,7 @@ def test_sizes_that_do_not_fit_are_refused(model: Path, given: dict[str, Any], m
 def test_a_target_below_the_native_size_is_refused(model: Path) -> None:
     with pytest.raises(Refusal, match="--res must be at least the model's native 128 px, got 96; nearest: --res 128"):
         checked(model, picture(32, 32), res=96)
-    with pytest.raises(Refusal, match="larger, got 48 x 48 for one of 64 x 64 px; nearest: --res 128"):
+    with pytest.raises(Refusal, match=r"larger, got 48 x 48 for one of 64 x 64 px, in\.png; nearest: --res 128"):
         checked(model, picture(64, 64), res=48)
 
 
@@ -170,7 +177,7 @@ def bomb(file: Path) -> None:
         (lambda file: None, "a file that can be read, got in.png .No such file"),
         (lambda file: file.write_bytes(b"no picture"), "one that Pillow reads"),
         (lambda file: file.write_bytes(b""), "one that Pillow reads"),
-        (lambda file: file.mkdir(), "a file that can be read, got in.png .Is a directory"),
+        (lambda file: file.mkdir(), "a folder must hold pictures .*, got in.png without any"),
         (lambda file: file.write_bytes(picture(64, 64, "whole.png").read_bytes()[:2000]), "a file that can be read"),
         (bomb, "at most 178956970 pixels"),
         (os.mkfifo, "must be a file, got in.png"),
@@ -182,3 +189,32 @@ def test_pictures_that_cannot_be_read_are_refused(model: Path, make: Any, messag
     with pytest.raises(Refusal, match=message) as caught:
         checked(model, Path("in.png"))
     assert "\n" not in str(caught.value)
+
+
+def said_of(file: Path, flags: UpscaleFlags, facts: ModelFacts) -> str:
+    """The refusal of a picture; nothing where it can be loaded as it was checked."""
+    try:
+        found, _ = find_picture(file, Path("out.png"), flags, facts, unit=16)
+    except Refusal as refusal:
+        return str(refusal)
+    assert load(found)[0].size == found.size[::-1]
+    return ""
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "tif", "webp", "gif"])
+def test_damaged_pictures_are_refused_in_a_line_or_load(model: Path, ending: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {} if ending == "gif" else {"exif": exif, "icc_profile": profile()}
+    whole, file, rng = (
+        picture(64, 64, f"whole.{ending}", **options).read_bytes(),
+        Path(f"in.{ending}"),
+        random.Random(1),
+    )
+    facts, flags = find_model(str(model), CARDS, has_cuda=False), UpscaleFlags(model=str(model), images=[str(file)])
+    said = []
+    for _ in range(60):
+        file.write_bytes(damaged(whole, rng))
+        said.append(said_of(file, flags, facts))
+    assert "" in said and any(said)
+    assert [line for line in said if "\n" in line] == []
