@@ -34,7 +34,8 @@ DEEP = ("I", "F")
 SRGB_GAMMA, CLOSE = 1 / 2.2, 0.01
 SPACES = {"1": "GRAY", "L": "GRAY", "LA": "GRAY", "CMYK": "CMYK", "LAB": "Lab"}
 """Colour spaces of profiles, by Pillow's modes; RGB serves all."""
-PNG, TEXT, PIXELS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt"), b"tRNS"
+SIGNATURE, TEXT, PIXELS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt"), b"tRNS"
+"""A PNG's first bytes, its texts, and what of its extras makes pixels."""
 
 
 class TooDeep(ValueError):
@@ -60,10 +61,10 @@ def decode(file: Path) -> Decoded:
         try:
             return _decode(file, ())
         except Exception:
-            bare = _without_metadata(file.read_bytes())
-            if bare is None:
-                raise
-            return _decode(io.BytesIO(bare), ("its texts and damaged extras are not read",))
+            with file.open("rb") as raw:
+                if raw.read(len(SIGNATURE)) != SIGNATURE:
+                    raise
+                return _decode(_without_metadata(raw.read()), ("its texts and damaged extras are not read",))
 
 
 def _decode(file: Path | io.BytesIO, notes: tuple[str, ...]) -> Decoded:
@@ -130,11 +131,9 @@ def _prompt(image: Image.Image) -> str | None:
     return prompt
 
 
-def _without_metadata(data: bytes) -> bytes | None:
-    """A PNG without texts, which Pillow refuses where they are long, and without other damaged extras."""
-    if not data.startswith(PNG):
-        return None
-    kept, start = [PNG], len(PNG)
+def _without_metadata(data: bytes) -> io.BytesIO:
+    """A PNG's chunks without texts, which Pillow refuses where they are long, and without other damaged extras."""
+    kept, start = [SIGNATURE], 0
     while start + 12 <= len(data):
         length, kind = struct.unpack(">I4s", data[start : start + 8])
         end = start + 12 + length
@@ -142,4 +141,4 @@ def _without_metadata(data: bytes) -> bytes | None:
         if kind[:1].isupper() or kind == PIXELS or (is_whole and kind not in TEXT):
             kept.append(data[start:end])
         start = end
-    return b"".join(kept)
+    return io.BytesIO(b"".join(kept))
