@@ -8,7 +8,11 @@
 # ends with one line and an exit status of its own (0, 1, 2 or 130) whatever happens.
 set -euo pipefail
 
-ranks=${1:?usage: one_machine.sh RANKS [arguments of clear-dist generate]}
+if [[ ! ${1-} =~ ^[0-9]+$ ]]; then
+    echo "usage: one_machine.sh RANKS [arguments of clear-dist generate], as in: one_machine.sh 2 'a lighthouse'" >&2
+    exit 2
+fi
+ranks=$1
 shift
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 

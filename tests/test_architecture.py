@@ -23,12 +23,13 @@ FLOORS = (
     ("plan", "verify"),
     ("commands",),
     ("cli",),
+    ("__main__",),
 )
 """From the ground up. A room imports rooms below it, not its neighbours: so there is no circle."""
 ON_THE_GROUND = {"stages": {"geometry"}, "demo": {"options"}}
 """Neighbours that a room on the ground imports all the same."""
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-WITHOUT_TORCH = ("options", "geometry", "stages", "pictures", "cards", "launch", "request", "families.cards")
+WITHOUT_TORCH = ("options", "geometry", "stages", "pictures", "cards", "launch", "request", "hub", "families.cards")
 
 
 def module_of(file: Path) -> str:

@@ -1,7 +1,10 @@
 """The command line: a table of commands, and their errors on one line."""
 
+import shlex
 from collections.abc import Sequence
+from difflib import get_close_matches
 from inspect import getdoc
+from itertools import takewhile
 from typing import Annotated
 
 import typer
@@ -12,7 +15,7 @@ from clear_dist.commands.flags import Command, no_number
 from clear_dist.commands.plan import plan
 from clear_dist.commands.verify import verify
 from clear_dist.launch import ends, env
-from clear_dist.options import Refusal
+from clear_dist.options import Refusal, shortened, spelled
 from clear_dist.request.flags import GenerateFlags, PlanFlags, UpscaleFlags, VerifyFlags
 
 COMMANDS = {
@@ -21,11 +24,17 @@ COMMANDS = {
     "plan": Command(record=PlanFlags, run=plan),
     "verify": Command(record=VerifyFlags, run=verify),
 }
+ELSEWHERE = {
+    "--prompt": "the prompt stands by itself; nearest: clear-dist generate 'a lighthouse at dusk'",
+    "--image": "nearest: clear-dist upscale FILE, or diffusers' img2img pipelines from Python (docs/diffusers.md)",
+    "--controlnet": "nearest: diffusers' ControlNet pipelines from Python (docs/diffusers.md)",
+}
+"""Flags of other programs: what we have instead."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Do what the arguments say; returns the exit status."""
-    given = with_dashes(arguments)
+    given = with_dashes(arguments) or ["--help"]
     try:
         env.read()
     except ValueError as error:
@@ -57,13 +66,12 @@ def _app() -> typer.Typer:
     app = typer.Typer(
         name="clear-dist",
         help="Pictures from diffusion transformers linearised by CLEAR, on many GPUs.",
-        add_completion=False,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["--help", "-h"]},
     )
     app.callback(invoke_without_command=True)(_without_command)
     for name, command in COMMANDS.items():
-        app.command(name, help=getdoc(command.run))(command.for_typer())
+        app.command(name, help=getdoc(command.run), context_settings={"allow_extra_args": True})(command.for_typer())
     return app
 
 
@@ -85,12 +93,36 @@ def _message(error: Exception, arguments: Sequence[str]) -> str | None:
     words = getattr(error, "format_message", None)  # typer's, of whichever version
     if words is None:
         return None
-    parameter = getattr(error, "param", None)
+    parameter, option = getattr(error, "param", None), getattr(error, "option_name", None)
     command = next((word for word in arguments if word in COMMANDS), "")
     flags = COMMANDS[command].flags() if command else {}
     if parameter is not None and parameter.name in flags and flags[parameter.name].bounds is not None:
         return str(no_number(parameter.name, flags[parameter.name], _value_of(parameter.opts, arguments)))
+    if hasattr(error, "possibilities") and (hint := _elsewhere(str(option), command)):
+        return hint
+    if not command and not arguments[0].startswith("-"):
+        return _no_command(arguments)
     return " ".join(words().split()).rstrip(".") + f"; see clear-dist {command}{' ' * bool(command)}--help"
+
+
+def _elsewhere(option: str, command: str) -> str | None:
+    """Where there is what a flag unknown to `command` asks for; None where nobody knows it."""
+    name = f"clear-dist {command}".rstrip()
+    if option in ELSEWHERE:
+        return f"{name} has no {option}; {ELSEWHERE[option]}"
+    for owner, each in COMMANDS.items():
+        if option in {spelled(flag) for flag, kind in each.flags().items() if not kind.is_argument}:
+            return f"{name} has no {option}; nearest: clear-dist {owner}, which has it"
+    return None
+
+
+def _no_command(arguments: Sequence[str]) -> str:
+    """What is said where a prompt, or a command with a slip, stands in a command's place."""
+    words = list(takewhile(lambda word: not word.startswith("-"), arguments))
+    close = get_close_matches(words[0], COMMANDS, n=1)
+    nearest = close[0] if close else f"generate {shlex.quote(' '.join(words))}"
+    given = shortened(words[0])
+    return f"a command must be one of {', '.join(COMMANDS)}, got {given!r}; nearest: clear-dist {nearest}"
 
 
 def _value_of(flags: Sequence[str], arguments: Sequence[str]) -> str:

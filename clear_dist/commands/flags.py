@@ -1,6 +1,7 @@
 """The command line, made from records of flags: a typer command for each."""
 
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields
 from inspect import Parameter, Signature
@@ -24,16 +25,31 @@ class Command:
 
     def for_typer(self) -> Callable[..., int]:
 
-        def call(**given: Any) -> int:
+        def call(context: typer.Context, **given: Any) -> int:
+            if context.args:
+                raise _too_many(context.args, given)
             for name, flag in self.flags().items():
                 if flag.read is not None and given[name] is not None:
-                    given[name] = flag.read(given[name])
+                    try:
+                        given[name] = flag.read(given[name])
+                    except ValueError:
+                        raise no_number(name, flag, given[name]) from None
             return self.run(self.record(**given))
 
         hints = get_type_hints(self.record)
         parameters = [_parameter(each, hints[each.name]) for each in _shown(self.record)]
-        vars(call)["__signature__"] = Signature(parameters)
+        context = Parameter("context", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+        vars(call)["__signature__"] = Signature([context, *parameters])
         return call
+
+
+def _too_many(words: list[str], given: dict[str, Any]) -> Refusal:
+    """Arguments that nothing takes: a prompt without quotes, most often."""
+    if "prompt" not in given:
+        return Refusal(f"this command takes flags only, got {shortened(' '.join(words))!r}; leave it out")
+    whole = [given["prompt"], *words]
+    shown, quoted = shortened(", ".join(map(repr, whole))), shlex.quote(" ".join(whole))
+    return Refusal(f"the prompt must be one argument, got {shown}; nearest: {quoted}")
 
 
 def no_number(name: str, flag: Flag, text: str) -> Refusal:
@@ -65,7 +81,14 @@ def _parameter(each: Field, hint: Any) -> Parameter:
     else:
         metavar = flag.metavar or "|".join(flag.choices) or None
         names = flag.names or ((spelled(each.name),) if hint is bool else ())
-        shown = typer.Option(*names, help=flag.help, rich_help_panel=flag.panel, metavar=metavar, show_default=False)
+        shown = typer.Option(
+            *names,
+            help=flag.help,
+            rich_help_panel=flag.panel,
+            metavar=metavar,
+            show_default=False,
+            autocompletion=(lambda: list(flag.choices)) if flag.choices else None,
+        )
     if flag.choices or flag.read:  # checked by us, not by typer
         hint = str | None if type(None) in get_args(hint) else str
     return Parameter(each.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, shown])

@@ -12,11 +12,12 @@ from rich.console import Console
 
 from clear_dist.families.cards import CARDS
 from clear_dist.launch import env
-from clear_dist.options import Refusal, check_choice
+from clear_dist.options import Refusal, check_choice, nearest_word, shortened
 from clear_dist.plan import GPUS, LINKS, Engine, Gpu, Plan, PlanRequest, Room, fit_here, model, nearest, record
 from clear_dist.plan.shown import show_plan, show_sweep
 from clear_dist.request import devices
 from clear_dist.request.flags import PlanFlags
+from clear_dist.request.hardware import GB, unknown
 from clear_dist.request.settle import choose
 
 NO_FIT = 2
@@ -39,9 +40,9 @@ def plan(flags: PlanFlags) -> int:
 def planned_for(flags: PlanFlags) -> Plan:
     """The plan of one request, its engine to be stopped by the caller; raises a Refusal where it is wrong."""
     flags = replace(flags, gpu=flags.gpu.lower(), link=flags.link.lower())
-    check_choice("--gpu", flags.gpu, ("auto", "cpu", *GPUS))
+    _check_gpu(flags.gpu)
     check_choice("--link", flags.link, ("auto", *LINKS))
-    found = devices.find_gpus() if flags.gpu == "auto" else ()
+    found = devices.find_gpus() if flags.gpu == "auto" and flags.gpu_memory is None else ()
     gpu = _gpu(flags, found)
     device = "cpu" if gpu is None else "cuda"
     place = env.read_for(flags.nproc)
@@ -83,7 +84,21 @@ def _at_work() -> Iterator[None]:
         yield
 
 
+def _check_gpu(name: str) -> None:
+    """Raises a Refusal for a kind that is not in the table; any other can be told by its memory."""
+    kinds = ("auto", "cpu", *GPUS)
+    if name not in kinds:
+        size = name.rstrip("gib ")
+        nearest = f"--gpu-memory {size}" if size.isdecimal() else f"{nearest_word(name, kinds)}, or --gpu-memory GB"
+        raise Refusal(f"--gpu must be one of {', '.join(kinds)}, got {shortened(name)!r}; nearest: {nearest}")
+
+
 def _gpu(flags: PlanFlags, found: tuple[devices.FoundGpu, ...]) -> Gpu | None:
+    if flags.gpu_memory is not None:
+        memory = round(flags.gpu_memory * GB)
+        if flags.gpu == "auto":
+            return unknown(f"a GPU of {flags.gpu_memory:g} GB", memory)
+        return replace(GPUS[flags.gpu], memory=memory)
     if found:
         return replace(fit_here.kind_of(found[0]), memory=found[0].total)
     if flags.gpu == "cpu" or (flags.gpu == "auto" and flags.model == "demo"):

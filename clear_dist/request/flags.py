@@ -21,6 +21,12 @@ READ_ENDINGS = (*PICTURE_ENDINGS, ".gif", ".bmp", ".avif", ".jp2")
 """Of pictures to start from, in a folder."""
 
 
+def read_res(text: str) -> int | tuple[int, int]:
+    """Side of a square, or width and height; raises ValueError where the text is neither."""
+    width, times, height = text.lower().partition("x")
+    return (int(width), int(height)) if times else int(width)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kept(Options):
     seed: int | None = flag(
@@ -61,7 +67,10 @@ class Kept(Options):
 class PictureFlags(Kept):
     """Flags of every command that draws; raises a Refusal for values out of bounds or contradictory flags."""
 
-    res: int | None = flag(None, "height and width in pixels (the model's native size)", DRAWN, bounds=SQUARES)
+    res: int | None = flag(
+        None, "height and width in pixels, or WIDTHxHEIGHT (the model's native size)", DRAWN, bounds=SQUARES,
+        read=read_res,
+    )  # fmt: skip
     height: int | None = flag(None, "pixels", DRAWN, bounds=SIDES)
     width: int | None = flag(None, "pixels", DRAWN, bounds=SIDES)
     guidance_scale: float | None = flag(
@@ -96,10 +105,13 @@ class PictureFlags(Kept):
     traceback: bool = flag(False, "if a rank fails, show where")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.res is not None and (self.height is not None or self.width is not None):
             given = "--height" if self.height is not None else "--width"
             raise Refusal(f"--res is both height and width, got {given} too; leave one out")
+        if isinstance(self.res, tuple):
+            for name, value in zip(("width", "height", "res"), (*self.res, None), strict=True):
+                object.__setattr__(self, name, value)  # frozen from here on
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +147,9 @@ class UpscaleFlags(PictureFlags):
         None, "one prompt a line, as many as pictures; the model is loaded once", DRAWN, metavar="FILE"
     )
     background: str | None = flag(None, "below transparent parts: a name or #rrggbb (white)", DRAWN, metavar="COLOUR")
-    res: int | None = flag(None, "the longer side in pixels (twice the picture's)", DRAWN, bounds=SQUARES)
+    res: int | None = flag(
+        None, "the longer side in pixels, or WIDTHxHEIGHT (twice the picture's)", DRAWN, bounds=SQUARES, read=read_res
+    )
     height: int | None = flag(None, "pixels; with both, the picture is cropped to their shape", DRAWN, bounds=SIDES)
     width: int | None = flag(None, "pixels; with both, the picture is cropped to their shape", DRAWN, bounds=SIDES)
     output: Path | None = flag(  # type: ignore[assignment]  # named after the image where it is not given
@@ -181,10 +195,19 @@ class PlanFlags(GenerateFlags):
         "auto", "kind (those of this machine; else H100, for the demo the CPU)", CUT,
         metavar="|".join(("auto", "cpu", *GPUS)),
     )  # fmt: skip
+    gpu_memory: float | None = flag(
+        None, "GB of each GPU: with --gpu another size of that kind; alone any GPU, without times", CUT,
+        metavar="GB", bounds=(1.0, 1_000.0),
+    )  # fmt: skip
     link: str = flag("auto", "between ranks (what such GPUs usually have)", CUT, metavar="|".join(("auto", *LINKS)))
     nproc: int | None = flag(None, "ranks (the GPUs of this machine, or 1)", CUT, bounds=(1, 1_024))
     sweep: bool = flag(False, "a table over 1 to 64 ranks", WRITTEN)
     json: bool = flag(False, "for programs", WRITTEN)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gpu_memory is not None and self.gpu.lower() == "cpu":
+            raise Refusal("--gpu-memory is for GPUs, got --gpu cpu too; leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,20 @@ def run(*arguments: str, cwd: Path, **environment: str) -> tuple[int, list[str],
         (["generate", "--guidance_scale", "nan"], "--guidance-scale must be a number from 0 to 100, got nan"),
         (["generate", "--steps"], "'--steps' requires an argument"),
         (["generate", "--rez", "64"], "No such option: --rez"),
-        (["generate", "two", "prompts"], "unexpected extra argument"),
+        (
+            ["generate", "two", "prompts", "--steps", "2"],
+            "must be one argument, got 'two', 'prompts'; nearest: 'two prompts'",
+        ),
+        (["plan", "a", "lighthouse"], "takes flags only, got 'a lighthouse'"),
+        (["generate", "--prompt", "a hill"], "the prompt stands by itself; nearest: clear-dist generate 'a light"),
+        (["generate", "--image", "x.png"], "clear-dist generate has no --image; nearest: clear-dist upscale FILE"),
+        (["generate", "--controlnet", "x"], "ControlNet pipelines from Python (docs/diffusers.md)"),
+        (["generate", "--gpu", "h100"], "clear-dist generate has no --gpu; nearest: clear-dist plan, which has it"),
+        (["--res", "64"], "clear-dist has no --res; nearest: clear-dist generate, which has it"),
+        (["generate", "--res", "500x512"], "--width must be a multiple of 16 pixels (one token), got 500"),
+        (["generate", "--res", "512xmany"], "--res must be a whole number from 16 to 16384, got '512xmany'"),
+        (["generate", "--res", "64x64", "--width", "64"], "--res is both height and width, got --width too"),
+        (["upscale", "nowhere.png", "--res", "99999x64"], "--width must be from 16 to 32768, got 99999"),
         (["generate", "--schedule", "late"], "--schedule must be one of sync, stale, got 'late'; nearest: stale"),
         (["generate", "--warmup_steps", "-2"], "--warmup-steps must be from 0 to 1000, got -2; nearest: 0"),
         (["generate", "--model", "/nowhere"], "there is no /nowhere"),
@@ -60,9 +73,14 @@ def run(*arguments: str, cwd: Path, **environment: str) -> tuple[int, list[str],
         (["generate", "--base-res", "4096"], "--base-res must be at most the final 256 px, got 4096; nearest: 256"),
         (["upscale"], "Missing argument 'IMAGE... [PROMPT]'"),
         (["upscale", "nowhere.png"], "a file that can be read, got nowhere.png (No such file or directory)"),
-        (["upscale", "x.png", "--steps", "2"], "No such option: --steps"),
-        (["generat"], "Did you mean 'generate'"),
-        ([], "a command is needed"),
+        (["upscale", "x.png", "--steps", "2"], "has no --steps; nearest: clear-dist generate, which has it"),
+        (
+            ["generat"],
+            "a command must be one of generate, upscale, plan, verify, got 'generat'; nearest: clear-dist generate",
+        ),
+        (["a lighthouse"], "got 'a lighthouse'; nearest: clear-dist generate 'a lighthouse'"),
+        (["the", "sea's", "end", "--res", "64"], """nearest: clear-dist generate 'the sea'"'"'s end'"""),
+        (["--"], "a command is needed"),
     ],
 )
 def test_wrong_requests_get_one_line_and_status_2(arguments: list[str], words: str, tmp_path: Path) -> None:
@@ -73,7 +91,9 @@ def test_wrong_requests_get_one_line_and_status_2(arguments: list[str], words: s
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["generate", "-h"], ["upscale", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], ["generate", "--help"], ["generate", "-h"], ["upscale", "--help"]]
+)
 def test_help_is_quick(arguments: list[str], tmp_path: Path) -> None:
     status, output, errors = run(*arguments, cwd=tmp_path)
     assert (status, errors) == (0, [])
@@ -89,6 +109,27 @@ def test_every_flag_is_in_the_help(tmp_path: Path) -> None:
         --lora --hoist-modulation --compile --float8 --int8 --shard-weights --offload --keep-text-encoder"""
     assert [flag for flag in flags.split() if flag not in text] == []
     assert "owner/name[@revision]:file" in text, "brackets are words here, not rich's markup"
+
+
+@pytest.mark.parametrize(
+    ("words", "found"), [("clear-dist gen", ["generate"]), ("clear-dist plan --schedule ", ["sync", "stale"])]
+)
+def test_a_shell_is_told_how_words_end(words: str, found: list[str], tmp_path: Path) -> None:
+    asked = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
+    assert run(cwd=tmp_path, _CLEAR_DIST_COMPLETE="complete_bash", **asked)[:2] == (0, found)
+    assert "completion" not in "".join(run("generate", "--help", cwd=tmp_path)[1])
+
+
+def test_the_package_is_a_program(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "clear_dist", "--version"]
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run(command, cwd=tmp_path, env=environ, stdout=subprocess.PIPE).stdout == b"clear-dist 0.1.0\n"
+
+
+def test_a_launcher_without_arguments_tells_its_own(tmp_path: Path) -> None:
+    done = subprocess.run(["bash", ROOT / "launchers" / "one_machine.sh"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: one_machine.sh RANKS ")
 
 
 def test_the_version(tmp_path: Path) -> None:

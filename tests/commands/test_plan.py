@@ -31,6 +31,15 @@ def test_capitals_are_the_same_in_kinds_of_gpu(gpu: str, tmp_path: Path) -> None
     assert status == 0 and lines[0].endswith("on CPU")
 
 
+def test_any_gpu_is_known_by_its_memory(tmp_path: Path) -> None:
+    status, lines, errors = planned(tmp_path, "--res", "1024", "--gpu-memory", "16")
+    assert (status, errors) == (2, [])
+    assert "of the 16.0 GB of a GPU of 16 GB, " in lines[-1]
+    assert lines[-2] == "assumed: no time is estimated for a GPU of 16 GB"
+    status, lines, _ = planned(tmp_path, "--res", "1024", "--gpu", "rtx4090", "--gpu-memory", "48")
+    assert status == 0 and lines[-1].endswith("of the 48.0 GB of RTX4090")
+
+
 def test_what_does_not_fit(tmp_path: Path) -> None:
     status, lines, errors = planned(tmp_path, "--res", "8192", "--model", FLUX_SCHNELL, "--gpu", "RTX4090")
     assert (status, errors) == (2, [])
@@ -92,6 +101,9 @@ def test_the_demo_is_planned_for_this_cpu(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["--gpu", "h1000"], "--gpu must be one of auto, cpu, h100"),
+        (["--gpu", "rtx4080"], "got 'rtx4080'; nearest: rtx4090, or --gpu-memory GB"),
+        (["--gpu", "16GB"], "got '16gb'; nearest: --gpu-memory 16"),
+        (["--gpu", "cpu", "--gpu-memory", "16"], "--gpu-memory is for GPUs, got --gpu cpu too"),
         (["--link", "string"], "--link must be one of auto, nvlink"),
         (["--nproc", "65", "--res", "1024"], "64 rows of tokens can be cut for 1 to 64 ranks, got 65; nearest: 64"),
         (
