@@ -1,13 +1,13 @@
 """Work that may take longer than the group's timeout."""
 
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from typing import TypeVar
 
 import torch
 
 from clear_dist.comm.group import Group
+from clear_dist.launch.aside import in_background
 
 SECONDS_BETWEEN_WORDS = 1.0
 """Interval of messages among ranks while one is busy."""
@@ -32,17 +32,3 @@ def in_touch(group: Group, work: Callable[[], Result]) -> Result:
             doing.result()  # its error, if any, before others are told that this rank is done
         underway = group.agree(not done)
     return doing.result()
-
-
-def in_background(work: Callable[[], Result]) -> "Future[Result]":
-    """Do `work` on a thread that the process does not wait for at its end: looking up a name may take minutes."""
-    doing: Future[Result] = Future()
-
-    def run() -> None:
-        try:
-            doing.set_result(work())
-        except BaseException as error:
-            doing.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return doing

@@ -29,9 +29,12 @@ def upscale(flags: UpscaleFlags) -> int:
 def _run(flags: PictureFlags) -> int:
     began, place = time.time(), env.read_for(flags.nproc)
     request, facts, notes = settle(flags, place, CARDS)
-    check = fit_here.begin(request, facts, place)
     for line in notes if place.rank == 0 else ():
         ends.say(line)
+    if place.local_rank == 0:
+        ranks.hush()
+        import_module("clear_dist.hub").ask(request, CARDS)  # its library takes a while: not for --help
+    check = fit_here.begin(request, facts, place)
     return ranks.run(
         partial(_render, request, began),
         nproc=request.world_size,

@@ -6,29 +6,42 @@ from dataclasses import replace
 from functools import partial
 from glob import escape
 from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from clear_dist.cards.card import INDEX, Cards
 from clear_dist.cards.hub_name import HubFile
 from clear_dist.cards.lora import PEFT_FILE, PEFT_SETTINGS
-from clear_dist.comm.group import Group
-from clear_dist.comm.in_touch import in_touch
+from clear_dist.hub import fetching
 from clear_dist.hub.fetching import Wanted, cached, fetch
 from clear_dist.launch.ends import Failure, describe
 from clear_dist.options import Refusal
 from clear_dist.request.request import Lora, Request
 from clear_dist.request.settle import located
 
+if TYPE_CHECKING:
+    from clear_dist.comm.group import Group
 
-def locate(request: Request, group: Group, cards: Cards, *, local_rank: int) -> Request:
+
+def ask(request: Request, cards: Cards) -> None:
+    """Ask for files that are not here, without torch, before ranks start: what is wrong is told at once.
+
+    Raises as `locate`, on this rank.
+    """
+    fetching.ask([want for want in wanted(request, cards) if want is not None and cached(want) is None])
+
+
+def locate(request: Request, group: "Group", cards: Cards, *, local_rank: int) -> Request:
     """The request with its model and weights as local files, fetched once per machine where they are missing.
 
     Raises on all ranks: a Refusal where the hub lacks or withholds a file, there is no room, or the files do not fit;
     a Failure where the hub cannot be reached, and the files are not here.
     """
-    model, checkpoint = wanted_model(request, cards), wanted_file(request.clear_weights, "--clear-weights auto")
-    wants = [want for want in (model, checkpoint, *map(wanted_lora, request.loras)) if want is not None]
+    from clear_dist.comm.in_touch import in_touch  # torch, which `ask` does without
+
+    model, checkpoint, *loras = wanted(request, cards)
+    wants = [want for want in (model, checkpoint, *loras) if want is not None]
     if not wants:
         return request
     fetching = partial(_failure_of, wants, request.quiet) if local_rank == 0 else lambda: None
@@ -38,6 +51,12 @@ def locate(request: Request, group: Group, cards: Cards, *, local_rank: int) -> 
         require_same_commit(group, model.repository, folder.name)
     file = request.clear_weights if checkpoint is None else str(_held(checkpoint) / checkpoint.needed)
     return located(request, folder, file, local_loras(request), cards)
+
+
+def wanted(request: Request, cards: Cards) -> tuple[Wanted | None, ...]:
+    """Files of the model, of CLEAR's weights and of each LoRA; None: here, or not asked for."""
+    checkpoint = wanted_file(request.clear_weights, "--clear-weights auto")
+    return wanted_model(request, cards), checkpoint, *map(wanted_lora, request.loras)
 
 
 def wanted_model(request: Request, cards: Cards) -> Wanted | None:
@@ -76,7 +95,7 @@ def local_loras(request: Request) -> Iterator[Lora]:
         yield lora if want is None else replace(lora, source=str(_held(want) / want.needed))
 
 
-def require_same_commit(group: Group, repository: str, commit: str) -> None:
+def require_same_commit(group: "Group", repository: str, commit: str) -> None:
     """Raises a Refusal on all ranks where commits differ: one machine may have had no answer from the hub."""
     commits = list(dict.fromkeys(group.gather_objects(commit)))
     if len(commits) > 1:
@@ -104,7 +123,7 @@ def _failure_of(wants: Sequence[Wanted], quiet: bool) -> Exception | None:
     return None
 
 
-def _raise_together(group: Group, error: BaseException | None) -> None:
+def _raise_together(group: "Group", error: BaseException | None) -> None:
     """Raises on all ranks what fetching raised on any: ranks that went on would wait for the others."""
     told = error if error is None or isinstance(error, Refusal | Failure) else RuntimeError(describe(error))
     errors = [theirs for theirs in group.gather_objects(told) if theirs is not None]

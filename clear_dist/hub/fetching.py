@@ -32,7 +32,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from clear_dist.cards.clear import radius_of
 from clear_dist.cards.hub_name import HubFile
-from clear_dist.comm.in_touch import in_background
+from clear_dist.launch.aside import in_background
 from clear_dist.launch.ends import Failure, describe, say
 from clear_dist.options import Refusal, nearest_word
 
@@ -58,13 +58,21 @@ class Wanted:
     nearest: str
 
 
-def fetch(wants: Sequence[Wanted], *, quiet: bool = False) -> None:
-    """Download missing files once all are known to be there and to fit on the disk; raises as `hub.locate`."""
+def ask(wants: Sequence[Wanted]) -> dict[Wanted, int]:
+    """Bytes to download of each that lacks files, once all are known to be there and to fit on the disk.
+
+    Raises as `hub.locate`.
+    """
     missing = {want: size for want in wants if (size := _missing_bytes(want)) is not None}
     for want in missing:
         remove_leftovers(Path(HF_HUB_CACHE), _blobs(want).parent.name)
     require_disk_space(sum(missing.values()), " and ".join(want.repository for want in missing))
-    for want, size in missing.items():
+    return missing
+
+
+def fetch(wants: Sequence[Wanted], *, quiet: bool = False) -> None:
+    """Download missing files; raises as `hub.locate`."""
+    for want, size in ask(wants).items():
         try:
             _download(want, size, quiet)
         except Exception as error:

@@ -1,12 +1,16 @@
-"""A function that may block for seconds, called beside the ranks."""
+"""Functions that may block for seconds, called on a thread beside."""
 
 import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from clear_dist.launch.interrupts import undisturbed
+
+Result = TypeVar("Result")
 
 
 @dataclass(kw_only=True)
@@ -41,3 +45,17 @@ def calling(function: Callable[[], None] | None) -> Iterator[Call]:
         yield call
     finally:
         os.close(ended)
+
+
+def in_background(work: Callable[[], Result]) -> "Future[Result]":
+    """Do `work` on a thread that the process does not wait for at its end: looking up a name may take minutes."""
+    doing: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            doing.set_result(work())
+        except BaseException as error:
+            doing.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return doing

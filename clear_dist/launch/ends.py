@@ -69,7 +69,8 @@ def refuse(message: str) -> int:
 
 def fail(error: BaseException, *, traceback: bool) -> int:
     place = env.read()
-    cause = _cause(place, FAILED, f"failed: {describe(error)} {HOW_TO_SEE_MORE}", error)
+    line = str(error) if isinstance(error, Failure) else f"failed: {describe(error)} {HOW_TO_SEE_MORE}"
+    cause = _cause(place, FAILED, line, error)
     return _tell(place, cause, traceback=traceback)
 
 
