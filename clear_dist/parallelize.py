@@ -1,6 +1,7 @@
 """Puts a stock diffusers pipeline on stripes."""
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
@@ -23,6 +24,7 @@ from clear_dist.families.transformers import controlnets_of, family_of
 from clear_dist.options import Options, Refusal, Window, check_window, nearest_word
 from clear_dist.parallelized import Parallelized
 from clear_dist.request.devices import missing_compiler
+from clear_dist.request.notes import averaging
 from clear_dist.weights.blocks import quantise_and_shard, require_quantisable
 from clear_dist.weights.clear import ReplacedWeights, load_clear_weights, require_radius
 from clear_dist.weights.hoisted import HoistedModulation
@@ -72,6 +74,9 @@ def parallelize(
         undo += [used.close] if group is None else []
         settings = Settings(options=options, choose_backend=choose)
         models, replaced = put_on_stripes(pipe, family, nets, used, settings, clear_weights, controlnet_window)
+    if group is None and used.rank == 0:  # the command line, which has a group, has said it
+        for line in averaging(options, used.size):
+            warnings.warn(with_arguments(line), stacklevel=2)
     return Parallelized(models[0], models[1:], group is None, replaced, offloaded)
 
 
@@ -90,8 +95,11 @@ def as_arguments() -> Iterator[None]:
     try:
         yield
     except Refusal as error:
-        named = re.sub(r"--([a-z0-9][a-z0-9-]*)", lambda flag: flag[1].replace("-", "_"), str(error))
-        raise Refusal(named) from None
+        raise Refusal(with_arguments(str(error))) from None
+
+
+def with_arguments(text: str) -> str:
+    return re.sub(r"--([a-z0-9][a-z0-9-]*)", lambda flag: flag[1].replace("-", "_"), text)
 
 
 def settled(options: Options, clear_weights: str | Path | None) -> Options:

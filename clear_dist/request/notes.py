@@ -9,9 +9,9 @@ from clear_dist.cards.card import Cards
 from clear_dist.cards.clear import named_down_factor, radius_of
 from clear_dist.cards.folder import ModelFacts
 from clear_dist.cards.headers import component_files, read_tensors
-from clear_dist.options import shortened, spelled
+from clear_dist.options import Options, shortened, spelled
 from clear_dist.pictures import keeps_alpha
-from clear_dist.request.flags import PictureFlags, UpscaleFlags
+from clear_dist.request.flags import GenerateFlags, PictureFlags, UpscaleFlags
 from clear_dist.request.pictures import is_listed
 from clear_dist.request.request import Request
 from clear_dist.stages import Upscaling
@@ -65,6 +65,9 @@ def _choices(flags: PictureFlags, request: Request, facts: ModelFacts, cards: Ca
         yield f"cascade: {sizes} ({upper.steps} steps at strength {upper.strength:g} in each upper stage)"
     if isinstance(flags, UpscaleFlags):
         yield from _pictures(flags, request)
+    if isinstance(flags, GenerateFlags) and flags.prompt is None and flags.prompts is None:
+        yield f"prompt: {shortened(request.prompts[0])!r} (none was given)"
+    yield from averaging(request, request.world_size)
 
 
 def _pictures(flags: UpscaleFlags, request: Request) -> Iterator[str]:
@@ -87,6 +90,15 @@ def _pictures(flags: UpscaleFlags, request: Request) -> Iterator[str]:
             yield f"{name}: its transparency is {fate}"
         for note in picture.notes:
             yield f"{WARNING}{name}: {note}"
+
+
+def averaging(options: Options, ranks: int) -> Iterator[str]:
+    """A line where Eq. 7 of the paper draws on several ranks."""
+    if options.text_attention == "average" and ranks > 1:
+        yield (
+            f"text attention: average (the paper's Eq. 7): {ranks} ranks draw another picture than one, and may lose "
+            "small things; --text-attention exact draws the same"
+        )
 
 
 def _window(request: Request) -> Iterator[str]:

@@ -1,8 +1,10 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from clear_dist.demo import DEFAULT_PROMPT
 from clear_dist.families.cards import CARDS
 from clear_dist.launch.env import Place
 from clear_dist.request.flags import GenerateFlags
@@ -36,3 +38,24 @@ def test_what_is_stored_as_it_is_used_is_shared(tmp_path: Path, dtype: torch.dty
 
 def test_small_models_are_not_worth_a_word(tmp_path: Path) -> None:
     assert warnings(make_tiny_flux(tmp_path), nproc=4, dtype="bfloat16") == []
+
+
+AVERAGE = (
+    "text attention: average (the paper's Eq. 7): 2 ranks draw another picture than one, and may lose small things; "
+    "--text-attention exact draws the same"
+)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"nproc": 2}, [f"prompt: {DEFAULT_PROMPT!r} (none was given)", AVERAGE]),
+        ({"nproc": 2, "text_attention": "average", "prompt": "sunset"}, [AVERAGE]),
+        ({"nproc": 2, "text_attention": "exact", "prompt": "sunset"}, []),
+        ({"nproc": 2, "window": "full", "prompt": "sunset"}, []),
+        ({"nproc": 1, "prompt": "sunset"}, []),
+    ],
+)
+def test_what_is_drawn_unasked_is_said(flags: dict[str, Any], told: list[str]) -> None:
+    lines = settle(GenerateFlags(model="demo", device="cpu", **flags), Place(), CARDS)[2]
+    assert [line for line in lines if not line.startswith("warning: ")] == told
