@@ -4,14 +4,18 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from clear_dist.commands.app import COMMANDS
 from docs import flags
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-FOREIGN = {"--help", "--version", "--nproc-per-node", "--no-python", "--table", "--check"}
-"""Not of our records: typer's, ours without a command, torchrun's, a benchmark's, and ruff's."""
+FOREIGN = {
+    *("--help", "--version", "--install-completion", "--nproc-per-node", "--no-python", "--table", "--check"),
+    *("--rm", "--gpus", "--ipc", "--shm-size", "--pid"),
+}
+"""Not of our records: typer's, ours without a command, torchrun's, a benchmark's, ruff's, Docker's and py-spy's."""
 FLAGS = {
     name.strip(" /")
     for command in COMMANDS.values()
@@ -47,6 +51,24 @@ def test_links_lead_somewhere(document: Path) -> None:
 def test_files_named_in_documents_exist(document: Path) -> None:
     named = re.findall(r"`((?:clear_dist|tests|docs|benchmarks|launchers|\.ci)/[\w./-]*)`", document.read_text())
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_image_of_docker_copies_what_exists() -> None:
+    copied = re.findall(r"^COPY (.*) \S+$", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    assert [name for line in copied for name in line.split() if not (ROOT / name).exists()] == []
+    assert {"pyproject.toml", "README.md", "LICENSE", "clear_dist"} <= set(" ".join(copied).split())
+
+
+def test_the_example_for_a_cpu_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = (ROOT / "docs" / "python.md").read_text().split("## On a CPU")[1].split("\n## ")[0]
+    lines = "\n".join(line[4:] for line in section.splitlines() if line.startswith("    "))
+    for slow, quick in {"steps=20": "steps=1", "height=256, width=256": "height=64, width=64"}.items():
+        assert slow in lines
+        lines = lines.replace(slow, quick)
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {})
+    with Image.open("sunset.png") as picture:
+        assert picture.size == (64, 64)
 
 
 def anchors(file: Path) -> set[str]:
