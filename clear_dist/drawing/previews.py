@@ -12,6 +12,7 @@ from clear_dist.drawing.cascade import to_bytes
 from clear_dist.engine.striped import require_striped
 from clear_dist.launch.ends import describe, say
 from clear_dist.pictures import replacing
+from clear_dist.pictures.srgb import profile
 from clear_dist.stages import Stage
 from clear_dist.weights.offload import brought
 
@@ -52,6 +53,6 @@ class Previews:
             pixels_HBWC = to_bytes(vae.decode(adapter.for_vae(small).to(vae.dtype)).sample)
         try:
             with replacing(self._file) as partial:
-                fromarray(pixels_HBWC[:, 0].cpu().numpy()).save(partial)
+                fromarray(pixels_HBWC[:, 0].cpu().numpy()).save(partial, icc_profile=profile())
         except OSError as error:  # no reason to lose the picture itself
             say(f"warning: no preview: {describe(error)}")

@@ -5,6 +5,7 @@ Mistakes in the flags alone are refused here. None: not given; a value that fits
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from clear_dist.options import CUT, JOIN_SECONDS, MODEL, Flags, Options, Refusal, check_encoding, flag, shortened
@@ -159,21 +160,22 @@ class UpscaleFlags(PictureFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        words = self.words
         for word in self.images:
             check_encoding("--prompt", word)
-        if len(words) > 1 or not self.files:
-            shown = ", ".join(repr(shortened(word)) for word in words)
+        if len(self.words) > 1 or not self.files:
+            shown = ", ".join(repr(shortened(word)) for word in self.words)
             raise Refusal(f"upscale takes files and at most one prompt, got {shown}; quote the prompt")
         _check_prompts(self)
 
     @property
     def files(self) -> list[Path]:
         """Pictures and folders: what exists, or is named like a picture."""
-        return [Path(word) for word in self.images if word not in self.words]
+        words = self.words
+        return [Path(word) for word in self.images if word not in words]
 
-    @property
+    @cached_property
     def words(self) -> list[str]:
+        """What is neither: the prompt."""
         return [word for word in self.images if not os.path.exists(word) and not word.lower().endswith(READ_ENDINGS)]
 
     @property
