@@ -43,7 +43,7 @@ class _Step(NamedTuple):
 
 
 # mpirun may start its processes by srun, whose variables then count machines: it comes first, but for Cray's. Slurm has
-# SLURM_NTASKS in batch shells and interactive allocations too, which have no second task; the others are of steps only.
+# SLURM_NTASKS in batch shells and interactive allocations too, which have no second task: it is not asked.
 _STEPS = (
     _Step("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
           "OMPI_COMM_WORLD_LOCAL_SIZE", ("PMIX_NAMESPACE",)),
@@ -51,6 +51,7 @@ _STEPS = (
     _Step("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE",
           ("SLURM_JOB_ID", "SLURM_STEP_ID")),
     _Step("mpirun", "PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE", ("PMI_JOBID",)),
+    _Step("mpirun", "PMI_RANK", "PMI_SIZE", "PMI_RANK", "PMI_SIZE", ("PMI_JOBID",)),  # that knows one machine
 )  # fmt: skip
 
 

@@ -123,6 +123,8 @@ def test_mpirun() -> None:
     assert within.meeting is not None and within.meeting[0] == "gpu07"
     hydra = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
     assert (env.read(hydra).rank, env.read(hydra).local_rank, env.read(hydra).world_size) == (1, 1, 2)
+    bare = {"PMI_RANK": "1", "PMI_SIZE": "2"}
+    assert (env.read(bare).rank, env.read(bare).local_rank, env.read(bare).local_world_size) == (1, 1, 2)
 
 
 def test_pmi_of_srun_does_not_know_machines() -> None:
