@@ -97,3 +97,8 @@ def test_a_picture_is_refined_from_its_own_size_or_the_native_one(
 @given(st.tuples(SIDES, SIDES))
 def test_nothing_is_left_to_do_at_the_size_itself(size: Size) -> None:
     assert sizes_up_to(size, start=size, token=16) == ()
+
+
+def test_a_refinement_takes_the_steps_of_the_notebook() -> None:
+    """Which asks diffusers for 20 at a strength of 0.7."""
+    assert (Upscaling().steps, Upscaling().strength, Upscaling().guidance_scale) == (14, 0.7, 7.5)

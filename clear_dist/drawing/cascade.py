@@ -1,6 +1,6 @@
 """Pictures stage by stage: each is drawn from noise, or from the former one, enlarged and refined (SDEdit, Sec. 4.3).
 
-Ranks hold the pixel rows of their stripes only; latents are equal on all that take part in a stage.
+Ranks hold the pixel rows of their stripes only, in bytes; latents are equal on all that take part in a stage.
 
 Shapes: B pictures, C channels, R my rows, E the rows that mine are interpolated from, W columns.
 """
@@ -41,7 +41,7 @@ class Drawing:
     rows: tuple[Rows, ...]
     """Pixel rows by rank, none where a rank has nothing."""
     pixels: Tensor | None
-    """My rows [B, 3, R, W], floats in [-1, 1] or bytes."""
+    """My rows, bytes [B, 3, R, W]."""
     latents: Tensor | None = None
     """Whole pictures [B, tokens, C], on the ranks that drew them."""
 
@@ -150,24 +150,22 @@ class Cascade:
         )
 
     def _enlarge(self, before: Drawing, stage: Stage, held: tuple[Rows, ...]) -> Tensor | None:
-        """My rows [B, C, R, W] at this stage's size, in [-1, 1]."""
+        """My rows at this stage's size, bytes [B, C, R, W]."""
         group, (height, width) = self._striped.group, before.size
         behind = tuple(rows_behind(rows, height, stage.height) for rows in held)
-        mine = None if before.pixels is None else (len(before.pixels), before.pixels.dtype)
-        batch, dtype = group.broadcast_object(mine)  # rank 0 has always taken part
+        mine = None if before.pixels is None else len(before.pixels)
+        batch = group.broadcast_object(mine)  # rank 0 has always taken part
         pixels_BCEW = move_rows(
             before.pixels,
             group,
             before.rows,
             behind,
             shape=(batch, 3, width),
-            dtype=dtype,
+            dtype=torch.uint8,
             counters=self._striped.counters,
         )
         if not len(held[group.rank]):
             return None
-        if dtype == torch.uint8:
-            pixels_BCEW = pixels_BCEW.float().div_(127.5).sub_(1)
         return resize_rows(
             pixels_BCEW, behind[group.rank].start, size=before.size, new_size=stage.size, rows=held[group.rank]
         )
@@ -178,7 +176,8 @@ class Cascade:
         if pixels_BCRW is None:  # this rank idles
             return None
         vae, counters = self._pipe.vae, self._striped.counters
-        moments = encode_stripes(vae, pixels_BCRW.to(vae.dtype), group, stripes, counters=counters)
+        scaled_BCRW = pixels_BCRW.float().div_(127.5).sub_(1).to(vae.dtype)
+        moments = encode_stripes(vae, scaled_BCRW, group, stripes, counters=counters)
         mean_BCRW = moments.chunk(2, dim=1)[0]
         tokens_BLC = mean_BCRW.flatten(2).transpose(1, 2).contiguous()
         whole_BLC = StripeJoin(group, stripes, counters).join(tokens_BLC)
@@ -186,10 +185,10 @@ class Cascade:
 
     @torch.no_grad()
     def _decode(self, latents: Tensor, stage: Stage, group: Group, stripes: tuple[Rows, ...]) -> Tensor:
-        """Pixels [B, 3, R, W] of my stripe."""
+        """My stripe in bytes [B, 3, R, W], which is what CLEAR's notebook refines too: decoders go beyond [-1, 1]."""
         vae, mine = self._pipe.vae, stripes[group.rank]
         rows_BCRW = self._adapter.for_vae(self._adapter.unpacked(latents, mine.relative_to(0), stage.size))
-        return decode_stripes(vae, rows_BCRW.to(vae.dtype), group, stripes, counters=self._striped.counters)
+        return to_bytes(decode_stripes(vae, rows_BCRW.to(vae.dtype), group, stripes, counters=self._striped.counters))
 
     def _in_pixels(self, stripes: tuple[Rows, ...]) -> tuple[Rows, ...]:
         token, idle = self._adapter.token_size, self._striped.group.size - len(stripes)
@@ -218,6 +217,5 @@ def unit_size(pipe: Any) -> int:
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
-    """Bytes [R, B, W, 3] from [B, 3, R, W] in [-1, 1]."""
-    scaled = pixels.float().mul(127.5).add_(127.5).clamp_(0, 255).round_()
-    return scaled.to(torch.uint8).permute(2, 0, 3, 1)
+    """Bytes of what a decoder returns; what is beyond [-1, 1] is clamped."""
+    return pixels.float().mul(127.5).add_(127.5).clamp_(0, 255).round_().to(torch.uint8)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clear_dist.comm.group import Group
 from clear_dist.comm.rows import collect_stripes
-from clear_dist.drawing.cascade import Cascade, Drawing, to_bytes, unit_size
+from clear_dist.drawing.cascade import Cascade, Drawing, unit_size
 from clear_dist.drawing.prompts import encode_prompts
 from clear_dist.engine.agreement import require_equal_settings
 from clear_dist.engine.striped import require_striped
@@ -134,7 +134,7 @@ def picture_rows(drawing: Drawing, index: int, group: Group) -> Iterator[np.ndar
     if drawing.pixels is None:
         rows_RWC = torch.empty(0, drawing.size[1], 3, dtype=torch.uint8)
     else:
-        rows_RWC = to_bytes(drawing.pixels[index : index + 1])[:, 0]
+        rows_RWC = drawing.pixels[index].permute(1, 2, 0)
     for stripe in collect_stripes(rows_RWC, group, tuple(map(len, drawing.rows))):
         yield stripe.numpy()
 

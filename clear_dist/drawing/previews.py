@@ -50,9 +50,9 @@ class Previews:
         size = [max(LEAST_SIDE, round(side * shrink)) for side in latents_BCHW.shape[2:]]
         small = F.interpolate(latents_BCHW.float(), size, mode="area")
         with brought(vae):
-            pixels_HBWC = to_bytes(vae.decode(adapter.for_vae(small).to(vae.dtype)).sample)
+            pixels_BCHW = to_bytes(vae.decode(adapter.for_vae(small).to(vae.dtype)).sample)
         try:
             with replacing(self._file) as partial:
-                fromarray(pixels_HBWC[:, 0].cpu().numpy()).save(partial, icc_profile=profile())
+                fromarray(pixels_BCHW[0].permute(1, 2, 0).cpu().numpy()).save(partial, icc_profile=profile())
         except OSError as error:  # no reason to lose the picture itself
             say(f"warning: no preview: {describe(error)}")

@@ -89,11 +89,6 @@ class Allocated(TorchDispatchMode):
         self._outermost = sys._getframe(1)
         return super().__enter__()
 
-    def begin(self) -> None:
-        """Forget the peak and the operations so far."""
-        self.operations.clear()
-        self.peak, self.at_peak, self.where = self.bytes, self.by_row(), ""
-
     def by_row(self) -> "Counter[str]":
         """Bytes that are alive."""
         return Counter(self._by_row)

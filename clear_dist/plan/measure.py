@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from clear_dist.comm.pretend import META, Pretended, Tally
-from clear_dist.drawing.cascade import to_bytes
 from clear_dist.geometry import Rows
 from clear_dist.launch import ends
 from clear_dist.plan.allocated import ATTENTION, Allocated
@@ -96,7 +95,6 @@ def grown(question: VaeQuestion, few: int, low: Any, high: Any) -> dict[str, Any
         sent = high["bytes"] | {"join_bytes": round(high["bytes"]["join_bytes"] * times / 2)}
     return {
         "peak": max(line(where, "peaks") for where in high["peaks"]),
-        "picture": round(low["picture"] * times),
         "bytes": sent,
         "operations": operations,
     }
@@ -125,16 +123,10 @@ def _stripe(line: str) -> dict[str, Any]:
         else:
             latents = _empty(question, module.config.latent_channels, question.rows, question.columns)
             decode_stripes(module, latents, group, stripes, **rest)
-        peaks, operations = dict(allocated.peaks), dict(allocated.operations)
-        drawn = _empty(question, 3, *pixels)
-        allocated.begin()
-        before = allocated.bytes
-        to_bytes(drawn[:1])
     return {
-        "peaks": peaks,
-        "picture": allocated.peak - before,
+        "peaks": dict(allocated.peaks),
         "bytes": dict(tally.sums),
-        "operations": {kind: amount for (_, kind), amount in operations.items()},
+        "operations": {kind: amount for (_, kind), amount in allocated.operations.items()},
     }
 
 

@@ -108,7 +108,8 @@ class Memory:
         yield self._phase(
             "decode", number, {**self._with_vae({**kept, **held}), **drawn, "VAE activations": decoding.peak}
         )
-        yield self._phase("save", number, {**held, **drawn, "picture": self._pixels(part) + decoding.picture})
+        sent = self._pixels(part) // asked.request.num_images if part.ranks > 1 else 0
+        yield self._phase("save", number, {**held, **drawn, "picture": self._pixels(part) + sent})
 
     def held(self, rank: int) -> dict[str, int]:
         """What a rank holds while pictures are drawn, whatever their size."""
@@ -198,6 +199,6 @@ class Memory:
         }
 
     def _pixels(self, part: Part) -> int:
-        """Of a stripe, as the VAE puts it out."""
+        """Of a stripe, a byte each."""
         pixels = part.rows * part.columns * self.asked.model.token**2
-        return self.asked.request.num_images * PICTURE_CHANNELS * pixels * self.asked.itemsize
+        return self.asked.request.num_images * PICTURE_CHANNELS * pixels

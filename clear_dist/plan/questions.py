@@ -104,10 +104,8 @@ class VaePass:
     """All pictures of an encode or decode together."""
 
     weights: int
-    """Bytes, as the next two."""
+    """Bytes, as the next one."""
     peak: int = 0
-    picture: int = 0
-    """Of a stripe of one picture, on its way to whole numbers."""
     bytes: Amounts
     operations: Amounts
 
