@@ -15,7 +15,7 @@ from clear_dist.attention import choose_backend
 from clear_dist.cards.clear import refuse_other_radius
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
-from clear_dist.engine.agreement import require_equal_settings
+from clear_dist.engine.agreement import adapters_of, fingerprint, require_equal_settings
 from clear_dist.engine.family import Family
 from clear_dist.engine.settings import Settings
 from clear_dist.engine.stock import require_stock
@@ -143,7 +143,7 @@ def put_on_stripes(
     """Put the transformer and its ControlNets on stripes, or none where one refuses; with CLEAR's weights."""
     transformer, options = family.transformer, settings.options
     assert options.window is not None, "settled"
-    windows = [net_window or options.window] * len(nets)
+    windows, models = [net_window or options.window] * len(nets), [transformer, *(net.transformer for net in nets)]
     replaced = None if clear_weights is None else load_clear_weights(transformer, clear_weights, group.device)
     on_all = asdict(options) | {"attention_backend": settings.choose_backend().name}
     del on_all["offload"]  # concerns this rank's parts alone
@@ -152,17 +152,19 @@ def put_on_stripes(
         **on_all,
         dtype=transformer.dtype,
         clear_weights=replaced and replaced.checksums(transformer),
+        adapters=[adapters_of(model) for model in models],
+        weights=[fingerprint(model) for model in models],
         **{"ControlNets' windows": windows},
     )
     if replaced is not None and options.radius is not None:
         settings = replace(settings, pooling=replaced.pooling)
     with on_refusal() as undo:
-        models = []
+        striped = []
         for net, window in ((family, None), *zip(nets, windows, strict=True)):
             own = settings if window is None else of_controlnet(settings, net, window)
-            models.append(put_model_on_stripes(net, pipe.scheduler, group, own))
-            undo.append(models[-1].remove)
-    return models, replaced
+            striped.append(put_model_on_stripes(net, pipe.scheduler, group, own))
+            undo.append(striped[-1].remove)
+    return striped, replaced
 
 
 def put_model_on_stripes(family: Family, scheduler: Any, group: Group, settings: Settings) -> StripedModel:

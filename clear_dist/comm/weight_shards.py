@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from clear_dist.comm.counters import Counters, labelled
 from clear_dist.comm.group import Group, telling_lost_peers
@@ -71,6 +72,7 @@ class ShardedWeights:
                 forget_addresses(self._process_group)
             self._group.barrier()
         dist.destroy_process_group(self._process_group)
+        _clear_sharding_prop_cache()  # or an equal mesh would be given what was found for this one, its group included
 
     def _hook(self) -> None:
         self._hooks = [hook for index, block in enumerate(self._blocks) for hook in self._hooked(block, index)]

@@ -17,6 +17,7 @@ from torch import Tensor
 from clear_dist.comm.group import Group
 from clear_dist.comm.rows import StripeJoin, move_rows
 from clear_dist.drawing.resize import resize_rows, rows_behind
+from clear_dist.engine.agreement import fingerprint, require_equal_settings
 from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.family import OnStep
 from clear_dist.engine.striped import require_striped
@@ -58,9 +59,10 @@ class Cascade:
         phases: Phases | None = None,
         on_step: OnStep | None = None,
     ) -> None:
-        """`pipe` is parallelized, `embeddings` are from `encode_prompts`."""
+        """`pipe` is parallelized, `embeddings` are from `encode_prompts`; raises ValueError where VAEs differ."""
         self._pipe = pipe
         self._striped = require_striped(pipe)
+        require_equal_settings(self._striped.group, vae=fingerprint(pipe.vae))
         self._adapter = self._striped.family.adapted(pipe)
         self._embeddings = embeddings
         self._seed = seed

@@ -1,10 +1,13 @@
 """Checks that all ranks hold the same values; otherwise they compute different pictures, or wait for ever."""
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
+from zlib import crc32
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clear_dist.comm.clock import Clock
 from clear_dist.comm.counters import Counters
@@ -12,8 +15,11 @@ from clear_dist.comm.group import Group
 
 LARGEST_WEIGHT = 8191
 
-MOST_SHAPES = 16
-"""Two numbers per input; models have at most five inputs, ControlNets eight."""
+MOST_SHAPES = 18
+"""Two numbers per input; models have at most six inputs, ControlNets nine."""
+
+SAMPLED_BYTES = 32
+"""Compared of each weight, from its beginning to its end."""
 
 LARGEST_DEVIATION = 0.05
 """Distance between ranks' embeddings of length 1: bfloat16 rounds by 0.004, another prompt changes more."""
@@ -47,20 +53,26 @@ class SameCall:
 
 
 def require_equal_on_all_ranks(
-    drawn: list[Tensor], encoded: list[Tensor], settings: dict[str, Any], group: Group
+    drawn: list[Tensor], encoded: list[Tensor], settings: dict[str, Any], group: Group, *, refusal: str | None = None
 ) -> None:
-    """Raises ValueError on all ranks unless `drawn` is equal to the bit, `encoded` up to rounding, `settings` by ==."""
-    everyone = group.gather_objects((settings, [shadow(x) for x in encoded]))
+    """Raises ValueError on all ranks unless `drawn` is equal to the bit, `encoded` up to rounding, `settings` by ==.
+
+    A `refusal` of one rank is raised on all.
+    """
+    everyone = group.gather_objects((settings, [shadow(x) for x in encoded], refusal))
+    for rank, (_, _, why) in enumerate(everyone):
+        if why is not None:
+            raise ValueError(why if rank == group.rank else f"rank {rank} refuses: {why}")
     for name in settings:
-        values = [theirs[name] for theirs, _ in everyone]
+        values = [theirs[name] for theirs, _, _ in everyone]
         if any(value != values[0] for value in values):
             raise ValueError(f"every rank must be given the same {name}, got {', '.join(map(str, values))}")
     if not group.equal([number for x in drawn for number in checksum(x)]):
         raise ValueError(
-            "every rank must be given the same noise, pictures and step, but they differ; "
+            "every rank must be given the same noise, pictures, scales and step, but they differ; "
             "pass generator=torch.Generator().manual_seed(n) with the same n on all ranks"
         )
-    shadows = torch.tensor([theirs for _, theirs in everyone])
+    shadows = torch.tensor([theirs for _, theirs, _ in everyone])
     if (shadows - shadows[0]).abs().max() > LARGEST_DEVIATION:
         raise ValueError("every rank must be given the same prompt, but their embeddings differ; pass equal prompts")
 
@@ -95,3 +107,41 @@ def require_equal_settings(group: Group, **settings: Any) -> None:
         if any(value != values[0] for value in values):
             shown = "different files" if name == "clear_weights" else ", ".join(map(str, values))
             raise ValueError(f"{name} must be the same on all ranks, got {shown}")
+
+
+def adapters_of(model: nn.Module) -> str:
+    """A model's active adapters with their scales, such as LoRA, in words that differ where any layer's do."""
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "merged_adapters")}
+    states = {
+        name: [
+            f"{each} x {getattr(layer, 'scaling', {}).get(each, 1.0):.6g}{' fused' * (each in layer.merged_adapters)}"
+            for each in (() if layer.disable_adapters else layer.active_adapters)
+        ]
+        for name, layer in layers.items()
+    }
+    shown = ", ".join(sorted({each for state in states.values() for each in state})) or "none"
+    return f"{shown} ({crc32(repr(states).encode()):08x})"
+
+
+def fingerprint(model: nn.Module, *, every: int = 1) -> str:
+    """Of names, shapes and dtypes of all weights, and of a few bytes of each, or of each `every`-th.
+
+    Shards, and weights on the meta device, differ between ranks that are alike: of these no bytes count.
+    """
+    tensors = dict(chain(model.named_parameters(), model.named_buffers()))
+    state = repr([(name, tuple(x.shape), x.dtype) for name, x in tensors.items()]).encode()
+    whole = [x for x in list(tensors.values())[::every] if not (x.is_meta or hasattr(x, "to_local"))]
+    samples = b"".join(sampled(whole))
+    return f"{len(tensors)} tensors ({crc32(samples, crc32(state)):08x})"
+
+
+def sampled(tensors: Sequence[Tensor]) -> Iterator[bytes]:
+    """Bytes of each tensor at equal distances, brought from each device at once."""
+    by_device = defaultdict(list)
+    for x in tensors:
+        flat = x.detach().reshape(-1).view(torch.uint8)
+        # Odd, so that it meets high and low bytes.
+        by_device[x.device].append(flat[:: len(flat) // SAMPLED_BYTES | 1][:SAMPLED_BYTES])
+    on_host = {device: iter(torch.cat(x).cpu().split([len(each) for each in x])) for device, x in by_device.items()}
+    for x in tensors:
+        yield next(on_host[x.device]).numpy().tobytes()

@@ -1,11 +1,80 @@
 """Checks that a model is still as diffusers made it: on stripes, changes would be lost or bypassed."""
 
+import re
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
 from clear_dist.engine.family import StripeProcessor
+
+COMPILED = "torch.compile cannot follow messages between ranks; pass parallelize(compile=True) instead"
+CACHED = (
+    "step caches must be off: each rank would decide from its own stripe whether to skip a step; "
+    "call pipe.transformer.disable_cache() or leave them out"
+)
+OTHERS_PARALLELISM = "diffusers' own enable_parallelism cannot be combined with parallelize; use one of them"
+CACHES = re.compile(r"cache|fbc|broadcast|skip")
+"""Names of diffusers' hooks that leave out a layer in some steps."""
+
+
+class OnStripes:
+    """A model's answers, until `undo`, to what would fail later in words of others, or give wrong pictures."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            refuse_compiled()
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]  # the model's own
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise ValueError("a model on stripes cannot be copied or pickled: it is tied to its ranks; call undo() first")
+
+    def compile(self, *_: Any, **__: Any) -> NoReturn:
+        raise ValueError(COMPILED)
+
+    compile_repeated_blocks = compile
+
+    def enable_cache(self, config: Any) -> NoReturn:
+        raise ValueError(CACHED)
+
+    def enable_parallelism(self, **_: Any) -> NoReturn:
+        raise ValueError(OTHERS_PARALLELISM)
+
+    def fuse_qkv_projections(self) -> NoReturn:
+        raise ValueError("fused projections cannot be cut; leave out fuse_qkv_projections()")
+
+    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        adapted = [module for module in self.modules() if hasattr(module, "merged_adapters")]  # type: ignore[attr-defined]
+        if any(len({is_shard(weight) for weight in module.parameters()}) > 1 for module in adapted):
+            raise ValueError(
+                "a LoRA loaded after its layers were sharded cannot be fused; undo() first, or do not fuse it"
+            )
+        super().fuse_lora(*args, **kwargs)  # type: ignore[misc]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        held = super().state_dict(*args, **kwargs)  # type: ignore[misc]
+        if any(map(is_shard, held.values())):
+            raise ValueError("weights in shards cannot be saved: each rank has its share; call undo() first")
+        return held
+
+
+def is_shard(x: Any) -> bool:
+    """Whether a tensor is a share of one, as FSDP leaves them."""
+    return hasattr(x, "to_local")
+
+
+@torch.compiler.disable(reason=COMPILED)
+def refuse_compiled() -> NoReturn:
+    """Raises ValueError, in a call of its own: what is raised in a compiled function becomes the compiler's error."""
+    raise ValueError(COMPILED)
+
+
+def on_stripes(stock: Any) -> Any:
+    """A class of models on stripes; by its names diffusers saves models and tells pipelines' parts."""
+    return type(
+        stock.__name__, (OnStripes, stock), {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    )
 
 
 def attention_layers(model: nn.Module) -> dict[str, Any]:
@@ -22,19 +91,37 @@ def require_stock(*models: Any) -> None:
         for name, module in model.named_modules():
             stock = getattr(module, "_default_processor_cls", None)
             if stock is not None and type(module.processor) is not stock:
-                raise ValueError(
-                    f"the processor of {name} must be {stock.__name__}, got {type(module.processor).__name__}; "
-                    "IP-Adapters (pipe.unload_ip_adapter() takes them off) and others cannot be parallelized"
-                )
+                raise ValueError(f"the processor of {name} must be {stock.__name__}, got {others(module.processor)}")
+
+
+def others(processor: Any) -> str:
+    """Name of a processor that is not ours, and what to do."""
+    name = type(processor).__name__
+    if "IPAdapter" in name:
+        return f"{name}; IP-Adapters cannot be combined with parallelize, pipe.unload_ip_adapter() takes them off"
+    return f"{name}; processors of one's own cannot be combined with parallelize, set_attn_processor puts others back"
+
+
+def require_not_wrapped(model: Any) -> None:
+    """Raises ValueError for what `torch.compile(model)` returns."""
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(COMPILED)
 
 
 def require_followed(model: Any) -> None:
-    """Raises ValueError where projections are fused, or the model or one of its blocks is compiled in place."""
+    """Raises ValueError where projections are fused, steps cached, or the model or one of its blocks is compiled."""
     if any(getattr(module, "fused_projections", False) for module in model.modules()):
         kind = "controlnet" if "ControlNet" in type(model).__name__ else "transformer"
         raise ValueError(f"fused projections cannot be cut; call pipe.{kind}.unfuse_qkv_projections() first")
     if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
-        raise ValueError("torch.compile cannot follow messages between ranks; pass parallelize(compile=True) instead")
+        raise ValueError(COMPILED)
+    hooks = {
+        name for module in model.modules() for name in getattr(getattr(module, "_diffusers_hook", None), "hooks", ())
+    }
+    if getattr(model, "is_cache_enabled", False) or any(map(CACHES.search, hooks)):
+        raise ValueError(CACHED)
+    if getattr(model, "_parallel_config", None) is not None:
+        raise ValueError(OTHERS_PARALLELISM)
 
 
 def require_supported(transformer: Any, striped: object, layers: Collection[str]) -> None:
@@ -42,15 +129,8 @@ def require_supported(transformer: Any, striped: object, layers: Collection[str]
     for name, layer in attention_layers(transformer).items():
         if name in layers and getattr(layer.processor, "striped", None) is not striped:
             raise ValueError(
-                f"the attention processor of {name}.processor must stay clear_dist's, "
-                f"got {type(layer.processor).__name__}; "
-                "IP-Adapters and other processors cannot be combined with parallelize"
+                f"the attention processor of {name}.processor must stay clear_dist's, got {others(layer.processor)}"
             )
     require_followed(transformer)
-    if getattr(transformer, "is_cache_enabled", False):
-        raise ValueError(
-            "step caches must be off: each rank would decide from its own stripe whether to skip a step; "
-            "call pipe.transformer.disable_cache()"
-        )
-    if getattr(transformer, "_parallel_config", None) is not None:
-        raise ValueError("diffusers' own enable_parallelism cannot be combined with parallelize; use one of them")
+    if torch.is_grad_enabled() and any(weight.requires_grad for weight in transformer.parameters()):
+        raise ValueError("stripes draw and do not train: call the model under torch.no_grad(), or undo() first")

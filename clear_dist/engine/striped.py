@@ -12,7 +12,7 @@ from clear_dist.comm.counters import Counters, labelled
 from clear_dist.comm.group import Group
 from clear_dist.comm.halo_exchange import PendingHalos
 from clear_dist.comm.weight_shards import ShardedWeights
-from clear_dist.engine.agreement import SameCall, require_equal_on_all_ranks
+from clear_dist.engine.agreement import SameCall, adapters_of, fingerprint, require_equal_on_all_ranks
 from clear_dist.engine.cut import Cut, choose_text_plan, cut_image, others_first, stale_bytes
 from clear_dist.engine.exchanges import Exchange
 from clear_dist.engine.extrapolation import Extrapolation
@@ -20,8 +20,11 @@ from clear_dist.engine.family import Family, Removable
 from clear_dist.engine.parts import Parts
 from clear_dist.engine.room import require_room
 from clear_dist.engine.settings import Settings
-from clear_dist.engine.stock import attention_layers, require_supported
+from clear_dist.engine.stock import attention_layers, on_stripes, require_not_wrapped, require_supported
 from clear_dist.geometry import plan_text
+
+SOME_WEIGHTS = 11
+"""Every so many of a model's weights are compared before each generation: of all kinds, blocks being alike."""
 
 
 class Modulation(Protocol):
@@ -76,6 +79,8 @@ class StripedModel:
         self._stock_processors = {name: self._layers[name].processor for name in processors}
         for name, processor in processors.items():
             self._layers[name].set_processor(processor)
+        self._stock_class = type(transformer)
+        transformer.__class__ = on_stripes(self._stock_class)
         self._hooks: list[Removable] = [
             *shards,
             *family.hooks(self),
@@ -172,6 +177,7 @@ class StripedModel:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self.family.transformer.__class__ = self._stock_class
         for name, stock in self._stock_processors.items():
             if getattr(self._layers[name].processor, "striped", None) is self:
                 self._layers[name].set_processor(stock)
@@ -237,17 +243,30 @@ class StripedModel:
             self._most_stale_bytes = self.stale_bytes
             self.cut.exchanges.drain()
 
-    def _begin_generation(self, inputs: dict[str, Any]) -> None:
-        """Check a generation's inputs and settings, and cut anew unless the last cut serves."""
-        require_supported(self.family.transformer, self, self._stock_processors)
+    def _refusal(self, inputs: dict[str, Any]) -> str | None:
+        """Why this rank cannot run the model as it is now; the others must know before they wait for it."""
+        try:
+            require_supported(self.family.transformer, self, self._stock_processors)
+        except ValueError as error:
+            return str(error)
         if (found := self.family.latents(inputs).device) != self.group.device:
-            raise ValueError(
+            return (
                 f"the latents must be on {self.group.device}, where parallelize found the pipeline, "
                 f"got {found}; call parallelize after pipe.to(...)"
             )
+        return None
+
+    def _begin_generation(self, inputs: dict[str, Any]) -> None:
+        """Check a generation's inputs, settings and model, and cut anew unless the last cut serves."""
+        transformer = self.family.transformer
         drawn, encoded = self.family.replicated(inputs)
-        settings = {"number of steps": self._steps, "extrapolation": self.extrapolation}
-        require_equal_on_all_ranks(drawn, encoded, settings, self.group)
+        settings = {
+            "number of steps": self._steps,
+            "extrapolation": self.extrapolation,
+            "adapters": adapters_of(transformer),
+            "weights": fingerprint(transformer, every=SOME_WEIGHTS),
+        }
+        require_equal_on_all_ranks(drawn, encoded, settings, self.group, refusal=self._refusal(inputs))
         size = self.family.grid_of(inputs)
         if self.cut is not None and self.cut.group is self.group:
             self.drain()
@@ -267,7 +286,8 @@ def striped_of(pipe: Any) -> StripedModel | None:
 
 
 def require_striped(pipe: Any) -> StripedModel:
-    """`striped_of`; raises ValueError where there is none."""
+    """`striped_of`; raises ValueError where there is none, or torch.compile has been put around it."""
+    require_not_wrapped(pipe.transformer)
     striped = striped_of(pipe)
     if striped is None:
         raise ValueError("the pipeline must be on stripes: call clear_dist.parallelize(pipe) first")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from clear_dist.engine.family import Family, PipelineAdapter, Sample
+from clear_dist.engine.stock import require_not_wrapped
 from clear_dist.families.flux.controlnet import FluxControlNet
 from clear_dist.families.flux.pipeline import FluxPipelineAdapter
 from clear_dist.families.flux.sample import FluxSample
@@ -17,8 +18,7 @@ SAMPLES: tuple[Sample, ...] = (FluxSample(),)
 
 def family_of(transformer: Any) -> Family:
     """Family of a transformer; raises ValueError where its class has none."""
-    if hasattr(transformer, "_orig_mod"):
-        raise ValueError("torch.compile cannot follow messages between ranks; pass parallelize(compile=True) instead")
+    require_not_wrapped(transformer)
     name = type(transformer).__name__
     if name not in TRANSFORMERS:
         raise ValueError(f"the transformer must be one of {', '.join(TRANSFORMERS)}, got {name}")

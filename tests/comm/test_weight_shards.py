@@ -75,14 +75,17 @@ def with_lora_before(group: Group, pipe: Any, shard: bool) -> Tensor:
 
 
 def with_lora_fused(group: Group, pipe: Any, shard: bool) -> Tensor:
-    """After sharding, what came before it: into this rank's share."""
+    """After sharding, what came before it: into this rank's share. Twice: other shards on other process groups."""
     adapt(pipe, targets=["to_q", "norm.linear"])
-    parallelize(pipe, group=group, shard_weights=shard, **EXACT)
-    plain = run(pipe, steps=1)
-    pipe.transformer.fuse_lora()
-    fused = run(pipe, steps=1)
-    pipe.transformer.unfuse_lora()
-    return torch.cat([plain, fused, run(pipe, steps=1)])
+    latents = []
+    for _ in range(2):
+        handle = parallelize(pipe, group=group, shard_weights=shard, **EXACT)
+        latents.append(run(pipe, steps=1))
+        pipe.transformer.fuse_lora()
+        latents.append(run(pipe, steps=1))
+        pipe.transformer.unfuse_lora()
+        handle.undo()
+    return torch.cat([*latents, run(pipe, steps=1)])
 
 
 def with_lora_after(group: Group, pipe: Any, shard: bool) -> Tensor:

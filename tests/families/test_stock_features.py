@@ -8,10 +8,12 @@ import pytest
 import torch
 from diffusers import (
     FluxControlImg2ImgPipeline,
+    FluxControlInpaintPipeline,
     FluxControlPipeline,
     FluxFillPipeline,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
+    FluxKontextInpaintPipeline,
     FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -103,6 +105,10 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         of_kind(FluxControlImg2ImgPipeline, channels=128, bare=True),
         {**REFINED, "control_image": CONTROL},
     ),
+    "control, inpainting": (
+        of_kind(FluxControlInpaintPipeline, channels=128, bare=True),
+        {**REFINED, "mask_image": MASK, "control_image": CONTROL},
+    ),
     "Kontext without a picture": (of_kind(FluxKontextPipeline), {"max_area": 256 * HEIGHT * WIDTH}),
 }
 
@@ -166,11 +172,14 @@ def test_each_argument_matters() -> None:
     assert all(len(expected(name, None)) > 1 or relative_error(expected(name, None), plain) > 1e-3 for name in texts)
 
 
-def test_reference_pictures_are_refused_by_name() -> None:
-    pipe = of_kind(FluxKontextPipeline)()
+@pytest.mark.parametrize(
+    ("kind", "arguments"), [(FluxKontextPipeline, {}), (FluxKontextInpaintPipeline, {"mask_image": MASK})]
+)
+def test_reference_pictures_are_refused_by_name(kind: Any, arguments: dict[str, Any]) -> None:
+    pipe = of_kind(kind)()
     handle = parallelize(pipe, window=RADIUS)
     with pytest.raises(ValueError, match=r"one image in raster order.*FLUX\.1 Kontext"):
-        draw(pipe, image=PICTURE, _auto_resize=False, max_area=256 * HEIGHT * WIDTH)
+        draw(pipe, image=PICTURE, _auto_resize=False, max_area=256 * HEIGHT * WIDTH, **arguments)
     handle.undo()
 
 
@@ -214,9 +223,12 @@ def test_fused_projections_are_refused_before_and_after() -> None:
         parallelize(pipe, window="full")
     pipe.transformer.unfuse_qkv_projections()
     handle = parallelize(pipe, window="full")
-    pipe.transformer.fuse_qkv_projections()
-    with pytest.raises(ValueError, match=r"fused projections cannot be cut; call pipe\.transformer\.unfuse"):
-        draw(pipe)
+    with pytest.raises(ValueError, match="fused projections cannot be cut"):
+        pipe.transformer.fuse_qkv_projections()
+    for layer in (pipe.transformer.transformer_blocks[0].attn, pipe.transformer.single_transformer_blocks[0].attn):
+        layer.fuse_projections()
+        with pytest.raises(ValueError, match=r"fused projections cannot be cut; call pipe\.transformer\.unfuse"):
+            draw(pipe)
     pipe.transformer.unfuse_qkv_projections()
     assert relative_error(draw(pipe), stock) < 1e-4
     handle.undo()
@@ -272,10 +284,8 @@ def test_torch_compile_is_refused_before_and_after(how: Callable[[FluxPipeline],
     how(pipe)
     with pytest.raises(ValueError, match=refusal):
         parallelize(pipe, window=RADIUS)
-    if how is not wrapped:  # which calls the model that is on stripes through the wrapper's own call
-        pipe = make_tiny_pipeline()
-        handle = parallelize(pipe, window=RADIUS)
-        how(pipe)
-        with pytest.raises(ValueError, match=refusal):
-            draw(pipe)
-        handle.undo()
+    pipe = make_tiny_pipeline()
+    handle = parallelize(pipe, window=RADIUS)
+    with pytest.raises(ValueError, match=refusal):
+        (how(pipe), draw(pipe))
+    handle.undo()

@@ -123,7 +123,11 @@ class Flux:
 
     def replicated(self, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
         drawn = [inputs[name] for name in ("hidden_states", "timestep", "guidance") if inputs.get(name) is not None]
-        return drawn, [inputs["encoder_hidden_states"], inputs["pooled_projections"]]
+        lora_scale = (inputs.get("joint_attention_kwargs") or {}).get("scale", 1.0)
+        return [*drawn, torch.tensor(float(lora_scale))], [
+            inputs["encoder_hidden_states"],
+            inputs["pooled_projections"],
+        ]
 
     def empty_inputs(self, size: tuple[int, int], *, images: int, text_tokens: int) -> Inputs:
         config, tokens = self.transformer.config, size[0] * size[1]

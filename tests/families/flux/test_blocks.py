@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from diffusers import FirstBlockCacheConfig, FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
 from clear_dist.comm.group import Group
@@ -123,24 +123,6 @@ def test_a_block_stays_what_it_is() -> None:
     handle.undo()
     assert [type(block) for block in before] == kinds
     assert torch.equal(run(pipe), run(make_tiny_pipeline()))
-
-
-def test_step_caches_are_refused() -> None:
-    """Before and after: diffusers knows its own blocks only."""
-    cache = FirstBlockCacheConfig(threshold=0.1)
-    pipe = make_tiny_pipeline()
-    handle = parallelize(pipe, **EXACT)
-    with pytest.raises(ValueError, match=r"StripedDoubleBlock.* not registered"):
-        pipe.transformer.enable_cache(cache)
-    assert relative_error(run(pipe), oracle_latents(4, None)) < 1e-4
-    handle.undo()
-    pipe.transformer.enable_cache(cache)
-    handle = parallelize(pipe, **EXACT)
-    with pytest.raises(ValueError, match="step caches must be off"):
-        run(pipe)
-    pipe.transformer.disable_cache()
-    assert relative_error(run(pipe), oracle_latents(4, None)) < 1e-4
-    handle.undo()
 
 
 @pytest.mark.parametrize("batch", [1, 2])

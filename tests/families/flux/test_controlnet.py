@@ -180,7 +180,7 @@ def unequal(group: Group, what: str) -> None:
     parallelize(pipe, window=RADIUS, group=group)
     control = OTHER if what == "picture" and group.rank == 1 else CONTROL
     scale = 0.5 if what == "scale" and group.rank == 1 else 1.0
-    with pytest.raises(ValueError, match="every rank must be given the same noise, pictures and step"):
+    with pytest.raises(ValueError, match="every rank must be given the same noise, pictures, scales and step"):
         run(pipe, control_image=control, controlnet_conditioning_scale=scale)
 
 
