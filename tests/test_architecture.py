@@ -104,6 +104,13 @@ def test_only_comm_knows_torch_distributed(file: Path) -> None:
         assert not [name for name in imports(file) if name.startswith("torch.distributed")]
 
 
+def test_no_module_needs_peft_to_be_imported() -> None:
+    """It is an extra, which only a LoRA asks for."""
+    for file in FILES:
+        named = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert not [node for node in named if "import peft" in ast.unparse(node) or "from peft" in ast.unparse(node)]
+
+
 def test_geometry_knows_no_tensors_and_env_only_the_standard_library() -> None:
     assert not [name for name in imports(PACKAGE / "geometry.py") if name.startswith(("torch", "numpy"))]
     assert not [name for name in imports(PACKAGE / "launch" / "env.py") if name.startswith(("torch", "clear_dist"))]

@@ -22,7 +22,9 @@ from clear_dist.options import Refusal, shortened
 Layers = Mapping[str, LoraLayer | None]
 """Layers of a part by their names, with underscores for dots; None: of unknown size."""
 PEFT_FILE, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = re.compile(r"lora_(?:unet|transformer)_|(?:(?:base_model\.model|(?:model\.)?diffusion_model|transformer)\.)*")
+PREFIX = re.compile(
+    r"lora_(?:unet|transformer)_|lycoris_|(?:(?:base_model\.model|(?:model\.)?diffusion_model|transformer)\.)*"
+)
 TEXT_PREFIX = re.compile(r"(?:lora_te|text_encoder_?)(\d?)[._]|text_encoders\.(?:clip_l|(t5xxl))\.transformer\.")
 TENSOR = re.compile(
     r"(.+?)\.(?:"
@@ -119,7 +121,7 @@ class _Reader:
             lacks = " and ".join({"down": "A (down)", "up": "B (up)"}[kind] for kind in sorted(missing))
             got = next(iter(tensors.values()))
             raise Refusal(f"a LoRA has two matrices for each layer, got {got} without {lacks} in {self.file}")
-        if {"magnitude", "bias"} <= tensors.keys() or {"magnitude", "diff_b"} <= tensors.keys():
+        if "magnitude" in tensors and tensors.keys() & {"bias", "diff_b"}:  # peft has no such
             raise Refusal(f"a DoRA must have no biases, got {tensors['magnitude']} with one in {self.file}")
         rank = self._rank(tensors)
         module = name if layer is None else next(iter(layer.modules))

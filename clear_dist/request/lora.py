@@ -36,16 +36,13 @@ def compare_loras(loras: Iterable[Lora], facts: ModelFacts, cards: Cards, option
     Where the model's numbers are unknown, layers of any known one pass, and sizes are not checked. Raises a Refusal,
     too, for a DoRA under options of which it cannot see the weights.
     """
-    for lora in loras:
-        if not os.path.isfile(lora.source):
-            continue
-        for pair in read_pairs(Path(lora.source), parts_of(facts, cards)):
-            other = next((name for name in NOT_WITH_DORA if getattr(options, name)), None)
-            if other is not None and pair.part == "transformer" and "magnitude" in pair.tensors:
-                raise Refusal(
-                    f"{lora.source} is a DoRA, which needs plain weights of its layers, got {spelled(other)}; "
-                    f"nearest: without {spelled(other)}"
-                )
+    files = [Path(lora.source) for lora in loras if os.path.isfile(lora.source)]
+    parts = parts_of(facts, cards) if files else {}
+    other = next((spelled(name) for name in NOT_WITH_DORA if getattr(options, name)), None)
+    for file in files:
+        pairs = read_pairs(file, parts)
+        if other and any(pair.part == "transformer" and "magnitude" in pair.tensors for pair in pairs):
+            raise Refusal(f"{file} is a DoRA, which needs plain weights, got {other}; nearest: without {other}")
 
 
 def parts_of(facts: ModelFacts, cards: Cards) -> dict[str, Layers | None]:

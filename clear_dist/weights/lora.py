@@ -10,9 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -77,6 +75,8 @@ def _landed(pair: Pair, tensors: Tensors, weight: float, file: Path) -> Iterator
 
 def _adapt(part: Any, state: Tensors, adapter: str, rule: str) -> None:
     """Put the adapter beside the layers, and see that it has got there; raises a Refusal that begins with `rule`."""
+    import peft  # an extra, which those who have no LoRA need not install
+
     ranks = {key.removesuffix(".lora_A.weight"): len(x) for key, x in state.items() if key.endswith(".lora_A.weight")}
     by_rank = {rank: _these(name for name in ranks if ranks[name] == rank) for rank in set(ranks.values())}
     patterns = {f"^{names}": rank for rank, names in by_rank.items()}
@@ -94,7 +94,11 @@ def _adapt(part: Any, state: Tensors, adapter: str, rule: str) -> None:
         part.add_adapter(config, adapter)
     absent = {key: torch.zeros(len(state[key.replace(".bias", ".weight")])) for key in biases - state.keys()}
     loaded: Any = peft.set_peft_model_state_dict(part, {**state, **absent}, adapter_name=adapter)
-    adapted = {name for name, layer in part.named_modules() if isinstance(layer, LoraLayer) and adapter in layer.lora_A}
+    adapted = {
+        name
+        for name, layer in part.named_modules()
+        if isinstance(layer, peft.tuners.lora.LoraLayer) and adapter in layer.lora_A
+    }
     if lost := [*(ranks.keys() ^ adapted), *loaded.unexpected_keys]:
         raise Refusal(f"{rule}, and peft did not take {min(lost)}")
 
