@@ -140,8 +140,9 @@ def _be_rank(work: Work, variables: dict[str, str], launcher: int, outbox: Conne
 
 def _leave(status: int) -> int:
     """End a rank that failed at once: tearing down torch.distributed would wait for the others."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # which has been told, where it was a result
+        sys.stdout.flush()
+        sys.stderr.flush()
     if status:
         os._exit(status)
     return status
