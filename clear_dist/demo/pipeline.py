@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -84,6 +85,7 @@ def export(pipeline: FluxPipeline, folder: Path, extra: dict[str, Path] | None =
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".weights-"))
     temporary.chmod(0o755)
     pipeline.to(torch.float16).save_pretrained(temporary, safe_serialization=True)
+    _name_as_published(temporary / "text_encoder" / "model.safetensors")
     tokenizers.save_clip_files(pipeline.tokenizer, temporary / "tokenizer")
     index = temporary / "model_index.json"
     entries = json.loads(index.read_text())
@@ -103,6 +105,13 @@ def export(pipeline: FluxPipeline, folder: Path, extra: dict[str, Path] | None =
         shutil.rmtree(retired)
     else:
         os.replace(temporary, folder)
+
+
+def _name_as_published(clip: Path) -> None:
+    """FLUX's own file has this prefix, with which every transformers reads it; a new model's is written without."""
+    prefix = "text_model."
+    tensors = {prefix + name.removeprefix(prefix): value for name, value in load_file(clip).items()}
+    save_file(tensors, clip, metadata={"format": "pt"})
 
 
 def _clean_configuration(path: Path) -> None:

@@ -1,6 +1,9 @@
 """The embedded weights: stock diffusers loads them, they are small, and they draw what they are told."""
 
 import re
+from copy import deepcopy
+from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +14,11 @@ from safetensors.torch import load_file
 from clear_dist.demo import CLEAR_WEIGHTS, DEFAULT_MAX_SEQUENCE_LENGTH, NATIVE_SIZE, WEIGHTS, WINDOW
 from clear_dist.demo.clear_window import image_side, window_mask
 from clear_dist.demo.grammar import CHOICES, DEFAULT_PROMPT
+from clear_dist.demo.pipeline import assemble, build_clip, export
 
 MOST_BYTES = 20 * 10**6
+CLIP = "cb70191da3f9df9641c8f1234483c13099cf6f7c25878bb0dd2f3b367a8f9a3a"
+"""Digest of its values in float16, by names in order; another one once it is trained anew."""
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +49,18 @@ def test_no_file_remembers_where_it_was_made():
         text = path.read_text()
         assert "_name_or_path" not in text
         assert not re.search(r'"/\w', text), path
+
+
+def test_clip_has_its_published_names_and_the_values_it_was_trained_to(pipeline, tmp_path):
+    """A fresh model is exported under the same names; older transformers read no others."""
+    file = Path("text_encoder", "model.safetensors")
+    stored = load_file(WEIGHTS / file)
+    fresh = assemble(pipeline.vae, pipeline.transformer, build_clip(), pipeline.text_encoder_2)
+    export(deepcopy(fresh), tmp_path / "weights")
+    assert load_file(tmp_path / "weights" / file).keys() == stored.keys()
+    assert {name.partition(".")[0] for name in stored} == {"text_model"}
+    loaded = sorted(pipeline.text_encoder.state_dict().items())
+    assert sha256(b"".join(value.half().numpy().tobytes() for _, value in loaded)).hexdigest() == CLIP
 
 
 def test_geometry_is_that_of_flux(pipeline):
