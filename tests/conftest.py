@@ -6,11 +6,18 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+from tests.patience import SECONDS_PER_TEST
 
 # A run that was started in the background ignores Ctrl-C, and commands under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before torch is imported, here and in all that is started: tests run beside each other, and threads that wait spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("PYTEST_TIMEOUT", str(SECONDS_PER_TEST))
+# No example has to be quick: a busy machine is no fault.
+settings.register_profile("unhurried", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="module", autouse=True)

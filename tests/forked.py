@@ -2,7 +2,6 @@
 
 import atexit
 import os
-import subprocess
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,13 +22,10 @@ class Forked:
         self._process, self._folder = process, folder
         atexit.register(self._kill)  # a test may fail before the command ends, which would be waited for
 
-    def communicate(self, timeout: float) -> tuple[str, str]:
+    def communicate(self) -> tuple[str, str]:
         """What it wrote to stdout and stderr, once it has ended."""
-        self._process.join(timeout)
+        self._process.join()
         self.returncode = self._process.exitcode
-        if self.returncode is None:
-            self._kill()
-            raise subprocess.TimeoutExpired("a forked command", timeout)
         atexit.unregister(self._kill)
         with self._folder as folder:
             return Path(folder, "1").read_text(), Path(folder, "2").read_text()

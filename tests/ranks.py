@@ -21,6 +21,7 @@ import torch.distributed as dist
 from clear_dist.comm.group import Group, PeerLost
 from clear_dist.commands import draw, verify
 from clear_dist.launch.ranks import QUIET
+from tests.patience import PATIENCE
 
 # Imported once, in the server that ranks are forked from, and all that these import: seconds, in each rank.
 PRELOADED = [
@@ -33,7 +34,7 @@ PRELOADED = [
     *verify.PRELOAD,
     "tests.frozen",
 ]
-SECONDS_AFTER_A_FAILURE = 10.0
+SECONDS_AFTER_A_FAILURE = 10.0 * PATIENCE
 
 
 class RanksFailedError(AssertionError):
@@ -59,7 +60,7 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: floa
 
     Args:
         function: importable, that is at the top level of a module; arguments and results are pickled, tensors too.
-        timeout: seconds after which all ranks are killed.
+        timeout: seconds after which all ranks are killed, times PATIENCE.
 
     Returns:
         What each rank returned, in order.
@@ -67,6 +68,7 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: floa
     Raises:
         RanksFailedError: a rank raised, died or hung. The others are given a few seconds to notice, then killed.
     """
+    timeout *= PATIENCE
     call = pickle.dumps((function, args, kwargs))
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = [_start(rank, size, store.port, timeout, call) for rank in range(size)]

@@ -23,7 +23,7 @@ def softmax_part(score_BLNS: Tensor, value_SD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @given(cuts=st.lists(st.integers(0, 12), max_size=4), spread=st.sampled_from([1.0, 30.0, 300.0]))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_parts_merge_to_the_whole(cuts: list[int], spread: float) -> None:
     generator = torch.Generator().manual_seed(0)
     score = torch.randn(*SHAPE[:3], 12, generator=generator) * spread

@@ -57,7 +57,7 @@ def test_blocks_suffice_wherever_the_queries_start(row_offset: int, radius: int,
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_blocks_suffice_for_any_geometry(data: st.DataObject) -> None:
     geometry = Geometry(
         rows=data.draw(st.integers(1, 30)),

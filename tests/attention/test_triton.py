@@ -26,7 +26,6 @@ SHARED_MEMORY = 227 * 1024
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is made for Linux only")
 
 
-@pytest.mark.timeout(300)
 def test_results_in_the_interpreter() -> None:
     tests = [str(FOLDER / file) for file in ("test_backends.py", "interpreted_triton.py")]
     command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *tests, "-k", "triton"]

@@ -48,7 +48,7 @@ def use_upper_half(group: Group) -> tuple | None:
         with pytest.raises(ValueError, match="rank of process_group"):
             Group.create("cpu", process_group=upper_half)
         return None
-    mine = Group.create("cpu", process_group=upper_half, timeout_seconds=60)
+    mine = Group.create("cpu", process_group=upper_half)
     found = (
         mine.rank,
         mine.ranks,
@@ -88,7 +88,7 @@ def split_again_and_again(group: Group, counts: tuple[int, ...]) -> list[tuple]:
 
 
 def split_the_world(group: Group, counts: tuple[int, ...], transport: str) -> list[tuple]:
-    return split_again_and_again(Group.create("cpu", transport=transport, timeout_seconds=60), counts)
+    return split_again_and_again(Group.create("cpu", transport=transport), counts)
 
 
 @pytest.mark.parametrize("transport", ["gloo", "host"])
@@ -104,8 +104,8 @@ def split_a_part_of_the_world(group: Group, counts: tuple[int, ...]) -> list[tup
     if group.rank < 2:
         return None
     for _ in range(3):
-        Group.create("cpu", process_group=upper, timeout_seconds=60).close()
-    return split_again_and_again(Group.create("cpu", process_group=upper, timeout_seconds=60), counts)
+        Group.create("cpu", process_group=upper).close()
+    return split_again_and_again(Group.create("cpu", process_group=upper), counts)
 
 
 def test_a_group_of_global_ranks_2_to_4_is_split_while_0_and_1_do_something_else() -> None:
@@ -148,7 +148,7 @@ def test_only_ranks_that_exist_can_be_split_off(count: int) -> None:
 
 
 def share(group: Group, transport: str) -> None:
-    group = Group.create("cpu", transport=transport, timeout_seconds=60)
+    group = Group.create("cpu", transport=transport)
     source = 1
     tensors = [
         torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).transpose(0, 2),
@@ -208,7 +208,7 @@ def lose_a_rank(group: Group, where: str, how: str) -> None:
 @pytest.mark.parametrize("where", ["halos", "text", "join", "decision"])
 def test_the_others_learn_of_a_lost_rank_within_seconds(where: str, how: str) -> None:
     with pytest.raises(RanksFailedError) as failed:
-        run_ranks(lose_a_rank, 3, where, how, timeout=60)
+        run_ranks(lose_a_rank, 3, where, how)
     failures = failed.value.failures
     assert ("the cause" if how == "raises" else "exit code -9") in failures[1]
     for rank in (0, 2):

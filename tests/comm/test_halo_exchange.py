@@ -68,7 +68,7 @@ def check_cases(group: Group, cases: list[Case], transport: str) -> None:
     # Fills what torch.empty returns with NaN.
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
-    group = Group.create("cpu", transport=transport, timeout_seconds=60)
+    group = Group.create("cpu", transport=transport)
     for case in cases:
         check_case(group, case)
 

@@ -11,7 +11,7 @@ WIDTH = 5
 
 
 def collect(group: Group, heights: tuple[int, ...], transport: str) -> list[list]:
-    group = Group.create("cpu", transport=transport, timeout_seconds=60)
+    group = Group.create("cpu", transport=transport)
     first = sum(heights[: group.rank])
     rows = torch.arange(first, first + heights[group.rank], dtype=torch.uint8)
     # Not contiguous, as pixels are once their channels have been moved.

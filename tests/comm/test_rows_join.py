@@ -16,7 +16,7 @@ CASES = list(product((8, 13, 19), (1, 5), (1, 2), (torch.float32, torch.bfloat16
 
 def join(group: Group, transport: str) -> None:
     torch.use_deterministic_algorithms(True)  # torch.empty returns NaN
-    group = Group.create("cpu", transport=transport, timeout_seconds=60)
+    group = Group.create("cpu", transport=transport)
     for rows, columns, batch, dtype in CASES:
         stripes, counters = cut_in_stripes(rows, group.size), Counters()
         stripe_join, own = StripeJoin(group, stripes, counters), stripes[group.rank]

@@ -30,7 +30,7 @@ def nan_filled(*args: object, **kwargs: object) -> torch.Tensor:
 def move(
     group: Group, have: Stripes, want: Stripes, transport: str, dtype: torch.dtype
 ) -> tuple[torch.Tensor, dict[str, list]]:
-    group = Group.create("cpu", transport=transport, timeout_seconds=60)
+    group = Group.create("cpu", transport=transport)
     mine, counters = have[group.rank], Counters()
     counters.begin_step()
     whole = picture(max(rows.stop for rows in have), dtype)

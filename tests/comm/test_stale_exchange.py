@@ -50,7 +50,7 @@ def check_case(group: Group, rows: int, radius: int | None, warmup: int, sending
 
 def check_cases(group: Group, cases: list[tuple[int, int | None, int, int]], transport: str) -> None:
     torch.use_deterministic_algorithms(True)
-    group = Group.create("cpu", transport=transport, timeout_seconds=60)
+    group = Group.create("cpu", transport=transport)
     for case in cases:
         check_case(group, *case)
 

@@ -37,7 +37,7 @@ def keys_of(rank: int, size: int, image: int, with_text: bool) -> list[int]:
 def reduce(
     group: Group, mode: str, image: int, dtype: torch.dtype, spread: float, transport: str
 ) -> tuple[list[Tensor], dict[str, list]]:
-    group = Group.create("cpu", transport=transport, timeout_seconds=60)
+    group = Group.create("cpu", transport=transport)
     counters = Counters()
     reduction = TextReduce(group, REDUCTIONS[mode], counters)
     mine = keys_of(group.rank, group.size, image, with_text=mode == "average" or group.rank == 0)

@@ -163,7 +163,7 @@ def every_way(group: Group) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def test_together_with_all_else() -> None:
-    for results in run_ranks(every_way, 3, timeout=110):
+    for results in run_ranks(every_way, 3):
         different = [name for name, (sharded, whole) in results.items() if not torch.equal(sharded, whole)]
         assert different == []
 

@@ -30,7 +30,6 @@ def run(*arguments: str, cwd: Path, **environment: str) -> tuple[int, list[str],
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
         capture_output=True,
         text=True,
-        timeout=240,
     )
     *lines, heavy = done.stdout.splitlines()
     assert heavy == "[]"

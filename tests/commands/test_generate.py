@@ -68,7 +68,7 @@ def start_on_ranks(model: Path, *arguments: str) -> Forked:
 def generate_on_ranks(model: Path, *arguments: str) -> int | None:
     """In a process of its own: this one may have run OpenMP's threads, after which a fork may hang."""
     process = start_on_ranks(model, *arguments)
-    process.communicate(timeout=240)
+    process.communicate()
     return process.returncode
 
 
@@ -143,7 +143,7 @@ def test_weights_that_lack_a_tensor_are_refused(model: Path, here: Path, capsys:
 def test_two_ranks_give_stock_latents_and_a_report(model: Path, here: Path) -> None:
     files = ("--latents_out", "l.safetensors", "--report", "r.json")
     process = launch(model, "a fox", "--nproc", "2", "--window", "full", *files)
-    output, errors = process.communicate(timeout=240)
+    output, errors = process.communicate()
     assert (process.returncode, errors) == (0, "")
     assert "ranks=2" in output
     pipe = FluxPipeline.from_pretrained(model)
@@ -178,12 +178,11 @@ AT_IMPORT = [
 def test_an_interrupt_while_libraries_are_imported(model: Path, here: Path, library: str, nproc: int) -> None:
     """At once, and as soon as one of them is mapped: of torch, NumPy, diffusers' and transformers'."""
     process = launch(model, "--nproc", str(nproc), "--steps", "1000")
-    deadline = time.monotonic() + 90
     while not (has_begun(process) and library in Path(f"/proc/{process.pid}/maps").read_text()):
-        assert time.monotonic() < deadline
+        assert process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate()
     assert (process.returncode, output, errors) == (130, "", "clear-dist: interrupted\n")
     assert os.listdir(here) == []
 
@@ -198,22 +197,20 @@ def processor_seconds(pid: int) -> float:
 def ranks_at_work(process: Forked, size: int) -> list[int]:
     """The launcher's children, once they have computed for a while."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    deadline = time.monotonic() + 90
     while len(children.read_text().split()) < size:
-        assert time.monotonic() < deadline
+        assert is_alive(process.pid)
         time.sleep(0.1)
     ranks = [int(pid) for pid in children.read_text().split()]
     while min(map(processor_seconds, ranks)) < SECONDS_AT_IMPORT:
-        assert time.monotonic() < deadline
+        assert all(map(is_alive, ranks))
         time.sleep(0.05)
-    assert all(map(is_alive, ranks))
     return ranks
 
 
 def test_a_stale_run_reports_its_buffers(model: Path, here: Path) -> None:
     stale = ("--schedule", "stale", "--warmup-steps", "1", "--report", "r.json")
     process = start_on_ranks(model, "a fox", "--nproc", "2", "--text-attention", "exact", *stale)
-    _, errors = process.communicate(timeout=240)
+    _, errors = process.communicate()
     assert (process.returncode, errors) == (0, "")
     report = json.loads(Path("r.json").read_text())
     # Two layers: a halo of one row of 4 tokens, and the text's maximum, output and weight, in float32.
@@ -236,13 +233,12 @@ def test_under_torchrun_a_killed_rank_is_told_of_in_one_line(model: Path, here: 
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3")
     long = ("--steps", "1000", "--warmup-steps", "1", "--schedule", "stale", "--preview-every", "2")
     process = launch(model, *long, launcher=torchrun)
-    deadline = time.monotonic() + 100
     while not os.listdir(here):  # a preview: the second step is over
-        assert time.monotonic() < deadline
+        assert is_alive(process.pid)
         time.sleep(0.1)
     ranks = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     os.kill(ranks[1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == 1
     (line,) = (found for found in errors.splitlines() if found.startswith("clear-dist: ") and "warning" not in found)
     # Whichever is quicker: a rank that notices, or torchrun, which ends the others.
@@ -252,7 +248,6 @@ def test_under_torchrun_a_killed_rank_is_told_of_in_one_line(model: Path, here: 
 
 
 @pytest.mark.skipif(missing_compiler("cpu") is not None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.timeout(400)
 def test_compiled_parts_draw_the_same_picture(model: Path, here: Path) -> None:
     for name, flags in (("eager", ()), ("compiled", ("--compile",))):
         files = ("--latents-out", f"{name}.safetensors", "--report", f"{name}.json")
@@ -284,7 +279,7 @@ def test_faults_in_the_middle_end_everything(
         os.killpg(process.pid, signal.SIGINT)
     else:
         os.kill(ranks[1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == status
     assert [found for found in errors.splitlines() if "warning" not in found] == [line]
     assert ended(ranks)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -46,7 +46,6 @@ def different(found: np.ndarray, expected: np.ndarray) -> float:
     return float((found != expected).mean())
 
 
-@settings(deadline=None)
 @given(SIDES, SIDES, SIDES, SIDES, st.data())
 def test_any_rows_at_any_ratio_are_the_whole_pictures(
     height: int, width: int, new_height: int, new_width: int, data: st.DataObject
@@ -58,7 +57,6 @@ def test_any_rows_at_any_ratio_are_the_whole_pictures(
     assert different(found, whole(pixels, new_size)[rows.start : rows.stop]) < 0.01
 
 
-@settings(deadline=None)
 @given(SIDES, SIDES, st.data())
 def test_rows_behind_are_hardly_more_than_those_that_count(height: int, new_height: int, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, new_height - 1))

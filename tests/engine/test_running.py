@@ -27,7 +27,7 @@ EXACT: dict[str, Any] = {"window": 4, "text_attention": "exact"}
 def first_ranks(group: Group, count: int) -> Group | None:
     """On the first ranks a group of them alone; None on the others, which take no part."""
     members = dist.new_group(list(range(count)))
-    return Group.create("cpu", process_group=members, timeout_seconds=60) if group.rank < count else None
+    return Group.create("cpu", process_group=members) if group.rank < count else None
 
 
 def subgroup_then_all_then_subgroup(group: Group) -> list[tuple[list[tuple[int, int]], float]]:

@@ -206,7 +206,7 @@ def test_a_forward_that_broke_off_leaves_nothing_behind() -> None:
 
 
 def counted(group: Group, case: dict[str, Any], height: int, transport: str) -> tuple[list[int], list[int]]:
-    group = Group.create("cpu", transport=transport, timeout_seconds=60)
+    group = Group.create("cpu", transport=transport)
     pipe = make_tiny_pipeline()
     handle = parallelize(pipe, group=group, **case)
     run(pipe, steps=2, height=height)

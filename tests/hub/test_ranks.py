@@ -44,12 +44,12 @@ def fetch_for_longer_than_the_timeout(group: Group, fails: bool) -> str:
 
 
 def test_a_slow_download_does_not_lose_the_ranks_that_wait_for_it() -> None:
-    assert run_ranks(fetch_for_longer_than_the_timeout, 2, False, timeout=40) == ["here/file", "here/file"]
+    assert run_ranks(fetch_for_longer_than_the_timeout, 2, False) == ["here/file", "here/file"]
 
 
 def test_a_failed_download_is_told_by_all_ranks() -> None:
     with pytest.raises(RanksFailedError) as failed:
-        run_ranks(fetch_for_longer_than_the_timeout, 2, True, timeout=40)
+        run_ranks(fetch_for_longer_than_the_timeout, 2, True)
     assert [failed.value.failures[rank].splitlines()[-1] for rank in (0, 1)] == [
         "ZeroDivisionError: the cause",
         "RuntimeError: ZeroDivisionError: the cause",

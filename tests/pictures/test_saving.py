@@ -213,7 +213,7 @@ def test_sigterm_while_writing_leaves_nothing(tmp_path: Path) -> None:
     assert len(os.listdir(tmp_path)) == 1
     time.sleep(0.1)
     process.terminate()
-    process.communicate(timeout=10)
+    process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
     assert os.listdir(tmp_path) == []
 

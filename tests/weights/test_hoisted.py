@@ -49,7 +49,7 @@ def compared(group: Group, settings: dict[str, Any]) -> dict[str, bool]:
 
 @pytest.mark.parametrize(("size", "settings"), [(1, EXACT), (3, {"window": "full"}), (3, STALE)])
 def test_hoisted_is_not_hoisted_to_the_bit(size: int, settings: dict[str, Any]) -> None:
-    for same in run_ranks(compared, size, settings, timeout=120):
+    for same in run_ranks(compared, size, settings):
         assert [name for name, equal in same.items() if not equal] == []
 
 

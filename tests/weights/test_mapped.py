@@ -116,7 +116,7 @@ def test_ranks_share_one_copy_of_the_weights(folder: Path, tmp_path: Path) -> No
     large = make_stand_in(tmp_path / "large", shards=2, clear_radius=8)
     files = [*large.glob("transformer/*.safetensors"), large / "clear_local_8.safetensors"]
     weights = sum(file.stat().st_size for file in files)
-    together = sum(run_ranks(load_and_measure, RANKS, folder, large, timeout=100))
+    together = sum(run_ranks(load_and_measure, RANKS, folder, large))
     assert 0.95 * weights < together <= SHARING * weights
 
 
