@@ -142,6 +142,21 @@ def test_files_and_functions_keep_their_bounds() -> None:
     assert too_long == []
 
 
+def test_what_is_imported_is_declared_with_a_lower_bound() -> None:
+    """`.ci/run --oldest` installs these bounds."""
+    lowest = subprocess.run([sys.executable, ".ci/lowest"], cwd=PACKAGE.parent, capture_output=True, text=True)
+    declared = {line.partition("==")[0].replace("pillow", "PIL") for line in lowest.stdout.split()}
+    imported = {name.partition(".")[0] for file in FILES for name in imports(file)}
+    assert imported - sys.stdlib_module_names - {"clear_dist"} <= declared
+
+
+def test_no_test_has_a_limit_of_its_own() -> None:
+    """`tests/patience.py` has them: what is long enough here is not on a busy machine."""
+    own = re.compile(r"communicate\(timeout|mark\.timeout|perf_counter\(\)")
+    tests = set(Path(__file__).parent.rglob("*.py")) - {Path(__file__)}
+    assert [str(file) for file in tests if own.search(file.read_text())] == []
+
+
 def test_no_global_statement_and_no_state_on_modules() -> None:
     trees = {file: ast.parse(file.read_text()) for file in FILES}
     assert not [

@@ -1,6 +1,7 @@
 """Messages between ranks."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,7 +11,7 @@ from clear_dist.comm.group import Group
 Message = tuple[int, torch.Tensor]
 """Peer (rank within the group), and a buffer on the wire's side."""
 
-all_gather: Callable[..., dist.Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """Renamed in torch 2.13."""
 
 
