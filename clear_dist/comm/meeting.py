@@ -35,12 +35,12 @@ class Patience:
         waited, missing = time.monotonic() - self._began, ", ".join(map(str, ranks[:MOST_NAMED]))
         more = " and others" * (len(ranks) > MOST_NAMED)
         who = f"rank{'s' * (len(ranks) > 1)} {missing}{more} of {self._world_size}"
-        if waited >= self._seconds:
-            raise TimeoutError(f"{who} did not come within {self._seconds:g} s; to wait longer: --join-timeout")
         if waited >= self._next_word:
             self._next_word += SECONDS_BETWEEN_WORDS
             if speaks:
                 say(f"waiting for {who} since {waited:.0f} s; for at most {self._seconds:g} s (--join-timeout)")
+        if waited >= self._seconds:
+            raise TimeoutError(f"{who} did not come within {self._seconds:g} s; to wait longer: --join-timeout")
 
 
 def meet(place: Place, join_seconds: float) -> dist.Store:

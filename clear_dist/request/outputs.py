@@ -78,11 +78,11 @@ def claimed(request: Request) -> Iterator[Path | None]:
     A byte for each name in a file of the user's, which machines of a cluster share as they share the home folder.
     """
     given = (*request.outputs, request.latents_out, request.report, request.profile)
-    locks = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "clear-dist", "outputs")
     try:
+        locks = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "clear-dist", "outputs")
         locks.parent.mkdir(parents=True, exist_ok=True)
         stream = locks.open("ab")
-    except OSError:  # a home that cannot be written to ends no work
+    except (OSError, RuntimeError):  # no home, or one that cannot be written to, ends no work
         yield None
         return
     with stream:

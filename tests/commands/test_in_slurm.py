@@ -93,7 +93,7 @@ def test_the_batch_script_starts_torchrun_which_runs_the_file_of_a_checkout(mode
 def test_an_output_that_another_job_writes_is_refused(model: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = {"XDG_CACHE_HOME": str(here / "cache")}
     monkeypatch.setenv("XDG_CACHE_HOME", home["XDG_CACHE_HOME"])
-    mine = SimpleNamespace(output=Path("x.png"), latents_out=None, report=Path("r.json"), profile=None)
+    mine = SimpleNamespace(outputs=(Path("x.png"),), latents_out=None, report=Path("r.json"), profile=None)
     with outputs.claimed(mine) as taken:
         assert taken is None
         for flags, name in (
