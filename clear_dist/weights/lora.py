@@ -21,6 +21,9 @@ from clear_dist.request.request import Lora
 
 Tensors = Mapping[str, Tensor]
 
+KIND = re.compile(r"(\.lora_\w+)\.(weight|bias)$")
+"""Between these two a model has the adapter's name, a file has not."""
+
 
 def load_loras(pipe: Any, loras: Iterable[Lora], cards: Cards) -> None:
     """Put LoRA on the parts of a pipeline that are here, each with its weight.
@@ -62,7 +65,7 @@ def _landed(pair: Pair, tensors: Tensors, weight: float, file: Path) -> Iterator
     scale = weight * float(own.get("alpha", pair.alpha)) / pair.rank
     added = {"lora_B.weight": own["up"] * scale}
     if "magnitude" in own:
-        added["lora_magnitude_vector"] = own["magnitude"].flatten()
+        added["lora_magnitude_vector.weight"] = own["magnitude"].flatten()
     if "bias" in own or "diff_b" in own:
         added["lora_B.bias"] = scale * own.get("bias", torch.zeros(())) + weight * own.get("diff_b", torch.zeros(()))
     for name, x in added.items():
@@ -93,7 +96,9 @@ def _adapt(part: Any, state: Tensors, adapter: str, rule: str) -> None:
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are what is wanted
         part.add_adapter(config, adapter)
     absent = {key: torch.zeros(len(state[key.replace(".bias", ".weight")])) for key in biases - state.keys()}
-    loaded: Any = peft.set_peft_model_state_dict(part, {**state, **absent}, adapter_name=adapter)
+    # Not by `peft.set_peft_model_state_dict`, which asks for the whole model's, shards included.
+    own = {KIND.sub(rf"\1.{adapter}.\2", key): x for key, x in (*state.items(), *absent.items())}
+    loaded = part.load_state_dict(own, strict=False)
     adapted = {
         name
         for name, layer in part.named_modules()

@@ -249,7 +249,7 @@ def test_a_lora_of_the_hub_is_compared_once_it_is_fetched(
     model: Path, tensors: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before anything is loaded; the hub is played by a folder."""
-    monkeypatch.setattr(hub, "fetch", lambda wants: None)
+    monkeypatch.setattr(hub, "fetch", lambda wants, quiet: None)
     monkeypatch.setattr(hub, "cached", lambda want: tmp_path)
     flags = GenerateFlags(model=str(model), lora=["someone/style:style.safetensors:0.5"], device="cpu")
     request, *_ = settle(flags, Place(), CARDS)
