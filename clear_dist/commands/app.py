@@ -121,6 +121,8 @@ def _no_command(arguments: Sequence[str]) -> str:
     words = list(takewhile(lambda word: not word.startswith("-"), arguments))
     close = get_close_matches(words[0], COMMANDS, n=1)
     nearest = close[0] if close else f"generate {shlex.quote(' '.join(words))}"
+    if words[0] in ("help", "version"):
+        nearest = f"--{words[0]}"
     given = shortened(words[0])
     return f"a command must be one of {', '.join(COMMANDS)}, got {given!r}; nearest: clear-dist {nearest}"
 

@@ -79,6 +79,7 @@ def run(*arguments: str, cwd: Path, **environment: str) -> tuple[int, list[str],
         ),
         (["a lighthouse"], "got 'a lighthouse'; nearest: clear-dist generate 'a lighthouse'"),
         (["the", "sea's", "end", "--res", "64"], """nearest: clear-dist generate 'the sea'"'"'s end'"""),
+        (["help"], "got 'help'; nearest: clear-dist --help"),
         (["--"], "a command is needed"),
     ],
 )

@@ -177,7 +177,7 @@ AT_IMPORT = [
 @pytest.mark.parametrize(("library", "nproc"), AT_IMPORT)
 def test_an_interrupt_while_libraries_are_imported(model: Path, here: Path, library: str, nproc: int) -> None:
     """At once, and as soon as one of them is mapped: of torch, NumPy, diffusers' and transformers'."""
-    process = launch(model, "--nproc", str(nproc), "--steps", "1000")
+    process = launch(model, "a fox", "--window", "full", "--nproc", str(nproc), "--steps", "1000")
     while not (has_begun(process) and library in Path(f"/proc/{process.pid}/maps").read_text()):
         assert process.poll() is None
         time.sleep(0.01)
@@ -232,7 +232,7 @@ def test_hoisted_modulation_draws_the_same_picture(model: Path, here: Path, caps
 def test_under_torchrun_a_killed_rank_is_told_of_in_one_line(model: Path, here: Path) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3")
     long = ("--steps", "1000", "--warmup-steps", "1", "--schedule", "stale", "--preview-every", "2")
-    process = launch(model, *long, launcher=torchrun)
+    process = launch(model, "a fox", "--text-attention", "exact", *long, launcher=torchrun)
     while not os.listdir(here):  # a preview: the second step is over
         assert is_alive(process.pid)
         time.sleep(0.1)
@@ -271,9 +271,8 @@ def test_compiled_parts_draw_the_same_picture(model: Path, here: Path) -> None:
 def test_faults_in_the_middle_end_everything(
     model: Path, here: Path, fault: str, status: int, line: str, schedule: str
 ) -> None:
-    process = start_on_ranks(
-        model, "--nproc", "3", "--steps", "1000", "--res", "512", "--cascade", "off", "--schedule", schedule
-    )
+    large = ("--steps", "1000", "--res", "512", "--cascade", "off", "--schedule", schedule)
+    process = start_on_ranks(model, "a fox", "--nproc", "3", "--text-attention", "exact", *large)
     ranks = ranks_at_work(process, 3)
     if fault == "interrupt":
         os.killpg(process.pid, signal.SIGINT)

@@ -45,7 +45,7 @@ def test_the_demo_passes_its_own_checks() -> None:
     assert request.window == demo.WINDOW
     assert request.clear_weights == str(demo.CLEAR_WEIGHTS)
     assert request.prompts == (demo.DEFAULT_PROMPT,)
-    assert [line.split()[0] for line in lines] == ["model:"]
+    assert [line.split()[0] for line in lines] == ["model:", "prompt:"]
 
 
 @pytest.mark.parametrize(
