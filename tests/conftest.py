@@ -15,6 +15,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before torch is imported, here and in all that is started: tests run beside each other, and threads that wait spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("PYTEST_TIMEOUT", str(SECONDS_PER_TEST))
+# Kernels are compiled here; what Triton interprets, `tests/attention/test_triton.py` starts.
+os.environ.pop("TRITON_INTERPRET", None)
 # No example has to be quick: a busy machine is no fault.
 settings.register_profile("unhurried", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")

@@ -70,7 +70,7 @@ def test_backend_in_half_precision(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
-@settings(max_examples=15)
+@settings(deadline=None, max_examples=15)
 def test_backend_on_any_geometry(name: str, data: st.DataObject) -> None:
     case = Case(
         rows=data.draw(st.integers(1, 28), "rows"),

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is m
 
 def test_results_in_the_interpreter() -> None:
     tests = [str(FOLDER / file) for file in ("test_backends.py", "interpreted_triton.py")]
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *tests, "-k", "triton"]
+    command = [sys.executable, "-m", "pytest", "-n0", "-pno:cacheprovider", "--noconftest", *tests, "-k", "triton"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=FOLDER.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
