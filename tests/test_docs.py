@@ -29,8 +29,10 @@ def test_the_page_of_flags_is_made_from_the_records() -> None:
     assert flags.PAGE.read_text() == flags.page(), "python -m docs.flags makes it anew"
 
 
-def test_only_flags_are_explained_at_length() -> None:
-    assert set(flags.long_texts()[1]) <= FLAGS
+def test_only_flags_are_explained_at_length_and_each_once() -> None:
+    headings = re.findall(r"^### `(.*)`$", flags.LONG.read_text(), flags=re.MULTILINE)
+    assert set(headings) <= FLAGS
+    assert len(headings) == len(set(headings)), "the last one would hide the others"
 
 
 @every_document
