@@ -16,4 +16,4 @@ ranks=$1
 shift
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-exec torchrun --standalone --nproc_per_node "$ranks" "$root/clear-dist" generate "$@"
+exec torchrun --standalone --nproc_per_node "$ranks" -- "$root/clear-dist" generate "$@"  # or torchrun reads our flags

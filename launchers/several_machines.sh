@@ -17,4 +17,4 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 exec torchrun --nnodes "$MACHINES" --nproc_per_node "$RANKS" --rdzv_backend c10d --rdzv_endpoint "$RENDEZVOUS" \
-    --rdzv_id "${RUN:-clear-dist}" "$root/clear-dist" generate "$@"
+    --rdzv_id "${RUN:-clear-dist}" -- "$root/clear-dist" generate "$@"

@@ -132,6 +132,18 @@ def test_a_launcher_without_arguments_tells_its_own(tmp_path: Path) -> None:
     assert done.stderr.startswith("usage: one_machine.sh RANKS ")
 
 
+@pytest.mark.parametrize(("launcher", "first"), [("one_machine", ["2"]), ("several_machines", [])])
+def test_a_launcher_keeps_our_flags_from_torchrun(launcher: str, first: list[str], tmp_path: Path) -> None:
+    """`torchrun clear-dist generate --nproc 2` is torchrun's `ambiguous option: --nproc`, unless `--` stands before."""
+    torchrun = tmp_path / "torchrun"
+    torchrun.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    torchrun.chmod(0o755)
+    place = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RENDEZVOUS": "a:1", "MACHINES": "2", "RANKS": "2"}
+    command = ["bash", str(ROOT / "launchers" / f"{launcher}.sh"), *first, "a hill", "--nproc", "3"]
+    given = subprocess.run(command, env=os.environ | place, capture_output=True, text=True).stdout.splitlines()
+    assert given[given.index("--") + 1 :] == [str(ROOT / "clear-dist"), "generate", "a hill", "--nproc", "3"]
+
+
 def test_the_version(tmp_path: Path) -> None:
     assert run("--version", cwd=tmp_path)[:2] == (0, ["clear-dist 0.1.0"])
 
