@@ -1,7 +1,10 @@
 """The tool that the other tests stand on: results, tracebacks, deaths and hangs all come back, in time."""
 
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,3 +59,12 @@ def test_a_hang_ends_in_time() -> None:
 
 def raise_nothing(group: Group) -> None:
     group.barrier()
+
+
+def test_limits_grow_by_one_variable() -> None:
+    command = [sys.executable, "-m", "pytest", "-n0", "-v", "--collect-only", "tests/test_options.py"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_TIMEOUT"}
+    done = subprocess.run(
+        command, env=environment | {"TEST_PATIENCE": "3"}, cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
+    assert "timeout: 1800.0s" in done.stdout
