@@ -1,6 +1,7 @@
 """Checks that a model is still as diffusers made it: on stripes, changes would be lost or bypassed."""
 
 import re
+from collections import OrderedDict
 from collections.abc import Collection
 from typing import Any, NoReturn
 
@@ -14,6 +15,7 @@ CACHED = (
     "step caches must be off: each rank would decide from its own stripe whether to skip a step; "
     "call pipe.transformer.disable_cache() or leave them out"
 )
+IN_SHARDS = "weights in shards cannot be saved: each rank has its share; call undo() first"
 OTHERS_PARALLELISM = "diffusers' own enable_parallelism cannot be combined with parallelize; use one of them"
 CACHES = re.compile(r"cache|fbc|broadcast|skip")
 """Names of diffusers' hooks that leave out a layer in some steps."""
@@ -52,11 +54,21 @@ class OnStripes:
             )
         super().fuse_lora(*args, **kwargs)  # type: ignore[misc]
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        if any(map(is_shard, self.parameters())):  # type: ignore[attr-defined]
+            raise ValueError(IN_SHARDS)
+        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         held = super().state_dict(*args, **kwargs)  # type: ignore[misc]
-        if any(map(is_shard, held.values())):
-            raise ValueError("weights in shards cannot be saved: each rank has its share; call undo() first")
-        return held
+        return Shares(held) if any(map(is_shard, held.values())) else held
+
+
+class Shares(OrderedDict[str, Any]):
+    """A state that may be looked at, as diffusers does where it loads a LoRA, and is not saved."""
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise ValueError(IN_SHARDS)
 
 
 def is_shard(x: Any) -> bool:

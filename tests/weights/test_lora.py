@@ -75,6 +75,10 @@ def used(group: Group, files: dict[str, Path]) -> dict[str, Tensor]:
     pipe.unload_lora_weights()
     latents["unloaded"] = run(pipe)
     handle.undo()
+    handle = parallelize(pipe, group=group, shard_weights=True, **EXACT)
+    load(pipe, files, "a")
+    latents["in shards"] = run(pipe)
+    handle.undo()
     return latents
 
 
@@ -88,6 +92,7 @@ def test_lora_on_three_ranks_is_what_it_adds_to_the_weights(files: dict[str, Pat
         "off": {},
         "before": {"a": 1.0},
         "unloaded": {},
+        "in shards": {"a": 1.0},
     }
     oracle = {name: expected(**given) for name, given in weights.items()}
     assert relative_error(oracle["loaded"], oracle["off"]) > 1e-2
