@@ -49,7 +49,7 @@ def meet_again_and_again(rounds: int, latest: float) -> None:
     late = random.Random(os.environ["RANK"])
     for number in range(rounds):
         time.sleep(late.random() * latest)
-        groups = [Group.create("cpu", timeout_seconds=30) for _ in range(1 + number % 2)]
+        groups = [Group.create("cpu") for _ in range(1 + number % 2)]
         for group in groups:
             everyone = [str(rank) for rank in range(group.size)]
             assert group.gather_objects(os.environ["RANK"]) == everyone

@@ -57,7 +57,7 @@ def script(tmp_path: Path) -> Path:
 def run(script: Path, streams: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
     command = ["bash", "-c", f'"$@" {streams}', "bash", sys.executable, str(script), *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
-    return subprocess.run(command, capture_output=True, cwd=script.parent, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, cwd=script.parent, env=environment)
 
 
 @pytest.mark.parametrize("streams", ["2>&-", ">&- 2>&- <&-", ">/dev/full 2>/dev/full", "| true"])
