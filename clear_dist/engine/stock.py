@@ -3,6 +3,7 @@
 import re
 from collections import OrderedDict
 from collections.abc import Collection
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -17,50 +18,56 @@ CACHED = (
 )
 IN_SHARDS = "weights in shards cannot be saved: each rank has its share; call undo() first"
 OTHERS_PARALLELISM = "diffusers' own enable_parallelism cannot be combined with parallelize; use one of them"
+FUSED = "fused projections cannot be cut; leave out fuse_qkv_projections()"
+COPIED = "a model on stripes cannot be copied or pickled: it is tied to its ranks; call undo() first"
 CACHES = re.compile(r"cache|fbc|broadcast|skip")
 """Names of diffusers' hooks that leave out a layer in some steps."""
 
 
 class OnStripes:
-    """A model's answers, until `undo`, to what would fail later in words of others, or give wrong pictures."""
+    """A model's answers, until `remove`, to what would fail later in words of others, or give wrong pictures.
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            refuse_compiled()
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]  # the model's own
+    Attributes of this one instance: its class stays, by which diffusers tells the parts of pipelines.
+    """
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise ValueError("a model on stripes cannot be copied or pickled: it is tied to its ranks; call undo() first")
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        refused = {
+            COMPILED: ("compile", "compile_repeated_blocks"),
+            CACHED: ("enable_cache",),
+            OTHERS_PARALLELISM: ("enable_parallelism",),
+            FUSED: ("fuse_qkv_projections",),
+            COPIED: ("__deepcopy__", "__reduce_ex__"),
+        }
+        self._answers: dict[str, Any] = {name: partial(refuse, why) for why, names in refused.items() for name in names}
+        # A call of the model finds its class's; what torch.compile compiles is this one.
+        self._answers |= {
+            "__call__": refuse_compiled,
+            "fuse_lora": self._fuse_lora,
+            "save_pretrained": self._save_pretrained,
+            "state_dict": self._state_dict,
+        }
+        vars(model).update(self._answers)
 
-    def compile(self, *_: Any, **__: Any) -> NoReturn:
-        raise ValueError(COMPILED)
+    def remove(self) -> None:
+        for name in self._answers:
+            vars(self._model).pop(name, None)
 
-    compile_repeated_blocks = compile
-
-    def enable_cache(self, config: Any) -> NoReturn:
-        raise ValueError(CACHED)
-
-    def enable_parallelism(self, **_: Any) -> NoReturn:
-        raise ValueError(OTHERS_PARALLELISM)
-
-    def fuse_qkv_projections(self) -> NoReturn:
-        raise ValueError("fused projections cannot be cut; leave out fuse_qkv_projections()")
-
-    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
-        adapted = [module for module in self.modules() if hasattr(module, "merged_adapters")]  # type: ignore[attr-defined]
+    def _fuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        adapted = [module for module in self._model.modules() if hasattr(module, "merged_adapters")]
         if any(len({is_shard(weight) for weight in module.parameters()}) > 1 for module in adapted):
             raise ValueError(
-                "a LoRA loaded after its layers were sharded cannot be fused; undo() first, or do not fuse it"
+                "a LoRA loaded after its layers were sharded cannot be fused; undo() first, or don't fuse it"
             )
-        super().fuse_lora(*args, **kwargs)  # type: ignore[misc]
+        type(self._model).fuse_lora(self._model, *args, **kwargs)
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        if any(map(is_shard, self.parameters())):  # type: ignore[attr-defined]
+    def _save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        if any(map(is_shard, self._model.parameters())):
             raise ValueError(IN_SHARDS)
-        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        type(self._model).save_pretrained(self._model, *args, **kwargs)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        held = super().state_dict(*args, **kwargs)  # type: ignore[misc]
+    def _state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        held = type(self._model).state_dict(self._model, *args, **kwargs)
         return Shares(held) if any(map(is_shard, held.values())) else held
 
 
@@ -71,22 +78,19 @@ class Shares(OrderedDict[str, Any]):
         raise ValueError(IN_SHARDS)
 
 
+def refuse(why: str, *_: Any, **__: Any) -> NoReturn:
+    raise ValueError(why)
+
+
 def is_shard(x: Any) -> bool:
     """Whether a tensor is a share of one, as FSDP leaves them."""
     return hasattr(x, "to_local")
 
 
 @torch.compiler.disable(reason=COMPILED)
-def refuse_compiled() -> NoReturn:
-    """Raises ValueError, in a call of its own: what is raised in a compiled function becomes the compiler's error."""
+def refuse_compiled(*_: Any, **__: Any) -> NoReturn:
+    """Raises ValueError, outside of what is compiled: what is raised in there becomes the compiler's error."""
     raise ValueError(COMPILED)
-
-
-def on_stripes(stock: Any) -> Any:
-    """A class of models on stripes; by its names diffusers saves models and tells pipelines' parts."""
-    return type(
-        stock.__name__, (OnStripes, stock), {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
-    )
 
 
 def attention_layers(model: nn.Module) -> dict[str, Any]:

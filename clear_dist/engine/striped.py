@@ -20,7 +20,7 @@ from clear_dist.engine.family import Family, Removable
 from clear_dist.engine.parts import Parts
 from clear_dist.engine.room import require_room
 from clear_dist.engine.settings import Settings
-from clear_dist.engine.stock import attention_layers, on_stripes, require_not_wrapped, require_supported
+from clear_dist.engine.stock import OnStripes, attention_layers, require_not_wrapped, require_supported
 from clear_dist.geometry import plan_text
 
 SOME_WEIGHTS = 11
@@ -79,11 +79,10 @@ class StripedModel:
         self._stock_processors = {name: self._layers[name].processor for name in processors}
         for name, processor in processors.items():
             self._layers[name].set_processor(processor)
-        self._stock_class = type(transformer)
-        transformer.__class__ = on_stripes(self._stock_class)
         self._hooks: list[Removable] = [
             *shards,
             *family.hooks(self),
+            OnStripes(transformer),
             transformer.register_forward_pre_hook(self._before, with_kwargs=True),
             transformer.register_forward_hook(self._after),
         ]
@@ -177,7 +176,6 @@ class StripedModel:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self.family.transformer.__class__ = self._stock_class
         for name, stock in self._stock_processors.items():
             if getattr(self._layers[name].processor, "striped", None) is self:
                 self._layers[name].set_processor(stock)
