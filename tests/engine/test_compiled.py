@@ -40,7 +40,7 @@ def compiled_and_eager(group: Group, settings: list[dict[str, Any]]) -> list[tup
 @needs_compiler
 def test_compiled_is_eager() -> None:
     stale = EXACT | {"schedule": "stale", "warmup_steps": 1}
-    for results in run_ranks(compiled_and_eager, 2, [EXACT, EXACT | {"hoist_modulation": True}, stale]):
+    for results in run_ranks(compiled_and_eager, 2, [EXACT, EXACT | {"hoist_modulation": True}, stale], timeout=500):
         for compiled, eager in results:
             assert relative_error(compiled, eager) < 1e-5
         for compiled, _ in results[:2]:
