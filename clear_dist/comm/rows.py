@@ -127,13 +127,13 @@ def collect_stripes(local: Tensor, group: Group, heights: tuple[int, ...]) -> It
     if len(local) and group.rank == 0:
         yield local.cpu()
     elif len(local):
-        carried = group.wire_buffer(local.shape, local.dtype)
-        carried.copy_(local)
+        # From CPU to CPU, by gloo: NCCL would connect each pair of ranks anew, when memory is fullest.
         with telling_lost_peers("rank 0"):
-            dist.send(carried, group=group.main, group_dst=0)
+            dist.send(local.cpu().contiguous(), group=group.main, group_dst=0)
     for peer, rows in enumerate(heights):
         if group.rank == 0 and peer != 0 and rows:
-            carried = group.wire_buffer((rows, *local.shape[1:]), local.dtype)
+            carried = torch.empty((rows, *local.shape[1:]), dtype=local.dtype)
             with telling_lost_peers(f"rank {group.ranks[peer]}"):
                 dist.recv(carried, group=group.main, group_src=peer)
-            yield carried.cpu()
+            yield carried
+            del carried  # before the next one comes

@@ -135,8 +135,7 @@ def picture_rows(drawing: Drawing, index: int, group: Group) -> Iterator[np.ndar
         rows_RWC = torch.empty(0, drawing.size[1], 3, dtype=torch.uint8)
     else:
         rows_RWC = drawing.pixels[index].permute(1, 2, 0)
-    for stripe in collect_stripes(rows_RWC, group, tuple(map(len, drawing.rows))):
-        yield stripe.numpy()
+    yield from map(Tensor.numpy, collect_stripes(rows_RWC, group, tuple(map(len, drawing.rows))))
 
 
 def _encoded(

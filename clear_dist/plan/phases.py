@@ -104,7 +104,8 @@ class Memory:
         step, masks = self.engine.step(asked, stage, part), self._masks(rank, number)
         yield self._phase("denoise", number, {**kept, **self._denoising(stage, step), **masks}, step.where)
         held = {**held, **masks}
-        drawn, decoding = {"latents": 3 * self._latents(stage)}, self.engine.vae(asked, part)
+        joined = 2 * self._latents(stage) + self._latents(stage) // part.ranks  # and buffers of all, and of mine
+        drawn, decoding = {"latents": joined}, self.engine.vae(asked, part)
         yield self._phase(
             "decode", number, {**self._with_vae({**kept, **held}), **drawn, "VAE activations": decoding.peak}
         )

@@ -106,7 +106,7 @@ def test_a_file_of_the_hub_is_fetched_at_its_revision_and_checked(
     make_clear_weights(make_tiny_pipeline(single_blocks=2).transformer, fetched["v2"] / file, down_factor=4)
     asked: list[tuple[str, str, str | None]] = []
 
-    def fetch(wants: Sequence[Wanted]) -> None:
+    def fetch(wants: Sequence[Wanted], *, quiet: bool) -> None:
         asked.extend((want.repository, want.needed, want.revision) for want in wants)
 
     monkeypatch.setattr(hub, "fetch", fetch)

@@ -3,6 +3,7 @@
 The plan runs the engine without values in another process; here it runs with values, and draws.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +31,6 @@ from tests.tiny import CLIP_WIDTH, T5_WIDTH, draw_weights, make_clear_weights, m
 TOLERANCE = 0.07
 LEAST = 2**21
 """Bytes: below, a few numbers for each picture, which are not estimated, weigh too much."""
-UNPLANNED = 2**19
-"""Bytes that these may be, such as buffers of a rank's part of joins; seen where bytes of pixels are all there is."""
 SETTINGS = (
     "window", "text_attention", "text_tokens", "schedule", "warmup_steps", "int8", "attention_backend", "shard_weights",
     "hoist_modulation",
@@ -108,8 +107,7 @@ def counted(group: Group, case: dict[str, Any]) -> Peaks:
             watched.stage = number
             drawing = cascade.draw(stage, drawing)
             with watched.phase("save"):
-                for _ in picture_rows(drawing, 0, group):
-                    pass
+                deque(picture_rows(drawing, 0, group), maxlen=0)
     return watched.peaks
 
 
@@ -184,5 +182,5 @@ def test_peaks_are_as_planned(name: str, engine: Engine) -> None:
             peak = peaks.get((phase.stage, phase.name), 0)
             if peak >= LEAST:
                 compared += 1
-                assert phase.total - held == pytest.approx(peak, rel=TOLERANCE, abs=UNPLANNED), f"rank {rank}, {phase}"
+                assert phase.total - held == pytest.approx(peak, rel=TOLERANCE), f"rank {rank}, {phase}"
     assert compared >= 2 * ranks

@@ -129,7 +129,7 @@ def test_ranks_that_die_or_hang_end_the_run(fault: Any, line: str) -> None:
         (["--device", "tpu"], "--device must be one of auto, cpu, cuda, got 'tpu'; nearest: cpu"),
         (["--json", "x.txt"], "--json must end in .json, got 'x.txt'; nearest: x.json"),
         (["--json", "nowhere/x.json"], "--json must lie in a folder that exists"),
-        (["--model", "demo"], "No such option: --model"),
+        (["--model", "demo"], "clear-dist verify has no --model; nearest: clear-dist generate, which has it"),
     ],
 )
 def test_wrong_requests(arguments: list[str], words: str, tmp_path: Path) -> None:

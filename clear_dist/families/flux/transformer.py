@@ -124,7 +124,7 @@ class Flux:
     def replicated(self, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
         drawn = [inputs[name] for name in ("hidden_states", "timestep", "guidance") if inputs.get(name) is not None]
         lora_scale = (inputs.get("joint_attention_kwargs") or {}).get("scale", 1.0)
-        return [*drawn, torch.tensor(float(lora_scale))], [
+        return [*drawn, torch.full((), float(lora_scale))], [
             inputs["encoder_hidden_states"],
             inputs["pooled_projections"],
         ]
