@@ -15,7 +15,7 @@ from clear_dist.attention import choose_backend
 from clear_dist.cards.clear import refuse_other_radius
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
-from clear_dist.engine.agreement import adapters_of, fingerprint, require_equal_settings
+from clear_dist.engine.agreement import adapters_of, fingerprint, require_equal_parts, require_equal_settings
 from clear_dist.engine.family import Family
 from clear_dist.engine.settings import Settings
 from clear_dist.engine.stock import require_stock
@@ -156,6 +156,8 @@ def put_on_stripes(
         weights=[fingerprint(model) for model in models],
         **{"ControlNets' windows": windows},
     )
+    encoders = {name: part for name, part in pipe.components.items() if name.startswith("text_encoder")}
+    require_equal_parts(group, encoders)
     if replaced is not None and options.radius is not None:
         settings = replace(settings, pooling=replaced.pooling)
     with on_refusal() as undo:

@@ -15,6 +15,8 @@ from clear_dist.options import Refusal, nearest_word
 FIRST_WORD_SECONDS, SECONDS_BETWEEN_WORDS, SECONDS_BETWEEN_LOOKS = 10.0, 60.0, 0.05
 INTERFACES = "GLOO_SOCKET_IFNAME"
 MOST_NAMED = 8
+LONGEST_ATTEMPT = timedelta(seconds=2)
+"""torch waits longer and longer between its own."""
 
 
 class Patience:
@@ -40,7 +42,9 @@ class Patience:
             if speaks:
                 say(f"waiting for {who} since {waited:.0f} s; for at most {self._seconds:g} s (--join-timeout)")
         if waited >= self._seconds:
-            raise TimeoutError(f"{who} did not come within {self._seconds:g} s; to wait longer: --join-timeout")
+            raise TimeoutError(
+                f"{who} did not come within {self._seconds:g} s; to wait longer: --join-timeout (Python: join_seconds)"
+            )
 
 
 def meet(place: Place, join_seconds: float) -> dist.Store:
@@ -72,7 +76,7 @@ def _connect(place: Place, patience: Patience) -> dist.TCPStore:
             return dist.TCPStore(
                 *place.meeting,
                 is_master=place.hosts_meeting,
-                timeout=patience.until_next,
+                timeout=min(patience.until_next, LONGEST_ATTEMPT),
                 wait_for_workers=False,
                 multi_tenant=True,
             )

@@ -1,7 +1,7 @@
 """Checks that all ranks hold the same values; otherwise they compute different pictures, or wait for ever."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 from zlib import crc32
@@ -109,13 +109,24 @@ def require_equal_settings(group: Group, **settings: Any) -> None:
             raise ValueError(f"{name} must be the same on all ranks, got {shown}")
 
 
+def require_equal_parts(group: Group, parts: Mapping[str, nn.Module | None]) -> None:
+    """Raises ValueError on all ranks where parts of one name differ between ranks that have them."""
+    mine = {name: (adapters_of(part), fingerprint(part)) for name, part in parts.items() if part is not None}
+    everyone = group.gather_objects(mine)
+    for name in parts:
+        found = [theirs[name] for theirs in everyone if name in theirs]
+        if len(set(found)) > 1:
+            shown = "; ".join(map(", ".join, found))
+            raise ValueError(f"{name} must be the same on all ranks, got adapters and weights {shown}")
+
+
 def adapters_of(model: nn.Module) -> str:
     """A model's active adapters with their scales, such as LoRA, in words that differ where any layer's do."""
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "merged_adapters")}
     states = {
         name: [
             f"{each} x {getattr(layer, 'scaling', {}).get(each, 1.0):.6g}{' fused' * (each in layer.merged_adapters)}"
-            for each in (() if layer.disable_adapters else layer.active_adapters)
+            for each in (() if layer.disable_adapters else sorted(layer.active_adapters))
         ]
         for name, layer in layers.items()
     }
@@ -123,14 +134,22 @@ def adapters_of(model: nn.Module) -> str:
     return f"{shown} ({crc32(repr(states).encode()):08x})"
 
 
-def fingerprint(model: nn.Module, *, every: int = 1) -> str:
-    """Of names, shapes and dtypes of all weights, and of a few bytes of each, or of each `every`-th.
+def schedule_of(scheduler: Any) -> str:
+    """A scheduler's steps, in words that differ where any noise level or setting does."""
+    levels = [getattr(scheduler, name).tolist() for name in ("timesteps", "sigmas") if hasattr(scheduler, name)]
+    # diffusers' own entries, such as a set as a list, are in another order in each process.
+    settings = sorted((name, str(value)) for name, value in scheduler.config.items() if not name.startswith("_"))
+    return f"{type(scheduler).__name__} ({crc32(repr((levels, settings)).encode()):08x})"
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Of names, shapes and dtypes of all weights, and of a few bytes of each.
 
     Shards, and weights on the meta device, differ between ranks that are alike: of these no bytes count.
     """
     tensors = dict(chain(model.named_parameters(), model.named_buffers()))
     state = repr([(name, tuple(x.shape), x.dtype) for name, x in tensors.items()]).encode()
-    whole = [x for x in list(tensors.values())[::every] if not (x.is_meta or hasattr(x, "to_local"))]
+    whole = [x for x in tensors.values() if not (x.is_meta or hasattr(x, "to_local"))]
     samples = b"".join(sampled(whole))
     return f"{len(tensors)} tensors ({crc32(samples, crc32(state)):08x})"
 

@@ -2,7 +2,7 @@
 
 import re
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
@@ -12,10 +12,9 @@ from torch import nn
 from clear_dist.engine.family import StripeProcessor
 
 COMPILED = "torch.compile cannot follow messages between ranks; pass parallelize(compile=True) instead"
-CACHED = (
-    "step caches must be off: each rank would decide from its own stripe whether to skip a step; "
-    "call pipe.transformer.disable_cache() or leave them out"
-)
+WRAPPED = f"{COMPILED}, after pipe.transformer = pipe.transformer._orig_mod"
+CACHED = "step caches must be off: each rank would decide from its own stripe whether to skip a step; "
+DISABLED, LEFT_OUT = "call pipe.transformer.disable_cache()", "leave them out, and load a model anew that has one"
 IN_SHARDS = "weights in shards cannot be saved: each rank has its share; call undo() first"
 OTHERS_PARALLELISM = "diffusers' own enable_parallelism cannot be combined with parallelize; use one of them"
 FUSED = "fused projections cannot be cut; leave out fuse_qkv_projections()"
@@ -34,7 +33,7 @@ class OnStripes:
         self._model = model
         refused = {
             COMPILED: ("compile", "compile_repeated_blocks"),
-            CACHED: ("enable_cache",),
+            CACHED + LEFT_OUT: ("enable_cache",),
             OTHERS_PARALLELISM: ("enable_parallelism",),
             FUSED: ("fuse_qkv_projections",),
             COPIED: ("__deepcopy__", "__reduce_ex__"),
@@ -90,7 +89,7 @@ def is_shard(x: Any) -> bool:
 @torch.compiler.disable(reason=COMPILED)
 def refuse_compiled(*_: Any, **__: Any) -> NoReturn:
     """Raises ValueError, outside of what is compiled: what is raised in there becomes the compiler's error."""
-    raise ValueError(COMPILED)
+    raise ValueError(WRAPPED)
 
 
 def attention_layers(model: nn.Module) -> dict[str, Any]:
@@ -121,7 +120,7 @@ def others(processor: Any) -> str:
 def require_not_wrapped(model: Any) -> None:
     """Raises ValueError for what `torch.compile(model)` returns."""
     if hasattr(model, "_orig_mod"):
-        raise ValueError(COMPILED)
+        raise ValueError(WRAPPED)
 
 
 def require_followed(model: Any) -> None:
@@ -134,13 +133,15 @@ def require_followed(model: Any) -> None:
     hooks = {
         name for module in model.modules() for name in getattr(getattr(module, "_diffusers_hook", None), "hooks", ())
     }
-    if getattr(model, "is_cache_enabled", False) or any(map(CACHES.search, hooks)):
-        raise ValueError(CACHED)
+    if getattr(model, "is_cache_enabled", False):
+        raise ValueError(CACHED + DISABLED)
+    if any(map(CACHES.search, hooks)):  # of a function of diffusers, which has none to take it off
+        raise ValueError(CACHED + LEFT_OUT)
     if getattr(model, "_parallel_config", None) is not None:
         raise ValueError(OTHERS_PARALLELISM)
 
 
-def require_supported(transformer: Any, striped: object, layers: Collection[str]) -> None:
+def require_supported(transformer: Any, striped: object, layers: Collection[str], inputs: Mapping[str, Any]) -> None:
     """Raises ValueError for later changes that would give wrong pictures, or leave ranks waiting."""
     for name, layer in attention_layers(transformer).items():
         if name in layers and getattr(layer.processor, "striped", None) is not striped:
@@ -148,5 +149,6 @@ def require_supported(transformer: Any, striped: object, layers: Collection[str]
                 f"the attention processor of {name}.processor must stay clear_dist's, got {others(layer.processor)}"
             )
     require_followed(transformer)
-    if torch.is_grad_enabled() and any(weight.requires_grad for weight in transformer.parameters()):
+    used = (*transformer.parameters(), *inputs.values())
+    if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in used):
         raise ValueError("stripes draw and do not train: call the model under torch.no_grad(), or undo() first")

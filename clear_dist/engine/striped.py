@@ -12,7 +12,7 @@ from clear_dist.comm.counters import Counters, labelled
 from clear_dist.comm.group import Group
 from clear_dist.comm.halo_exchange import PendingHalos
 from clear_dist.comm.weight_shards import ShardedWeights
-from clear_dist.engine.agreement import SameCall, adapters_of, fingerprint, require_equal_on_all_ranks
+from clear_dist.engine.agreement import SameCall, adapters_of, fingerprint, require_equal_on_all_ranks, schedule_of
 from clear_dist.engine.cut import Cut, choose_text_plan, cut_image, others_first, stale_bytes
 from clear_dist.engine.exchanges import Exchange
 from clear_dist.engine.extrapolation import Extrapolation
@@ -22,9 +22,6 @@ from clear_dist.engine.room import require_room
 from clear_dist.engine.settings import Settings
 from clear_dist.engine.stock import OnStripes, attention_layers, require_not_wrapped, require_supported
 from clear_dist.geometry import plan_text
-
-SOME_WEIGHTS = 11
-"""Every so many of a model's weights are compared before each generation: of all kinds, blocks being alike."""
 
 
 class Modulation(Protocol):
@@ -244,7 +241,7 @@ class StripedModel:
     def _refusal(self, inputs: dict[str, Any]) -> str | None:
         """Why this rank cannot run the model as it is now; the others must know before they wait for it."""
         try:
-            require_supported(self.family.transformer, self, self._stock_processors)
+            require_supported(self.family.transformer, self, self._stock_processors, inputs)
         except ValueError as error:
             return str(error)
         if (found := self.family.latents(inputs).device) != self.group.device:
@@ -262,7 +259,8 @@ class StripedModel:
             "number of steps": self._steps,
             "extrapolation": self.extrapolation,
             "adapters": adapters_of(transformer),
-            "weights": fingerprint(transformer, every=SOME_WEIGHTS),
+            "weights": fingerprint(transformer),
+            "schedule": schedule_of(self.scheduler),
         }
         require_equal_on_all_ranks(drawn, encoded, settings, self.group, refusal=self._refusal(inputs))
         size = self.family.grid_of(inputs)

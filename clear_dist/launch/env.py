@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from zlib import crc32
 
 _THREADS, _ALONE = "CLEAR_DIST_THREADS", "CLEAR_DIST_ALONE"
-_FIRST_PORT, _PORTS = 20_000, 10_000
+_FIRST_PORT, _PORTS, _LAST_PORT = 20_000, 10_000, 65_535
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def read(environment: Mapping[str, str] = os.environ) -> Place:
     """Raises ValueError where the launcher's variables make no sense."""
     if all(name in environment for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
         return _of_torchrun(environment)
-    steps = () if _ALONE in environment else _STEPS
+    steps = _STEPS if environment.get(_ALONE, "0") in ("", "0") else ()
     step = next((each for each in steps if {each.rank, each.size, each.local_rank} <= environment.keys()), None)
     return Place() if step is None else _of_step(step, environment)
 
@@ -104,7 +104,7 @@ def _of_torchrun(environment: Mapping[str, str]) -> Place:
         launcher="clear-dist" if _THREADS in environment else "torchrun",
         failures=Path(error_file).parents[1] if error_file else None,
         threads=_number(environment, _THREADS) if environment.get(_THREADS) else None,
-        meeting=(environment["MASTER_ADDR"], _number(environment, "MASTER_PORT")),
+        meeting=(environment["MASTER_ADDR"], _port(environment)),
         hosts_meeting=rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
     )
 
@@ -122,7 +122,7 @@ def _of_step(step: _Step, environment: Mapping[str, str]) -> Place:
         world_size=size,
         local_world_size=1 if "SLURM_GPUS_PER_TASK" in environment else local_size,
         launcher=step.launcher,
-        meeting=(host, _number(environment, "MASTER_PORT", _FIRST_PORT + crc32(job.encode()) % _PORTS)),
+        meeting=(host, _port(environment, _FIRST_PORT + crc32(job.encode()) % _PORTS)),
         hosts_meeting=rank == 0,
     )
 
@@ -152,6 +152,13 @@ def _rank_of(name: str, size_name: str, environment: Mapping[str, str]) -> tuple
     if rank >= size:
         raise ValueError(f"{name} must be less than {size_name}, got {name}={rank} {size_name}={size}")
     return rank, size
+
+
+def _port(environment: Mapping[str, str], default: int | None = None) -> int:
+    port = _number(environment, "MASTER_PORT", default)
+    if port > _LAST_PORT:
+        raise ValueError(f"MASTER_PORT must be at most {_LAST_PORT}, got {port}; nearest: {_LAST_PORT}")
+    return port
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:

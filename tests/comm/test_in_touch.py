@@ -4,15 +4,16 @@ import torch
 
 from clear_dist.comm import in_touch
 from clear_dist.comm.group import Group
+from tests.patience import PATIENCE
 from tests.ranks import run_ranks
 
 
 def work_for_longer_than_the_timeout(group: Group) -> tuple[int, bool, float, float]:
     in_touch.SECONDS_BETWEEN_WORDS = 0.2  # this process is the rank's own
-    impatient = Group.create("cpu", timeout_seconds=2)
+    impatient = Group.create("cpu", timeout_seconds=2 * PATIENCE)
 
     def work() -> tuple[int, bool, float]:
-        time.sleep(3 if group.rank == 1 else 0)
+        time.sleep(3 * PATIENCE if group.rank == 1 else 0)
         return group.rank, torch.is_inference_mode_enabled(), time.monotonic()
 
     with torch.inference_mode(group.rank == 2):

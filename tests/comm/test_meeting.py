@@ -101,7 +101,7 @@ def test_missing_ranks_are_named_by_one_that_is_there(rank: int, other: int, spe
     told, errors = waiting.communicate()
     assert told == (
         f"cannot meet the other ranks at 127.0.0.1:{port}: ranks 1, 3 of 4 did not come within 1 s; "
-        "to wait longer: --join-timeout\n"
+        "to wait longer: --join-timeout (Python: join_seconds)\n"
     )
     assert bool(errors) == speaks
     assert all(line.startswith("clear-dist: waiting for ranks 1, 3 of 4 since ") for line in errors.splitlines())

@@ -31,6 +31,10 @@ def train_on(pipe: FluxPipeline) -> None:
         weight.data = weight.data * 1.01
 
 
+def train_last(pipe: FluxPipeline) -> None:
+    pipe.transformer.proj_out.weight.data *= 1.5
+
+
 def another_processor(pipe: FluxPipeline) -> None:
     pipe.transformer.single_transformer_blocks[0].attn.set_processor(DenseClearProcessor(12, 6, 4))
 
@@ -38,6 +42,7 @@ def another_processor(pipe: FluxPipeline) -> None:
 WITHOUT: dict[str, tuple[Change, str]] = {
     "adapter": (adapt, "adapters"),
     "weights": (train_on, "weights"),
+    "one weight": (train_last, "weights"),
 }
 WITH: dict[str, tuple[Change, str]] = {
     "scale": (lambda pipe: pipe.transformer.set_adapters("a", 0.5), "adapters"),
@@ -83,6 +88,8 @@ def unlike_calls(group: Group) -> str:
     parallelize(pipe, window=4, group=group)
     scale = {"joint_attention_kwargs": {"scale": 0.5 + 0.25 * group.rank}}
     told(group, "noise, pictures, scales", lambda: run(pipe, height=4, width=4, **scale))
+    sigmas = {"sigmas": [1.0, 0.8 - 0.3 * group.rank]}
+    told(group, "schedule", lambda: run(pipe, height=4, width=4, **sigmas))
     with torch.no_grad():
         pipe.vae.decoder.conv_in.weight.mul_(1 + group.rank)
     told(group, "vae", lambda: clear_dist.generate(pipe, "a hill", height=64, width=64, num_inference_steps=1))
@@ -91,6 +98,21 @@ def unlike_calls(group: Group) -> str:
     with pytest.raises(ValueError, match=r"of single_transformer_blocks\.0\.attn\.processor must stay") as caught:
         run(pipe, height=4, width=4)
     return str(caught.value)
+
+
+def unlike_encoders(group: Group) -> None:
+    pipe = make_tiny_pipeline()
+    pipe.text_encoder = torch.nn.LayerNorm(8)
+    if group.rank == 1:
+        pipe.text_encoder.weight.data *= 1.01
+    told(group, "text_encoder", lambda: parallelize(pipe, window=4, group=group))
+    if group.rank == 1:
+        pipe.text_encoder = None
+    parallelize(pipe, window=4, group=group)
+
+
+def test_text_encoders_unlike_on_ranks_that_have_them_are_told() -> None:
+    run_ranks(unlike_encoders, 2)
 
 
 def test_what_one_rank_refuses_is_told_on_all() -> None:

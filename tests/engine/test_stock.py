@@ -15,7 +15,7 @@ from diffusers import (
     MagCacheConfig,
     PyramidAttentionBroadcastConfig,
 )
-from diffusers.hooks import apply_pyramid_attention_broadcast
+from diffusers.hooks import apply_first_block_cache, apply_mag_cache, apply_pyramid_attention_broadcast
 
 import clear_dist
 from clear_dist.families.flux.transformer import Flux
@@ -66,6 +66,14 @@ REFUSED: dict[str, tuple[Callable[[FluxPipeline], Any], str]] = {
         CACHED,
     ),
     "broadcast": (broadcast, CACHED),
+    "first-block cache by its function": (
+        lambda pipe: apply_first_block_cache(pipe.transformer, FirstBlockCacheConfig(threshold=0.1)),
+        CACHED,
+    ),
+    "mag cache by its function": (
+        lambda pipe: apply_mag_cache(pipe.transformer, MagCacheConfig(num_inference_steps=3, mag_ratios=torch.ones(3))),
+        CACHED,
+    ),
     "diffusers' parallelism": (
         lambda pipe: pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2)),
         "enable_parallelism cannot be combined with parallelize",

@@ -254,7 +254,7 @@ def test_of_three_ranks_one_asks(hub: Hub, folder: Path, tmp_path: Path) -> None
 def test_three_ranks_tell_it_once(
     hub: Hub, tmp_path: Path, arguments: tuple[str, ...], status: int, words: str, requests: int
 ) -> None:
-    patience = {"HF_HUB_ETAG_TIMEOUT": "2"} if "someone/silent" in arguments else {}
+    patience = {"HF_HUB_ETAG_TIMEOUT": str(2 * PATIENCE)} if "someone/silent" in arguments else {}
     ended, errors = generate(hub, tmp_path / "home", *arguments, "--nproc", "3", **patience)
     said = [line for line in errors if line.startswith("clear-dist: ") and "warning" not in line]
     assert ended == status, errors

@@ -11,6 +11,7 @@ from clear_dist.comm import in_touch
 from clear_dist.comm.group import Group
 from clear_dist.families.cards import CARDS
 from clear_dist.options import Refusal
+from tests.patience import PATIENCE
 from tests.ranks import RanksFailedError, run_ranks
 
 
@@ -32,10 +33,10 @@ def unchecked(request: FromTheHub, folder: Path, file: str, *_: object) -> str:
 
 def fetch_for_longer_than_the_timeout(group: Group, fails: bool) -> str:
     in_touch.SECONDS_BETWEEN_WORDS = 0.2  # this process is the rank's own
-    impatient = Group.create("cpu", timeout_seconds=2)
+    impatient = Group.create("cpu", timeout_seconds=2 * PATIENCE)
 
     def fetch(_: object, *, quiet: bool) -> None:
-        time.sleep(3)
+        time.sleep(3 * PATIENCE)
         if fails:
             raise ZeroDivisionError("the cause")
 

@@ -9,11 +9,12 @@ Shapes: B batch, L tokens, T text tokens and R image tokens of this rank, C chan
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 
@@ -105,6 +106,8 @@ class StripedSingleBlock(FluxSingleTransformerBlock):
 
 
 STRIPED: dict[type, type] = {FluxTransformerBlock: StripedDoubleBlock, FluxSingleTransformerBlock: StripedSingleBlock}
+for stock_class, striped_class in STRIPED.items():  # or its step caches would refuse them by a class nobody knows
+    TransformerBlockRegistry.register(striped_class, replace(TransformerBlockRegistry.get(stock_class)))
 
 
 @dataclass(frozen=True)
