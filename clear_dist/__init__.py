@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from clear_dist.drawing.generation import generate, upscale
     from clear_dist.options import Options
     from clear_dist.parallelize import interrupt, parallelize
+    from clear_dist.stages import Upscaling
 
-__all__ = ["Options", "__version__", "generate", "interrupt", "parallelize", "upscale"]
+__all__ = ["Options", "Upscaling", "__version__", "generate", "interrupt", "parallelize", "upscale"]
 __version__ = "0.1.0"
 
 
@@ -31,6 +32,7 @@ class _Package(ModuleType):
 
     generate = _of("drawing.generation", "generate")
     Options = _of("options", "Options")
+    Upscaling = _of("stages", "Upscaling")
     interrupt = _of("parallelize", "interrupt")
     parallelize = _of("parallelize", "parallelize")
     upscale = _of("drawing.generation", "upscale")

@@ -61,6 +61,8 @@ def read_pairs(file: Path, parts: Mapping[str, Layers | None]) -> list[Pair]:
     if not tensors:
         raise Refusal(f"--lora must hold the layers of a LoRA, got the empty file {file}")
     for name, (dtype, _) in tensors.items():
+        if not name.isprintable():
+            raise Refusal(f"tensors of a LoRA must have names that can be printed, got {name!r} in {file}")
         if not dtype.startswith(("F", "BF")):
             raise Refusal(f"a LoRA must hold floating-point numbers, got {dtype} in {name} of {file}")
     reader = _Reader(file, parts, {name: shape for name, (_, shape) in tensors.items()}, _settings(file, metadata))
@@ -166,6 +168,8 @@ class _Reader:
             patterns = own.get("alpha_pattern") or {}
             found = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
             alpha = float(next(found, own.get("lora_alpha", rank)))
+            if not math.isfinite(alpha):
+                raise ValueError(f"an alpha of {alpha}")
             return alpha * math.sqrt(rank) if own.get("use_rslora") else alpha
         except (AttributeError, TypeError, ValueError, re.error) as error:
             raise Refusal(f"settings of a LoRA must be peft's, got others in {self.file} ({error})") from error
@@ -174,7 +178,9 @@ class _Reader:
 def _settings(file: Path, metadata: Mapping[str, str]) -> Mapping[str, Any]:
     """Settings that diffusers writes into a file, or peft beside it, by part."""
     beside = file.with_name(PEFT_SETTINGS)
-    if file.name == PEFT_FILE and beside.is_file():
+    if file.name == PEFT_FILE:
+        if not beside.is_file():
+            raise Refusal(f"{file} must have {PEFT_SETTINGS} beside it, which has its scale; download it too")
         return {f"transformer.{name}": value for name, value in read_json(beside).items()}
     try:
         return dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))

@@ -16,7 +16,7 @@ from clear_dist.commands.plan import plan
 from clear_dist.commands.verify import verify
 from clear_dist.launch import ends, env
 from clear_dist.options import Refusal, shortened, spelled
-from clear_dist.request.flags import GenerateFlags, PlanFlags, UpscaleFlags, VerifyFlags
+from clear_dist.request.flags import READ_ENDINGS, GenerateFlags, PlanFlags, UpscaleFlags, VerifyFlags
 
 COMMANDS = {
     "generate": Command(record=GenerateFlags, run=generate),
@@ -25,7 +25,7 @@ COMMANDS = {
     "verify": Command(record=VerifyFlags, run=verify),
 }
 ELSEWHERE = {
-    "--prompt": "the prompt stands by itself; nearest: clear-dist generate 'a lighthouse at dusk'",
+    "--prompt": "the prompt stands by itself, in quotes; nearest: 'a lighthouse at dusk'",
     "--image": "nearest: clear-dist upscale FILE, or diffusers' img2img pipelines from Python (docs/diffusers.md)",
     "--controlnet": "nearest: diffusers' ControlNet pipelines from Python (docs/diffusers.md)",
 }
@@ -110,6 +110,9 @@ def _elsewhere(option: str, command: str) -> str | None:
     name = f"clear-dist {command}".rstrip()
     if option in ELSEWHERE:
         return f"{name} has no {option}; {ELSEWHERE[option]}"
+    for own in map(spelled, COMMANDS[command].flags() if command else ()):
+        if own.endswith(option[1:]):
+            return f"{name} has no {option}; nearest: {own}"
     for owner, each in COMMANDS.items():
         if option in {spelled(flag) for flag, kind in each.flags().items() if not kind.is_argument}:
             return f"{name} has no {option}; nearest: clear-dist {owner}, which has it"
@@ -121,6 +124,8 @@ def _no_command(arguments: Sequence[str]) -> str:
     words = list(takewhile(lambda word: not word.startswith("-"), arguments))
     close = get_close_matches(words[0], COMMANDS, n=1)
     nearest = close[0] if close else f"generate {shlex.quote(' '.join(words))}"
+    if words[0].lower().endswith(READ_ENDINGS):
+        nearest = f"upscale {shlex.quote(words[0])}"
     if words[0] in ("help", "version"):
         nearest = f"--{words[0]}"
     given = shortened(words[0])

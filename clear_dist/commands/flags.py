@@ -1,6 +1,7 @@
 """The command line, made from records of flags: a typer command for each."""
 
 import math
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields
@@ -56,12 +57,11 @@ def no_number(name: str, flag: Flag, text: str) -> Refusal:
     assert flag.bounds is not None, name
     least, most = flag.bounds
     whole = isinstance(least, int)
-    try:
-        nearest = min(max(float(text), least), most)
-    except ValueError:
-        nearest = least
-    nearest = nearest if math.isfinite(nearest) else least
+    begun = re.match(r"-?\d+\.?\d*(e[+-]?\d+)?", text)
+    given = float(begun[0]) if begun else least
+    nearest = min(max(given if math.isfinite(given) else least, least), most)
     kind, shown = ("whole number", str(round(nearest))) if whole else ("number", f"{nearest:g}")
+    kind += " or WIDTHxHEIGHT" * (name == "res")
     bounds = f"{least} to {most}" if whole else f"{least:g} to {most:g}"
     return Refusal(f"{spelled(name)} must be a {kind} from {bounds}, got {shortened(text)!r}; nearest: {shown}")
 

@@ -1,11 +1,12 @@
 """Pictures of any size from a prompt or a picture, with a parallelized pipeline: one call on every rank."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from PIL.Image import Image, alpha_composite, fromarray, new
+from PIL.Image import Image, composite, fromarray, new
 from torch import Tensor
 
 from clear_dist.comm.group import Group
@@ -16,6 +17,7 @@ from clear_dist.engine.agreement import require_equal_settings
 from clear_dist.engine.striped import require_striped
 from clear_dist.families.transformers import PIPELINES
 from clear_dist.geometry import Rows
+from clear_dist.pictures.decoding import TooDeep, decoded
 from clear_dist.stages import Sampling, Size, Stage, Upscaling, plan_cascade, plan_upscaling, refining_steps
 
 
@@ -115,16 +117,27 @@ def require_whole_tokens(pipe: Any, **sizes: int) -> None:
 
 
 def from_image(image: Image | None, group: Group) -> Drawing:
-    """Rank 0's picture, to be enlarged; raises ValueError where it has none."""
-    size: Size | None = group.broadcast_object(None if image is None else (image.height, image.width))
-    if size is None:
-        raise ValueError("rank 0 must be given the picture, got None")
+    """Rank 0's picture, upright, in sRGB and on white, to be enlarged; raises ValueError where it has none.
+
+    What is left out of it is a warning; on all ranks more than 8 bits a channel are an error.
+    """
+    size: Size | str | None = None
     pixels = None
     if group.rank == 0 and image is not None:
-        if image.has_transparency_data:  # else what it hides would be drawn
-            image = alpha_composite(new("RGBA", image.size, "white"), image.convert("RGBA"))
-        values = torch.from_numpy(np.array(image.convert("RGB")))
-        pixels = values.permute(2, 0, 1)[None].to(group.device)
+        try:
+            found = decoded(image)
+        except TooDeep as error:
+            size = f"the picture must have 8 bits a channel, and has more ({error})"
+        else:
+            for note in found.notes:
+                warnings.warn(f"of the picture, {note}", stacklevel=3)
+            white = new("RGB", found.image.size, "white")
+            drawn = found.image if found.alpha is None else composite(found.image, white, found.alpha)
+            size = drawn.height, drawn.width
+            pixels = torch.from_numpy(np.array(drawn)).permute(2, 0, 1)[None].to(group.device)
+    size = group.broadcast_object(size)
+    if isinstance(size, str) or size is None:
+        raise ValueError(size or "rank 0 must be given the picture, got None")
     rows = (Rows(0, size[0]), *(Rows(0, 0),) * (group.size - 1))
     return Drawing(size=size, rows=rows, pixels=pixels)
 

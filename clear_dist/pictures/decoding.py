@@ -7,7 +7,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image, ImageCms
@@ -56,21 +56,27 @@ class Decoded:
 
 def decode(file: Path) -> Decoded:
     """All of a picture; raises whatever Pillow does where its pixels cannot be read."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    notes: list[str] = []
+    with _warnings_told(notes):
         try:
-            return _decode(file, ())
+            with Image.open(file) as image:
+                found = decoded(image)
         except Exception:
             with file.open("rb") as raw:
                 if raw.read(len(SIGNATURE)) != SIGNATURE:
                     raise
-                return _decode(_without_metadata(raw.read()), ("its texts and damaged extras are not read",))
+                notes.append("its texts and damaged extras are not read")
+                with Image.open(_without_metadata(raw.read())) as image:
+                    found = decoded(image)
+    return replace(found, notes=(*notes, *found.notes))
 
 
-def _decode(file: Path | io.BytesIO, notes: tuple[str, ...]) -> Decoded:
-    found, prompt, orientation = list(notes), None, 1
-    with Image.open(file) as image:
-        narrowed = ";16" in str(image.tile)  # how a decoder's layout is spelled; the mode is that of 8 bits
+def decoded(image: Image.Image) -> Decoded:
+    """As `decode`, of a picture that is open."""
+    found: list[str] = []
+    prompt, orientation = None, 1
+    with _warnings_told(found):
+        narrowed = ";16" in str(getattr(image, "tile", ""))  # how a decoder's layout is spelled; the mode has 8 bits
         image.load()
         if image.mode.startswith(DEEP):
             raise TooDeep(image.mode)
@@ -88,12 +94,23 @@ def _decode(file: Path | io.BytesIO, notes: tuple[str, ...]) -> Decoded:
         with _told(found, "the number of its frames"):
             if (frames := getattr(image, "n_frames", 1)) > 1:
                 found.append(f"the first of its {frames} frames is used")
+    pixels.info.clear()  # of the original: these pixels are upright, and in sRGB
     if alpha is not None and alpha.getextrema() == (255, 255):
         alpha = None
     if isinstance(orientation, int) and (turn := UPRIGHT.get(orientation)) is not None:
         pixels = pixels.transpose(turn)
         alpha = None if alpha is None else alpha.transpose(turn)
     return Decoded(image=pixels, alpha=alpha, prompt=prompt, notes=tuple(found))
+
+
+@contextmanager
+def _warnings_told(notes: list[str]) -> Iterator[None]:
+    """Of Pillow's warnings, those of EXIF that it could not read; the others are of no concern here."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        yield
+    found = dict.fromkeys(" ".join(str(each.message).split())[:80] for each in warned)
+    notes += [f"its EXIF cannot be read ({why})" for why in found if "EXIF" in why]
 
 
 @contextmanager

@@ -18,6 +18,8 @@ DEVICES = ("auto", "cpu", "cuda")
 SIDES, SQUARES, STEPS = (16, 32_768), (16, 16_384), (1, 1_000)
 STDOUT = "-"
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
+UPSCALED = "-upscaled"
+"""End of the names of enlarged pictures, where none is given."""
 READ_ENDINGS = (*PICTURE_ENDINGS, ".gif", ".bmp", ".avif", ".jp2")
 """Of pictures to start from, in a folder."""
 
@@ -160,7 +162,7 @@ class UpscaleFlags(PictureFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for word in self.images:
+        for word in self.words:
             check_encoding("--prompt", word)
         if len(self.words) > 1 or not self.files:
             shown = ", ".join(repr(shortened(word)) for word in self.words)

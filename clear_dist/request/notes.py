@@ -82,7 +82,7 @@ def _pictures(flags: UpscaleFlags, request: Request) -> Iterator[str]:
             yield f"prompt: {shortened(prompt)!r} (from the picture's metadata)" if prompt else "prompt: none"
     for folder in filter(Path.is_dir, flags.files):
         if left_out := sum(not is_listed(file) and not file.name.startswith(".") for file in folder.iterdir()):
-            yield f"{folder}: {left_out} files or folders in it are no pictures by their names"
+            yield f"{folder}: {left_out} files or folders in it are left out: by their names no pictures, or results"
     for picture in request.pictures:
         name, output = shortened(picture.file.name), picture.output
         if picture.has_alpha:

@@ -9,7 +9,7 @@ from PIL import Image, ImageColor, UnidentifiedImageError
 from clear_dist.cards.folder import ModelFacts
 from clear_dist.options import Refusal, shortened
 from clear_dist.pictures.decoding import Decoded, TooDeep, decode
-from clear_dist.request.flags import READ_ENDINGS, SQUARES, UpscaleFlags
+from clear_dist.request.flags import READ_ENDINGS, SQUARES, UPSCALED, UpscaleFlags
 from clear_dist.request.request import Picture
 from clear_dist.stages import Size
 
@@ -32,8 +32,9 @@ def find_files(given: Iterable[Path]) -> Iterator[Path]:
 
 
 def is_listed(file: Path) -> bool:
-    """Whether it is one of a folder's pictures."""
-    return file.suffix.lower() in READ_ENDINGS and not file.name.startswith(".")
+    """Whether it is one of a folder's pictures, and no result of before."""
+    is_picture = file.suffix.lower() in READ_ENDINGS and not file.name.startswith(".")
+    return is_picture and not file.stem.endswith(UPSCALED)
 
 
 def find_picture(

@@ -11,7 +11,7 @@ from clear_dist.cards.folder import ModelFacts
 from clear_dist.launch.env import Place
 from clear_dist.options import Refusal, shortened, spelled
 from clear_dist.pictures import numbered
-from clear_dist.request.flags import GenerateFlags, PictureFlags, UpscaleFlags
+from clear_dist.request.flags import UPSCALED, GenerateFlags, PictureFlags, UpscaleFlags
 from clear_dist.request.pictures import find_files, find_picture
 from clear_dist.request.request import Picture
 from clear_dist.stages import Sampling, Upscaling, refining_steps
@@ -74,7 +74,7 @@ def _from_pictures(flags: UpscaleFlags, facts: ModelFacts, place: Place, unit: i
         raise Refusal(f"--prompts must hold a prompt for each of {count} pictures, got {len(lines)}; nearest: {count}")
     pictures, prompts = [], []
     for index, file in enumerate(files):
-        output = Path(f"{file.stem}-upscaled.png") if flags.output is None else numbered(flags.output, index, count)
+        output = Path(f"{file.stem}{UPSCALED}.png") if flags.output is None else numbered(flags.output, index, count)
         picture, own = find_picture(file, output, flags, facts, unit=unit)
         pictures.append(picture)
         given = flags.prompt if lines is None else lines[index]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxInpaintPipeline
-from PIL.Image import fromarray
+from PIL.Image import fromarray, new
 
 import clear_dist
 from clear_dist.comm.group import Group
@@ -57,6 +57,20 @@ def test_what_a_transparent_picture_hides_is_not_drawn() -> None:
     finally:
         group.close()
     assert pixels is not None and (pixels == 255).all()
+
+
+def test_a_picture_is_upright_and_of_8_bits() -> None:
+    lying = fromarray(np.arange(16 * 32 * 3, dtype=np.uint16).astype(np.uint8).reshape(16, 32, 3))
+    lying.getexif()[0x0112] = 6
+    group = Group.create("cpu")
+    try:
+        pixels = from_image(lying, group).pixels
+        with pytest.raises(ValueError, match=r"must have 8 bits a channel, and has more \(I;16\)"):
+            from_image(new("I;16", (32, 16)), group)
+    finally:
+        group.close()
+    assert pixels is not None
+    assert np.array_equal(pixels[0].permute(1, 2, 0).numpy(), np.rot90(np.asarray(lying), -1))
 
 
 def test_sizes_and_pipelines_are_checked() -> None:

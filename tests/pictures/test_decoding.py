@@ -186,3 +186,13 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
     for _ in range(rng.randint(1, 4)):
         changed[rng.randrange(min(len(data), 400))] = rng.choice((0, 255, rng.randrange(256)))
     return bytes(changed)
+
+
+def test_an_exif_that_leads_nowhere_is_told() -> None:
+    """Pillow warns of it, while it opens the file."""
+    turned = Image.Exif()
+    turned[ORIENTATION] = LYING
+    data = saved("x.jpg", exif=turned).read_bytes()
+    start = data.index(b"Exif\0\0") + 6
+    Path("x.jpg").write_bytes(data[:start] + b"MM\0*\xff\xff\xff\xf0" + data[start + 8 :])
+    assert "its EXIF cannot be read" in " ".join(decode(Path("x.jpg")).notes)

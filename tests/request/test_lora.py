@@ -71,6 +71,10 @@ def only(**shapes: tuple[int, ...]) -> Callable[[Tensors], Tensors]:
 EMBEDDER, CLIP = "transformer__x_embedder", "lora_te1_text_model_encoder_layers_0_mlp_fc1"
 T5 = "text_encoder_2__encoder__block__0__layer__0__SelfAttention__q"
 WRONG: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
+    "names for a terminal": (
+        lambda tensors: renamed(tensors, "x_embedder", "x\n\x1b[31membedder"),
+        r"must have names that can be printed, got 'transformer\.x\\n",
+    ),
     "another width": (other_width, r"must have 32 (inputs|outputs), got 48 in .*another model\?"),
     "more blocks": (
         lambda tensors: renamed(tensors, "transformer_blocks.0", "transformer_blocks.7"),

@@ -1,5 +1,6 @@
 """`clear-dist upscale` before anything is loaded: many pictures, transparent ones, and what of them is not used."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ __all__ = ["here", "model"]
 def test_several_pictures_each_have_a_size_and_a_name(model: Path) -> None:
     Path("photos").mkdir()
     files = [picture(200, 120), picture(64, 64, "photos/b.jpg"), picture(128, 192, "photos/a.png")]
-    Path("photos/words.txt").write_text("no picture")
+    Path("photos/a-upscaled.png").write_text("a result, made an hour ago")
     request, _, lines = settle(UpscaleFlags(model=str(model), images=["a fox", str(files[0]), "photos"]), ALONE, CARDS)
     assert [each.file.name for each in request.pictures] == ["in.png", "a.png", "b.jpg"]
     assert [each.target for each in request.pictures] == [(400, 240), (256, 384), (128, 128)]
@@ -28,8 +29,13 @@ def test_several_pictures_each_have_a_size_and_a_name(model: Path) -> None:
     assert request.size == (256, 384)  # of the largest, which is what has to fit
     assert [request.alone(index).stages[-1].size for index in range(3)] == [(400, 240), (256, 384), (128, 128)]
     assert "pictures: 3, the largest 384x256" in lines
-    assert "photos: 1 files or folders in it are no pictures by their names" in lines
+    assert "photos: 1 files or folders in it are left out: by their names no pictures, or results" in lines
     assert checked(model, *files, output=Path("x.webp")).outputs == tuple(Path(f"x-{each}.webp") for each in range(3))
+
+
+def test_a_name_that_is_not_utf_8_is_a_file(model: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    assert checked(model, picture(64, 64, name), "a fox", output=Path("x.png")).pictures[0].file.name == name
 
 
 def test_prompts_of_several_pictures_are_lines_of_a_file(model: Path) -> None:

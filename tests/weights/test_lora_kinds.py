@@ -91,6 +91,20 @@ def test_settings_of_peft_scale(model: Path, pipe: FluxPipeline, tmp_path: Path,
     )
 
 
+@pytest.mark.parametrize("alpha", ["NaN", "1e999", None])
+def test_scales_that_are_none(model: Path, pipe: FluxPipeline, tmp_path: Path, alpha: str | None) -> None:
+    """Or settings that are missing: peft's files have their scale there alone."""
+    if alpha is not None:
+        (tmp_path / "adapter_config.json").write_text(f'{{"lora_alpha": {alpha}}}')
+    why = (
+        "settings of a LoRA must be peft's"
+        if alpha
+        else r"must have adapter_config\.json beside it, which has its scale"
+    )
+    with pytest.raises(Refusal, match=why):
+        put_on(pipe, model, make_lora(pipe.transformer, seed=1), tmp_path / "adapter_model.safetensors")
+
+
 def test_a_layer_that_peft_passes_over_is_told(model: Path, pipe: FluxPipeline, tmp_path: Path) -> None:
     tensors = make_lora(pipe.transformer, seed=1)
     add = pipe.transformer.add_adapter
