@@ -136,9 +136,10 @@ def adapters_of(model: nn.Module) -> str:
 
 def schedule_of(scheduler: Any) -> str:
     """A scheduler's steps, in words that differ where any noise level or setting does."""
-    levels = [getattr(scheduler, name).tolist() for name in ("timesteps", "sigmas") if hasattr(scheduler, name)]
+    levels = [torch.as_tensor(getattr(scheduler, name, ())).tolist() for name in ("timesteps", "sigmas")]
+    config = getattr(scheduler, "config", {})
     # diffusers' own entries, such as a set as a list, are in another order in each process.
-    settings = sorted((name, str(value)) for name, value in scheduler.config.items() if not name.startswith("_"))
+    settings = sorted((name, str(value)) for name, value in config.items() if not name.startswith("_"))
     return f"{type(scheduler).__name__} ({crc32(repr((levels, settings)).encode()):08x})"
 
 
