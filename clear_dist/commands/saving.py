@@ -33,7 +33,7 @@ class Saving:
     seed: int
     group: Group
     files: Sequence[Path]
-    """Of the last stage's pictures."""
+    """Names of the last stage's pictures."""
     alpha: Alpha | None
     """On rank 0, the picture's to start from."""
     began: float

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL.Image import Image, composite, fromarray, new
+from PIL.Image import Image, fromarray
 from torch import Tensor
 
 from clear_dist.comm.group import Group
@@ -19,6 +19,8 @@ from clear_dist.families.transformers import PIPELINES
 from clear_dist.geometry import Rows
 from clear_dist.pictures.decoding import TooDeep, decoded
 from clear_dist.stages import Sampling, Size, Stage, Upscaling, plan_cascade, plan_upscaling, refining_steps
+
+WHITE = (255, 255, 255)
 
 
 def generate(
@@ -131,8 +133,7 @@ def from_image(image: Image | None, group: Group) -> Drawing:
         else:
             for note in found.notes:
                 warnings.warn(f"of the picture, {note}", stacklevel=3)
-            white = new("RGB", found.image.size, "white")
-            drawn = found.image if found.alpha is None else composite(found.image, white, found.alpha)
+            drawn = found.laid_on(WHITE)
             size = drawn.height, drawn.width
             pixels = torch.from_numpy(np.array(drawn)).permute(2, 0, 1)[None].to(group.device)
     size = group.broadcast_object(size)

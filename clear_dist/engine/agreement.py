@@ -144,7 +144,7 @@ def schedule_of(scheduler: Any) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Of names, shapes and dtypes of all weights, and of a few bytes of each.
+    """Digest of names, shapes and dtypes of all weights, and of a few bytes of each.
 
     Shards, and weights on the meta device, differ between ranks that are alike: of these no bytes count.
     """

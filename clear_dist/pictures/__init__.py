@@ -17,7 +17,7 @@ __all__ = ["files_of", "keeps_alpha", "numbered", "preview_of", "replacing", "sa
 MOST_WITHOUT_THUMBNAIL = 4096
 """Longer side in pixels that viewers open at ease."""
 Writer: TypeAlias = Callable[[Iterator["np.ndarray"], Path, tuple[int, int, int], Mapping[str, str]], None]
-"""Of uint8 [some rows, width, channels]; the picture is [height, width, channels]."""
+"""Writes uint8 [some rows, width, channels], parts of a picture [height, width, channels]."""
 
 
 def files_of(file: Path, *, height: int, width: int) -> list[Path]:

@@ -53,6 +53,12 @@ class Decoded:
     notes: tuple[str, ...]
     """What was left out or could not be read."""
 
+    def laid_on(self, background: tuple[int, int, int]) -> Image.Image:
+        """RGB whose transparent parts show the background, not what they hide."""
+        if self.alpha is None:
+            return self.image
+        return Image.composite(self.image, Image.new("RGB", self.image.size, background), self.alpha)
+
 
 def decode(file: Path) -> Decoded:
     """All of a picture; raises whatever Pillow does where its pixels cannot be read."""
@@ -105,7 +111,7 @@ def decoded(image: Image.Image) -> Decoded:
 
 @contextmanager
 def _warnings_told(notes: list[str]) -> Iterator[None]:
-    """Of Pillow's warnings, those of EXIF that it could not read; the others are of no concern here."""
+    """Notes of EXIF that Pillow warns it could not read; its other warnings are of no concern here."""
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         yield

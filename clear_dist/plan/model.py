@@ -30,7 +30,7 @@ class PlannedModel:
     packing: int
     """Latents along it."""
     channels: int
-    """Of a token of latents."""
+    """Numbers of a token of latents."""
 
 
 def find(facts: ModelFacts) -> PlannedModel | None:

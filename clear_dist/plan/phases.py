@@ -186,7 +186,7 @@ class Memory:
         return numbers * self.asked.itemsize * self.asked.hoists
 
     def _latents(self, stage: Stage) -> int:
-        """Of all tokens, once."""
+        """Bytes of all tokens' latents, once."""
         tokens = stage.height * stage.width // self.asked.model.token**2
         return self.asked.request.num_images * tokens * self.asked.model.channels * self.asked.itemsize
 
@@ -200,6 +200,6 @@ class Memory:
         }
 
     def _pixels(self, part: Part) -> int:
-        """Of a stripe, a byte each."""
+        """Bytes of a stripe's pixels, one for each channel."""
         pixels = part.rows * part.columns * self.asked.model.token**2
         return self.asked.request.num_images * PICTURE_CHANNELS * pixels

@@ -21,7 +21,7 @@ PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 UPSCALED = "-upscaled"
 """End of the names of enlarged pictures, where none is given."""
 READ_ENDINGS = (*PICTURE_ENDINGS, ".gif", ".bmp", ".avif", ".jp2")
-"""Of pictures to start from, in a folder."""
+"""Endings of pictures to start from, in a folder."""
 
 
 def read_res(text: str) -> int | tuple[int, int]:

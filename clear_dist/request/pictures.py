@@ -76,11 +76,8 @@ def find_picture(
 def load(picture: Picture) -> tuple[Image.Image, Image.Image | None]:
     """The used part of the picture, upright, in RGB, its transparent parts laid on the background; and its alpha."""
     decoded = _decoded(picture.file)
-    image, alpha = decoded.image.crop(picture.box), decoded.alpha
-    if alpha is None:
-        return image, None
-    alpha = alpha.crop(picture.box)
-    return Image.composite(image, Image.new("RGB", image.size, picture.background), alpha), alpha
+    alpha = None if decoded.alpha is None else decoded.alpha.crop(picture.box)
+    return decoded.laid_on(picture.background).crop(picture.box), alpha
 
 
 def _decoded(file: Path) -> Decoded:

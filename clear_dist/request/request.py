@@ -25,7 +25,7 @@ class Picture:
     """Below transparent parts."""
     has_alpha: bool = False
     notes: tuple[str, ...] = ()
-    """What of it is not used."""
+    """Parts of it that are not used, or cannot be read."""
 
     @property
     def size(self) -> Size:
@@ -62,7 +62,7 @@ class Request(Kept):
     """A file, or a hub file as `owner/name:file` or `owner/name@revision:file`."""
     loras: tuple[Lora, ...]
     height: int | None
-    """Of several pictures, the largest one's."""
+    """Pixels; the largest picture's where there are several."""
     width: int | None
     native_size: int | None
     token_size: int

@@ -12,23 +12,14 @@ import pytest
 from clear_dist.cli import main
 from clear_dist.request import outputs
 from tests.forked import Forked, forked
-from tests.tiny import make_tiny_flux
+from tests.request.test_pictures import here, model
+
+__all__ = ["here", "model"]
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("--res", "64", "--steps", "1", "--device", "cpu", "--max-sequence-length", "16", "--window", "full", "--quiet")
 STEP = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}
 NODE = {"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_flux(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def in_slurm(variables: dict[str, str], arguments: tuple[str, ...]) -> None:

@@ -18,20 +18,12 @@ from clear_dist.options import Options, Refusal
 from clear_dist.request.lora import compare_loras
 from clear_dist.request.request import Lora
 from clear_dist.weights.lora import load_loras
-from tests.tiny import make_tiny_flux
 from tests.tiny_lora import changes, draw, make_lora, put_on, require_equal
+from tests.weights.test_lora_files import model, pipe
+
+__all__ = ["model", "pipe"]
 
 DOUBLE = "transformer_blocks.0"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_flux(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def pipe(model: Path) -> FluxPipeline:
-    return FluxPipeline.from_pretrained(model)
 
 
 def test_several_add_up(model: Path, pipe: FluxPipeline, tmp_path: Path) -> None:
