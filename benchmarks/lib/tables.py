@@ -2,9 +2,11 @@
 
 import argparse
 import csv
+import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -20,7 +22,8 @@ from clear_dist.observe.report import write
 from clear_dist.options import Schedule
 
 Origin = Literal["measured", "projected", "too long", "too large", "not possible"]
-STEPS_IN_TABLE = 20
+STALE = ", stale"
+"""Ending of the names of CLEAR's settings in the stale schedule."""
 TERA, GIGA = 1e12, 1e9
 ASSUMED_SHARE_OF_PEAK = 0.1
 """Guess for a setting that was not measured yet, to predict whether it takes too long."""
@@ -46,7 +49,7 @@ FULL = Setting(name="full attention", window="full")
 
 
 def windows(radii: Sequence[int], schedule: Schedule = "sync") -> list[Setting]:
-    suffix = ", stale" if schedule == "stale" else ""
+    suffix = STALE if schedule == "stale" else ""
     return [Setting(name=f"CLEAR r = {radius}{suffix}", window=radius, schedule=schedule) for radius in radii]
 
 
@@ -88,7 +91,6 @@ class Cell:
             "ranks": self.ranks,
             "origin": self.origin,
             "seconds_per_step": seconds,
-            "seconds_per_20_steps": seconds and STEPS_IN_TABLE * seconds,
             "teraflops_per_second_and_rank": rate and rate / TERA,
             "share_of_peak": rate and rate / peak,
             "peak_memory_bytes": self.peak_bytes or None,
@@ -178,6 +180,7 @@ def parser_of(description: str | None) -> Parser:
         "--compile", action=argparse.BooleanOptionalAction, default=False, help="everyone's blocks, by torch.compile"
     )
     parser.add_argument("--folder", type=Path, help="for the results: .json, .csv and .png")
+    parser.add_argument("--again", action="store_true", help="show and plot what --folder holds; nothing is measured")
     return parser
 
 
@@ -188,10 +191,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 """Defaults of flags, by device."""
 
 
-def parse(parser: Parser) -> argparse.Namespace:
+def parse(parser: Parser, name: str) -> argparse.Namespace:
+    """The flags; `name`: of the table's files."""
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU that torch can see; nearest: --device cpu")
+    if options.folder is not None and find_spec("matplotlib") is None:
+        parser.error("--folder is for plots too, and there is no matplotlib: pip install -e '.[bench]'")
+    if options.again and not (options.folder and (options.folder / f"{name}.json").is_file()):
+        parser.error(f"--again needs the {name}.json of a run before, got --folder {options.folder}")
     for name, value in DEFAULTS[options.device].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -214,7 +222,7 @@ def header_of(options: argparse.Namespace, limits: Limits, device: torch.device)
     return {
         "machine": machine(device),
         "compiled": COMPILED[options.compile],
-        "settings": {name: value for name, value in vars(options).items() if name != "folder"},
+        "settings": {name: value for name, value in vars(options).items() if name not in ("folder", "again")},
         "model": asdict(limits.model),
         "peak": limits.peak_rate,
     }
@@ -236,13 +244,22 @@ def console_of(width: int) -> Console:
     return console
 
 
-def save(folder: Path, name: str, header: dict[str, Any], cells: Iterable[Cell]) -> None:
-    """Write all raw results as JSON, and one line for each cell as CSV."""
+def save(
+    folder: Path, name: str, header: dict[str, Any], cells: Iterable[Cell], columns: Callable[[Cell], dict[str, Any]]
+) -> None:
+    """Write all raw results as JSON, and one line for each cell as CSV; `columns`: the table's own of a cell."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [(cell, cell.row(header["peak"])) for cell in cells]
+    rows = [(cell, cell.row(header["peak"]) | columns(cell)) for cell in cells]
     results = [asdict(cell) | row for cell, row in rows]
     write({**header, "load_average_at_end": os.getloadavg(), "cells": results}, folder / f"{name}.json")
     with (folder / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0][1], lineterminator="\n")
         writer.writeheader()
         writer.writerows(row for _, row in rows)
+
+
+def load(folder: Path, name: str) -> tuple[dict[str, Any], list[Cell]]:
+    """Header and cells that `save` wrote, today or with other columns."""
+    header = json.loads((folder / f"{name}.json").read_text())
+    known = {place.name for place in fields(Cell)}
+    return header, [Cell(**{key: cell[key] for key in known & cell.keys()}) for cell in header.pop("cells")]

@@ -1,4 +1,4 @@
-"""The layout of the paper's Table 10: how long does a step take on N ranks?
+"""The layout of the paper's Table 10: how long do 50 steps take on N ranks?
 
     python -m benchmarks.speed.table10 --folder benchmarks/results/2026-11-21-cpu
 
@@ -7,11 +7,16 @@ more ranks than were started, stands a projection (lib/share.py): one rank's sha
 communication is bytes over a bandwidth, --gigabytes-per-second or else the one measured between two ranks. DistriFusion
 is full attention in the stale schedule; Ulysses and ring attention are diffusers' own. For each size all
 settings take turns; figures are medians. With --compile everyone's blocks are compiled, else nothing but kernels of
-attention. Results are shown and saved after each size. The paper's figures for this table are not available.
+attention. Results are shown and saved after each size.
+
+A step is measured, and 50 of them are counted, as in the paper: stale rows, DistriFusion among them, have 4 steps in
+sync, as long as those of the row without, and 46 stale ones. The paper's figures for this table are not available, nor
+which of its cells ran out of memory; those that its caption calls NA are marked.
 """
 
 import argparse
 from functools import partial
+from pathlib import Path
 
 import torch
 from diffusers import FluxPipeline
@@ -28,13 +33,14 @@ from benchmarks.lib.tables import (
     Limits,
     free_bytes,
     header_of,
+    load,
     model_and_dtype,
     parse,
     parser_of,
     save,
     windows,
 )
-from benchmarks.speed.table10_shown import plot, show_all, show_size
+from benchmarks.speed.table10_shown import columns_of, plot, show_all, show_size
 from clear_dist.comm.group import Group
 from clear_dist.launch import env
 from clear_dist.launch import ranks as launch
@@ -58,13 +64,24 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=whole_number, default=1, help="of each rank on a CPU")
     parser.add_argument("--gigabytes-per-second", type=positive, help="each way through a rank's link, for projections")
-    options = parse(parser)
+    options = parse(parser, "table10")
+    if options.again:
+        return show_again(options.folder)
     on_cuda = options.device == "cuda"
     if options.gigabytes_per_second is None and options.ranks == 1 and not on_cuda:
         parser.error("--ranks 1 cannot measure a bandwidth: state --gigabytes-per-second, or use --ranks 2")
     if on_cuda and options.ranks > torch.cuda.device_count():
         parser.error(f"--ranks must be at most the number of GPUs, got {options.ranks}; nearest: {devices}")
     raise SystemExit(launch.run(partial(work, options), nproc=options.ranks, on_cuda=on_cuda, traceback=True))
+
+
+def show_again(folder: Path) -> None:
+    """Show and plot the results in `folder`."""
+    header, cells = load(folder, "table10")
+    for side in dict.fromkeys(cell.side for cell in cells):
+        show_size([cell for cell in cells if cell.side == side], header)
+    show_all(cells, header)
+    plot(cells, header, folder / "table10.png")
 
 
 def work(options: argparse.Namespace) -> None:
@@ -88,7 +105,7 @@ def work(options: argparse.Namespace) -> None:
         if world.rank == 0:  # after each size: the next may take hours
             show_size(found, header)
         if world.rank == 0 and options.folder is not None:
-            save(options.folder, "table10", header, cells)
+            save(options.folder, "table10", header, cells, columns_of(cells))
             plot(cells, header, options.folder / "table10.png")
     if world.rank == 0:
         show_all(cells, header)

@@ -1,4 +1,4 @@
-"""The paper's Table 7 on one device: how long does a step take, and how much of the device's peak is that?
+"""The paper's Table 7 and Fig. 2 on one device: how long do 20 steps take, and what does CLEAR save?
 
     python -m benchmarks.speed.table7 --folder benchmarks/results/2026-11-21-cpu
 
@@ -9,8 +9,11 @@ kernels of attention. Work is counted without waste (lib/counts.py); peak is the
 the same dtype and run. Cells that would take too long or do not fit say so. Results are saved after each size.
 
 The paper's column is Table 7 as printed: FLUX.1-dev on an H100. Its times are for 20 steps (Fig. 2), whatever its head.
+What CLEAR saves at 8192 px stands beside it: operations of a layer's attention, counted for FLUX.1-dev whatever was
+timed, and time, where both were measured. The plot is Fig. 2.
 """
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,13 +22,12 @@ import torch
 from rich.table import Table
 
 from benchmarks.lib.cells import Bench, measure
-from benchmarks.lib.counts import FLUX, attention_work, middle_part
+from benchmarks.lib.counts import FLUX, Window, attention_work, middle_part
 from benchmarks.lib.flags import whole_number
 from benchmarks.lib.steps import make_pipeline, peak_rate
 from benchmarks.lib.tables import (
     FULL,
     GIGA,
-    STEPS_IN_TABLE,
     TERA,
     Cell,
     Limits,
@@ -33,6 +35,7 @@ from benchmarks.lib.tables import (
     console_of,
     free_bytes,
     header_of,
+    load,
     model_and_dtype,
     parse,
     parser_of,
@@ -41,6 +44,7 @@ from benchmarks.lib.tables import (
 )
 from clear_dist.comm.group import Group
 
+STEPS = 20
 SIDES_OF_PAPER = (1024, 2048, 4096, 8192)
 PAPER_SECONDS = {
     "full attention": (4.45, 20.90, 148.97, 1842.48),
@@ -57,12 +61,22 @@ PAPER_TERAFLOPS_PER_LAYER = {
 }
 """TFLOP of one layer's attention."""
 ABOUT_THE_PAPER = "paper: Table 7, FLUX.1-dev on one H100, 20 steps"
+LARGEST = SIDES_OF_PAPER[-1]
+"""Side in pixels for which the paper's abstract says what CLEAR saves."""
 
 
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--threads", type=whole_number, default=torch.get_num_threads(), help="on a CPU")
-    options = parse(parser)
+    options = parse(parser, "table7")
+    header, cells = load(options.folder, "table7") if options.again else measured(options)
+    show(cells, header)
+    if options.folder is not None:
+        plot(cells, header, options.folder / "table7.png")
+
+
+def measured(options: argparse.Namespace) -> tuple[dict[str, Any], list[Cell]]:
+    """Header and cells; they are saved, too."""
     torch.set_num_threads(options.threads)
     world = Group.create(options.device)
     (model, dtype), device = model_and_dtype(options), world.device
@@ -76,19 +90,25 @@ def main() -> None:
         cells += measure(side, bench)
         header["peak"] = max(header["peak"], peak_rate(device, dtype))
         if options.folder is not None:  # after each size: the next may take hours
-            save(options.folder, "table7", header, cells)
-            plot(cells, header, options.folder / "table7.png")
-    show(cells, header)
+            save(options.folder, "table7", header, cells, columns_of)
     world.close()
+    return header, cells
+
+
+def columns_of(cell: Cell) -> dict[str, Any]:
+    """The table's own columns of a cell in files."""
+    return {
+        f"seconds_per_{STEPS}_steps": cell.median and STEPS * cell.median,
+        "attention_teraflop_per_layer": teraflop_per_layer(cell.side, cell.window),
+    }
 
 
 def show(cells: list[Cell], header: dict[str, Any]) -> None:
     sides = sorted({cell.side for cell in cells})
-    settings = list(dict.fromkeys(cell.setting for cell in sorted(cells, key=lambda cell: order(cell.setting))))
     by_place = {(cell.setting, cell.side): cell for cell in cells}
     console = console_of(120)
-    measured = about_the_measurement(header)
-    times = Table(title=f"Seconds for {STEPS_IN_TABLE} steps", caption=f"measured: {measured}\n{ABOUT_THE_PAPER}")
+    about = about_the_measurement(header)
+    times = Table(title=f"Seconds for {STEPS} steps", caption=f"measured: {about}\n{ABOUT_THE_PAPER}")
     work = Table(title="TFLOP of attention per layer", caption=f"counted: FLUX.1-dev\n{ABOUT_THE_PAPER}")
     for table, ours in ((times, "measured"), (work, "counted")):
         table.add_column("setting", no_wrap=True)
@@ -96,12 +116,46 @@ def show(cells: list[Cell], header: dict[str, Any]) -> None:
             table.add_column(f"{side} px\n{ours}", justify="right")
             if side in SIDES_OF_PAPER:
                 table.add_column(f"{side} px\npaper", justify="right", style="dim")
-    for name in settings:
+    for name in windows_of(cells):
         listed = [by_place[name, side] for side in sides]
         times.add_row(name, *beside_paper(listed, [text_of(cell) for cell in listed], PAPER_SECONDS))
-        counted = [f"{attention_per_layer(cell):.2f}" for cell in listed]
+        counted = [f"{teraflop_per_layer(cell.side, cell.window):.2f}" for cell in listed]
         work.add_row(name, *beside_paper(listed, counted, PAPER_TERAFLOPS_PER_LAYER))
-    console.print(times, work, details(cells, header))
+    console.print(times, work, savings(cells), details(cells, header))
+
+
+def savings(cells: list[Cell]) -> Table:
+    """What CLEAR saves of full attention at `LARGEST` px: operations of a layer's attention, and time."""
+    caption = (
+        "operations: counted, FLUX.1-dev; times as fast: a step, measured\n"
+        "paper: by its Table 7; 99.5 % and 6.3 are what its abstract says"
+    )
+    table = Table(title=f"CLEAR against full attention at {LARGEST} px", caption=caption)
+    table.add_column("setting", no_wrap=True)
+    for name in ("operations saved\ncounted", "\npaper", "times as fast\nmeasured", "\npaper"):
+        table.add_column(name, justify="right", style="dim" if "paper" in name else None)
+    timed = {cell.setting: cell.median for cell in cells if cell.side == LARGEST}
+    full_work, full_seconds = teraflop_per_layer(LARGEST, "full"), timed.get(FULL.name)
+    for name, window in windows_of(cells).items():
+        if window == "full":
+            continue
+        saved = f"{1 - teraflop_per_layer(LARGEST, window) / full_work:.2%}"
+        seconds, in_paper = timed.get(name), name in PAPER_SECONDS
+        faster = f"{full_seconds / seconds:.1f}" if full_seconds and seconds else "not measured"
+        saved_there = f"{1 - 1 / paper_ratio(PAPER_TERAFLOPS_PER_LAYER, name):.1%}" if in_paper else "-"
+        faster_there = f"{paper_ratio(PAPER_SECONDS, name):.1f}" if in_paper else "-"
+        table.add_row(name, saved, saved_there, faster, faster_there)
+    return table
+
+
+def paper_ratio(paper: dict[str, tuple[float, ...]], name: str) -> float:
+    """Full attention over CLEAR, at `LARGEST` px."""
+    return paper[FULL.name][-1] / paper[name][-1]
+
+
+def windows_of(cells: list[Cell]) -> dict[str, Window]:
+    """Window by setting, in the paper's order."""
+    return {cell.setting: cell.window for cell in sorted(cells, key=lambda cell: order(cell.setting))}
 
 
 def order(setting: str) -> int:
@@ -110,12 +164,12 @@ def order(setting: str) -> int:
 
 
 def text_of(cell: Cell) -> str:
-    return cell.origin if cell.median is None else f"{STEPS_IN_TABLE * cell.median:.2f}"
+    return cell.origin if cell.median is None else f"{STEPS * cell.median:.2f}"
 
 
-def attention_per_layer(cell: Cell) -> float:
-    """TFLOP of FLUX.1-dev, whatever model was timed."""
-    return attention_work(FLUX, middle_part(cell.side, 1, cell.window)) / FLUX.layers / TERA
+def teraflop_per_layer(side: int, window: Window) -> float:
+    """Of one layer's attention in FLUX.1-dev, whatever model was timed."""
+    return attention_work(FLUX, middle_part(side, 1, window)) / FLUX.layers / TERA
 
 
 def beside_paper(cells: list[Cell], texts: list[str], paper: dict[str, tuple[float, ...]]) -> Iterator[str]:
@@ -153,23 +207,28 @@ def details(cells: list[Cell], header: dict[str, Any]) -> Table:
 
 
 def plot(cells: list[Cell], header: dict[str, Any], file: Path) -> None:
-    """Seconds for 20 steps over the size: measured, and in the paper."""
+    """The paper's Fig. 2: seconds for 20 steps, and operations of attention per layer, over the size."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for number, name in enumerate(PAPER_SECONDS):
-        mine = [cell for cell in cells if cell.setting == name and cell.median is not None]
-        seconds = [STEPS_IN_TABLE * (cell.median or 0) for cell in mine]
-        axes.plot([cell.side for cell in mine], seconds, marker="o", color=f"C{number}", label=f"{name}, measured")
-        paper = dict(zip(SIDES_OF_PAPER, PAPER_SECONDS[name], strict=True))
-        axes.plot(list(paper), list(paper.values()), "--", color=f"C{number}", alpha=0.5, label=f"{name}, paper")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    figure, (times, work) = pyplot.subplots(1, 2, figsize=(11, 4.5))
     sides = sorted({cell.side for cell in cells} | set(SIDES_OF_PAPER))
-    axes.set_xticks(sides, [str(side) for side in sides])
-    axes.set(xlabel="side of the image in pixels", ylabel=f"seconds for {STEPS_IN_TABLE} steps")
-    axes.set_title(f"measured: {about_the_measurement(header)}\n{ABOUT_THE_PAPER}", size=8)
-    axes.legend(fontsize=7, ncols=2)
+    for number, (name, window) in enumerate(windows_of(cells).items()):
+        colour = f"C{number}"
+        mine = {cell.side: STEPS * cell.median for cell in cells if cell.setting == name and cell.median is not None}
+        times.plot(list(mine), list(mine.values()), "o-", color=colour)
+        work.plot(sides, [teraflop_per_layer(side, window) for side in sides], "o-", color=colour, label=name)
+        for axes, paper in ((times, PAPER_SECONDS), (work, PAPER_TERAFLOPS_PER_LAYER)):
+            if name in paper:
+                axes.plot(SIDES_OF_PAPER, paper[name], "x--", color=colour, markeredgecolor="black")
+    times.set(title="measured", ylabel=f"seconds for {STEPS} steps")
+    work.set(title="counted, FLUX.1-dev", ylabel="TFLOP of attention per layer")
+    for axes in (times, work):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(sides, [str(side) for side in sides])
+        axes.set_xlabel("side of the image in pixels")
+    work.legend(title="dots: ours; crosses, dashed: paper", title_fontsize=7, fontsize=7)
+    figure.suptitle(f"measured: {about_the_measurement(header)}\n{ABOUT_THE_PAPER}", size=8, y=1.02)
     figure.savefig(file, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
 
