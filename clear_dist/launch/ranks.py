@@ -77,7 +77,9 @@ def run(
 
 
 def hush() -> None:
-    """Quieten libraries that are not imported yet; what the user has set stays."""
+    """Quieten libraries that are not imported yet, in this process; what the user has set stays."""
+    # Locks of libraries (tqdm's) have no name then, so that none is told to be left behind by a rank that was ended.
+    multiprocessing.set_start_method("fork", force=True)
     for name, level in QUIET.items():
         os.environ.setdefault(name, level)
     for logger in LOUD:
@@ -133,6 +135,7 @@ def _be_rank(work: Work, variables: dict[str, str], launcher: int, outbox: Conne
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     die_with(launcher)
+    hush()  # a process that was started afresh has loud loggers again
     os.environ.update(variables)
     with streams.there():  # a process that was started afresh has those of Python again
         _leave(ends.run_rank(work, traceback=False, outbox=outbox))

@@ -93,6 +93,21 @@ def test_ranks_for_cuda_are_started_afresh(tmp_path: Path) -> None:
     assert ended(pids)
 
 
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_a_failed_rank_is_all_that_is_told(tmp_path: Path, on_cuda: bool) -> None:
+    """Neither what torchao says while it is imported, nor locks that nobody could give back, as of a progress bar."""
+    body = f"""
+import logging, multiprocessing
+logging.getLogger("torchao").warning("no kernels")
+logging.getLogger("torch.utils._pytree").warning("deprecated")
+lock = multiprocessing.RLock()
+if rank == 1: raise RuntimeError("bad")
+{REST}
+"""
+    line = "clear-dist: rank 1 failed: RuntimeError: bad (for the traceback: --traceback)"
+    assert finish(start(tmp_path, body, on_cuda=on_cuda)) == (1, [line])
+
+
 def test_the_traceback_on_request(tmp_path: Path) -> None:
     process = start(tmp_path, f"if rank == 2: raise KeyError('gone')\n{REST}", traceback=True)
     status, lines = finish(process)
