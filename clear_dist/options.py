@@ -132,6 +132,7 @@ class Options(Flags):
     warmup_steps: int | None = flag(
         None, "synchronous steps before --schedule stale sets in (4)", CUT, bounds=(0, 1_000)
     )
+    share_gpus: bool = flag(False, "ranks may share a GPU while others are idle", planned=False)
     attention_backend: str = flag(
         "auto", "auto: the fastest for the image, as far as measured", CUT, choices=ATTENTION_BACKENDS
     )

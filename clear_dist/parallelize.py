@@ -24,7 +24,7 @@ from clear_dist.families.transformers import controlnets_of, family_of
 from clear_dist.options import Options, Refusal, Window, check_window, nearest_word
 from clear_dist.parallelized import Parallelized
 from clear_dist.request.devices import missing_compiler
-from clear_dist.request.notes import averaging
+from clear_dist.request.notes import averaging, sharing
 from clear_dist.weights.blocks import quantise_and_shard, require_quantisable
 from clear_dist.weights.clear import ReplacedWeights, load_clear_weights, require_radius
 from clear_dist.weights.hoisted import HoistedModulation
@@ -70,12 +70,13 @@ def parallelize(
     with on_refusal() as undo:
         offloaded = Offloaded(pipe, device, offloaded_parts(pipe.components)) if options.offload else None
         undo += [] if offloaded is None else [offloaded.remove]
-        used = group or Group.create(device)
+        with as_arguments():
+            used = group or Group.create(device, share_gpus=options.share_gpus)
         undo += [used.close] if group is None else []
         settings = Settings(options=options, choose_backend=choose)
         models, replaced = put_on_stripes(pipe, family, nets, used, settings, clear_weights, controlnet_window)
     if group is None and used.rank == 0:  # the command line, which has a group, has said it
-        for line in averaging(options, used.size):
+        for line in (*averaging(options, used.size), *sharing(used.transport)):
             warnings.warn(with_arguments(line), stacklevel=2)
     return Parallelized(models[0], models[1:], group is None, replaced, offloaded)
 

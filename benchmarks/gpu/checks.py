@@ -195,7 +195,7 @@ def ranks(session: Session) -> None:
 
 def draw_on_rank(device_type: str, file: Path) -> None:
     """The work of each rank; the first one saves the latents."""
-    group = Group.create(device_type)
+    group = Group.create(device_type, share_gpus=True)
     pipe, latents = make_sensitive_pipeline(), []
     for drawing in DRAWINGS:
         move(pipe, group.device, drawing.dtype)

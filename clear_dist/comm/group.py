@@ -61,15 +61,16 @@ class Group:
         transport: Transport | Literal["auto"] = "auto",
         timeout_seconds: float = 600.0,
         join_seconds: float = JOIN_SECONDS,
+        share_gpus: bool = False,
     ) -> "Group":
         """Make the group of all ranks of `process_group`; all of them call this, others need not.
 
         Without one the default group is taken, which is initialised with the launcher's ranks, or alone, if need be;
         that of several ranks stays until the process ends. They may come `join_seconds` one after another. A CUDA
         device becomes the current one, as NCCL demands. "auto" is gloo on CPU, NCCL where each rank has a GPU of its
-        own, host where ranks share one.
+        own, host where ranks share one: with `share_gpus` also while other GPUs of their machine are idle.
 
-        Raises ValueError (not a rank of it, or a transport unfit for the device), ConnectionError or PeerLost.
+        Raises ValueError (not a rank of it, a transport unfit for the device, idle GPUs), ConnectionError or PeerLost.
         """
         device, timeout = process_groups.with_index(torch.device(device)), timedelta(seconds=timeout_seconds)
         if device.type == "cuda":
@@ -81,7 +82,15 @@ class Group:
         if is_new:
             process_groups.initialise_torch(device, timeout, join_seconds)
         ranks = tuple(sorted(dist.get_process_group_ranks(process_group)))
-        return cls._of([ranks], device, transport, timeout, is_new and dist.get_world_size() == 1)
+        group = cls._of([ranks], device, transport, timeout, is_new and dist.get_world_size() == 1)
+        if group.asked_transport == "auto" and group.transport == "host":
+            everyone = group.gather_objects(process_groups.place_of(device, may_share=share_gpus))
+            try:
+                process_groups.check_sharing(everyone)
+            except ValueError:
+                group.close()
+                raise
+        return group
 
     @classmethod
     def _of(

@@ -4,7 +4,7 @@ import atexit
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ import torch.testing._internal.distributed.fake_pg  # registers the backend ALON
 
 from clear_dist.comm.meeting import INTERFACES, meet, require_interfaces
 from clear_dist.launch import env
+from clear_dist.options import Refusal
 
 Transport = Literal["nccl", "gloo", "host"]
 ALONE = "fake"
@@ -22,6 +23,18 @@ def with_index(device: torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device(device.type) if device.type == "cpu" else device
+
+
+def device_of(kind: str, local_rank: int) -> torch.device:
+    """Device of a rank; raises a Refusal where torch cannot use any GPU, in its words."""
+    if kind != "cuda":
+        return torch.device(kind)
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise Refusal(f"--device cuda needs GPUs that torch can use, got: {reason}; nearest: --device cpu") from error
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
 def check_transport(device: torch.device, transport: str) -> None:
@@ -92,8 +105,43 @@ def choose_transport(device: torch.device, process_group: dist.ProcessGroup) -> 
     """Transport for everyone's devices, equal on all ranks."""
     if device.type != "cuda":
         return "gloo"
-    mine = (socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid))
+    mine = (socket.gethostname(), _identity(device.index))
     all_devices: list[Any] = [None] * process_group.size()
     dist.all_gather_object(all_devices, mine, group=process_group)
     one_each = len(set(all_devices)) == len(all_devices)
     return "nccl" if one_each and dist.is_nccl_available() else "host"
+
+
+class RankGpu(NamedTuple):
+    """Where a rank computes: its machine, its GPU by UUID and number, and all GPUs that it sees."""
+
+    host: str
+    gpu: str
+    number: int
+    visible: tuple[str, ...]
+    may_share: bool
+
+
+def place_of(device: torch.device, *, may_share: bool) -> RankGpu:
+    visible = tuple(map(_identity, range(torch.cuda.device_count())))
+    return RankGpu(socket.gethostname(), visible[device.index], device.index, visible, may_share)
+
+
+def check_sharing(everyone: Sequence[RankGpu]) -> None:
+    """Raises a Refusal, on all ranks alike, where some share a GPU while others of their machine are idle."""
+    used: dict[tuple[str, str], list[int]] = {}
+    for rank, place in enumerate(everyone):
+        used.setdefault((place.host, place.gpu), []).append(rank)
+    idle = {(place.host, gpu) for place in everyone for gpu in place.visible} - used.keys()
+    for (host, _), ranks in used.items():
+        others = sum(each == host for each, _ in idle)
+        if len(ranks) > 1 and others and not all(place.may_share for place in everyone):
+            raise Refusal(
+                f"ranks must not share a GPU while others are idle, got ranks {', '.join(map(str, ranks))} on GPU "
+                f"{everyone[ranks[0]].number} of {host}, and {others} idle; nearest: a GPU for each "
+                "(torch.cuda.set_device before .to('cuda'), or CUDA_VISIBLE_DEVICES), or --share-gpus"
+            )
+
+
+def _identity(index: int | None) -> str:
+    return str(torch.cuda.get_device_properties(index).uuid)

@@ -100,7 +100,8 @@ def _gpu(flags: PlanFlags, found: tuple[devices.FoundGpu, ...]) -> Gpu | None:
             return unknown(f"a GPU of {flags.gpu_memory:g} GB", memory)
         return replace(GPUS[flags.gpu], memory=memory)
     if found:
-        return replace(fit_here.kind_of(found[0]), memory=found[0].total)
+        smallest = min(found, key=lambda each: each.total)
+        return replace(fit_here.kind_of(smallest), memory=smallest.total)
     if flags.gpu == "cpu" or (flags.gpu == "auto" and flags.model == "demo"):
         return None
     return next(iter(GPUS.values())) if flags.gpu == "auto" else GPUS[flags.gpu]

@@ -15,6 +15,7 @@ from clear_dist.cards.card import Card
 from clear_dist.cards.folder import card_of
 from clear_dist.comm.group import Group
 from clear_dist.comm.in_touch import in_touch
+from clear_dist.comm.process_groups import device_of
 from clear_dist.drawing.previews import Previews
 from clear_dist.drawing.prompts import nothing
 from clear_dist.engine.family import Encoded
@@ -28,6 +29,7 @@ from clear_dist.observe.progress import Phases
 from clear_dist.options import Options, Refusal
 from clear_dist.parallelize import parallelize
 from clear_dist.pictures import preview_of
+from clear_dist.request.notes import sharing
 from clear_dist.request.outputs import require_free
 from clear_dist.request.request import Request
 from clear_dist.weights import loading
@@ -50,11 +52,12 @@ class Prepared:
         place = env.read()
         if place.threads is not None:
             torch.set_num_threads(place.threads)  # torch may have been imported before the share was known
-        self.device = device = torch.device(request.device)
-        if device.type == "cuda":
-            self.device = device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
+        self.device = device = device_of(request.device, place.local_rank)
         self.began, self.phases = began, phases
-        self.group = group = Group.create(device, join_seconds=request.join_timeout)
+        join_seconds, share_gpus = request.join_timeout, request.share_gpus
+        self.group = group = Group.create(device, join_seconds=join_seconds, share_gpus=share_gpus)
+        for line in sharing(group.transport) if group.rank == 0 else ():
+            say(line)
         self.launch = time.time() - began
         """Seconds until the ranks were at work."""
         require_free(group.broadcast_object(taken))

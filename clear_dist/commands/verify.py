@@ -6,10 +6,8 @@ from importlib import import_module
 from pathlib import Path
 
 from clear_dist.launch import ends, env, ranks
-from clear_dist.launch.env import Place
 from clear_dist.request import devices, outputs
 from clear_dist.request.flags import STDOUT, VerifyFlags
-from clear_dist.request.notes import sharing
 
 RANKS_ON_CPU = 2
 """The fewest that have something to say to each other."""
@@ -22,25 +20,24 @@ def verify(flags: VerifyFlags) -> int:
     Takes less than a minute and downloads nothing. Ends with 0 if all checks pass, with 1 if one fails.
     """
     place = env.read_for(flags.nproc)
-    gpus = devices.gpus_for(flags.device)
+    gpus = len(devices.gpus_for(flags.device))
     size = devices.world_size(flags.nproc, place, otherwise=gpus or RANKS_ON_CPU)
     if flags.json is not None and flags.json != STDOUT:
         outputs.check_file("--json", Path(flags.json), (".json",))
-    for line in _notes(flags, place, gpus, size) if place.rank == 0 else ():
+    for line in _notes(flags, gpus, size) if place.rank == 0 else ():
         ends.say(line)
-    work, on_cuda = partial(_verify, "cuda" if gpus else "cpu", flags.json, flags.join_timeout), gpus > 0
-    return ranks.run(work, nproc=size, on_cuda=on_cuda, traceback=flags.traceback, preload=PRELOAD)
+    work = partial(_verify, flags, "cuda" if gpus else "cpu")
+    return ranks.run(work, nproc=size, on_cuda=gpus > 0, traceback=flags.traceback, preload=PRELOAD)
 
 
-def _verify(device: str, output: str | None, join_seconds: float) -> None:
+def _verify(flags: VerifyFlags, device: str) -> None:
     import_module("clear_dist.verify").verify(
-        device, output, join_seconds=join_seconds
+        device, flags.json, join_seconds=flags.join_timeout, share_gpus=flags.share_gpus
     )  # torch: not for --help, nor for a refusal
 
 
-def _notes(flags: VerifyFlags, place: Place, gpus: int, size: int) -> Iterator[str]:
+def _notes(flags: VerifyFlags, gpus: int, size: int) -> Iterator[str]:
     if flags.device == "auto" and not gpus:
         yield "device: cpu (no CUDA GPU here)"
-    yield from sharing(gpus, place.local_world_size if place.launcher is not None else size)
     if size == 1:
         yield "one rank: no halos, nothing between neighbours; for these: --nproc 2"

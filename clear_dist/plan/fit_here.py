@@ -1,6 +1,7 @@
 """Whether a request fits in the memory that is free here, found out beside the start of its ranks."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, prod
 
@@ -9,7 +10,7 @@ from clear_dist.launch.ends import say
 from clear_dist.launch.env import Place
 from clear_dist.observe.memory import free_bytes
 from clear_dist.options import Refusal
-from clear_dist.plan import LINKS, Engine, Gpu, Plan, PlanRequest, Room, model, nearest
+from clear_dist.plan import LINKS, Change, Engine, Gpu, Plan, PlanRequest, Room, model, nearest
 from clear_dist.request import devices
 from clear_dist.request.hardware import named_like, unknown
 from clear_dist.request.request import Request
@@ -34,7 +35,7 @@ class Unfit(Refusal):
     @cached_property
     def _words(self) -> str:
         plan = self._check.plan
-        change = nearest(plan, most_ranks=self._check.most_ranks)
+        change = self._check.emptier() or nearest(plan, most_ranks=len(self._check.gpus) or 1)
         plan.engine.stop()
         settings = change.flags if change is not None else "a smaller model"
         return f"{_shown(plan)}; nearest: {settings} (clear-dist plan tells more)"
@@ -45,7 +46,11 @@ class Check:
     """A plan whose engine is at work."""
 
     plan: Plan
-    most_ranks: int
+    gpus: tuple[devices.FoundGpu, ...]
+    ranks: int
+    """Of this machine."""
+    is_launched: bool
+    """Whether there are so many for good."""
 
     def line(self) -> str | None:
         """A warning where it may not fit, or nobody knows; waits for the engine.
@@ -63,6 +68,21 @@ class Check:
             raise Unfit(self)
         plan.engine.stop()
         return None if fits else f"{WARNING}{_shown(plan)}, by an estimate that may be 10 % too high"
+
+    def emptier(self) -> Change | None:
+        """The GPUs here that have room, where others of them have not and fewer ranks fit too."""
+        plan = self.plan
+        kept = [number for number, gpu in enumerate(self.gpus) if gpu.free >= plan.needed]
+        ranks = min(self.ranks, len(kept))
+        if not kept or (self.is_launched and ranks < self.ranks):
+            return None
+        words = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(len(self.gpus))))).split(",")
+        flags = f"CUDA_VISIBLE_DEVICES={','.join(words[number] for number in kept)}"
+        fewer = Change(flags=f"{flags} and --nproc {ranks}", fields={"world_size": ranks})
+        change = fewer if ranks < self.ranks else Change(flags=flags, fields={})
+        room = room_of(tuple(self.gpus[number] for number in kept), ranks)
+        asked = replace(change.of(plan.asked), shares_gpus=False)
+        return change if replace(plan, asked=asked, room=room).fits else None
 
     def require(self) -> None:
         """Tell people the warning, if any; raises as `line`."""
@@ -91,7 +111,8 @@ def begin(request: Request, facts: ModelFacts, place: Place) -> Check | None:
     )
     if facts.shape is not None and fits_by_far(asked, room, sum(map(prod, facts.shape.tensors().values()))):
         return None
-    return Check(plan=Plan(asked=asked, room=room, engine=Engine()), most_ranks=len(gpus) or 1)
+    plan = Plan(asked=asked, room=room, engine=Engine())
+    return Check(plan=plan, gpus=gpus, ranks=ranks, is_launched=place.launcher is not None)
 
 
 def fits_by_far(asked: PlanRequest, room: Room, numbers: int) -> bool:

@@ -5,6 +5,7 @@ gigabyte. The driver knows the devices of CUDA_VISIBLE_DEVICES, NVIDIA's managem
 """
 
 import ctypes
+import sys
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -14,8 +15,10 @@ KINDS = ("GPU", "MIG")
 
 def describe(driver: Any, library: Any | None) -> Iterator[str]:
     """The lines, from libcuda and libnvidia-ml (initialised); without the latter all of a device counts as free."""
-    count = ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+    count, reason = ctypes.c_int(), ctypes.c_char_p()
+    if error := driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        driver.cuGetErrorName(error, ctypes.byref(reason))
+        print((reason.value or b"an error").decode(), file=sys.stderr)
         return
     for number in range(count.value):
         device, total, name = ctypes.c_int(), ctypes.c_size_t(), ctypes.create_string_buffer(128)

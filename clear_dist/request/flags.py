@@ -221,5 +221,6 @@ class VerifyFlags(Flags):
     )
     join_timeout: int = flag(JOIN_SECONDS, "seconds that ranks wait for missing ones (300)", bounds=(1, 86_400))
     device: str = flag("auto", "auto: CUDA where it is", choices=DEVICES)
+    share_gpus: bool = flag(False, "ranks may share a GPU while others are idle", planned=False)
     json: str | None = flag(None, "versions, devices, every figure; - is stdout", metavar="FILE|-")
     traceback: bool = flag(False, "if a rank fails, show where")

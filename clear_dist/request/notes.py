@@ -1,7 +1,7 @@
 """Lines for the user: choices made for them, and flags that will have no effect."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from clear_dist import demo
@@ -11,6 +11,7 @@ from clear_dist.cards.folder import ModelFacts
 from clear_dist.cards.headers import component_files, read_tensors
 from clear_dist.options import Options, shortened, spelled
 from clear_dist.pictures import keeps_alpha
+from clear_dist.request.devices import FoundGpu
 from clear_dist.request.flags import GenerateFlags, PictureFlags, UpscaleFlags
 from clear_dist.request.pictures import is_listed
 from clear_dist.request.request import Request
@@ -32,22 +33,31 @@ def notes_of(
     cards: Cards,
     *,
     prompts: Iterable[str],
-    gpus: int,
+    gpus: Sequence[FoundGpu],
     ranks: int,
 ) -> tuple[str, ...]:
     """All lines, choices first; `prompts` as given, `gpus` and `ranks` of this machine."""
     return (
-        *_choices(flags, request, facts, cards, gpus),
-        *sharing(gpus, ranks),
+        *_choices(flags, request, facts, cards, len(gpus)),
+        *_kinds(gpus[:ranks]),
         *_warnings(request, facts, (*prompts, flags.negative_prompt or ""), ranks),
         *_without_effect(flags, request, facts),
     )
 
 
-def sharing(gpus: int, ranks: int) -> Iterator[str]:
-    """A line where ranks have to share this machine's GPUs."""
-    if gpus and ranks > gpus:
-        yield f"{ranks} ranks share {gpus} GPU{'s' * (gpus > 1)}: they exchange through host memory"
+def sharing(transport: str) -> Iterator[str]:
+    """A line where ranks, which have met, cannot send from GPU to GPU."""
+    if transport == "host":
+        yield "ranks share GPUs, or torch has no NCCL: their messages go through host memory, which is slow"
+
+
+def _kinds(gpus: Sequence[FoundGpu]) -> Iterator[str]:
+    names = list(dict.fromkeys(gpu.name for gpu in gpus))
+    if len(names) > 1:
+        yield (
+            f"{WARNING}ranks are on {' and '.join(names)}: the slowest and the smallest decide; CUDA_VISIBLE_DEVICES "
+            "chooses"
+        )
 
 
 def _choices(flags: PictureFlags, request: Request, facts: ModelFacts, cards: Cards, gpus: int) -> Iterator[str]:

@@ -37,7 +37,7 @@ def settle(flags: PictureFlags, place: Place, cards: Cards) -> tuple[Request, Mo
         raise Refusal(f"--compile needs {missing} on {device}, got none; nearest: without --compile")
     if flags.float8 and not gpus:
         raise Refusal("--float8 needs a CUDA GPU of compute capability 8.9, got cpu; nearest: without --float8")
-    request, facts, begin = choose(flags, place, cards, device=device, gpus=gpus)
+    request, facts, begin = choose(flags, place, cards, device=device, gpus=len(gpus))
     if request.height is not None:
         check_outputs(request)
     ranks = place.local_world_size if place.launcher else request.world_size

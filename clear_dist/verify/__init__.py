@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from clear_dist.comm.group import Group, PeerLost
+from clear_dist.comm.process_groups import device_of
 from clear_dist.families.transformers import SAMPLES
 from clear_dist.launch import env
-from clear_dist.launch.ends import Failure, describe
+from clear_dist.launch.ends import Failure, describe, say
 from clear_dist.observe import report
 from clear_dist.options import JOIN_SECONDS
 from clear_dist.request.flags import STDOUT
+from clear_dist.request.notes import sharing
 from clear_dist.verify import attention, environment, halos, links, text
 from clear_dist.verify.finding import Check, Finding, Result, Show, Subjects, gather, shown
 from clear_dist.verify.model import verify_model
@@ -40,13 +42,21 @@ MOST_NAMED = 3
 
 
 def verify(
-    device_type: str, output: str | None, subjects: Subjects | None = None, *, join_seconds: float = JOIN_SECONDS
+    device_type: str,
+    output: str | None,
+    subjects: Subjects | None = None,
+    *,
+    join_seconds: float = JOIN_SECONDS,
+    share_gpus: bool = False,
 ) -> None:
     """Run and show all checks, with a JSON report in `output` (`-`: stdout, None: none); Failure on all ranks."""
     began, place = time.perf_counter(), env.read()
     if place.threads is not None:
         torch.set_num_threads(place.threads)
-    meeting = Group.create(_device(device_type, place.local_rank), join_seconds=join_seconds)
+    device = device_of(device_type, place.local_rank)
+    meeting = Group.create(device, join_seconds=join_seconds, share_gpus=share_gpus)
+    for line in sharing(meeting.transport) if place.rank == 0 else ():
+        say(line)
     # Ranks may be slow to start; once they are here, one that is silent hangs.
     group = replace(meeting, timeout=timedelta(seconds=SECONDS_TO_ANSWER[device_type])).split(meeting.size)
     with shown(rank=group.rank, to_stderr=output == STDOUT) as show, torch.inference_mode():
@@ -102,7 +112,3 @@ def _write(contents: Mapping[str, Any], output: str | None) -> None:
         print(json.dumps(contents, indent=1), flush=True)
     elif output is not None:
         report.write(contents, Path(output))
-
-
-def _device(kind: str, local_rank: int) -> torch.device:
-    return torch.device(kind, local_rank % torch.cuda.device_count()) if kind == "cuda" else torch.device(kind)

@@ -33,7 +33,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
     def have(*free: float, name: str = "NVIDIA H100 80GB HBM3") -> None:
         found = tuple(devices.FoundGpu(name=name, total=85 * 10**9, free=round(each * 1e9)) for each in free)
         monkeypatch.setattr(devices, "find_gpus", lambda: found)
-        monkeypatch.setattr(devices, "count_gpus", lambda: len(found))
+        monkeypatch.setattr(devices, "why_torch_sees_none", lambda: None)
 
     return have
 
@@ -84,11 +84,37 @@ def test_what_may_not_fit_is_drawn_with_a_warning(gpus: Any, tmp_path: Path, mon
 
 def test_the_fullest_gpu_counts_and_ranks_that_share_one_add_up(gpus: Any) -> None:
     gpus(84.0, 20.0)
-    with pytest.raises(Refusal, match=r"20\.0 GB that are free on GPU 1"):
+    with pytest.raises(
+        Refusal, match=r"20\.0 GB that are free on GPU 1.*nearest: CUDA_VISIBLE_DEVICES=0 and --nproc 1 "
+    ):
         lines_of(res=1024)
     gpus(84.0)
     with pytest.raises(Refusal, match=r"4 ranks must fit in the 84\.0 GB"):
         lines_of(res=1024, nproc=4)
+
+
+def test_the_smallest_gpu_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"NVIDIA H100": 85 * 10**9, "NVIDIA GeForce RTX 4090": 25 * 10**9}
+    found = tuple(devices.FoundGpu(name=name, total=size, free=size) for name, size in sizes.items())
+    monkeypatch.setattr(devices, "find_gpus", lambda: found)
+    plan = planned_for(PlanFlags(model=FLUX_DEV, res=1024))
+    plan.engine.stop()
+    assert (plan.room.where, plan.room.bytes, plan.asked.ranks) == ("RTX4090", 25 * 10**9, 2)
+
+
+def test_gpus_that_others_have_filled_are_left_out(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = {"rank": 0, "world_size": 2, "local_world_size": 2}
+    gpus(84.0, 3.0, 84.0)
+    with pytest.raises(
+        Refusal, match=r"3\.0 GB that are free on GPU 1.*nearest: CUDA_VISIBLE_DEVICES=0,2 \(clear-dist"
+    ):
+        lines_of(Place(launcher="torchrun", **two), res=1024)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,3")
+    with pytest.raises(Refusal, match=r"nearest: CUDA_VISIBLE_DEVICES=7,3 and --nproc 2 "):
+        lines_of(res=1024)
+    gpus(3.0, 84.0)
+    with pytest.raises(Refusal, match=r"nearest: (?!CUDA)"):  # torchrun's two ranks would share one
+        lines_of(Place(launcher="torchrun", **two), res=1024)
 
 
 def test_smaller_weights_are_known(gpus: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

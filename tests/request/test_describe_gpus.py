@@ -22,6 +22,10 @@ class Driver:
     def cuInit(self, flags: int) -> int:  # noqa: N802
         return self.failing
 
+    def cuGetErrorName(self, error: int, name: Any) -> int:  # noqa: N802
+        name._obj.value = {100: b"CUDA_ERROR_NO_DEVICE", 802: b"CUDA_ERROR_SYSTEM_NOT_READY"}[error]
+        return 0
+
     def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
         count._obj.value = self.count
         return 0
@@ -74,8 +78,9 @@ def test_devices_are_described(library: Library | None, free: int) -> None:
     assert lines == [f"NVIDIA H100 number {number}|{80 * 10**9}|{free}" for number in range(2)]
 
 
-def test_none_where_the_driver_fails() -> None:
-    assert list(describe(Driver(2, failing=100), None)) == []
+def test_none_where_the_driver_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(describe(Driver(2, failing=802), None)) == []
+    assert capsys.readouterr().err == "CUDA_ERROR_SYSTEM_NOT_READY\n"
 
 
 def test_what_is_described_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,18 +97,12 @@ def test_requests_that_do_not_fit_are_refused(original: Path, given: dict[str, A
         settle(GenerateFlags(**({"model": str(original)} | given)), ALONE, CARDS)
 
 
-def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "count_gpus", lambda: 0)
-    with pytest.raises(Refusal, match="there is none here; nearest: cpu"):
-        settle(GenerateFlags(device="cuda"), ALONE, CARDS)
-
-
 def test_gpus_decide_device_dtype_and_ranks(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "count_gpus", lambda: 2)
+    found = devices.FoundGpu(name="NVIDIA H100", total=85 * 10**9, free=84 * 10**9)
+    monkeypatch.setattr(devices, "find_gpus", lambda: (found, found))
+    monkeypatch.setattr(devices, "why_torch_sees_none", lambda: None)
     request, *_ = settle(GenerateFlags(model=str(original)), ALONE, CARDS)
     assert (request.device, request.dtype, request.world_size) == ("cuda", "bfloat16", 2)
-    *_, lines = settle(GenerateFlags(model=str(original), nproc=4), ALONE, CARDS)
-    assert "4 ranks share 2 GPUs: they exchange through host memory" in lines
 
 
 def test_a_full_disk_is_refused(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +228,7 @@ def test_the_demo_names_words_it_does_not_know() -> None:
 
 
 def test_a_hub_model_is_checked_once_its_files_are_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "count_gpus", lambda: 0)
+    monkeypatch.setattr(devices, "find_gpus", lambda: ())
     request, *_ = settle(GenerateFlags(model="someone/flux-like", clear_weights="none", nproc=9), ALONE, CARDS)
     assert (request.height, request.width) == (None, None)
     with pytest.raises(Refusal, match="got 9; nearest: 8"):

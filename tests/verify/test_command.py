@@ -125,7 +125,7 @@ def test_ranks_that_die_or_hang_end_the_run(fault: Any, line: str) -> None:
     ("arguments", "words"),
     [
         (["--nproc", "0"], "--nproc must be from 1 to 1024, got 0; nearest: 1"),
-        (["--device", "cuda"], "--device cuda needs a CUDA GPU, and there is none here; nearest: cpu"),
+        (["--device", "cuda"], "--device cuda needs a GPU that CUDA sees, got "),
         (["--device", "tpu"], "--device must be one of auto, cpu, cuda, got 'tpu'; nearest: cpu"),
         (["--json", "x.txt"], "--json must end in .json, got 'x.txt'; nearest: x.json"),
         (["--json", "nowhere/x.json"], "--json must lie in a folder that exists"),

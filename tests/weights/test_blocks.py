@@ -53,7 +53,7 @@ def test_shards_need_all_ranks_in_every_stage(model: Path, monkeypatch: pytest.M
         settled(model, shard_weights=True, nproc=9, res=256)
     assert settled(model, shard_weights=True, nproc=8, res=256)[0].shard_weights
     assert not settled(model, nproc=9, res=256)[0].shard_weights
-    monkeypatch.setattr(devices, "count_gpus", lambda: 0)
+    monkeypatch.setattr(devices, "find_gpus", lambda: ())
     on_hub = GenerateFlags(model="someone/flux-like", clear_weights="none", nproc=9, shard_weights=True, res=256)
     request, *_ = settle(on_hub, Place(), CARDS)
     with pytest.raises(Refusal, match=message):
