@@ -1,6 +1,7 @@
 """torch.distributed's process groups: how ranks meet, and how their tensors travel."""
 
 import atexit
+import os
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
@@ -83,6 +84,10 @@ def new_process_group(parts: Sequence[tuple[int, ...]], backend: str, timeout: t
     # not take part, so that others may use them at will. Its groups are found by their ranks and by how many groups
     # this process has at the time, which must be equal on the members: so all parts are made at once.
     local = sum(map(len, parts)) < dist.get_world_size()
+    if "nccl" in backend:
+        # Halos and reductions are in flight at once, in communicators of their own, whose kernels wait on the GPU: they
+        # must start in one order on all ranks, that in which the hosts post them. NCCL reads it where it first sends.
+        os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
     backend = ALONE if dist.get_world_size() == 1 else backend
     made = [
         dist.new_group(list(part), timeout=timeout, backend=backend, use_local_synchronization=local) for part in parts
