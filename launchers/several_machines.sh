@@ -10,7 +10,8 @@
 #
 # The picture is written on the machine that gets rank 0, which torchrun decides: let --output lie on a shared file
 # system. Without one, the model's folder must exist on every machine under the same name.
-# To try it on one machine, start it twice with RENDEZVOUS=localhost:29500 MACHINES=2 RANKS=2.
+# To try it on one machine, start it twice with RENDEZVOUS=localhost:29500 MACHINES=2 RANKS=2, on GPUs with a
+# CUDA_VISIBLE_DEVICES of its own each time.
 set -euo pipefail
 
 : "${RENDEZVOUS:?host:port that all machines reach}" "${MACHINES:?number of machines}" "${RANKS:?ranks on each machine}"

@@ -27,7 +27,7 @@ def with_index(device: torch.device) -> torch.device:
 
 
 def device_of(kind: str, local_rank: int) -> torch.device:
-    """Device of a rank; raises a Refusal where torch cannot use any GPU, in its words."""
+    """Device of a rank; raises a Refusal where torch cannot use any GPU, or has no kernels for this one."""
     if kind != "cuda":
         return torch.device(kind)
     try:
@@ -35,7 +35,15 @@ def device_of(kind: str, local_rank: int) -> torch.device:
     except (AssertionError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise Refusal(f"--device cuda needs GPUs that torch can use, got: {reason}; nearest: --device cpu") from error
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    kernels = [int(name[3:].rstrip("af")) for name in torch.cuda.get_arch_list() if name.startswith("sm_")]
+    major, minor = torch.cuda.get_device_capability(device)
+    if kernels and 10 * major + minor < min(kernels):
+        raise Refusal(
+            f"torch {torch.__version__} needs GPUs of compute capability {min(kernels) / 10} or later, got "
+            f"{major}.{minor}; nearest: torch for an older CUDA from the index that pytorch.org/get-started names"
+        )
+    return device
 
 
 def check_transport(device: torch.device, transport: str) -> None:

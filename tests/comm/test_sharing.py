@@ -97,3 +97,17 @@ def test_gpus_that_torch_cannot_use_are_refused_in_its_words(monkeypatch: pytest
     with pytest.raises(Refusal, match=r"got: The NVIDIA driver .* 12080\)\.; nearest: --device cpu$"):
         device_of("cuda", 0)
     assert device_of("cpu", 3) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("capability", "is_refused"), [((7, 0), True), ((7, 5), False), ((12, 1), False)])
+def test_gpus_that_torch_has_no_kernels_for_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], is_refused: bool
+) -> None:
+    made_up = {"init": None, "device_count": 2, "get_arch_list": ["sm_75", "sm_90a", "compute_120"]}
+    for name, value in (made_up | {"get_device_capability": capability}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    if is_refused:
+        with pytest.raises(Refusal, match=r"capability 7\.5 or later, got 7\.0; nearest: torch for an older CUDA"):
+            device_of("cuda", 3)
+    else:
+        assert device_of("cuda", 3) == torch.device("cuda", 1)
