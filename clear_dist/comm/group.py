@@ -9,14 +9,14 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from clear_dist.comm import process_groups
+from clear_dist.comm import nccl, process_groups
 from clear_dist.comm.counters import labelled
 from clear_dist.comm.process_groups import Transport
 from clear_dist.options import JOIN_SECONDS
 
 REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
-_SIGNS_OF_DEATH = ("closed by peer", "reset by peer", "broken pipe")
-_SIGNS_OF_LOSS = (*_SIGNS_OF_DEATH, "refused", "timed out", "timeout", "socket")
+_SIGNS_OF_DEATH = ("closed by peer", "reset by peer", "broken pipe", "closed by remote peer")
+_SIGNS_OF_LOSS = (*_SIGNS_OF_DEATH, "refused", "timed out", "timeout", "socket closed", "unexpectedly closed")
 
 
 class PeerLost(RuntimeError):
@@ -25,13 +25,18 @@ class PeerLost(RuntimeError):
 
 @contextmanager
 def telling_lost_peers(who: str = "another rank") -> Iterator[None]:
-    """Turn the transport's errors inside into PeerLost; goes around every post and every wait."""
+    """Turn the transport's errors inside into PeerLost or NcclError; goes around every post and every wait."""
     try:
         yield
+    except (PeerLost, nccl.NcclError, torch.AcceleratorError):
+        raise  # CUDA, too, speaks of time that is out
     except RuntimeError as error:
-        if isinstance(error, PeerLost) or not (isinstance(error, dist.DistError) or _shows(error, _SIGNS_OF_LOSS)):
+        failure = nccl.failure(error)
+        if failure is not None and not failure.lost:
+            raise nccl.NcclError(failure.line) from error
+        if failure is None and not (isinstance(error, dist.DistError) or _shows(error, _SIGNS_OF_LOSS)):
             raise
-        raise PeerLost(f"{who} is gone: {error}".splitlines()[0]) from error
+        raise PeerLost(f"{who} is gone: {_in_a_line(error)}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +75,8 @@ class Group:
         device becomes the current one, as NCCL demands. "auto" is gloo on CPU, NCCL where each rank has a GPU of its
         own, host where ranks share one: with `share_gpus` also while other GPUs of their machine are idle.
 
-        Raises ValueError (not a rank of it, a transport unfit for the device, idle GPUs), ConnectionError or PeerLost.
+        Raises ValueError (not a rank of it, a transport unfit for the device, idle GPUs), ConnectionError, PeerLost or
+        NcclError.
         """
         device, timeout = process_groups.with_index(torch.device(device)), timedelta(seconds=timeout_seconds)
         if device.type == "cuda":
@@ -259,7 +265,13 @@ def _telling_failed_connections() -> Iterator[None]:
     except PeerLost as error:
         if _shows(error.__cause__, _SIGNS_OF_DEATH):
             raise
-        raise ConnectionError(f"cannot connect to the other ranks: {error.__cause__}".splitlines()[0]) from error
+        # Not from PeerLost, which would leave the telling to another rank.
+        raise ConnectionError(f"cannot connect to the other ranks: {_in_a_line(error.__cause__)}") from error.__cause__
+
+
+def _in_a_line(error: BaseException | None) -> str:
+    failure = nccl.failure(error)
+    return failure.line if failure is not None else str(error).partition("\n")[0]
 
 
 def _shows(error: BaseException | None, signs: Sequence[str]) -> bool:

@@ -10,7 +10,7 @@ import time
 import traceback as tracebacks
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
 from clear_dist.launch import env
@@ -19,6 +19,13 @@ from clear_dist.options import Refusal
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
 LONGEST_CAUSE, LONGEST_TRACEBACK = 600, 30_000
 """Characters; a pipe holds 64 KB that nobody reads as yet."""
+SECONDS_FOR_THE_CAUSE = 1.0
+"""Time for it to be told under another launcher: the first rank that speaks is the only one."""
+GUESSES = {
+    signal.SIGKILL: " (out of memory?)",
+    signal.SIGABRT: " (what a library said stands above; NCCL's watchdog: another rank did not answer)",
+}
+"""abort() may follow from another rank's end, so that a cause that is told goes before it."""
 SHOW_CURSOR = "\x1b[?25h"
 HOW_TO_SEE_MORE = "(for the traceback: --traceback)"
 
@@ -35,6 +42,8 @@ class Cause:
     traceback: str
     seconds: float
     """Wall clock; the first of several causes speaks."""
+    lost: bool = False
+    """Whether it only follows from another rank's end, and speaks where none has told that."""
 
 
 def run_rank(work: Callable[[], None], *, traceback: bool, outbox: Connection | None = None) -> int:
@@ -49,13 +58,14 @@ def run_rank(work: Callable[[], None], *, traceback: bool, outbox: Connection | 
         cause = _cause(place, status, str(error), error)
     except Exception as error:
         lost = _lost_peer(error) if place.launcher is not None else None
-        if lost is not None and place.launcher == "clear-dist":
-            return FAILED  # the rank that has the cause tells it, or the launcher; torchrun would not
         what = f"failed: {describe(error)}" if lost is None else f"lost contact with another rank: {lost}"
         cause = _cause(place, FAILED, f"rank {place.rank} {what} {HOW_TO_SEE_MORE}", error)
+        cause = replace(cause, lost=lost is not None)
     else:
         return 0
     if outbox is None:
+        if cause.lost:
+            time.sleep(SECONDS_FOR_THE_CAUSE)
         return _tell(place, cause, traceback=traceback)
     outbox.send(cause)
     return cause.status
@@ -108,15 +118,18 @@ def conclude(
     if not failed:
         return 0
     _restore_terminal()
-    killed = {rank: -status for rank, status in failed.items() if status < 0}
+    told = sorted(causes, key=lambda cause: (cause.lost, cause.seconds))
+    follows = {-signal.SIGABRT} if told and not told[0].lost else set()
+    killed = {rank: -status for rank, status in failed.items() if status < 0 and status not in follows}
     if killed:
-        rank, number = next(iter(killed.items()))
-        guess = " (out of memory?)" if number == signal.SIGKILL else ""
-        say(f"rank {rank} was killed by {signal.Signals(number).name}{guess}")
+        rank, number = min(killed.items(), key=lambda item: item[1] == signal.SIGABRT)
+        by = signal.Signals(number)
+        say(f"rank {rank} was killed by {by.name}{GUESSES.get(by, '')}")
         return FAILED
-    for cause in sorted(causes, key=lambda cause: cause.seconds)[:1]:
-        return _print(cause, traceback=traceback)
-    say(f"rank {next(iter(failed))} lost contact with the other ranks")
+    if told:
+        return _print(told[0], traceback=traceback)
+    rank, status = next(iter(failed.items()))
+    say(f"rank {rank} ended with status {status} and did not say why")
     return FAILED
 
 

@@ -28,6 +28,7 @@ QUIET = {
     "KINETO_LOG_LEVEL": "6",
     "TRANSFORMERS_VERBOSITY": "error",
     "TORCH_CPP_LOG_LEVEL": "FATAL",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "250",  # four times this passes before NCCL's watchdog ends a rank
 }
 """Defaults, since libraries would report every lost connection from every rank."""
 LOUD = ("torchao", "torch.utils._pytree")
@@ -175,10 +176,11 @@ def _wait(
             process.join()
         failed = [process.exitcode for process in processes if process.exitcode]
         causes += [inbox.recv() for inbox in inboxes if inbox.poll()]  # a rank has one at most
-        if any(code < 0 for code in failed) or causes or (deadline and time.monotonic() >= deadline):
+        known = any(not cause.lost for cause in causes) or any(code < 0 and code != -signal.SIGABRT for code in failed)
+        if known or (deadline and time.monotonic() >= deadline):
             return None
         if failed and deadline is None:
-            # It lost a peer; the peer's end, which is the cause, is about to be seen.
+            # It lost a peer, or NCCL's watchdog ended it; the peer's end, which is the cause, is about to be seen.
             deadline = time.monotonic() + MEETING_SECONDS
     return call.raised if running else None
 
