@@ -3,13 +3,14 @@
 import re
 from dataclasses import dataclass
 
+from clear_dist.launch.ends import LESS_MEMORY
+
 _OWN = {
     "/dev/shm": "/dev/shm is too small or closed: docker run --ipc=host (or --shm-size 8g), or NCCL_SHM_DISABLE=1",
     "no socket interface found|is neither AF_INET": "NCCL_SOCKET_IFNAME must name a network interface of this machine "
     "(ip addr), or not be set",
     "ibv_.* failed": "InfiniBand fails: ulimit -l unlimited (docker run --ulimit memlock=-1), or NCCL_IB_DISABLE=1",
-    "out of memory|failed to CUDA [cm]alloc": "no memory of the GPU is left for NCCL: clear-dist plan names settings "
-    "that take less (a smaller --res, --offload, --int8)",
+    "out of memory|failed to CUDA [cm]alloc": f"no memory of the GPU is left for NCCL: {LESS_MEMORY}",
     "peer access|IPC handle": "the GPUs do not reach each other's memory: NCCL_P2P_DISABLE=1",
     "mismatched NCCL version|version mismatch|truncated": "all ranks must have the same torch and NCCL, and the same "
     "variables of NCCL",

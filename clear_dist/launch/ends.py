@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import signal
 import sys
 import time
@@ -26,6 +27,7 @@ GUESSES = {
     signal.SIGABRT: " (what a library said stands above; NCCL's watchdog: another rank did not answer)",
 }
 """abort() may follow from another rank's end, so that a cause that is told goes before it."""
+LESS_MEMORY = "clear-dist plan names settings that take less (a smaller --res, --offload, --int8)"
 SHOW_CURSOR = "\x1b[?25h"
 HOW_TO_SEE_MORE = "(for the traceback: --traceback)"
 
@@ -143,6 +145,8 @@ def say(line: str) -> None:
 def describe(error: BaseException) -> str:
     text = f"{type(error).__name__}: {error}".rstrip(": ")
     text = " ".join(text.split())
+    if text.startswith("OutOfMemoryError"):  # of torch, whose own advice, on its allocator, is left out
+        return re.sub(r"(?<= is free)\..*", "", text) + f"; {LESS_MEMORY}"
     return text if len(text) <= LONGEST_CAUSE else text[:LONGEST_CAUSE] + " ..."
 
 

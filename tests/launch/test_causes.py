@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from clear_dist.launch import ends
 from tests.launch.test_ranks import REST, finish, start
@@ -82,3 +83,15 @@ def test_under_torchrun_a_lost_peer_lets_the_cause_speak(
         monkeypatch.setenv(name, str(value))
     assert ends.run_rank(lose, traceback=False) == 1
     assert capsys.readouterr().err == ""
+
+
+def test_memory_that_a_gpu_lacks_is_told_with_what_takes_less() -> None:
+    said = (
+        "CUDA out of memory. Tried to allocate 32.00 MiB. GPU 0 has a total capacity of 79.10 GiB of which 19.72 MiB is "
+        "free. Including non-PyTorch memory, this process has 1 GiB memory in use. Of the allocated memory 1.25 MiB is "
+        "allocated by PyTorch, and 771.50 KiB is reserved by PyTorch but unallocated. See documentation"
+    )
+    assert ends.describe(torch.OutOfMemoryError(said)) == (
+        "OutOfMemoryError: CUDA out of memory. Tried to allocate 32.00 MiB. GPU 0 has a total capacity of 79.10 GiB of "
+        "which 19.72 MiB is free; clear-dist plan names settings that take less (a smaller --res, --offload, --int8)"
+    )
