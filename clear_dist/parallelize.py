@@ -118,6 +118,7 @@ def require_machine(options: Options, device: torch.device, dtype: torch.dtype) 
         raise ValueError(f"float8 needs {needed}; nearest: float8=False")
     if options.compile and (missing := missing_compiler(device.type)):
         raise ValueError(f"compile needs {missing}, got none; nearest: compile=False")
+    choose_backend(options.attention_backend, device=device, dtype=dtype)
 
 
 @contextmanager

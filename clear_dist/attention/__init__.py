@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clear_dist.attention import flex, masked, reference, tiled, triton_window
-from clear_dist.attention.backend import Backend, CallShape, WindowCall
+from clear_dist.attention.backend import AMPERE, Backend, CallShape, WindowCall, capability, is_before_ampere
 from clear_dist.attention.dense import attend, attend_masked
 from clear_dist.attention.measured import nearest
 from clear_dist.geometry import Rows, reach
@@ -94,6 +94,9 @@ def choose_backend(
     Raises ValueError, naming what works, where `name` does not exist or cannot run here.
     """
     shape = CallShape(torch.device(device).type, dtype, head_dim, heads, rows, key_rows, columns, text, radius)
+    if dtype == torch.bfloat16 and is_before_ampere(shape.device_type) and not anywhere:
+        rule = f"bfloat16 needs a GPU of compute capability {AMPERE} or higher"
+        raise ValueError(f"{rule}, got {capability()}; nearest: float16")
     if name == "auto":
         return _best(shape, anywhere=anywhere)
     if name not in BACKENDS:

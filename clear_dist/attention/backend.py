@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 MAX_SCORE_BYTES = 2**30
+AMPERE = 8
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,16 @@ class WindowCall:
     def geometry(self) -> Geometry:
         rows, columns = self.query.shape[1:3]
         return Geometry(rows, self.key.shape[1], columns, self.key_text.shape[1], self.radius, self.row_offset)
+
+
+def capability() -> int:
+    """Major compute capability of this process's GPU; 0 where there is none."""
+    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+
+
+def is_before_ampere(device_type: str) -> bool:
+    """Whether it is a GPU that lacks bfloat16, and that FlashAttention and Triton do not know."""
+    return device_type == "cuda" and 0 < capability() < AMPERE
 
 
 def nothing(shape: CallShape) -> None:

@@ -9,6 +9,7 @@ Shape suffixes: B batch, L queries, S keys, N heads, D head dim.
 import torch
 from torch import Tensor
 
+from clear_dist.attention.backend import is_before_ampere
 from clear_dist.merge import merge
 
 QUERY_BLOCK = 128
@@ -104,7 +105,7 @@ def fused(
         )
     if device_type != "cuda" or query_BNLD.shape[-1] % 8 or dtype == torch.float64:
         return _math(query_BNLD, key_BNSD, value_BNSD, scale, bias_LS)
-    if bias_LS is None and dtype != torch.float32:
+    if bias_LS is None and dtype != torch.float32 and not is_before_ampere(device_type):
         return aten._scaled_dot_product_flash_attention(query_BNLD, key_BNSD, value_BNSD, scale=scale)[:2]
     bias_BNLS = None if bias_LS is None else bias_LS.expand(*query_BNLD.shape[:2], -1, -1)
     return aten._scaled_dot_product_efficient_attention(

@@ -19,7 +19,15 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, flex_attent
 from torch.nn.functional import pad
 from torch.torch_version import TorchVersion
 
-from clear_dist.attention.backend import Backend, CallShape, WindowCall, why_too_many_scores
+from clear_dist.attention.backend import (
+    AMPERE,
+    Backend,
+    CallShape,
+    WindowCall,
+    capability,
+    is_before_ampere,
+    why_too_many_scores,
+)
 from clear_dist.attention.flex_mask import BLOCK, TILE_COLUMNS, TILE_ROWS, block_mask
 
 FLASH_ROWS = {9: 8, 10: 16}
@@ -29,6 +37,9 @@ FLASH_HEAD_DIMS = (64, 96, 128)
 FLASH_TORCH = "2.13"
 """Before, FlexAttention returned a wrong log-sum-exp with it (pytorch/pytorch#181645)."""
 
+TILES = {torch.float32: {"BLOCK_M": 32, "BLOCK_N": 16, "num_stages": 2, "num_warps": 4}}
+"""FlexAttention's options by dtype where its own are bad: those for float32 spill 2 to 18 KB a thread, take more shared
+memory than most GPUs have, and compile for minutes; these spill 0.2 KB (heads of 128) or nothing."""
 SHAPES_COMPILED = 64
 """A cascade needs more than Dynamo's limit of 8, beyond which all scores would be held at once."""
 
@@ -39,7 +50,7 @@ def run(
     geometry, device = call.geometry, call.query.device
     attention: Callable[..., tuple[Tensor, AuxOutput]] = _without_values if device.type == "meta" else _unfused
     if device.type == "cuda":
-        attention = partial(_compiled(), kernel_options=kernel_options)
+        attention = partial(_compiled(), kernel_options=kernel_options or TILES.get(call.query.dtype))
     with torch._dynamo.config.patch(recompile_limit=SHAPES_COMPILED):
         out_BNLD, aux = attention(
             _tokens(call.key_text[:, :0], call.query, query_rows).transpose(1, 2),
@@ -56,7 +67,7 @@ def run(
 
 
 def run_flash(call: WindowCall) -> tuple[Tensor, Tensor]:
-    return run(call, query_rows=FLASH_ROWS.get(_capability(), TILE_ROWS), kernel_options={"BACKEND": "FLASH"})
+    return run(call, query_rows=FLASH_ROWS.get(capability(), TILE_ROWS), kernel_options={"BACKEND": "FLASH"})
 
 
 @lru_cache(maxsize=1)
@@ -112,6 +123,8 @@ def why_not(shape: CallShape) -> str | None:
 def lacks(shape: CallShape) -> str | None:
     if shape.device_type == "cuda" and find_spec("triton") is None:
         return "its compiler, the package triton, is not installed"
+    if is_before_ampere(shape.device_type):
+        return f"its compiler, Triton, needs a GPU of compute capability {AMPERE} or higher, got {capability()}"
     return None
 
 
@@ -128,17 +141,13 @@ def why_not_flash(shape: CallShape) -> str | None:
 def lacks_flash(shape: CallShape) -> str | None:
     if shape.device_type != "cuda":
         return None
-    if _capability() not in FLASH_ROWS:
-        return f"it needs a GPU of compute capability 9 or 10, got {_capability()}"
+    if capability() not in FLASH_ROWS:
+        return f"it needs a GPU of compute capability 9 or 10, got {capability()}"
     if TorchVersion(torch.__version__) < FLASH_TORCH:
         return f"it needs torch {FLASH_TORCH} or newer, got {torch.__version__}"
     if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
-        return "the package flash-attn-4 is not installed"
+        return "the package flash-attn-4 is not installed (pip install --pre flash-attn-4)"
     return None
-
-
-def _capability() -> int:
-    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
 
 
 BACKEND = Backend("flex", why_not, run, automatic_on=("cuda",), lacks=lacks)

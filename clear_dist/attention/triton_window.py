@@ -6,7 +6,7 @@ interpreter, for tests: TRITON_INTERPRET=1 before Python starts.
 Shape suffixes: B batch, R rows of queries, E rows of keys, W columns, N heads, T text tokens, D head dim.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from math import log2
@@ -38,16 +38,20 @@ TILINGS = {
     256: Tiling((8, 16), (8, 8), warps=8, stages=3),
     512: Tiling((8, 8), (4, 8), warps=8, stages=2),
     1024: Tiling((4, 8), (4, 4), warps=4, stages=2),
+    2048: Tiling((4, 4), (4, 4), warps=4, stages=2),
 }
-"""By the most bytes of one key of one head; chosen for few masked pairs, within registers (bfloat16, built for sm_90)
-and shared memory; not measured on a GPU."""
+"""By the most bytes of one key of one head; chosen for few masked pairs, within registers and shared memory of every
+GPU from compute capability 8.0 on (tests/attention/test_triton.py); not measured on a GPU."""
+LEAST_SHARED_MEMORY = 99 * 1024
+"""Bytes for one program on GPUs of compute capability 8.6, 8.9 and 12.x, fewer than on the others from 8.0 on."""
+FOR_THREE_STAGES = 128 * 1024
 
 
 def run(call: WindowCall) -> tuple[Tensor, Tensor]:
     batch, rows, columns, heads, head_dim = call.query.shape
     radius = min(call.radius, _largest_distance(call))
     assert radius <= LARGEST_RADIUS, f"a circle of {radius} tokens is beyond float32"
-    tiling = choose_tiling(head_dim * call.query.element_size())
+    tiling = choose_tiling(head_dim, call.query.dtype, shared_memory(call.query.device.type))
     first, tiles = tile_table(radius, tiling.queries, tiling.keys, call.query.device)
     out_BRWND = call.query.new_empty(call.query.shape)
     lse_BRWN = call.query.new_empty(call.query.shape[:-1], dtype=torch.float32)
@@ -80,8 +84,18 @@ def run(call: WindowCall) -> tuple[Tensor, Tensor]:
     return out_BRWND, lse_BRWN
 
 
-def choose_tiling(key_bytes: int) -> Tiling:
-    return TILINGS[min(most for most in TILINGS if key_bytes <= most)]
+def choose_tiling(head_dim: int, dtype: torch.dtype, shared_memory: int) -> Tiling:
+    key_bytes = head_dim * (8 if dtype == torch.float32 else 2)  # float32 lies in registers as two halves
+    tiling = TILINGS[min(most for most in TILINGS if key_bytes <= most)]
+    return tiling if shared_memory >= FOR_THREE_STAGES else replace(tiling, stages=2)
+
+
+def shared_memory(device_type: str) -> int:
+    """Bytes that one program may take on this process's GPU; enough for all where there is none."""
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return FOR_THREE_STAGES
+    found = torch.cuda.get_device_properties()
+    return getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)  # AMD has one size only
 
 
 @lru_cache(maxsize=16)
@@ -115,6 +129,9 @@ def lacks(shape: CallShape) -> str | None:
         return None
     if find_spec("triton") is None:
         return "its compiler, the package triton, is not installed"
+    if (found := shared_memory(shape.device_type)) < LEAST_SHARED_MEMORY:
+        least, found = LEAST_SHARED_MEMORY // 1024, found // 1024
+        return f"it needs a GPU with {least} KiB of shared memory, of compute capability 8 or higher, got {found} KiB"
     if shape.device_type == "cpu" and not _interpreted():
         return "on cpu it runs in Triton's interpreter only, for tests: TRITON_INTERPRET=1"
     return None

@@ -46,7 +46,7 @@ def planned_for(flags: PlanFlags) -> Plan:
     gpu = _gpu(flags, found)
     device = "cpu" if gpu is None else "cuda"
     place = env.read_for(flags.nproc)
-    request, facts, _ = choose(flags, place, CARDS, device=device, gpus=len(found))
+    request, facts, _ = choose(flags, place, CARDS, device=device, gpus=found)
     known = model.find(facts)
     if known is None:
         raise Refusal(

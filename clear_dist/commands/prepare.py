@@ -2,7 +2,8 @@
 
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from clear_dist.observe import peaks
 from clear_dist.observe.profiling import CompileTime, Profile
 from clear_dist.observe.progress import Phases
 from clear_dist.options import Options, Refusal
-from clear_dist.parallelize import parallelize
+from clear_dist.parallelize import parallelize, require_machine
 from clear_dist.pictures import preview_of
 from clear_dist.request.notes import sharing
 from clear_dist.request.outputs import require_free
@@ -61,16 +62,16 @@ class Prepared:
         self.launch = time.time() - began
         """Seconds until the ranks were at work."""
         require_free(group.broadcast_object(taken))
+        options = Options(**{each.name: getattr(request, each.name) for each in fields(Options)})
+        with refusing():
+            require_machine(options, device, getattr(torch, request.dtype))
         with phases.phase("load", detail=" the files"):
             self.request = request = hub.locate(request, group, CARDS, local_rank=place.local_rank)
         self.encoded, self.pipe = in_touch(group, partial(_load, request, group.rank, device, phases))
         """Embeddings of each prompt on rank 0; None elsewhere, and where the pipeline keeps its text encoders."""
         with phases.phase("load"):
-            try:
-                options = {each.name: getattr(request, each.name) for each in fields(Options)}
-                self.handle = parallelize(self.pipe, clear_weights=request.clear_weights, group=group, **options)
-            except ValueError as error:
-                raise Refusal(str(error)) from error
+            with refusing():
+                self.handle = parallelize(self.pipe, options, clear_weights=request.clear_weights, group=group)
             load_loras(self.pipe, hub.local_loras(request), CARDS)
         replaced = self.handle.replaced
         if group.rank == 0 and replaced is not None and not replaced.file.is_relative_to(request.model):
@@ -87,6 +88,15 @@ class Prepared:
         if request.profile is not None:  # of the last stage of the first prompt
             steps = request.stages[-1].sampling.steps
             self.profile = Profile(request.traces[group.rank], group.rank, steps=steps, drain=self.handle.drain)
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Context in which a ValueError is the request's fault."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refusal(str(error)) from error
 
 
 def _load(request: Request, rank: int, device: torch.device, phases: Phases) -> tuple[list[Encoded] | None, Any]:

@@ -12,7 +12,7 @@ from clear_dist.observe.memory import free_bytes
 from clear_dist.options import Refusal
 from clear_dist.plan import LINKS, Change, Engine, Gpu, Plan, PlanRequest, Room, model, nearest
 from clear_dist.request import devices
-from clear_dist.request.hardware import named_like, unknown
+from clear_dist.request.hardware import FLOAT8_CAPABILITY, named_like, unknown
 from clear_dist.request.request import Request
 
 WARNING = "warning: "
@@ -138,7 +138,8 @@ def room_of(gpus: tuple[devices.FoundGpu, ...], ranks: int) -> Room:
 
 def kind_of(found: devices.FoundGpu) -> Gpu:
     """A GPU of this machine, with the rates of its kind."""
-    return named_like(found.name) or unknown(found.name, found.total)
+    kind = named_like(found.name) or unknown(found.name, found.total)
+    return replace(kind, float8=found.capability >= FLOAT8_CAPABILITY)
 
 
 def _shown(plan: Plan) -> str:

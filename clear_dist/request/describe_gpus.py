@@ -1,7 +1,8 @@
-"""A program that prints name, total and free bytes of each CUDA device, a line each. Standard library only.
+"""A program that prints name, compute capability, total and free bytes of each CUDA device, a line each.
 
-A process of its own, as one that has initialised CUDA cannot fork ranks; it makes no context, which would take half a
-gigabyte. The driver knows the devices of CUDA_VISIBLE_DEVICES, NVIDIA's management library their free memory, by UUID.
+Standard library only; a process of its own, as one that has initialised CUDA cannot fork ranks. It makes no context,
+which would take half a gigabyte. The driver knows the devices of CUDA_VISIBLE_DEVICES, NVIDIA's management library
+their free memory, by UUID.
 """
 
 import ctypes
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 KINDS = ("GPU", "MIG")
+MAJOR, MINOR = 75, 76
+"""Attributes of a device (cuda.h)."""
 
 
 def describe(driver: Any, library: Any | None) -> Iterator[str]:
@@ -26,7 +29,15 @@ def describe(driver: Any, library: Any | None) -> Iterator[str]:
         driver.cuDeviceGetName(name, len(name), device)
         driver.cuDeviceTotalMem_v2(ctypes.byref(total), device)
         free = _free_bytes(driver, library, device)
-        yield f"{name.value.decode()}|{total.value}|{total.value if free is None else min(free, total.value)}"
+        least = total.value if free is None else min(free, total.value)
+        yield f"{name.value.decode()}|{_capability(driver, device)}|{total.value}|{least}"
+
+
+def _capability(driver: Any, device: ctypes.c_int) -> str:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    driver.cuDeviceGetAttribute(ctypes.byref(major), MAJOR, device)
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), MINOR, device)
+    return f"{major.value}.{minor.value}"
 
 
 def _free_bytes(driver: Any, library: Any | None, device: ctypes.c_int) -> int | None:

@@ -41,6 +41,8 @@ class FoundGpu:
     """A CUDA device, memory in bytes; `free` is `total` where NVIDIA's management library does not tell."""
 
     name: str
+    capability: float
+    """Compute capability."""
     total: int
     free: int
 
@@ -48,8 +50,10 @@ class FoundGpu:
 def find_gpus() -> tuple[FoundGpu, ...]:
     """CUDA devices for this process, in CUDA's order; none where the driver does not tell."""
     try:
-        lines = [line.split("|") for line in _description().stdout.splitlines()]
-        return tuple(FoundGpu(name=name, total=int(total), free=int(free)) for name, total, free in lines)
+        return tuple(
+            FoundGpu(name=name, capability=float(capability), total=int(total), free=int(free))
+            for name, capability, total, free in (line.split("|") for line in _description().stdout.splitlines())
+        )
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return ()
 

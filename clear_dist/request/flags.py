@@ -100,7 +100,9 @@ class PictureFlags(Kept):
     lora: list[str] | None = flag(
         None, "a LoRA with its weight (1); once for each", MODEL, metavar="FILE|FOLDER|HUB-ID[:WEIGHT]"
     )
-    dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on CPU", MODEL, choices=DTYPES)
+    dtype: str = flag(
+        "auto", "auto: bfloat16 on CUDA (before compute capability 8.0 float16), float32 on CPU", MODEL, choices=DTYPES
+    )
     device: str = flag("auto", "auto: CUDA where it is", MODEL, choices=DEVICES, planned=False)
     nproc: int | None = flag(
         None, "ranks to start here (visible GPUs; 1 on CPU); not under torchrun", CUT, bounds=(1, 1_024)

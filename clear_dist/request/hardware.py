@@ -7,6 +7,8 @@ messages: about 85 % of the nominal rate.
 from dataclasses import dataclass
 
 GB, GIB, TFLOPS = 1e9, 2**30, 1e12
+BFLOAT16_CAPABILITY, FLOAT8_CAPABILITY = 8.0, 8.9
+"""Compute capabilities from which GPUs multiply in these."""
 
 
 @dataclass(frozen=True, kw_only=True)

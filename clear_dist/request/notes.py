@@ -66,6 +66,8 @@ def _choices(flags: PictureFlags, request: Request, facts: ModelFacts, cards: Ca
         with_one = cards.default.partition("/")[2]
         why = f"{gpus} CUDA GPU{'s' * (gpus > 1)} here" if gpus else f"no CUDA GPU here; with one: {with_one}"
         yield f"model: {name} ({why})"
+    if flags.dtype == "auto" and request.dtype == "float16":
+        yield "dtype: float16 (GPUs of compute capability below 8.0 lack bfloat16)"
     if flags.window is None and request.clear_weights is None:
         yield f"window: full ({name} without CLEAR weights)"
     yield from _window(request)

@@ -18,6 +18,7 @@ from clear_dist.options import Refusal, Window
 from clear_dist.request import devices
 from clear_dist.request.clear_weights import down_factor, find_checkpoint
 from clear_dist.request.flags import Kept, PictureFlags
+from clear_dist.request.hardware import BFLOAT16_CAPABILITY, FLOAT8_CAPABILITY
 from clear_dist.request.lora import compare_loras, find_loras
 from clear_dist.request.notes import notes_of
 from clear_dist.request.outputs import check_outputs
@@ -37,7 +38,9 @@ def settle(flags: PictureFlags, place: Place, cards: Cards) -> tuple[Request, Mo
         raise Refusal(f"--compile needs {missing} on {device}, got none; nearest: without --compile")
     if flags.float8 and not gpus:
         raise Refusal("--float8 needs a CUDA GPU of compute capability 8.9, got cpu; nearest: without --float8")
-    request, facts, begin = choose(flags, place, cards, device=device, gpus=len(gpus))
+    if flags.float8:
+        _require_capability(gpus, FLOAT8_CAPABILITY, "--float8", nearest="without --float8")
+    request, facts, begin = choose(flags, place, cards, device=device, gpus=gpus)
     if request.height is not None:
         check_outputs(request)
     ranks = place.local_world_size if place.launcher else request.world_size
@@ -45,9 +48,9 @@ def settle(flags: PictureFlags, place: Place, cards: Cards) -> tuple[Request, Mo
 
 
 def choose(
-    flags: PictureFlags, place: Place, cards: Cards, *, device: str, gpus: int
+    flags: PictureFlags, place: Place, cards: Cards, *, device: str, gpus: tuple[devices.FoundGpu, ...]
 ) -> tuple[Request, ModelFacts, Start]:
-    """`settle` for any machine: the request, its model and its start; `gpus` ranks by default."""
+    """`settle` for any machine: the request, its model and its start; by default a rank on each of `gpus`."""
     facts = find_model(flags.model, cards, has_cuda=device == "cuda")
     checkpoint = find_checkpoint(flags.clear_weights, flags.window, facts, cards)
     window = _window(flags, checkpoint)
@@ -67,9 +70,9 @@ def choose(
         down_factor=factor,
         upscaling=upscaling(flags, begin.sampling, facts),
         max_sequence_length=flags.max_sequence_length or facts.max_sequence_length,
-        dtype=("bfloat16" if device == "cuda" else "float32") if flags.dtype == "auto" else flags.dtype,
+        dtype=_dtype(flags.dtype, device, gpus),
         device=device,
-        world_size=devices.world_size(flags.nproc, place, otherwise=gpus or 1),
+        world_size=devices.world_size(flags.nproc, place, otherwise=len(gpus) or 1),
         **kept | vars(begin) | {"prompts": tuple(_understood(prompt, facts) or "" for prompt in begin.prompts)},
     )
     _check_sizes(request)
@@ -100,6 +103,22 @@ def located(request: Request, folder: Path, checkpoint: str | None, loras: Itera
 def _understood(prompt: str | None, facts: ModelFacts) -> str | None:
     """The prompt as the model's encoders know it: the demo has a small language of its own."""
     return demo.parse(prompt)[0] if prompt is not None and facts.is_demo else prompt
+
+
+def _dtype(word: str, device: str, gpus: tuple[devices.FoundGpu, ...]) -> str:
+    """What `auto` stands for on these GPUs, or the dtype asked for; raises a Refusal where they lack it."""
+    if word == "bfloat16":
+        _require_capability(gpus, BFLOAT16_CAPABILITY, "--dtype bfloat16", nearest="float16")
+    if word != "auto" or device == "cpu":
+        return "float32" if word == "auto" else word
+    return "float16" if any(gpu.capability < BFLOAT16_CAPABILITY for gpu in gpus) else "bfloat16"
+
+
+def _require_capability(gpus: tuple[devices.FoundGpu, ...], least: float, flag: str, *, nearest: str) -> None:
+    for gpu in gpus:
+        if gpu.capability < least:
+            rule = f"{flag} needs GPUs of compute capability {least} or higher"
+            raise Refusal(f"{rule}, got {gpu.capability} ({gpu.name}); nearest: {nearest}")
 
 
 def _window(flags: PictureFlags, checkpoint: str | None) -> Window:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from clear_dist.attention import Backend, window_attention
-from clear_dist.attention.backend import CallShape
+from clear_dist.attention.backend import CallShape, is_before_ampere
 from clear_dist.comm.group import Group
 from clear_dist.launch.ends import describe
 from clear_dist.verify.dense import attention, circle, largest_error
 from clear_dist.verify.finding import Finding, Subjects
 
 BATCH, HEADS, HEAD_DIM = 1, 2, 64
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """bfloat16 has 8 bits: the softmax's weights and the outputs are each rounded by up to 2^-9 of their size."""
 
 
@@ -51,9 +51,10 @@ CASES_TO_COMPILE = 2
 
 
 def check_backends(group: Group, subjects: Subjects) -> Iterator[Finding]:
-    """Every backend that can run on this device, in every dtype; one that raises has failed."""
+    """Every backend that can run on this device, in float32 and in 16 bits; one that raises has failed."""
+    dtypes = torch.float32, half_of(group)
     for name, backend in subjects.backends.items():
-        for dtype, tolerance in TOLERANCE.items():
+        for dtype in dtypes:
             reason = backend.why_not_here(CallShape(group.device.type, dtype, HEAD_DIM))
             if group.agree(reason is not None):
                 continue
@@ -63,10 +64,15 @@ def check_backends(group: Group, subjects: Subjects) -> Iterator[Finding]:
             yield Finding(
                 name=f"attention, {name}, {str(dtype).removeprefix('torch.')}",
                 error=error,
-                tolerance=tolerance,
+                tolerance=TOLERANCE[dtype],
                 figure=f"{len(cases)} cases against {against}",
                 fault=fault,
             )
+
+
+def half_of(group: Group) -> torch.dtype:
+    """The 16-bit dtype that all ranks compute in."""
+    return torch.float16 if group.agree(is_before_ampere(group.device.type)) else torch.bfloat16
 
 
 def _largest_error(

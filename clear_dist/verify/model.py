@@ -8,6 +8,7 @@ from torch import Tensor
 
 from clear_dist.comm.group import Group
 from clear_dist.engine.family import Sample
+from clear_dist.verify.attention import half_of
 from clear_dist.verify.dense import largest_error
 from clear_dist.verify.finding import Finding, Subjects
 
@@ -41,10 +42,11 @@ def verify_model(sample: Sample, group: Group, subjects: Subjects) -> Iterator[F
     warm_up = stripes(window=RADIUS, text_attention="exact", schedule="stale", warmup_steps=sample.steps)
     yield finding("stale in warm-up against sync", warm_up, exact, 0.0)
 
-    pipe = sample.pipeline(group.device, torch.bfloat16)
+    half = half_of(group)
+    pipe = sample.pipeline(group.device, half)
     alone = _drawn_alone(sample, pipe, grid, group, subjects)
     exact = stripes(window=RADIUS, text_attention="exact")
-    yield finding(f"exact, {ranks} against one, bfloat16", exact, alone, BFLOAT16_TOLERANCE)
+    yield finding(f"exact, {ranks} against one, {str(half).removeprefix('torch.')}", exact, alone, BFLOAT16_TOLERANCE)
 
 
 def _on_stripes(

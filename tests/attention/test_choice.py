@@ -1,11 +1,12 @@
 """Which backend is chosen, and what is said about the others."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from clear_dist.attention import BACKENDS, choose_backend, window_attention
+from clear_dist.attention import BACKENDS, choose_backend, flex, triton_window, window_attention
 from clear_dist.attention.backend import CallShape
 from tests.attention.calls import Case
 
@@ -45,6 +46,40 @@ def test_triton_is_used_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> 
         choose_backend("triton", **asked)
     with pytest.raises(ValueError, match="triton cannot run: it runs on cuda, and for tests on cpu, got mps"):
         choose_backend("triton", device="mps", dtype=torch.float32)
+
+
+@pytest.fixture
+def turing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of compute capability 7.5, with its 64 KiB of shared memory, and Triton."""
+    properties = SimpleNamespace(shared_memory_per_block_optin=65_536, shared_memory_per_block=49_152)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+    for module in (flex, triton_window):
+        monkeypatch.setattr(module, "find_spec", lambda _: object())
+
+
+@pytest.mark.usefixtures("turing")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_before_ampere_it_is_tiled(dtype: torch.dtype) -> None:
+    asked = {"device": "cuda", "dtype": dtype, "head_dim": 128}
+    assert choose_backend("auto", **asked, **LARGE).name == "tiled"
+    assert choose_backend("masked", **asked).name == "masked"
+    with pytest.raises(
+        ValueError, match=r"triton cannot run: .* 99 KiB .* capability 8 .*, got 64 KiB; nearest: tiled"
+    ):
+        choose_backend("triton", **asked)
+    with pytest.raises(ValueError, match=r"flex cannot run: .* capability 8 or higher, got 7; nearest: tiled"):
+        choose_backend("flex", **asked)
+
+
+@pytest.mark.usefixtures("turing")
+@pytest.mark.parametrize("name", ["auto", "tiled", "reference"])
+def test_before_ampere_there_is_no_bfloat16(name: str) -> None:
+    asked = {"device": "cuda", "dtype": torch.bfloat16}
+    with pytest.raises(ValueError, match=r"bfloat16 needs a GPU of compute capability 8 .*, got 7; nearest: float16"):
+        choose_backend(name, **asked)
+    assert choose_backend(name, **asked, anywhere=True)
 
 
 def test_auto_on_another_device_is_tiled() -> None:

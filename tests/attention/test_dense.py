@@ -1,8 +1,12 @@
 """Dense attention and its log-sum-exp against float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clear_dist.attention import attend, dense
 from clear_dist.merge import merge
@@ -63,6 +67,39 @@ def test_devices_without_a_kernel_do_the_same(scale: float | None, masked: bool)
     hidden[:, 3] = 0
     bias = hidden if masked else None
     torch.testing.assert_close(dense._math(*heads_first, scale, bias), dense.fused(*heads_first, scale, bias))
+
+
+class Recorded(TorchDispatchMode):
+    """While inside, `names` are the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "kernel"),
+    [
+        ((7, 5), torch.float16, "efficient"),
+        ((7, 5), torch.float32, "efficient"),
+        ((8, 0), torch.float16, "flash"),
+        ((8, 0), torch.float32, "efficient"),
+        ((12, 0), torch.bfloat16, "flash"),
+    ],
+)
+def test_each_gpu_gets_a_kernel_that_it_has(
+    capability: tuple[int, int], dtype: torch.dtype, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    with FakeTensorMode(), Recorded() as recorded:
+        query = torch.empty(1, 2, 5, 16, dtype=dtype, device="cuda")
+        dense.fused(query, query, query, None)
+    assert f"aten::_scaled_dot_product_{kernel}_attention" in recorded.names
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 7, 50, 90])

@@ -4,6 +4,7 @@ The interpreter must be switched on before Triton is imported, so the tests that
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,8 +21,6 @@ from clear_dist.attention.backend import WindowCall
 from tests.attention.calls import Case
 
 FOLDER = Path(__file__).parent
-SHARED_MEMORY = 227 * 1024
-"""Bytes that one program may take on sm_90."""
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is made for Linux only")
 
@@ -66,16 +65,12 @@ class CompiledOnly:
 
 
 @pytest.fixture
-def compiled_only(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CompiledOnly:
-    """The kernel, on a GPU of the capability `request.param` that is not there."""
-    from triton.runtime import driver
-
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CompiledOnly:
     from clear_dist.attention import triton_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = CompiledOnly(triton_kernel.window_kernel)
     monkeypatch.setattr(triton_kernel, "window_kernel", kernel)
-    monkeypatch.setattr(driver, "_active", AbsentGpu(request.param))
     return kernel
 
 
@@ -85,27 +80,55 @@ def call_for(case: Case) -> WindowCall:
 
 
 LAYER = Case(rows=16, key_rows=16, columns=32, text=80, radius=16, head_dim=128, dtype=torch.bfloat16)
+MEMORY = {"80": 163, "86": 99, "89": 99, "90": 227, "100": 227, "120": 99}
+"""KiB of shared memory that one program may take, by compute capability (CUDA C++ Programming Guide)."""
 
 
-@pytest.mark.parametrize("compiled_only", [80, 90], indirect=True, ids=["sm_80", "sm_90"])
-def test_it_compiles_and_loads_run_ahead(compiled_only: CompiledOnly, request: pytest.FixtureRequest) -> None:
-    triton_window.run(call_for(LAYER))
-    assert compiled_only.compiled.metadata.shared <= SHARED_MEMORY
-    code = compiled_only.compiled.asm["ptx"]
-    assert "cp.async.cg" in code
-    assert ("wgmma.mma_async" if "sm_90" in request.node.name else "mma.sync") in code
+def compiled(kernel: CompiledOnly, capability: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The kernel for a GPU that is not there, whose shared memory it does not exceed."""
+    from triton.runtime import driver
 
-
-@pytest.mark.parametrize("compiled_only", [90], indirect=True, ids=["sm_90"])
-@pytest.mark.parametrize(
-    "case",
-    [
-        replace(LAYER, text=0, key_rows=15, row_offset=-1, dtype=torch.float16, head_dim=64),
-        replace(LAYER, text=1, rows=1, key_rows=1, columns=1, radius=1, heads=1, head_dim=16),
-        replace(LAYER, dtype=torch.float32, head_dim=64),
-    ],
-    ids=["halo", "one token", "float32"],
-)
-def test_it_compiles_for_any_call(compiled_only: CompiledOnly, case: Case) -> None:
+    monkeypatch.setattr(driver, "_active", AbsentGpu(int(capability)))
+    monkeypatch.setattr(triton_window, "shared_memory", lambda _: MEMORY[capability] * 1024)
     triton_window.run(call_for(case))
-    assert compiled_only.compiled.metadata.shared <= SHARED_MEMORY
+    assert kernel.compiled.metadata.shared <= MEMORY[capability] * 1024
+    return kernel.compiled
+
+
+def spilled(kernel: Any, folder: Path) -> int:
+    """Bytes of each thread that lie in memory for want of registers."""
+    from triton import knobs
+
+    (folder / "kernel.cubin").write_bytes(kernel.asm["cubin"])
+    command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(folder / "kernel.cubin")]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", told))
+
+
+@pytest.mark.parametrize("capability", MEMORY)
+def test_a_layer_fits_every_gpu_without_spills_and_its_loads_run_ahead(
+    kernel: CompiledOnly, capability: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = compiled(kernel, capability, LAYER, monkeypatch)
+    assert spilled(made, tmp_path) <= 32
+    assert "cp.async.cg" in made.asm["ptx"]
+    product = {"90": "wgmma.mma_async", "100": "tcgen05.mma"}.get(capability, "mma.sync")
+    assert product in made.asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    ("case", "most_spilled"),
+    [
+        (replace(LAYER, text=0, key_rows=15, row_offset=-1, dtype=torch.float16, head_dim=64), 16),
+        (replace(LAYER, text=1, rows=1, key_rows=1, columns=1, radius=1, heads=1, head_dim=16), 0),
+        (replace(LAYER, dtype=torch.float32, head_dim=64), 64),
+        (replace(LAYER, dtype=torch.float32), 1024),
+        (replace(LAYER, dtype=torch.float32, head_dim=256), 1536),
+    ],
+    ids=["halo", "one token", "float32", "wide float32", "widest float32"],
+)
+def test_any_call_fits_the_gpus_with_the_least_memory(
+    kernel: CompiledOnly, case: Case, most_spilled: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = compiled(kernel, "86", case, monkeypatch)
+    assert spilled(made, tmp_path) <= most_spilled

@@ -84,3 +84,14 @@ def test_what_is_cut_off_of_long_prompts_is_said(
     told = [line.partition("warning: ")[2] for line in capsys.readouterr().err.splitlines() if "T5" in line]
     words = "is longer than the 16 tokens that T5 takes here; cut off:"
     assert told == [f"the negative prompt {words} 'r'", f"the prompt {words} 'n'"]
+
+
+def test_what_this_machine_lacks_is_refused_before_anything_is_loaded(
+    model: Path, alive: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ending:
+        main(["generate", "--model", str(model), *QUICK, "--attention-backend", "flash"])
+    assert ending.value.code == 2
+    assert "flash cannot run: it runs on cuda, got cpu; nearest: tiled" in capsys.readouterr().err
+    assert alive == []

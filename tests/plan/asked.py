@@ -19,7 +19,7 @@ from clear_dist.request.settle import choose
 def flux() -> PlanRequest:
     """FLUX.1-dev at 8192 px with radius 16 on 8 H100s."""
     flags = PlanFlags(model=FLUX_DEV, res=8192, nproc=8, gpu="h100")
-    request, facts, _ = choose(flags, Place(), CARDS, device="cuda", gpus=0)
+    request, facts, _ = choose(flags, Place(), CARDS, device="cuda", gpus=())
     known = model.find(facts)
     assert known is not None
     return PlanRequest(request=request, model=known, gpu=GPUS["h100"], link=LINKS["nvlink"])

@@ -30,8 +30,9 @@ ALONE = Place()
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
     """So many GPUs with so much of their memory free, in GB."""
 
-    def have(*free: float, name: str = "NVIDIA H100 80GB HBM3") -> None:
-        found = tuple(devices.FoundGpu(name=name, total=85 * 10**9, free=round(each * 1e9)) for each in free)
+    def have(*free: float, name: str = "NVIDIA H100 80GB HBM3", capability: float = 9.0) -> None:
+        kind = {"name": name, "capability": capability, "total": 85 * 10**9}
+        found = tuple(devices.FoundGpu(**kind, free=round(each * 1e9)) for each in free)
         monkeypatch.setattr(devices, "find_gpus", lambda: found)
         monkeypatch.setattr(devices, "why_torch_sees_none", lambda: None)
 
@@ -95,7 +96,7 @@ def test_the_fullest_gpu_counts_and_ranks_that_share_one_add_up(gpus: Any) -> No
 
 def test_the_smallest_gpu_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"NVIDIA H100": 85 * 10**9, "NVIDIA GeForce RTX 4090": 25 * 10**9}
-    found = tuple(devices.FoundGpu(name=name, total=size, free=size) for name, size in sizes.items())
+    found = tuple(devices.FoundGpu(name=name, capability=9.0, total=size, free=size) for name, size in sizes.items())
     monkeypatch.setattr(devices, "find_gpus", lambda: found)
     plan = planned_for(PlanFlags(model=FLUX_DEV, res=1024))
     plan.engine.stop()

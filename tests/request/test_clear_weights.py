@@ -69,7 +69,7 @@ def test_the_published_files_by_their_headers(
     file = sparse_checkpoint(tmp_path / name, shapes)
     assert len(shapes) == 19 * 8 + 38 * 6 + (57 if factor > 1 else 0)
     config = GenerateFlags(model=base, clear_weights=str(file), device="cpu", res=1024)
-    request, *_ = choose(config, ALONE, CARDS, device="cpu", gpus=0)
+    request, *_ = choose(config, ALONE, CARDS, device="cpu", gpus=())
     assert (request.clear_weights, request.window, request.down_factor) == (str(file), radius, factor)
     by_folder = find_checkpoint(str(tmp_path), None, find_model(base, CARDS, has_cuda=False), CARDS)
     assert by_folder == str(file)

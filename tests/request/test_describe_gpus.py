@@ -38,6 +38,10 @@ class Driver:
         name.value = f"NVIDIA H100 number {device.value}".encode()
         return 0
 
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:  # noqa: N802
+        value._obj.value = {75: 9, 76: 0}[attribute]
+        return 0
+
     def cuDeviceTotalMem_v2(self, total: Any, device: Any) -> int:  # noqa: N802
         total._obj.value = 80 * 10**9
         return 0
@@ -75,7 +79,7 @@ class Library:
 )
 def test_devices_are_described(library: Library | None, free: int) -> None:
     lines = list(describe(Driver(2), library))
-    assert lines == [f"NVIDIA H100 number {number}|{80 * 10**9}|{free}" for number in range(2)]
+    assert lines == [f"NVIDIA H100 number {number}|9.0|{80 * 10**9}|{free}" for number in range(2)]
 
 
 def test_none_where_the_driver_fails(capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,8 +88,8 @@ def test_none_where_the_driver_fails(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_what_is_described_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = SimpleNamespace(stdout="NVIDIA H200|150000000000|140000000000\n")
+    answer = SimpleNamespace(stdout="NVIDIA H200|9.0|150000000000|140000000000\n")
     monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
     monkeypatch.setattr(devices.subprocess, "run", lambda *_, **__: answer)
     found = devices.find_gpus()
-    assert found == (devices.FoundGpu(name="NVIDIA H200", total=150 * 10**9, free=140 * 10**9),)
+    assert found == (devices.FoundGpu(name="NVIDIA H200", capability=9.0, total=150 * 10**9, free=140 * 10**9),)

@@ -98,7 +98,7 @@ def test_requests_that_do_not_fit_are_refused(original: Path, given: dict[str, A
 
 
 def test_gpus_decide_device_dtype_and_ranks(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = devices.FoundGpu(name="NVIDIA H100", total=85 * 10**9, free=84 * 10**9)
+    found = devices.FoundGpu(name="NVIDIA H100", capability=9.0, total=85 * 10**9, free=84 * 10**9)
     monkeypatch.setattr(devices, "find_gpus", lambda: (found, found))
     monkeypatch.setattr(devices, "why_torch_sees_none", lambda: None)
     request, *_ = settle(GenerateFlags(model=str(original)), ALONE, CARDS)
