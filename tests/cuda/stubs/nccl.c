@@ -1,4 +1,5 @@
-// NCCL: every call is checked, counted and logged; nothing is sent. NULLNCCL_FAIL names a failure of the table below.
+// NCCL: every call is checked, counted and logged; nothing is sent. NULLNCCL_FAIL names failures
+// of the table below, each on all ranks or on one: memory@1,remote@0.
 #include "null.h"
 
 enum { SUCCESS = 0, CUDA_ERROR = 1, SYSTEM_ERROR = 2, INTERNAL_ERROR = 3, INVALID_USAGE = 5, REMOTE_ERROR = 6 };
@@ -8,25 +9,39 @@ typedef struct {
   const char* last_error;
 } Failure;
 static const Failure failures[] = {
-    {"send", "send", CUDA_ERROR, "Cuda failure 2 'out of memory'"},
-    {"init", "init", SYSTEM_ERROR,
+    {"memory", "send", CUDA_ERROR, "Cuda failure 2 'out of memory'"},
+    {"memory_in_init", "init", CUDA_ERROR, "Failed to CUDA calloc 6291456 bytes"},
+    {"shm", "init", SYSTEM_ERROR,
      "Error while creating shared memory segment /dev/shm/nccl-XXXX (size 9637888), error: No space left on device (28)"},
     {"interface", "init", INVALID_USAGE, "Bootstrap : no socket interface found"},
+    {"version", "init", INVALID_USAGE, "Mismatched NCCL version detected : rank 1 version 22705 rank 0 version 22703"},
     {"duplicate", "init", INVALID_USAGE, "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000"},
     {"peer_access", "init", CUDA_ERROR, "Cuda failure 217 'peer access is not supported between these two devices'"},
+    {"infiniband", "init", SYSTEM_ERROR, "Call to ibv_create_cq failed with error Cannot allocate memory"},
+    {"route", "init", SYSTEM_ERROR, "socketStartConnect: Connect to 192.168.19.14<52822> failed : No route to host"},
+    {"closed", "init", REMOTE_ERROR, "socketProgress: Connection closed by remote peer node1<40001>"},
     {"remote", "send", REMOTE_ERROR, "socketProgress: Connection closed by remote peer node1<40001>"},
+    {"unknown", "send", INTERNAL_ERROR, "Proxy Call to rank 1 failed (Connect)"},
+    {"later", "async", REMOTE_ERROR, "socketProgress: Connection closed by remote peer node1<40001>"},
 };
-static const Failure* failure(void) {
+static const char* last_error = "";
+// How this call of this rank ends.
+static int status_of(const char* call, int rank) {
   const char* wanted = getenv("NULLNCCL_FAIL");
-  for (int i = 0; wanted && i < (int)(sizeof failures / sizeof *failures); i++)
-    if (!strcmp(failures[i].name, wanted)) return &failures[i];
-  return NULL;
+  for (int i = 0; wanted && i < (int)(sizeof failures / sizeof *failures); i++) {
+    char here[64];
+    snprintf(here, sizeof here, "%s@%d", failures[i].name, rank);
+    for (const char* each = wanted; *each; each += strcspn(each, ","), each += *each == ',') {
+      size_t length = strcspn(each, ",");
+      int ours = !strncmp(each, here, length) && (here[length] == '\0' || here[length] == '@');
+      if (!ours || strcmp(failures[i].call, call)) continue;
+      last_error = failures[i].last_error;
+      return failures[i].status;
+    }
+  }
+  return SUCCESS;
 }
-static int status_of(const char* call) {
-  const Failure* found = failure();
-  return found && !strcmp(found->call, call) ? found->status : SUCCESS;
-}
-API const char* ncclGetLastError(void* communicator) { return failure() ? failure()->last_error : "none"; }
+API const char* ncclGetLastError(void* communicator) { return last_error; }
 API const char* ncclGetErrorString(int status) {
   switch (status) {
     case SUCCESS: return "no error";
@@ -46,11 +61,13 @@ typedef struct {
 } UniqueId;
 
 static int make(Communicator** made, int size, int rank) {
-  int status = status_of("init");
+  int status = status_of("init", rank);
   if (status) return status;
   *made = malloc(sizeof(Communicator));
   **made = (Communicator){rank, size};
   write_log("nccl init comm %p rank %d of %d\n", (void*)*made, rank, size);
+  // NCCL reads it once, at the latest here.
+  if (!getenv("NCCL_LAUNCH_ORDER_IMPLICIT")) fprintf(stderr, "NULLNCCL init: NCCL_LAUNCH_ORDER_IMPLICIT is not set\n");
   // What a communicator's buffers take on the device.
   void* buffers;
   return reserve(&buffers, env_int("NULLCUDA_NCCL_MB", 0) * (size_t)1000000, current_device()) ? CUDA_ERROR : SUCCESS;
@@ -69,7 +86,10 @@ API int ncclCommInitRankScalable(Communicator** made, int size, int rank, int n,
 }
 API int ncclCommCount(Communicator* c, int* size) { *size = c->size; return SUCCESS; }
 API int ncclCommUserRank(Communicator* c, int* rank) { *rank = c->rank; return SUCCESS; }
-API int ncclCommGetAsyncError(Communicator* c, int* status) { return *status = SUCCESS; }
+API int ncclCommGetAsyncError(Communicator* c, int* status) {
+  *status = status_of("async", c->rank);
+  return SUCCESS;
+}
 
 static __thread int depth = 0;
 API int ncclGroupStart(void) { depth++; return SUCCESS; }
@@ -92,7 +112,7 @@ static int message(const char* call, const void* from, size_t sent, const void* 
             current_device());
   write_log("nccl %s comm %p stream %p peer %d R %p %zu W %p %zu\n", call, (void*)c, stream, peer, from,
             sent * bytes_of(type), to, received * bytes_of(type));
-  return status_of(call);
+  return status_of(call, c->rank);
 }
 API int ncclSend(const void* from, size_t n, int type, int peer, Communicator* c, void* s) {
   return message("send", from, n, NULL, 0, type, peer, c, s);
