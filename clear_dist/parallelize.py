@@ -175,7 +175,7 @@ def put_model_on_stripes(family: Family, scheduler: Any, group: Group, settings:
     """Put one transformer or ControlNet on stripes, its weights changed as the options say."""
     counters, options = Counters(), settings.options
     with on_refusal() as undo:
-        modulation = HoistedModulation(family) if options.hoist_modulation else None
+        modulation = HoistedModulation(family, group.device) if options.hoist_modulation else None
         undo += [] if modulation is None else [modulation.undo]
         elsewhere = modulation.weights if modulation is not None else set()
         shards = quantise_and_shard(family, group, counters, options, elsewhere=elsewhere)

@@ -1,5 +1,6 @@
 """A rank before it draws: its place, its device, its group, and the model on stripes."""
 
+import gc
 import secrets
 import time
 from collections.abc import Iterable, Iterator
@@ -122,8 +123,9 @@ def _load(request: Request, rank: int, device: torch.device, phases: Phases) -> 
 
 def parts_on_host(request: Request, card: Card) -> tuple[str, ...]:
     """Parts of a pipeline that `parallelize` will bring to the device as they are needed, and loading does not."""
-    sharded = ("transformer",) if request.shard_weights and request.world_size > 1 else ()
-    return (*(offloaded_parts(card.parts) if request.offload else ()), *sharded)
+    in_shards = request.shard_weights and request.world_size > 1
+    changed = in_shards or request.int8 or request.float8 or request.hoist_modulation
+    return (*(offloaded_parts(card.parts) if request.offload else ()), *(("transformer",) if changed else ()))
 
 
 def encode_ahead(request: Request, card: Card, device: torch.device, phases: Phases) -> list[Encoded]:
@@ -136,7 +138,8 @@ def encode_ahead(request: Request, card: Card, device: torch.device, phases: Pha
     with phases.phase("text", detail="s" if len(request.prompts) > 1 else ""):
         encoded = encode(pipe, request, request.prompts)
     del pipe
-    loading.free(device)
+    gc.collect()
+    peaks.give_back(device)
     return encoded
 
 

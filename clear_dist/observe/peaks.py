@@ -10,7 +10,9 @@ _CLEAR_HIGH_WATER_MARK = "5"
 
 
 def give_back(device: torch.device) -> None:
-    """Return memory between blocks in use, which glibc keeps (hundreds of MB a rank), to the system."""
+    """Return memory that is not in use to the system: glibc keeps hundreds of MB a rank, torch all of a GPU's."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if device.type == "cpu" else None
     if trim is not None:
         trim(0)

@@ -18,8 +18,9 @@ from clear_dist.comm.pretend import META, Pretended, share_of
 from clear_dist.engine.family import Family
 from clear_dist.families.transformers import family_of
 from clear_dist.options import Options
+from clear_dist.plan.allocated import Allocated
 from clear_dist.weights.blocks import quantise_and_shard, tensors_of
-from clear_dist.weights.quantised import QuantisedLinear
+from clear_dist.weights.quantised import QuantisedLinear, quantised, rounded
 
 FEWEST = 2
 """Blocks of a kind: the second one shows what each further one adds."""
@@ -109,6 +110,7 @@ def count_weights(built: Built, options: Options, device: str, group: Pretended)
         "blocks": built.of_all(lambda module: sum(block in set(module.modules()) for block in built.family.blocks)),
     }
     elsewhere = modulation if options.hoist_modulation else set()
+    besides = besides_quantised(built, options)
     quantise(built, options, group)
     blocks, sent = built.family.blocks, 0
     in_shards: set[Tensor] = set()
@@ -125,7 +127,18 @@ def count_weights(built: Built, options: Options, device: str, group: Pretended)
     }
     held = built.of_all(lambda module: bytes_in(module, whole))
     as_stored = built.of_all(lambda module: bytes_in(module, whole - small))
-    return counted | {"held": held + sent, "sent": sent, "as_stored": as_stored}
+    loading = held + besides if device == "cuda" else counted["whole"]
+    return counted | {"held": held + sent, "loading": loading, "sent": sent, "as_stored": as_stored}
+
+
+def besides_quantised(built: Built, options: Options) -> int:
+    """Most bytes that are alive besides the result while one of the layers is quantised: itself, and what it takes."""
+    most = 0
+    for weight in built.products if options.float8 or options.int8 else ():
+        with Allocated() as allocated:
+            result = (quantised if options.float8 else rounded)(weight)
+        most = max(most, weight.nbytes + allocated.peak - sum(x.nbytes for x in result))
+    return most
 
 
 def tensors_in(module: nn.Module) -> set[Tensor]:

@@ -78,7 +78,7 @@ class Memory:
         return RankMemory(rank=rank, phases=(*self.before(rank), *drawing))
 
     def before(self, rank: int) -> Iterator[Phase]:
-        """Rank 0 encodes the prompt; the others have loaded by then, and wait. What is made smaller is loaded whole."""
+        """Rank 0 encodes the prompt; the others have loaded by then, and wait."""
         asked = self.asked
         if rank:
             yield self._phase("wait", -1, self.held(rank))
@@ -87,8 +87,8 @@ class Memory:
             text = {"text encoders": self.text_encoders, "text activations": self._text_activations()}
             yield self._phase("text", -1, {**around, **text})
         weights = self.engine.weights(asked)
-        if not asked.in_shards and weights.held < weights.whole:  # shards come from host memory, block by block
-            yield self._phase("load", -1, self._loaded(rank, weights.whole) | self._surroundings())
+        if not asked.in_shards and weights.held < weights.loading:  # a step gathers more than shards take to load
+            yield self._phase("load", -1, self._loaded(rank, weights.loading) | self._surroundings())
 
     def of_stage(self, rank: int, number: int) -> Iterator[Phase]:
         """Of one stage; where a rank takes no part it idles."""

@@ -36,9 +36,11 @@ class Weights:
     """The transformer's on one rank, in bytes but for the last three."""
 
     whole: int
-    """As they are loaded."""
+    """As they are stored."""
     held: int
     """All the time."""
+    loading: int
+    """While they are loaded and made smaller, on one rank: a layer at a time on a GPU; a CPU maps all of the files."""
     sent: int
     """In one pass: a rank's share of all that is in shards, once."""
     as_stored: int

@@ -38,10 +38,10 @@ class HoistedLinear(nn.Linear):
         parameters = {name: held.to(inputs[0].device, non_blocking=True) for name, held in self.named_parameters()}
         return [functional.linear(x, **parameters) for x in inputs]
 
-    def to_host(self) -> None:
+    def to_host(self, *, pinned: bool) -> None:
         for held in self.parameters():
-            if held.device.type != "cpu":
-                host = torch.empty(held.shape, dtype=held.dtype, pin_memory=held.is_cuda)
+            if held.device.type != "cpu" or held.is_pinned() < pinned:
+                host = torch.empty(held.shape, dtype=held.dtype, pin_memory=pinned)
                 held.data = host.copy_(held.data)
 
 
@@ -110,13 +110,14 @@ class Table:
 class HoistedModulation:
     """A model's modulation in host memory, until `undo`."""
 
-    def __init__(self, model: Modulated) -> None:
-        """Raises ValueError, before any change, where a layer is not a plain linear one with weights."""
+    def __init__(self, model: Modulated, device: torch.device) -> None:
+        """`device` computes. Raises ValueError, before any change, where a layer is not plain, or has no weights."""
         self._model = model
+        self._is_pinned = device.type == "cuda"
         self._places = [HoistedPlace.of(name, norm) for name, norm in model.modulated.items()]
         for place in self._places:
             place.put(place.hoisted)
-            place.hoisted.to_host()
+            place.hoisted.to_host(pinned=self._is_pinned)
         self._tables: dict[int, Table] = {}
         self._turn = 0
         self._scheduler: Any = None
@@ -168,7 +169,7 @@ class HoistedModulation:
         outputs = []
         for place in self._places:
             outputs.append(place.hoisted.outputs(seen))
-            place.hoisted.to_host()  # the whole model may have been moved
+            place.hoisted.to_host(pinned=self._is_pinned)  # the whole model may have been moved
         return Table(torch.stack(embeddings), outputs, weights)
 
 

@@ -1,6 +1,5 @@
 """A pipeline from a folder, quietly, with nothing missing from its weights."""
 
-import gc
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -47,13 +46,6 @@ def load_pipeline(
 def load_text_pipeline(folder: Path, card: Card, *, dtype: torch.dtype, device: torch.device, phases: Phases) -> Any:
     """Pipeline of text encoders and tokenizers only, as `load_pipeline`."""
     return _assemble(folder, card, dict.fromkeys(card.text_encoders, device), CUTTABLE, dtype, phases)
-
-
-def free(device: torch.device) -> None:
-    """Give back what was dropped: to other processes, and to what is loaded next."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _assemble(

@@ -41,9 +41,9 @@ class Int8Linear(QuantisedLinear):
 
 def rounded(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     """int8 rows [O, I] from -128 to 127, and their float32 scales [O, 1] (symmetric, weight-only)."""
-    weight_OI = weight_OI.float()
-    scale_O1 = (weight_OI.abs().amax(dim=1, keepdim=True) / 127.5).clamp_min(torch.finfo(torch.float32).eps)
-    return (weight_OI * scale_O1.reciprocal()).round().clamp(-128, 127).to(torch.int8), scale_O1
+    scale_O1 = (weight_OI.abs().amax(dim=1, keepdim=True).float() / 127.5).clamp_min(torch.finfo(torch.float32).eps)
+    # In place, in the float32 that the product has: a card may have no room for more.
+    return (weight_OI * scale_O1.reciprocal()).round_().clamp_(-128, 127).to(torch.int8), scale_O1
 
 
 def to_int8(transformer: Any, names: list[str]) -> None:
@@ -83,7 +83,7 @@ class Float8Linear(QuantisedLinear):
 def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
     """float8 rows, and the float32 scales [rows, 1] that turn them back."""
     scale = (x.abs().amax(dim=1, keepdim=True).float() / LARGEST).clamp_min(SMALLEST_SCALE)
-    return (x.float() / scale).clamp(-LARGEST, LARGEST).to(FLOAT8), scale
+    return (x / scale).clamp_(-LARGEST, LARGEST).to(FLOAT8), scale
 
 
 def to_float8(transformer: Any, names: list[str]) -> None:

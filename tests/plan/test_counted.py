@@ -1,5 +1,6 @@
 """Bytes that a plan names against those that the engine counts on ranks: of each kind of message, and of weights."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from benchmarks.lib import counts
 from clear_dist.comm.group import Group
 from clear_dist.families.flux.transformer import Flux
 from clear_dist.parallelize import parallelize
-from clear_dist.plan import Engine, PlanRequest
+from clear_dist.plan import GPUS, Engine, PlanRequest
 from clear_dist.plan.traffic import step_traffic
 from clear_dist.request.request import Request
 from tests.comm import test_weight_shards
@@ -18,6 +19,7 @@ from tests.plan.asked import flux_request, tiny_request
 from tests.plan.test_memory import SETTINGS, embeddings, requested
 from tests.ranks import run_ranks
 from tests.tiny import make_clear_weights, make_tiny_pipeline
+from tests.weights import test_blocks
 
 SIZE = {"height": 16 * 24, "width": 16 * 8, "window": 4}
 COUNTED = {
@@ -115,6 +117,16 @@ def test_flux_in_shards(flags: dict[str, bool], whole: float, shares: tuple[floa
     for ranks, share in zip((2, 4, 8), shares, strict=True):
         planned = engine.weights(flux_request(world_size=ranks, shard_weights=True, **flags))
         assert planned.held / 1e9 == pytest.approx(share, abs=0.051)
+
+
+@pytest.mark.parametrize("flags", [{"int8": True}, {"float8": True, "hoist_modulation": True}])
+def test_loading_on_a_gpu(flags: dict[str, bool], engine: Engine) -> None:
+    """What comes to it while the blocks are made smaller, one layer at a time."""
+    pipe = make_tiny_pipeline(double_blocks=4, single_blocks=16)
+    asked = replace(tiny_request(pipe, **flags), gpu=GPUS["h100"]).changed(device="cuda")
+    planned, allocated = engine.weights(asked), test_blocks.counted(pipe.transformer, **flags)
+    assert planned.held == allocated.bytes
+    assert allocated.peak <= planned.loading <= 1.03 * allocated.peak
 
 
 def test_flux_in_shards_on_the_wire(engine: Engine) -> None:

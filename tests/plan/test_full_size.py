@@ -48,11 +48,14 @@ def test_weights_of_the_transformer(engine: Engine) -> None:
     layers = [transformer.get_submodule(name) for name in family.products]
     products, rows = sum(x.weight.nbytes for x in layers), sum(len(x.weight) for x in layers)
     plain = engine.weights(flux_request())
-    assert (plain.held, plain.whole, plain.modulation, plain.blocks) == (whole, whole, modulation, 57)
+    assert (plain.held, plain.loading, plain.modulation, plain.blocks) == (whole, whole, modulation, 57)
     assert plain.products == products // 2
     assert plain.modulation_outputs == sum(len(norm.linear.bias) for norm in family.modulated.values())
     assert engine.weights(flux_request(hoist_modulation=True)).held == whole - modulation
-    assert engine.weights(flux_request(int8=True)).held == whole - products // 2 + 4 * rows
+    int8 = engine.weights(flux_request(int8=True))
+    assert int8.held == whole - products // 2 + 4 * rows
+    # A layer as it is, and in float32.
+    assert int8.loading - int8.held == pytest.approx((2 + 4) * 15360 * 3072, rel=0.001)
     in_blocks = sum(x.nbytes for block in family.blocks for x in block.parameters())
     sharded = engine.weights(flux_request(shard_weights=True))
     assert (sharded.held, sharded.sent) == (whole - in_blocks * 7 // 8, in_blocks // 8)

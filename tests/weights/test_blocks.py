@@ -1,6 +1,7 @@
 """The flags that make a model fit on smaller GPUs, from the command line: refused, told, and carried out."""
 
 import json
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,19 +12,23 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 from clear_dist.cli import main
 from clear_dist.comm.counters import Counters
+from clear_dist.comm.weight_shards import weights_of
 from clear_dist.commands.prepare import parts_on_host
 from clear_dist.families.cards import CARDS
 from clear_dist.families.flux.card import CARD
 from clear_dist.families.flux.transformer import Flux
 from clear_dist.launch.env import Place
 from clear_dist.options import Options, Refusal
+from clear_dist.plan.allocated import Allocated
 from clear_dist.request import devices
 from clear_dist.request.flags import GenerateFlags
 from clear_dist.request.settle import located, settle
 from clear_dist.weights import blocks
+from clear_dist.weights.hoisted import HoistedModulation
 from clear_dist.weights.loading import load_pipeline
 from tests.forked import forked
 from tests.tiny import make_clear_weights, make_tiny_flux, make_tiny_pipeline
@@ -88,6 +93,9 @@ def test_what_comes_to_the_device_later_stays_on_the_host(model: Path) -> None:
         ({"offload": True, "nproc": 2}, ("text_encoder", "text_encoder_2", "vae")),
         ({"shard_weights": True, "nproc": 1}, ()),
         ({"shard_weights": True, "nproc": 2}, ("transformer",)),
+        ({"int8": True}, ("transformer",)),
+        ({"int8": True, "offload": True}, ("text_encoder", "text_encoder_2", "vae", "transformer")),
+        ({"hoist_modulation": True}, ("transformer",)),
     ):
         on_host = parts_on_host(settled(model, **flags)[0], CARD)
         assert on_host == expected
@@ -121,27 +129,67 @@ def test_from_the_command_to_the_report(model: Path, tmp_path: Path) -> None:
     assert whole["comm"][0]["weight_bytes_sent"] == [0, 0]
 
 
-def test_blocks_are_quantised_and_sharded_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that what comes from host memory is whole on no device, and 8-bit copies of it on no host."""
-    events: list[tuple[str, int]] = []
-    family = Flux(make_tiny_pipeline(double_blocks=2, single_blocks=2).transformer)
-    number = {block: index for index, block in enumerate(family.blocks)}
+GPU: Any = SimpleNamespace(size=1, device=torch.device("meta"))
 
-    def note(event: str, done: Any) -> None:
-        owner = next(index for block, index in number.items() if done in set(block.modules()))
-        events.append((event, owner))
 
-    def quantise(transformer: Any, names: list[str]) -> None:
-        note("quantised", transformer.get_submodule(names[0]))
-        assert len(names) == (12 if len(events) <= 4 else 5)
+def counted(transformer: Any, group: Any = GPU, **flags: bool) -> Allocated:
+    """What comes to a GPU while the weights are changed there, for which the meta device stands."""
+    family, options = Flux(transformer), Options(**flags)
+    with Allocated() as allocated:
+        hoisted = HoistedModulation(family, group.device).weights if options.hoist_modulation else set()
+        blocks.quantise_and_shard(family, group, Counters(), options, elsewhere=hoisted)
+    return allocated
 
-    def shard(blocks: Any, *_: Any, **__: Any) -> None:
+
+@pytest.mark.parametrize(
+    ("flags", "largest"),
+    [
+        ({"int8": True}, 2),
+        ({"float8": True}, 2),
+        ({"hoist_modulation": True}, 0),
+        ({"int8": True, "hoist_modulation": True}, 2),
+    ],
+)
+def test_a_layer_at_a_time_comes_to_the_gpu_and_nothing_stays(flags: dict[str, bool], largest: int) -> None:
+    """Beside the result at most twice a layer: itself, and its numbers in float32."""
+    transformer = make_tiny_pipeline(double_blocks=2, single_blocks=2).transformer
+    hoists = flags.get("hoist_modulation", False)
+    products = [transformer.get_submodule(name).weight for name in Flux(transformer).products]
+    modulation = sum(x.nbytes for norm in Flux(transformer).modulated.values() for x in norm.linear.parameters())
+    held = sum(x.nbytes for x in transformer.parameters()) - hoists * modulation
+    if largest:  # one byte for four, and a scale in float32 for each row
+        held -= sum(3 * x.numel() - 4 * len(x) for x in products)
+    allocated = counted(transformer, **flags)
+    most = max(x.nbytes for x in products)
+    assert allocated.bytes == held
+    assert held <= allocated.peak <= held + largest * most
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_shards_hold_a_block_at_a_time(int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a block held is gone from the device before the next one comes."""
+
+    def empty(block: nn.Module) -> None:
+        for owner, name, weight in weights_of(block):
+            setattr(owner, name, nn.Parameter(weight.new_empty(0), requires_grad=False))
+
+    def shard(blocks: Iterable[nn.Module], *_: Any, **__: Any) -> None:
         for block in blocks:
-            note("sharded", block)
+            empty(block)
 
-    monkeypatch.setattr(blocks, "to_int8", quantise)
     monkeypatch.setattr(blocks, "ShardedWeights", shard)
-    group: Any = SimpleNamespace(size=2, device=torch.device("cpu"))
-    options = Options(int8=True, shard_weights=True)
-    blocks.quantise_and_shard(family, group, Counters(), options, elsewhere=set())
-    assert events == [(event, index) for index in range(4) for event in ("quantised", "sharded")]
+    transformer = make_tiny_pipeline(double_blocks=3, single_blocks=3).transformer
+    sizes = [sum(x.nbytes for x in block.parameters()) for block in Flux(transformer).blocks]
+    outside = sum(x.nbytes for x in transformer.parameters()) - sum(sizes)
+    group: Any = SimpleNamespace(size=2, device=torch.device("meta"))
+    allocated = counted(transformer, group, shard_weights=True, int8=int8)
+    scales = sum(x.nbytes for x in transformer.buffers())
+    assert allocated.bytes == outside + scales
+    assert allocated.peak <= outside + scales + max(sizes)
+
+
+def test_weights_that_hooks_move_stay_where_they_are() -> None:
+    """diffusers' group offload keeps them in host memory, and brings a group at a time."""
+    transformer = make_tiny_pipeline().transformer
+    transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    assert counted(transformer).bytes == 0

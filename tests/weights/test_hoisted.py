@@ -190,7 +190,7 @@ def test_names_stay_and_undo_puts_everything_back() -> None:
 def test_weights_stay_on_the_host_and_undo_brings_them_to_the_model() -> None:
     """The meta device stands for a GPU: what is on it is not on the host."""
     transformer = make_tiny_pipeline().transformer
-    modulation = HoistedModulation(Flux(transformer))
+    modulation = HoistedModulation(Flux(transformer), torch.device("meta"))
     linear = transformer.norm_out.linear
     outputs = linear.outputs([torch.empty(2, linear.in_features, device="meta")] * 3)
     assert [(x.device.type, tuple(x.shape)) for x in outputs] == [("meta", (2, linear.out_features))] * 3
