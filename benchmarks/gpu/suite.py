@@ -110,6 +110,8 @@ def run_part(name: str, options: argparse.Namespace, folder: Path, *, deadline: 
     process.join(deadline - began)
     state, note = "done", ""
     if process.exitcode is None:
+        process.terminate()  # which its ranks are told of
+        process.join(LEAST_SECONDS)
         process.kill()
         process.join()
         state, note = "out of time", "what it had measured is kept"

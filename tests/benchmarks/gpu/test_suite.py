@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -78,6 +81,19 @@ def test_without_time_parts_are_skipped(tmp_path):
     assert {part["state"] for part in json.loads((tmp_path / "summary.json").read_text())["parts"].values()} == {
         "skipped"
     }
+
+
+def test_a_part_that_is_out_of_time_may_end_its_ranks(tmp_path, monkeypatch):
+    def work(*_):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit((tmp_path / "ended").touch()))
+        signal.pause()
+
+    monkeypatch.setattr(suite, "work", work)
+    monkeypatch.setattr(suite, "LEAST_SECONDS", 2.0 * PATIENCE)
+    deadline = time.time() + suite.LEAST_SECONDS + 0.1
+    part = suite.run_part("ranks", Namespace(device="cpu"), tmp_path, deadline=deadline)
+    assert part["state"] == "out of time"
+    assert (tmp_path / "ended").exists()
 
 
 @pytest.mark.parametrize(
