@@ -16,6 +16,7 @@ NOT_HERE = (
     "its mask would take",
     "skipped: no time is left",
     "skipped, too long",
+    "no kernels are in the trace",
 )
 """Words of notes that are no faults: packages, sizes beyond a backend, time."""
 
