@@ -108,14 +108,14 @@ def items_of(asked: PlanRequest, engine: Engine, rank: int = 0) -> dict[str, Any
     return {phase.name: phase.items for phase in phases}
 
 
-def test_what_is_made_smaller_on_one_gpu_is_loaded_whole(engine: Engine) -> None:
-    """But for shards, which come from host memory block by block."""
+def test_what_is_made_smaller_is_loaded_piece_by_piece(engine: Engine) -> None:
+    """On one rank a layer at a time beside what is kept; shards take less to load than a step gathers."""
     both = {"float8": True, "hoist_modulation": True}
-    for flags in ({"int8": True}, {"hoist_modulation": True}, both):
+    for flags, most in (({"int8": True}, 0.66), ({"hoist_modulation": True}, 0.74), (both, 0.39)):
         small = flux_request(height=1024, width=1024, world_size=1, **flags)
         items = items_of(small, engine)
-        assert items["load"]["transformer"] == WHOLE > items["denoise"]["transformer"]
-        assert plan_of(small, engine).needed > WHOLE
+        denoising = items["denoise"]["transformer"]
+        assert denoising <= items.get("load", items["denoise"])["transformer"] < denoising + 0.3e9 < most * WHOLE
         in_shards = small.changed(world_size=2, shard_weights=True)
         assert "load" not in items_of(in_shards, engine) and plan_of(in_shards, engine).needed < 16e9
 
