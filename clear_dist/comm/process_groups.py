@@ -36,14 +36,22 @@ def device_of(kind: str, local_rank: int) -> torch.device:
         reason = str(error).partition("\n")[0]
         raise Refusal(f"--device cuda needs GPUs that torch can use, got: {reason}; nearest: --device cpu") from error
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    kernels = [int(name[3:].rstrip("af")) for name in torch.cuda.get_arch_list() if name.startswith("sm_")]
     major, minor = torch.cuda.get_device_capability(device)
-    if kernels and 10 * major + minor < min(kernels):
+    built = torch.cuda.get_arch_list()
+    if not _has_kernels(built, 10 * major + minor):
         raise Refusal(
-            f"torch {torch.__version__} needs GPUs of compute capability {min(kernels) / 10} or later, got "
-            f"{major}.{minor}; nearest: torch for an older CUDA from the index that pytorch.org/get-started names"
+            f"torch {torch.__version__} needs GPUs that it has kernels for ({' '.join(built)}), got compute capability "
+            f"{major}.{minor}; nearest: torch for another CUDA from the index that pytorch.org/get-started names"
         )
     return device
+
+
+def _has_kernels(built: Sequence[str], capability: int) -> bool:
+    """Whether an architecture of torch's list runs on a GPU; sm_86 on 8.x from 8.6, compute_86 on all from 8.6."""
+    parts = [name.partition("_") for name in built if name.startswith(("sm_", "compute_"))]
+    known = [(kind, int(number.rstrip("af"))) for kind, _, number in parts]
+    fits = (kind == "compute" or number // 10 == capability // 10 for kind, number in known if number <= capability)
+    return not known or any(fits)
 
 
 def check_transport(device: torch.device, transport: str) -> None:

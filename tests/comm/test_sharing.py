@@ -99,15 +99,31 @@ def test_gpus_that_torch_cannot_use_are_refused_in_its_words(monkeypatch: pytest
     assert device_of("cpu", 3) == torch.device("cpu")
 
 
-@pytest.mark.parametrize(("capability", "is_refused"), [((7, 0), True), ((7, 5), False), ((12, 1), False)])
+OF_CUDA_12, OF_CUDA_13 = ["sm_75", "sm_86", "sm_90a"], ["sm_75", "sm_90", "sm_100", "compute_100"]
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "is_refused"),
+    [
+        (OF_CUDA_12, (7, 0), True),
+        (OF_CUDA_12, (7, 5), False),
+        (OF_CUDA_12, (8, 0), True),
+        (OF_CUDA_12, (8, 9), False),
+        (OF_CUDA_12, (12, 0), True),
+        (OF_CUDA_13, (12, 0), False),
+        (["gfx90a"], (9, 0), False),
+        ([], (9, 0), False),
+    ],
+)
 def test_gpus_that_torch_has_no_kernels_for_are_refused(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], is_refused: bool
+    monkeypatch: pytest.MonkeyPatch, built: list[str], capability: tuple[int, int], is_refused: bool
 ) -> None:
-    made_up = {"init": None, "device_count": 2, "get_arch_list": ["sm_75", "sm_90a", "compute_120"]}
+    made_up = {"init": None, "device_count": 2, "get_arch_list": built}
     for name, value in (made_up | {"get_device_capability": capability}).items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     if is_refused:
-        with pytest.raises(Refusal, match=r"capability 7\.5 or later, got 7\.0; nearest: torch for an older CUDA"):
+        told = rf"\(sm_75 sm_86 sm_90a\), got compute capability {capability[0]}\.{capability[1]}; nearest: torch for"
+        with pytest.raises(Refusal, match=told):
             device_of("cuda", 3)
     else:
         assert device_of("cuda", 3) == torch.device("cuda", 1)
