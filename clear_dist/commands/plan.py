@@ -42,7 +42,7 @@ def planned_for(flags: PlanFlags) -> Plan:
     flags = replace(flags, gpu=flags.gpu.lower(), link=flags.link.lower())
     _check_gpu(flags.gpu)
     check_choice("--link", flags.link, ("auto", *LINKS))
-    found = devices.find_gpus() if flags.gpu == "auto" and flags.gpu_memory is None else ()
+    found = devices.find_gpus()[: flags.nproc] if flags.gpu == "auto" and flags.gpu_memory is None else ()
     gpu = _gpu(flags, found)
     device = "cpu" if gpu is None else "cuda"
     place = env.read_for(flags.nproc)

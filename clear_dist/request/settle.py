@@ -33,14 +33,15 @@ MOST_PIXELS = 16_384**2
 def settle(flags: PictureFlags, place: Place, cards: Cards) -> tuple[Request, ModelFacts, tuple[str, ...]]:
     """The request, its model, and lines for the user; raises a Refusal for the first check that fails."""
     gpus = devices.gpus_for(flags.device)
+    used = gpus[: place.local_world_size if place.launcher else flags.nproc]
     device = "cuda" if gpus else "cpu"
     if flags.compile and (missing := devices.missing_compiler(device)):
         raise Refusal(f"--compile needs {missing} on {device}, got none; nearest: without --compile")
     if flags.float8 and not gpus:
         raise Refusal("--float8 needs a CUDA GPU of compute capability 8.9, got cpu; nearest: without --float8")
     if flags.float8:
-        _require_capability(gpus, FLOAT8_CAPABILITY, "--float8", nearest="without --float8")
-    request, facts, begin = choose(flags, place, cards, device=device, gpus=gpus)
+        _require_capability(used, FLOAT8_CAPABILITY, "--float8", nearest="without --float8")
+    request, facts, begin = choose(flags, place, cards, device=device, gpus=used)
     if request.height is not None:
         check_outputs(request)
     ranks = place.local_world_size if place.launcher else request.world_size

@@ -94,13 +94,14 @@ def test_the_fullest_gpu_counts_and_ranks_that_share_one_add_up(gpus: Any) -> No
         lines_of(res=1024, nproc=4)
 
 
-def test_the_smallest_gpu_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_smallest_gpu_that_a_rank_uses_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"NVIDIA H100": 85 * 10**9, "NVIDIA GeForce RTX 4090": 25 * 10**9}
     found = tuple(devices.FoundGpu(name=name, capability=9.0, total=size, free=size) for name, size in sizes.items())
     monkeypatch.setattr(devices, "find_gpus", lambda: found)
-    plan = planned_for(PlanFlags(model=FLUX_DEV, res=1024))
-    plan.engine.stop()
-    assert (plan.room.where, plan.room.bytes, plan.asked.ranks) == ("RTX4090", 25 * 10**9, 2)
+    for nproc, expected in ((None, ("RTX4090", 25 * 10**9, 2)), (1, ("H100", 85 * 10**9, 1))):
+        plan = planned_for(PlanFlags(model=FLUX_DEV, res=1024, nproc=nproc))
+        plan.engine.stop()
+        assert (plan.room.where, plan.room.bytes, plan.asked.ranks) == expected
 
 
 def test_gpus_that_others_have_filled_are_left_out(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,3 +46,11 @@ def test_a_dtype_that_a_gpu_lacks_is_refused() -> None:
         settle(replace(DEMO, dtype="bfloat16"), ALONE, CARDS)
     with pytest.raises(Refusal, match=r"--float8 needs .* 8\.9 or higher, got 8\.0 .*; nearest: without --float8"):
         settle(replace(DEMO, float8=True), ALONE, CARDS)
+
+
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize("gpus", [(9.0, 7.5)], ids=str, indirect=True)
+def test_gpus_without_a_rank_do_not_matter() -> None:
+    for place, nproc in ((ALONE, 1), (Place(launcher="torchrun", world_size=2, local_world_size=1), None)):
+        for asked in ({}, {"dtype": "bfloat16"}, {"float8": True}):
+            assert settle(replace(DEMO, nproc=nproc, **asked), place, CARDS)[0].dtype == "bfloat16"
