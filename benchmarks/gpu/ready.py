@@ -55,7 +55,6 @@ def weights_parser(description: str | None) -> Parser:
 
 
 def tell(options: argparse.Namespace) -> None:
-    devices.gpus_for("cuda")
     request = chosen(options)
     if find_spec("matplotlib") is None:
         raise Refusal("the tables are plotted by matplotlib, which is missing; nearest: pip install -e '.[bench]'")
@@ -72,11 +71,16 @@ def tell(options: argparse.Namespace) -> None:
 
 
 def chosen(options: argparse.Namespace) -> Request:
-    """The request of a picture; raises a Refusal where the model or its weights are wrong, before any download."""
+    """The request of a picture; raises a Refusal where GPUs, model or weights are wrong, before any download."""
+    gpus = devices.gpus_for("cuda")
     flags = GenerateFlags(
-        prompt="", model=options.model, clear_weights=options.clear_weights, output=options.folder / "picture.png"
+        prompt="",
+        model=options.model,
+        clear_weights=options.clear_weights,
+        nproc=1,
+        output=options.folder / "picture.png",
     )
-    return choose(flags, env.read(), CARDS, device="cuda", gpus=1)[0]
+    return choose(flags, env.read(), CARDS, device="cuda", gpus=gpus)[0]
 
 
 if __name__ == "__main__":
