@@ -82,7 +82,7 @@ stop() {
     printf '\nstopped; the same command goes on from here\n'
     exit 130
 }
-trap stop INT TERM
+trap stop HUP INT TERM
 
 # step NAME MINUTES COMMAND...: run it, its output in NAME.log. MINUTES of 60; 0: as long as it takes, uncounted.
 step() {

@@ -114,6 +114,11 @@ def test_out_of_time(hour):
     assert (status, states) == (1, dict.fromkeys(STEPS, "done") | {"verify": "out of time"})
 
 
+def test_a_terminal_that_is_closed_ends_the_step(hour):
+    status, states = hour.run(verify="kill -HUP $(ps -o ppid= -p $PPID); sleep 60")
+    assert (status, states) == (130, {"ready": "done"}) and "the same command goes on from here" in hour.out
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
