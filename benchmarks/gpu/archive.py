@@ -30,7 +30,10 @@ ROOT = Path(__file__).parents[2]
 TEXTS, PICTURES = (".json", ".csv", ".log", ".txt", ".tsv"), (".png", ".safetensors")
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY", re.IGNORECASE)
 SHORTEST_SECRET = 6
-TOKEN = re.compile(r"\bhf_\w{8,}")
+TOKEN = re.compile(r"\bhf_\w{8,}|(?<=://)[^\s/@]+(?=@)")
+"""Of the hub, and what an address of the web has before its host."""
+ESCAPED = re.compile(r"(?<!\\)(?:\\u(?!00[0-7])[0-9a-fA-F]{4})+")
+"""Letters beyond ASCII, as JSON has them."""
 FOLDER = re.compile(r"https?://\S+|(?<![\w.<>-])(?:~|<path>|/[\w.@+~-]+)(?:/[\w.@+~-]*)+")
 """From the root, of at least two names, or from someone's home; and, to be left, addresses of the web."""
 GIGA = 1e9
@@ -46,7 +49,7 @@ def main() -> None:
     save({"pictures": planned}, folder / "plans.json")
     for row in planned:
         print(*(f"{name}={shown(value)}" for name, value in row.items()))
-    print(f"archive={pack(folder, Private(options.private))}")
+    print(f"archive={pack(folder, Private([str(options.folder), str(folder), *options.private]))}")
 
 
 def pack(folder: Path, private: "Private") -> Path:
@@ -61,7 +64,7 @@ def pack(folder: Path, private: "Private") -> Path:
                 clean = Path(scratch) / "file"
                 is_packed = file.suffix == ".gz"
                 read = gzip.decompress(file.read_bytes()) if is_packed else file.read_bytes()
-                text = private.removed(read.decode(errors="replace")).encode()
+                text = private.removed(read.decode(errors="replace")).encode(errors="replace")
                 clean.write_bytes(gzip.compress(text) if is_packed else text)
                 tar.add(clean, name, filter=unowned)
     return archive
@@ -82,10 +85,11 @@ class Private:
         self._words = {secret: "<secret>" for secret in (*secrets, get_token()) if secret}
         self._words |= dict.fromkeys(hosts(), "<host>") | dict.fromkeys(addresses(), "<address>")
         self._words |= {} if user == "root" else {user: "<user>"}
-        known = (*folders, str(Path.home()), sys.prefix, HF_HUB_CACHE)
+        known = (*folders, str(ROOT), str(Path.home()), sys.prefix, HF_HUB_CACHE)
         self._folders = {folder: "<path>" for folder in known if os.path.isabs(folder) and folder != os.sep}
 
     def removed(self, text: str) -> str:
+        text = ESCAPED.sub(lambda found: json.loads(f'"{found[0]}"'), text)
         text = replaced(TOKEN.sub("<secret>", text.replace(f"{ROOT}/", "")), self._folders)
         return replaced(FOLDER.sub(lambda found: kept(found[0]), text), self._words)
 
@@ -118,17 +122,20 @@ def addresses() -> list[str]:
 
 
 def beside_plans(folder: Path) -> Iterator[dict[str, Any]]:
-    """Of each picture that was drawn: what was planned, CUDA's own memory included, and what it took, without."""
+    """Of each picture that was drawn: what was planned, CUDA's own memory included, and what it took, without.
+
+    The plan's file is empty for a model that `plan` does not know.
+    """
     for file in sorted(folder.glob("*.report.json")):
         name = file.name.removesuffix(".report.json")
-        plan, report = json.loads((folder / f"{name}.plan.json").read_text()), json.loads(file.read_text())
+        plan, report = json.loads((folder / f"{name}.plan.json").read_text() or "null"), json.loads(file.read_text())
         yield {
             "picture": name,
             "ranks": report["world_size"],
             "seconds": sum(report["seconds"][phase] for phase in ("encode", "denoise", "decode")),
-            "planned_seconds": plan["seconds"] and plan["seconds"]["all"],
+            "planned_seconds": plan and plan["seconds"] and plan["seconds"]["all"],
             "peak_gigabytes": max(*report["peak_memory_bytes"], *report["loading"]["peak_memory_bytes"]) / GIGA,
-            "planned_gigabytes": plan["needed"] / GIGA,
+            "planned_gigabytes": plan and plan["needed"] / GIGA,
         }
 
 

@@ -190,8 +190,33 @@ def test_nothing_private_is_in_an_archive(tmp_path, monkeypatch):
     )
 
 
-def test_plans_stand_beside_what_was_measured(tmp_path):
-    (tmp_path / "1024.plan.json").write_text(json.dumps({"seconds": {"all": 9.0}, "needed": 30e9}))
+def test_names_beyond_ascii_are_left_out_of_json_too(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/jürgen")
+    monkeypatch.setattr(archive.getpass, "getuser", lambda: "jürgen")
+    text = json.dumps({"output": "/home/jürgen/a.png", "model": "/data/Bücher/b", "of": "jürgen", "line": "1\n2 é"})
+    assert json.loads(archive.Private().removed(text)) == {
+        "output": "<path>", "model": "<path>", "of": "<user>", "line": "1\n2 é",
+    }  # fmt: skip
+
+
+def test_the_results_folder_and_what_is_before_a_host_are_left_out(tmp_path, monkeypatch):
+    folder = tmp_path / "Alice Smith"
+    folder.mkdir()
+    (folder / "1024.log").write_text(f"saved {folder}/1024.png by way of https://alice:secret@example.org/mirror")
+    monkeypatch.setattr(sys, "argv", ["archive", str(folder)])
+    archive.main()
+    with tarfile.open(tmp_path / "Alice Smith.tar.gz") as tar:
+        cleaned = tar.extractfile("Alice Smith/1024.log").read().decode()
+    assert cleaned == "saved <path> by way of https://<secret>@example.org/mirror"
+
+
+@pytest.mark.parametrize(
+    ("planned", "seconds", "gigabytes"),
+    [(json.dumps({"seconds": {"all": 9.0}, "needed": 30e9}), 9.0, 30.0), ("", None, None)],
+    ids=["planned", "not known to plan"],
+)
+def test_plans_stand_beside_what_was_measured(planned, seconds, gigabytes, tmp_path):
+    (tmp_path / "1024.plan.json").write_text(planned)
     report = {
         "world_size": 2,
         "seconds": {"launch": 5.0, "load": 9.0, "encode": 0.0, "denoise": 0.5, "decode": 0.25, "save": 1.0},
@@ -204,8 +229,8 @@ def test_plans_stand_beside_what_was_measured(tmp_path):
             "picture": "1024",
             "ranks": 2,
             "seconds": 0.75,
-            "planned_seconds": 9.0,
+            "planned_seconds": seconds,
             "peak_gigabytes": 28.0,
-            "planned_gigabytes": 30.0,
+            "planned_gigabytes": gigabytes,
         }
     ]
