@@ -22,7 +22,7 @@ static int attribute(int which) {
     case 16: return multiprocessors();
     case 36: return 2619000;     // memory clock rate
     case 37: return 5120;        // bus width
-    case 39: return 2048;        // threads per multiprocessor
+    case 39: return threads_per_multiprocessor();
     case 75: return capability() / 10;
     case 76: return capability() % 10;
     case 81: return shared_per_multiprocessor();

@@ -38,6 +38,10 @@ static inline int multiprocessors(void) {
     default: return 128;
   }
 }
+static inline int threads_per_multiprocessor(void) {
+  int c = capability();
+  return c == 75 ? 1024 : c == 86 || c == 89 || c == 120 ? 1536 : 2048;
+}
 static inline int shared_per_block(void) {
   switch (capability()) {
     case 75: return 65536;

@@ -17,10 +17,6 @@ API cudaError_t cudaSetDevice(int device) {
   current = device;
   return 0;
 }
-static int threads_per_multiprocessor(void) {
-  int c = capability();
-  return c == 75 ? 1024 : c == 86 || c == 89 || c == 120 ? 1536 : 2048;
-}
 API cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp* p, int device) {
   memset(p, 0, sizeof *p);
   snprintf(p->name, sizeof p->name, "%s", device_name());

@@ -62,7 +62,9 @@ static int reserve_locked(void** pointer, size_t bytes, int device) {
   void* pages = mmap(NULL, in_pages(bytes) + ALIGNMENT, PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (pages == MAP_FAILED) return 2;
-  uintptr_t address = ((uintptr_t)pages + ALIGNMENT - 1) & ~(ALIGNMENT - 1);
+  uintptr_t address = ((uintptr_t)pages + ALIGNMENT - 1) & ~(ALIGNMENT - 1), before = address - (uintptr_t)pages;
+  if (before) munmap(pages, before);
+  munmap((void*)(address + in_pages(bytes)), ALIGNMENT - before);
   blocks[block_count++] = (Block){address, bytes, device};
   *pointer = (void*)address;
   if (device < 0) return 0;
