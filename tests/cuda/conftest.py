@@ -29,6 +29,5 @@ def null_gpus(tmp_path_factory: pytest.TempPathFactory) -> NullGpus:
         shared = shared.parent
     stubs = shared / "null_gpus"
     with FileLock(shared / "null_gpus.lock"):
-        if not stubs.exists():
-            build(stubs)
+        build(stubs)
     return NullGpus(stubs)

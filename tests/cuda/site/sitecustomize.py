@@ -10,6 +10,31 @@ GRIDS: dict[int, tuple[int, int]] = {}
 """Height and width in tokens by their number: positions on the GPU are all zero."""
 
 
+def _grid(family: Any, inputs: Any) -> tuple[int, int]:
+    from clear_dist.families.flux.transformer import flat_ids
+
+    return GRIDS[len(flat_ids(inputs["img_ids"]))]
+
+
+REPLACED: dict[str, dict[str, Any]] = {
+    "clear_dist.families.flux.transformer": {"Flux.grid_of": _grid},
+    "clear_dist.weights.hoisted": {"Table.find": lambda table, embedding: 0},
+    "clear_dist.engine.agreement": {
+        "sampled": lambda tensors: iter(()),
+        "schedule_of": lambda scheduler: type(scheduler).__name__,
+        "checksum": lambda x: (0, 0),
+        "shadow": lambda x: [0.0] * 4,
+    },
+}
+"""Functions of ours that read numbers, by module and name."""
+
+
+def _ours(module: Any) -> None:
+    for name, by in REPLACED[module.__name__].items():
+        where, _, last = name.rpartition(".")
+        setattr(getattr(module, where) if where else module, last, by)
+
+
 def _cudnn(torch: Any) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)  # its graphs are no function that a stub could be
 
@@ -25,28 +50,10 @@ def _positions(module: Any) -> None:
         pipeline._prepare_latent_image_ids = staticmethod(noted)
 
 
-def _grid(module: Any) -> None:
-    module.Flux.grid_of = lambda self, inputs: GRIDS[len(module.flat_ids(inputs["img_ids"]))]
-
-
-def _table(module: Any) -> None:
-    module.Table.find = lambda self, embedding: 0
-
-
-def _sums(module: Any) -> None:
-    module.sampled = lambda tensors: iter(())
-    module.schedule_of = lambda scheduler: type(scheduler).__name__
-    module.checksum = lambda x: (0, 0)
-    module.shadow = lambda x: [0.0] * 4
-
-
-AFTER = {
+AFTER = dict.fromkeys(REPLACED, _ours) | {
     "torch": _cudnn,
     "diffusers.pipelines.flux.pipeline_flux": _positions,
     "diffusers.pipelines.flux.pipeline_flux_img2img": _positions,
-    "clear_dist.families.flux.transformer": _grid,
-    "clear_dist.weights.hoisted": _table,
-    "clear_dist.engine.agreement": _sums,
 }
 
 
