@@ -27,6 +27,8 @@ GUESSES = {
     signal.SIGABRT: " (what a library said stands above; NCCL's watchdog: another rank did not answer)",
 }
 """abort() may follow from another rank's end, so that a cause that is told goes before it."""
+NO_GPU_MEMORY = r"CUDA (error: )?out of memory|CU\w+_STATUS_ALLOC_FAILED"
+"""In errors of torch, of its allocator, whose advice on itself is left out, of CUDA, and of cuBLAS and cuDNN."""
 LESS_MEMORY = "clear-dist plan names settings that take less (a smaller --res, --offload, --int8)"
 SHOW_CURSOR = "\x1b[?25h"
 HOW_TO_SEE_MORE = "(for the traceback: --traceback)"
@@ -145,8 +147,9 @@ def say(line: str) -> None:
 def describe(error: BaseException) -> str:
     text = f"{type(error).__name__}: {error}".rstrip(": ")
     text = " ".join(text.split())
-    if text.startswith("OutOfMemoryError"):  # of torch, whose own advice, on its allocator, is left out
-        return re.sub(r"(?<= is free)\..*", "", text) + f"; {LESS_MEMORY}"
+    if re.search(NO_GPU_MEMORY, text):
+        cause = re.split(r"(?<= is free)\.|(?<=error: out of memory) ", text)[0]
+        return f"{cause}; {LESS_MEMORY}"
     return text if len(text) <= LONGEST_CAUSE else text[:LONGEST_CAUSE] + " ..."
 
 

@@ -85,13 +85,33 @@ def test_under_torchrun_a_lost_peer_lets_the_cause_speak(
     assert capsys.readouterr().err == ""
 
 
-def test_memory_that_a_gpu_lacks_is_told_with_what_takes_less() -> None:
-    said = (
-        "CUDA out of memory. Tried to allocate 32.00 MiB. GPU 0 has a total capacity of 79.10 GiB of which 19.72 MiB is "
-        "free. Including non-PyTorch memory, this process has 1 GiB memory in use. Of the allocated memory 1.25 MiB is "
-        "allocated by PyTorch, and 771.50 KiB is reserved by PyTorch but unallocated. See documentation"
-    )
-    assert ends.describe(torch.OutOfMemoryError(said)) == (
-        "OutOfMemoryError: CUDA out of memory. Tried to allocate 32.00 MiB. GPU 0 has a total capacity of 79.10 GiB of "
-        "which 19.72 MiB is free; clear-dist plan names settings that take less (a smaller --res, --offload, --int8)"
-    )
+TAKES_LESS = "; clear-dist plan names settings that take less (a smaller --res, --offload, --int8)"
+ALLOCATOR = "CUDA out of memory. Tried to allocate 32.00 MiB. GPU 0 has a total capacity of 79.10 GiB of which 19.72 MiB is free"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError(
+                f"{ALLOCATOR}. Including non-PyTorch memory, this process has 1 GiB memory in use. Of the allocated memory "
+                "1.25 MiB is allocated by PyTorch, and 771.50 KiB is reserved by PyTorch but unallocated. See documentation"
+            ),
+            f"OutOfMemoryError: {ALLOCATOR}",
+        ),
+        (
+            torch.AcceleratorError(
+                "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in https://docs.nvidia.com/ for more "
+                "information.\nCUDA kernel errors might be asynchronously reported at some other API call"
+            ),
+            "AcceleratorError: CUDA error: out of memory",
+        ),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        ),
+    ],
+    ids=["allocator", "CUDA", "cuBLAS"],
+)
+def test_memory_that_a_gpu_lacks_is_told_with_what_takes_less(error: RuntimeError, said: str) -> None:
+    assert ends.describe(error) == said + TAKES_LESS
