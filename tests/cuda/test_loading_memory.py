@@ -1,17 +1,12 @@
 """Memory of a whole command on a null GPU, by torch's own allocator: what a plan says, in loading too."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 
+from tests.cuda.null_gpu import Machine, NullGpus
 from tests.stand_in import make_stand_in
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU, not even a null one")
 
 GIB = 4.0
 """Of a card on which 8 bits fit, and the whole transformer, 4.5 GB, does not."""
@@ -27,32 +22,30 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_stand_in(tmp_path_factory.mktemp("few"), double_blocks=4, single_blocks=6, shards=2)
 
 
-def command(*words: str) -> list[str]:
-    return [sys.executable, "-P", "-m", "clear_dist", *words]
-
-
 @pytest.mark.parametrize(
     "flags",
-    [(), ("--int8",), ("--float8",), ("--hoist-modulation",), ("--int8", "--hoist-modulation", "--offload")],
+    [
+        ("--int8",),
+        ("--int8", "--hoist-modulation", "--offload"),
+        *(pytest.param(each, marks=pytest.mark.full) for each in ((), ("--float8",), ("--hoist-modulation",))),
+    ],
     ids="-".join,
 )
-def test_a_command_takes_what_is_planned(flags: tuple[str, ...], model: Path, tmp_path: Path) -> None:
+def test_a_command_takes_what_is_planned(
+    flags: tuple[str, ...], model: Path, null_gpus: NullGpus, tmp_path: Path
+) -> None:
     """Most while loading and of all, as torch's allocator counts it, within 3 % of the plan."""
     given = ("--model", str(model), "--res", "512", "--clear-weights", "none", "--window", "8", *flags)
     report = tmp_path / "report.json"
     written = ("--output", str(tmp_path / "x.png"), "--report", str(report), "--steps", "2", "--device", "cuda")
-    drawn = subprocess.run(
-        command("generate", "x", "--nproc", "1", *given, *written),
-        env=os.environ | {"NULLCUDA_GIB": str(GIB if "--int8" in flags else 24)},
-        capture_output=True,
-        text=True,
-    )
-    assert drawn.returncode == 0, drawn.stderr
+    machine = Machine(gpus=1, gib=GIB if "--int8" in flags else 24, used_gib=0)
+    drawn = null_gpus.command("generate", "x", "--nproc", "1", *given, *written, machine=machine, folder=tmp_path)
+    assert drawn.status == 0, drawn.err
     told = json.loads(report.read_text())
-    planned = subprocess.run(
-        command("plan", "--gpu-memory", "24", "--nproc", "1", "--json", *given), capture_output=True, text=True
+    planned = null_gpus.command(
+        "plan", "--gpu-memory", "24", "--nproc", "1", "--json", *given, machine=machine, folder=tmp_path
     )
-    assert planned.returncode == 0, planned.stderr
-    most = json.loads(planned.stdout)["memory"][0]["peak"] - CONTEXT
+    assert planned.status == 0, planned.err
+    most = json.loads(planned.out)["memory"][0]["peak"] - CONTEXT
     peak = max(told["loading"]["peak_memory_bytes"][0], told["peak_memory_bytes"][0])
     assert peak == pytest.approx(most, rel=0.03, abs=BESIDES)
