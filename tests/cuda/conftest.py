@@ -4,6 +4,7 @@ import os
 import shutil
 
 import pytest
+import torch
 from filelock import FileLock
 
 from tests.cuda.null_gpu import NullGpus, build
@@ -23,6 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def null_gpus(tmp_path_factory: pytest.TempPathFactory) -> NullGpus:
     """Stubs for the torch of this environment, and the kernels that all tests have compiled."""
+    if torch.version.cuda is None:
+        pytest.skip(f"torch {torch.__version__} is no CUDA build: .ci/run --cuda")
     assert shutil.which("gcc"), "the stubs of CUDA are built by gcc"
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
