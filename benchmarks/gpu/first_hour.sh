@@ -70,6 +70,9 @@ if [ -z "$clear" ]; then
     clear=auto
     [ ! -d "$model" ] || compgen -G "$model/clear_local_*.safetensors" > /dev/null || clear=Huage001/CLEAR
 fi
+flags="--model $model --clear-weights $clear${small:+ $small}"
+[ ! -f "$folder/flags.txt" ] || [ "$(< "$folder/flags.txt")" = "$flags" ] ||
+    refuse "--folder must be a new one, or of the same flags ($(< "$folder/flags.txt")), got $folder; nearest: $folder-2"
 cd "$root" || exit 1
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
@@ -166,6 +169,7 @@ echo "results are in $folder; what a step says is in its .log there"
 
 step ready 0 "$python" -m benchmarks.gpu.ready "${weights[@]}" --folder "$folder" || exit 1
 read -r gpus gigabytes <<< "$(sed -n 's/^gpus=\([0-9]*\) gigabytes=\([0-9]*\) .*/\1 \2/p' "$folder/ready.log")"
+echo "$flags" > "$folder/flags.txt"
 echo "GPUs: $gpus, of $gigabytes GB or more"
 step verify 4 "$python" -P -m clear_dist verify --device cuda --json "$folder/verify.json"
 if step weights 0 "$python" -m benchmarks.gpu.ready --fetch "${weights[@]}" --folder "$folder"; then

@@ -114,6 +114,14 @@ def test_out_of_time(hour):
     assert (status, states) == (1, dict.fromkeys(STEPS, "done") | {"verify": "out of time"})
 
 
+def test_results_of_other_flags_are_not_taken_for_these(hour):
+    hour.run("--small", ready="echo 'clear-dist: no such model'; exit 2")
+    assert hour.run("--minutes", "90")[0] == 0  # the first one had no results
+    status, _ = hour.run("--small")
+    assert status == 2 and not hour.calls
+    assert "of the same flags (--model black-forest-labs/FLUX.1-dev --clear-weights auto), got " in hour.out
+
+
 def test_a_terminal_that_is_closed_ends_the_step(hour):
     status, states = hour.run(verify="kill -HUP $(ps -o ppid= -p $PPID); sleep 60")
     assert (status, states) == (130, {"ready": "done"}) and "the same command goes on from here" in hour.out
