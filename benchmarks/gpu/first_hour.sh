@@ -65,7 +65,7 @@ done
 mkdir -p "$folder" && [ -w "$folder" ] || refuse "--folder must be one that can be written to, got $folder"
 folder=$(cd "$folder" && pwd)
 [ ! -d "$model" ] || model=$(cd "$model" && pwd)
-[ ! -f "$clear" ] || clear=$(cd "$(dirname "$clear")" && pwd)/$(basename "$clear")
+[ ! -e "$clear" ] || clear=$(cd "$(dirname "$clear")" && pwd)/$(basename "$clear")
 if [ -z "$clear" ]; then
     clear=auto
     [ ! -d "$model" ] || compgen -G "$model/clear_local_*.safetensors" > /dev/null || clear=Huage001/CLEAR

@@ -114,6 +114,14 @@ def test_out_of_time(hour):
     assert (status, states) == (1, dict.fromkeys(STEPS, "done") | {"verify": "out of time"})
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_weights_may_be_told_from_the_folder_that_the_user_is_in(kind, hour):
+    weights = hour.folder / "clear weights"
+    weights.mkdir() if kind == "folder" else weights.touch()
+    hour.run("--clear-weights", "clear weights")
+    assert f"--clear-weights {weights} " in hour.calls[0]
+
+
 def test_results_of_other_flags_are_not_taken_for_these(hour):
     hour.run("--small", ready="echo 'clear-dist: no such model'; exit 2")
     assert hour.run("--minutes", "90")[0] == 0  # the first one had no results
