@@ -25,6 +25,7 @@
 # steps that are done are not done again. The archive has logs, figures, versions and pictures; no tokens, and no names
 # of the machine, the user and their folders.
 set -uo pipefail
+{ # read to its end before anything runs: a `git pull` meanwhile must not change it
 
 WHOLE=30 # GB of a GPU that holds FLUX.1-dev's architecture and a step of it
 
@@ -194,3 +195,5 @@ step suite 9 "$python" -m benchmarks.gpu.suite $small "${parts[@]}" --minutes "$
 "$python" -m benchmarks.gpu.archive "$folder" "$model" "$clear" || exit 1
 [ "$failures" = 0 ] || echo "steps that were not done: $failures; the same command tries them again"
 [ "$failures" = 0 ]
+exit
+}
