@@ -66,7 +66,7 @@ def test_verify_checks_all_that_needs_no_numbers(
 ) -> None:
     """Halos, attention and models differ from what is expected, since nothing is computed; nothing else goes wrong."""
     ended = null_gpus.command(
-        "verify", "--nproc", "2", "--device", "cuda", "--json", machine=Machine(gpus=gpus), folder=tmp_path
+        "verify", "--nproc", "2", "--device", "cuda", "--json", "-", machine=Machine(gpus=gpus), folder=tmp_path
     )
     assert ended.status == 1, ended.err
     found = json.loads(ended.out)
@@ -78,7 +78,7 @@ def test_upscale(null_gpus: NullGpus, tmp_path: Path) -> None:
 
     Image.new("RGB", (256, 192), "teal").save(tmp_path / "in.png")
     ended = null_gpus.command(
-        "upscale", "in.png", "--model", "demo", "--device", "cuda", "--nproc", "2", "--res", "512x384", "--steps", "2",
-        "--output", "out.png", folder=tmp_path,
+        "upscale", "in.png", "--model", "demo", "--device", "cuda", "--nproc", "2", "--res", "512x384",
+        "--upscale-steps", "2", "--output", "out.png", folder=tmp_path,
     )  # fmt: skip
     assert ended.status == 0, ended.err
