@@ -31,7 +31,7 @@ TEXTS, PICTURES = (".json", ".csv", ".log", ".txt", ".tsv"), (".png", ".safetens
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY", re.IGNORECASE)
 SHORTEST_SECRET = 6
 TOKEN = re.compile(r"\bhf_\w{8,}|(?<=://)[^\s/@]+(?=@)")
-"""Of the hub, and what an address of the web has before its host."""
+"""Tokens of the hub, and what an address of the web has before its host."""
 ESCAPED = re.compile(r"(?<!\\)(?:\\u(?!00[0-7])[0-9a-fA-F]{4})+")
 """Letters beyond ASCII, as JSON has them."""
 FOLDER = re.compile(r"https?://\S+|(?<![\w.<>-])(?:~|<path>|/[\w.@+~-]+)(?:/[\w.@+~-]*)+")
@@ -122,7 +122,7 @@ def addresses() -> list[str]:
 
 
 def beside_plans(folder: Path) -> Iterator[dict[str, Any]]:
-    """Of each picture that was drawn: what was planned, CUDA's own memory included, and what it took, without.
+    """Memory of each picture that was drawn: what was planned, CUDA's own included, and what it took, without.
 
     The plan's file is empty for a model that `plan` does not know.
     """

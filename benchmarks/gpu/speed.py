@@ -29,6 +29,7 @@ from clear_dist.attention import BACKENDS, attend
 from clear_dist.comm.group import Group
 from clear_dist.observe.peaks import peak_memory, reset_peak_memory
 from clear_dist.observe.profiling import RECORDED_STEPS, Profile
+from clear_dist.options import Options
 
 SIDES, SMALL_SIDES = (8192, 4096, 2048, 1024), (256, 128)
 SIDES_OF_STEPS = (2048, 8192, 1024, 4096)
@@ -196,8 +197,8 @@ def tell_steps(side: int, chosen: list[Step], group: Group, limits: Limits, sess
             row |= {"tflops": cell.rate / TERA, "of_peak": cell.rate / limits.peak_rate, "peak_bytes": cell.peak_bytes}
         if step.name.startswith("CLEAR") and number == 1:  # a share has no halos
             hoisted = step.name.endswith("hoisted modulation")
-            kind = {"device_type": session.device.type, "backend": session.backend, "hoisted": hoisted}
-            row["planned_bytes"] = planned_bytes(limits.model, step.part, **kind)
+            options = Options(attention_backend=session.backend, hoist_modulation=hoisted)
+            row["planned_bytes"] = planned_bytes(limits.model, step.part, options, device_type=session.device.type)
         session.journal.tell(**row, **({"note": cell.note} if cell.note else {}))
 
 

@@ -15,14 +15,18 @@ def engine() -> Engine:
     return Engine()
 
 
-def planned_bytes(model: Model, part: Part, *, device_type: str, backend: str = "auto", hoisted: bool = False) -> int:
-    """Bytes that torch allocates on the rank of `part`, without CUDA's own."""
+def planned_bytes(model: Model, part: Part, options: Options, *, device_type: str, steps: int = 1) -> int:
+    """Bytes that torch allocates on the rank of `part`, without CUDA's own.
+
+    Args:
+        steps: of a generation where halos lag; else 1.
+    """
     about = {
         "module": Module(kind="diffusers.FluxTransformer2DModel", config=config_of(model)),
         "dtype": "bfloat16" if model.itemsize == 2 else "float32",
         "device": device_type,
         "ranks": part.ranks,
-        "options": Options(attention_backend=backend, hoist_modulation=hoisted).settled(part.window),
+        "options": options.settled(part.window),
     }
     step = StepQuestion(
         transport="nccl" if device_type == "cuda" else "gloo",
@@ -32,7 +36,7 @@ def planned_bytes(model: Model, part: Part, *, device_type: str, backend: str = 
         images=1,
         text_tokens=model.text_tokens,
         passes=1,
-        steps=1,
+        steps=steps,
         down_factor=part.factor,
         has_lora=False,
         **about,

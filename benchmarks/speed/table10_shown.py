@@ -18,7 +18,7 @@ Places = dict[tuple[str, int, int], list[Cell]]
 ABREAST = 64 * TOKEN
 """Side in pixels of the image for which the speed-up of two ranks is printed."""
 STEPS = 50
-"""Of a generation, in the paper's Table 10."""
+"""Steps of a generation, in the paper's Table 10."""
 ABOUT_NA = "paper: NA: Table 10 leaves out r = 16 at 1024 px where stripes are thinner than the border"
 
 

@@ -168,7 +168,7 @@ def text_of(cell: Cell) -> str:
 
 
 def teraflop_per_layer(side: int, window: Window) -> float:
-    """Of one layer's attention in FLUX.1-dev, whatever model was timed."""
+    """Operations of one layer's attention in FLUX.1-dev, whatever model was timed."""
     return attention_work(FLUX, middle_part(side, 1, window)) / FLUX.layers / TERA
 
 

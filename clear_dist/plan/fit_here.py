@@ -48,7 +48,7 @@ class Check:
     plan: Plan
     gpus: tuple[devices.FoundGpu, ...]
     ranks: int
-    """Of this machine."""
+    """Number of them on this machine."""
     is_launched: bool
     """Whether there are so many for good."""
 

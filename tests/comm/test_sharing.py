@@ -17,7 +17,7 @@ from tests.tiny import make_tiny_pipeline
 
 
 def places(*numbers: int, gpus: int, host: str = "a", may_share: bool = False) -> list[RankGpu]:
-    """Of ranks on the GPUs of these numbers, of so many on a machine."""
+    """Places of ranks on the GPUs of these numbers, of so many on a machine."""
     visible = tuple(f"GPU-{host}{number}" for number in range(gpus))
     return [RankGpu(host, visible[number], number, visible, may_share) for number in numbers]
 

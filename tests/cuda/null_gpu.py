@@ -25,13 +25,11 @@ class Machine:
     """As in sm_90."""
     gib: float = 79.1
     used_gib: float = 0.5
-    """Of each, taken by others, as NVML tells."""
+    """Memory of each, taken by others, as NVML tells."""
     unseen_gib: float = 0.0
     """Taken by others, and not told by NVML."""
-    communicator_mb: int = 0
-    """What each of NCCL's communicators takes."""
     failure: str = ""
-    """Of NCCL's, by its name in stubs/nccl.c."""
+    """A failure of NCCL, by its name in stubs/nccl.c."""
 
     @property
     def variables(self) -> dict[str, str]:
@@ -41,7 +39,6 @@ class Machine:
             "NULLCUDA_GIB": self.gib,
             "NULLCUDA_USED_GIB": self.used_gib,
             "NULLCUDA_UNSEEN_GIB": self.unseen_gib,
-            "NULLCUDA_NCCL_MB": self.communicator_mb,
             "NULLNCCL_FAIL": self.failure,
         }
         return {name: str(value) for name, value in facts.items()}

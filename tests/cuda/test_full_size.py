@@ -8,15 +8,13 @@ from typing import Any
 import pytest
 
 from benchmarks.lib.counts import FLUX, middle_part
-from benchmarks.lib.steps import config_of
+from benchmarks.lib.planned import planned_bytes
 from clear_dist.options import Options
-from clear_dist.plan.engine import Engine
-from clear_dist.plan.questions import Module, StepQuestion, WeightsQuestion
 from tests.cuda.full_size import STEPS
 from tests.cuda.null_gpu import Machine, NullGpus
 
 WITHIN = 0.03
-"""Of the planned memory."""
+"""Share of the planned memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +24,11 @@ class Case:
     launches: int
     """At most, as `calls` and `groups`: what they are now."""
     calls: int = 0
-    """Of NCCL."""
+    """Calls of NCCL."""
     groups: int = 0
     """NCCL's calls that are issued together count once."""
     tables: int = 0
-    """Of pointers, which FSDP copies to the GPU, one with each block."""
+    """Tables of pointers, which FSDP copies to the GPU, one with each block."""
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -67,11 +65,6 @@ NOT_IN_A_STEP = ("stream_waits", "device_waits", "to_host", "allocations")
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine()
-
-
-@pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest, null_gpus: NullGpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What all runs that were selected have written, in files by name and rank."""
     folder = tmp_path_factory.mktemp("full_size")
@@ -87,7 +80,7 @@ def results(request: pytest.FixtureRequest, null_gpus: NullGpus, tmp_path_factor
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_step_takes_what_it_took_and_what_was_planned(case: Case, engine: Engine, results: Path) -> None:
+def test_a_step_takes_what_it_took_and_what_was_planned(case: Case, results: Path) -> None:
     found = json.loads((results / f"{case.name}.{case.ranks // 2}").read_text())
     print(found)
     step = found["step"]
@@ -96,22 +89,8 @@ def test_a_step_takes_what_it_took_and_what_was_planned(case: Case, engine: Engi
     counted = (step["launches"], step["nccl_calls"], step["nccl_groups"], step["to_device"])
     bounds = (case.launches, case.calls, case.groups, case.tables)
     assert all(number <= bound for number, bound in zip(counted, bounds, strict=True)), (counted, bounds)
-    assert found["allocated"] == pytest.approx(planned_bytes(case, engine), rel=WITHIN)
-
-
-def planned_bytes(case: Case, engine: Engine) -> int:
-    window = case.all_options["window"]
-    part = middle_part(case.side, case.ranks, window)
-    settled = Options(**case.all_options).settled(window)
-    about = {
-        "module": Module(kind="diffusers.FluxTransformer2DModel", config=config_of(FLUX)),
-        "dtype": "bfloat16",
-        "device": "cuda",
-        "ranks": case.ranks,
-        "options": settled,
-    }
-    step = StepQuestion(
-        transport="nccl", height=part.grid[0], width=part.grid[1], rank=part.rank, images=1, text_tokens=512, passes=1,
-        steps=STEPS if settled.schedule == "stale" else 1, down_factor=1, has_lora=False, **about,
-    )  # fmt: skip
-    return engine.ask(WeightsQuestion(**about)).held + sum(engine.ask(step).peak.values())
+    part = middle_part(case.side, case.ranks, case.all_options["window"])
+    options = Options(**case.all_options)
+    steps = STEPS if options.schedule == "stale" else 1
+    planned = planned_bytes(FLUX, part, options, device_type="cuda", steps=steps)
+    assert found["allocated"] == pytest.approx(planned, rel=WITHIN)

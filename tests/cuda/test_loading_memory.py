@@ -9,7 +9,7 @@ from tests.cuda.null_gpu import Machine, NullGpus
 from tests.stand_in import make_stand_in
 
 GIB = 4.0
-"""Of a card on which 8 bits fit, and the whole transformer, 4.5 GB, does not."""
+"""Memory of a card on which 8 bits fit, and the whole transformer, 4.5 GB, does not."""
 CONTEXT = 600_000_000
 """What a plan takes CUDA to need, besides all that torch allocates."""
 BESIDES = 50_000_000
