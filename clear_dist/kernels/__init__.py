@@ -1,0 +1,24 @@
+"""Triton kernels of ours for what is neither a product of matrices nor attention, each beside its torch form.
+
+The torch form is the reference, and serves where Triton does not.
+"""
+
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+
+AMPERE = 8
+"""Compute capability from which Triton knows a GPU."""
+
+
+@lru_cache
+def usable(device_type: str) -> bool:
+    """Whether they run on this machine: a GPU from Ampere on, or a CPU under TRITON_INTERPRET=1, for tests."""
+    if device_type not in ("cpu", "cuda") or find_spec("triton") is None:
+        return False
+    if device_type == "cpu":
+        import triton
+
+        return bool(triton.knobs.runtime.interpret)
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= AMPERE
