@@ -19,7 +19,7 @@ from clear_dist.attention.dense import attend, attend_masked
 from clear_dist.attention.measured import nearest
 from clear_dist.geometry import Rows, reach
 
-__all__ = ["BACKENDS", "Backend", "attend", "attend_masked", "choose_backend", "window_attention"]
+__all__ = ["BACKENDS", "Backend", "attend", "attend_masked", "choose_backend", "extend_attention", "window_attention"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ def window_attention(
     row_offset: int,
     scale: float | None = None,
     backend: Backend,
+    out_BRWND: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of image queries to all text keys and to the image keys of a circle (CLEAR, section 3.2).
 
@@ -55,22 +56,44 @@ def window_attention(
         radius: in tokens, at least 1; a key is seen if dx^2 + dy^2 < radius^2, strictly.
         row_offset: row i of the queries is row i + row_offset of the keys, which may lie wholly above or below.
         scale: factor of the scores, positive; None: 1 / sqrt(D).
+        out_BRWND: where the output goes, of any strides; None: a new tensor.
 
     Returns (out [B, R, W, N, D] in the queries' dtype, lse [B, R, W, N] in float32), 0 and -inf where no key is seen.
     Raises ValueError for shapes that don't fit together, a radius or scale out of range, or a backend that cannot run.
     """
-    call = WindowCall(
-        query=query_BRWND,
-        key=key_BEWND,
-        value=value_BEWND,
-        key_text=key_text_BTND,
-        value_text=value_text_BTND,
-        radius=radius,
-        row_offset=row_offset,
-        scale=query_BRWND.shape[-1] ** -0.5 if scale is None else scale,
-    )
-    _require_fitting_tensors(call)
-    return _run(backend, call)
+    tensors = query_BRWND, key_BEWND, value_BEWND, key_text_BTND, value_text_BTND
+    return _run(backend, _checked(tensors, radius, row_offset, scale, out_BRWND))
+
+
+def extend_attention(
+    query_BRWND: Tensor,
+    key_BEWND: Tensor,
+    value_BEWND: Tensor,
+    key_text_BTND: Tensor,
+    value_text_BTND: Tensor,
+    *,
+    radius: int,
+    row_offset: int,
+    scale: float | None = None,
+    backend: Backend,
+    out_BRWND: Tensor,
+    lse_BRWN: Tensor,
+) -> None:
+    """Add keys to attention over others, in place: `out_BRWND` and `lse_BRWN` as `window_attention` returned them.
+
+    Rows that see none of the new keys are not touched; an lse of -inf means no key yet, whatever the output. Arguments
+    and errors are those of `window_attention`; only for backends with an `extend`.
+    """
+    assert backend.extend is not None, f"attention backend {backend.name} cannot extend attention"
+    tensors = query_BRWND, key_BEWND, value_BEWND, key_text_BTND, value_text_BTND
+    call = _checked(tensors, radius, row_offset, scale, out_BRWND)
+    if lse_BRWN.shape != out_BRWND.shape[:-1] or lse_BRWN.dtype != torch.float32:
+        raise ValueError(f"log-sum-exp must be float32 {out_BRWND.shape[:-1]}, got {lse_BRWN.dtype} {lse_BRWN.shape}")
+    mine, visible = _cut_down(call)
+    if visible.query.numel():
+        assert visible.out is not None
+        _require(backend, visible.shape)
+        backend.extend(visible, visible.out, lse_BRWN[:, mine])
 
 
 def choose_backend(
@@ -135,12 +158,16 @@ def _run(backend: Backend, call: WindowCall) -> tuple[Tensor, Tensor]:
     if visible.query.numel():
         _require(backend, visible.shape)
         results = backend.run(visible)
-        if visible.query.shape == call.query.shape:
+        if visible.query.shape == call.query.shape and (call.out is None or results[0] is visible.out):
             return results
-    out_BRWND = torch.zeros_like(call.query)
+    out_BRWND = torch.empty_like(call.query) if call.out is None else call.out
     lse_BRWN = call.query.new_full(call.query.shape[:-1], -torch.inf, dtype=torch.float32)
+    for blind in (slice(mine.start), slice(mine.stop, None)):
+        out_BRWND[:, blind] = 0
     if visible.query.numel():
-        out_BRWND[:, mine], lse_BRWN[:, mine] = results
+        lse_BRWN[:, mine] = results[1]
+        if results[0] is not visible.out:
+            out_BRWND[:, mine] = results[0]
     return out_BRWND, lse_BRWN
 
 
@@ -156,21 +183,33 @@ def _cut_down(call: WindowCall) -> tuple[slice, WindowCall]:
         key=call.key[:, keys],
         value=call.value[:, keys],
         row_offset=seeing.start - seen.start,
+        out=None if call.out is None else call.out[:, mine],
     )
     return mine, cut
 
 
-def _require_fitting_tensors(call: WindowCall) -> None:
-    query, key, text = call.query.shape, call.key.shape, call.key_text.shape
+def _checked(
+    tensors: tuple[Tensor, ...], radius: int, row_offset: int, scale: float | None, out_BRWND: Tensor | None
+) -> WindowCall:
+    """The call of queries, keys, values, text keys and text values that fit together."""
+    query, key, text = (tensors[index].shape for index in (0, 1, 3))
     if len(query) != 5 or len(key) != 5 or len(text) != 4:
         raise ValueError(
             f"queries and keys must be [B, rows, W, N, D] and text [B, T, N, D], got {query}, {key}, {text}"
         )
     if query[:1] + query[2:] != key[:1] + key[2:] or query[:1] + query[3:] != text[:1] + text[2:]:
         raise ValueError(f"batch, columns, heads and head dim must be equal, got {query}, {key} and text {text}")
-    if call.value.shape != key or call.value_text.shape != text:
-        raise ValueError(f"values must have their keys' shape, got {call.value.shape} for {key}")
-    if call.radius < 1:
-        raise ValueError(f"radius must be at least 1 token, got {call.radius}; nearest: 1")
-    if not call.scale > 0:
-        raise ValueError(f"scale must be positive, got {call.scale}; nearest: {query[-1] ** -0.5:g}")
+    if tensors[2].shape != key or tensors[4].shape != text:
+        raise ValueError(f"values must have their keys' shape, got {tensors[2].shape} for {key}")
+    if out_BRWND is not None and (out_BRWND.shape, out_BRWND.dtype) != (query, tensors[0].dtype):
+        raise ValueError(
+            f"the output must be {tensors[0].dtype} {query} as the queries, got {out_BRWND.dtype} {out_BRWND.shape}"
+        )
+    if radius < 1:
+        raise ValueError(f"radius must be at least 1 token, got {radius}; nearest: 1")
+    scale = query[-1] ** -0.5 if scale is None else scale
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}; nearest: {query[-1] ** -0.5:g}")
+    names = "query", "key", "value", "key_text", "value_text"
+    named = dict(zip(names, tensors, strict=True))
+    return WindowCall(**named, radius=radius, row_offset=row_offset, scale=scale, out=out_BRWND)

@@ -63,6 +63,8 @@ class WindowCall:
     radius: int
     row_offset: int
     scale: float
+    out: Tensor | None = None
+    """Where a backend that can writes its output, [B, R, W, N, D] of any strides; others leave it alone."""
 
     @property
     def shape(self) -> CallShape:
@@ -104,6 +106,11 @@ class Backend:
     """Device types where `auto` may choose it unmeasured."""
     lacks: Callable[[CallShape], str | None] = nothing
     """What this machine lacks for it; None: nothing."""
+    extend: Callable[[WindowCall, Tensor, Tensor], None] | None = None
+    """Adds the call's keys to attention over others, in place: (out [B, R, W, N, D], lse [B, R, W, N] in float32).
+
+    An lse of -inf means no key yet, whatever the output. None: the backend cannot, its results are to be merged.
+    """
 
     def why_not_here(self, shape: CallShape) -> str | None:
         return self.lacks(shape) or self.why_not(shape)

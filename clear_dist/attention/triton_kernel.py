@@ -130,14 +130,38 @@ def see_image(
     return out_QD, weight_Q, maximum_Q
 
 
+@triton.jit
+def finish(out_QD, lse_Q, inside_Q, sum_QD, weight_Q, maximum_Q, log2_scale, EXTENDS: tl.constexpr):
+    """Store output and log-sum-exp of the queries `inside`; EXTENDS: joined with those that are there already."""
+    # Queries beyond the border, which are not stored, may have seen nothing.
+    weight_Q = tl.where(inside_Q, weight_Q, 1.0)
+    log2_Q = maximum_Q * log2_scale + tl.log2(weight_Q)
+    result_QD = sum_QD / weight_Q[:, None]
+    if EXTENDS:
+        there_Q = tl.load(lse_Q, mask=inside_Q, other=0.0) / LN_2
+        # A query that had seen no key may hold NaN.
+        there_QD = tl.load(out_QD, mask=(inside_Q & (there_Q > -float("inf")))[:, None], other=0.0)
+        top_Q = tl.maximum(there_Q, log2_Q)
+        share_Q, there_Q = tl.exp2(log2_Q - top_Q), tl.exp2(there_Q - top_Q)
+        result_QD = result_QD * share_Q[:, None] + there_QD.to(tl.float32) * there_Q[:, None]
+        result_QD /= (share_Q + there_Q)[:, None]
+        log2_Q = top_Q + tl.log2(share_Q + there_Q)
+    tl.store(out_QD, result_QD.to(out_QD.dtype.element_ty), mask=inside_Q[:, None])
+    tl.store(lse_Q, log2_Q * LN_2, mask=inside_Q)
+
+
 @triton.jit(do_not_specialize=("heads", "text", "row_offset", "radius"))
 def window_kernel(
     query, key, value, key_text, value_text, out, lse, tiles,
     query_strides, key_strides, value_strides, key_text_strides, value_text_strides, out_strides, lse_strides,
     heads, queries, keys, text, row_offset, radius, log2_scale,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    EXTENDS: tl.constexpr,
 ):  # fmt: skip
-    """Programs: (tile of queries, batch and head). `queries`, `keys`: rows and columns of the images."""
+    """Programs: (tile of queries, batch and head). `queries`, `keys`: rows and columns of the images.
+
+    EXTENDS: `out` and `lse` hold attention to other keys, which these are added to.
+    """
     tile, batch, head = tl.program_id(0), (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     tiles_across = tl.cdiv(queries[1], QUERIES[1])
     row, column = tile // tiles_across * QUERIES[0], tile % tiles_across * QUERIES[1]
@@ -149,29 +173,27 @@ def window_kernel(
     query += batch * query_strides[0] + head * query_strides[3]
     query_Q = query + row_Q * query_strides[1] + column_Q * query_strides[2]
     query_QD = tl.load(query_Q[:, None] + dim_D * query_strides[4], mask=inside_Q[:, None], other=0.0)
-    out_QD = tl.zeros([QUERIES[0] * QUERIES[1], HEAD_DIM], tl.float32)
+    sum_QD = tl.zeros([QUERIES[0] * QUERIES[1], HEAD_DIM], tl.float32)
     weight_Q = tl.zeros([QUERIES[0] * QUERIES[1]], tl.float32)
     maximum_Q = tl.full([QUERIES[0] * QUERIES[1]], -float("inf"), tl.float32)
 
     key_text += batch * key_text_strides[0] + head * key_text_strides[2]
     value_text += batch * value_text_strides[0] + head * value_text_strides[2]
-    out_QD, weight_Q, maximum_Q = see_text(
-        query_QD, key_text, value_text, key_text_strides, value_text_strides, text, out_QD, weight_Q, maximum_Q,
+    sum_QD, weight_Q, maximum_Q = see_text(
+        query_QD, key_text, value_text, key_text_strides, value_text_strides, text, sum_QD, weight_Q, maximum_Q,
         log2_scale, KEYS[0] * KEYS[1], HEAD_DIM,
     )  # fmt: skip
     key += batch * key_strides[0] + head * key_strides[3]
     value += batch * value_strides[0] + head * value_strides[3]
-    out_QD, weight_Q, maximum_Q = see_image(
+    sum_QD, weight_Q, maximum_Q = see_image(
         query_QD, key, value, key_strides, value_strides, tiles, row + row_offset, column, keys, radius,
-        out_QD, weight_Q, maximum_Q, log2_scale, QUERIES, KEYS, FIRST, ROWS, HEAD_DIM,
+        sum_QD, weight_Q, maximum_Q, log2_scale, QUERIES, KEYS, FIRST, ROWS, HEAD_DIM,
     )  # fmt: skip
 
-    # Queries beyond the border, which are not stored, may have seen nothing.
-    weight_Q = tl.where(inside_Q, weight_Q, 1.0)
     out += batch * out_strides[0] + head * out_strides[3]
-    out_Q = out + row_Q * out_strides[1] + column_Q * out_strides[2]
-    out_QD = out_QD / weight_Q[:, None]
-    tl.store(out_Q[:, None] + dim_D * out_strides[4], out_QD.to(out.dtype.element_ty), mask=inside_Q[:, None])
     lse += batch * lse_strides[0] + head * lse_strides[3]
-    lse_Q = (maximum_Q * log2_scale + tl.log2(weight_Q)) * LN_2
-    tl.store(lse + row_Q * lse_strides[1] + column_Q * lse_strides[2], lse_Q, mask=inside_Q)
+    finish(
+        (out + row_Q * out_strides[1] + column_Q * out_strides[2])[:, None] + dim_D * out_strides[4],
+        lse + row_Q * lse_strides[1] + column_Q * lse_strides[2],
+        inside_Q, sum_QD, weight_Q, maximum_Q, log2_scale, EXTENDS,
+    )  # fmt: skip

@@ -48,15 +48,24 @@ FOR_THREE_STAGES = 128 * 1024
 
 
 def run(call: WindowCall) -> tuple[Tensor, Tensor]:
+    out_BRWND = call.query.new_empty(call.query.shape) if call.out is None else call.out
+    lse_BRWN = call.query.new_empty(call.query.shape[:-1], dtype=torch.float32)
+    _launch(call, out_BRWND, lse_BRWN, extends=False)
+    return out_BRWND, lse_BRWN
+
+
+def extend(call: WindowCall, out_BRWND: Tensor, lse_BRWN: Tensor) -> None:
+    _launch(call, out_BRWND, lse_BRWN, extends=True)
+
+
+def _launch(call: WindowCall, out_BRWND: Tensor, lse_BRWN: Tensor, *, extends: bool) -> None:
     batch, rows, columns, heads, head_dim = call.query.shape
     radius = min(call.radius, _largest_distance(call))
     assert radius <= LARGEST_RADIUS, f"a circle of {radius} tokens is beyond float32"
     tiling = choose_tiling(head_dim, call.query.dtype, shared_memory(call.query.device.type))
     first, tiles = tile_table(radius, tiling.queries, tiling.keys, call.query.device)
-    out_BRWND = call.query.new_empty(call.query.shape)
-    lse_BRWN = call.query.new_empty(call.query.shape[:-1], dtype=torch.float32)
     if call.query.is_meta:
-        return out_BRWND, lse_BRWN
+        return
     from clear_dist.attention.triton_kernel import window_kernel
 
     tensors = (call.query, call.key, call.value, call.key_text, call.value_text, out_BRWND, lse_BRWN)
@@ -78,10 +87,10 @@ def run(call: WindowCall) -> tuple[Tensor, Tensor]:
             FIRST=first,
             ROWS=len(tiles) - 1,
             HEAD_DIM=head_dim,
+            EXTENDS=extends,
             num_warps=tiling.warps,
             num_stages=tiling.stages,
         )
-    return out_BRWND, lse_BRWN
 
 
 def choose_tiling(head_dim: int, dtype: torch.dtype, shared_memory: int) -> Tiling:
@@ -143,4 +152,4 @@ def _interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-BACKEND = Backend("triton", why_not, run, lacks=lacks)
+BACKEND = Backend("triton", why_not, run, lacks=lacks, extend=extend)

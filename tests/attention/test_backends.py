@@ -138,6 +138,20 @@ def test_any_strides_will_do(name: str, layout: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("row_offset", [-4, 5])
+@pytest.mark.parametrize("text", [0, 3])
+def test_output_goes_where_it_was_asked_for(name: str, row_offset: int, text: int) -> None:
+    case = Case(rows=10, key_rows=8, columns=12, text=text, radius=4, row_offset=row_offset)
+    tensors = case.tensors()
+    room = torch.full((12, 14, 1, 16, 2), torch.nan)
+    wanted = room.permute(2, 0, 1, 4, 3)[:, 1:-1, 1:-1]
+    out, lse = case.run(name, tensors, out_BRWND=wanted)
+    assert out.data_ptr() == wanted.data_ptr()
+    torch.testing.assert_close((out, lse), case.run("reference", tensors), atol=1e-5, rtol=1e-5)
+    assert int(room.isnan().sum()) == room.numel() - wanted.numel()
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_no_queries_no_output(name: str) -> None:
     case = Case(rows=0, key_rows=3, columns=4, text=2, radius=2)
     out, lse = case.run(name, case.tensors())
@@ -154,6 +168,8 @@ def test_what_does_not_fit_together_is_refused(name: str) -> None:
         case.run(name, tensors, scale=-0.1)
     with pytest.raises(ValueError, match="must be equal"):
         case.run(name, (query[:, :, :3], key, value, *text))
+    with pytest.raises(ValueError, match=r"the output must be torch.float32 .*\[1, 4, 4, 2, 16\]"):
+        case.run(name, tensors, out_BRWND=torch.empty(1, 4, 2, 4, 16))
     with pytest.raises(ValueError, match="their keys' shape"):
         case.run(name, (query, key, value[:, 1:], *text))
 
