@@ -60,6 +60,16 @@ class HaloPlan:
         """Rows above and below `own`; empty at the border of the grid."""
         return Rows(self.extended.start, self.own.start), Rows(self.own.stop, self.extended.stop)
 
+    @property
+    def borders(self) -> tuple[Rows, ...]:
+        """Rows that any rank is sent, ascending; those of several ranks that touch or overlap are one run."""
+        runs: list[Rows] = []
+        for rows in sorted(move.rows for move in self.sends):
+            touches = bool(runs) and rows.start <= runs[-1].stop
+            first = runs.pop() if touches else rows
+            runs.append(Rows(first.start, max(first.stop, rows.stop)))
+        return tuple(runs)
+
 
 @dataclass(frozen=True)
 class TextPlan:

@@ -1,6 +1,6 @@
 """HALOS ARE EXCHANGED HERE. `start(key, value)` sends my border rows to whoever needs them; `wait()` has theirs.
 
-    pending = exchange.start(key, value)     one message per neighbour, K and V together
+    pending = exchange.start(key, value)     one message to each neighbour, K and V together
     ...                                      meanwhile my rows attend to my keys
     above, below = pending.wait()
     ...                                      and then to these
@@ -8,7 +8,8 @@
 
 The `HaloPlan` (geometry.py) says which rows those are; in full attention all. Both may raise PeerLost.
 
-Shapes: B batch, R my rows, W columns, N heads, D head dim. A halo of h rows is [2, B, h, W, N, D]: keys, then values.
+Shapes: B batch, R my rows, W columns, N heads, D head dim. A halo of h rows is [2, B, h, W, N, D], keys, then values: a
+view of a buffer with rows first, so that what each owner sends arrives in its place.
 """
 
 from collections import deque
@@ -21,8 +22,8 @@ import torch.distributed as dist
 
 from clear_dist.comm.counters import Counters, labelled
 from clear_dist.comm.group import Group, telling_lost_peers
-from clear_dist.comm.messages import post
-from clear_dist.geometry import HaloPlan
+from clear_dist.comm.messages import Message, pack, post
+from clear_dist.geometry import HaloPlan, Rows, Transfer
 
 Halos = tuple[torch.Tensor, torch.Tensor]
 """Above and below my rows."""
@@ -76,52 +77,48 @@ class HaloExchange:
     @labelled("comm: halos start")
     def _post(self, key_BRWND: torch.Tensor, value_BRWND: torch.Tensor) -> None:
         batch, _, *row_shape = key_BRWND.shape
-        self._no_rows = key_BRWND.new_empty((2, batch, 0, *row_shape))
-        before: Sequence[torch.Tensor | None] = self._received or [None] * len(self._plan.receives)
         self._received = [
-            self._group.wire_buffer((2, batch, len(transfer.rows), *row_shape), key_BRWND.dtype, reuse=old)
-            for transfer, old in zip(self._plan.receives, before, strict=True)
+            self._group.wire_buffer((len(side), 2, batch, *row_shape), key_BRWND.dtype, reuse=old)
+            for side, old in zip(self._plan.halos, self._received or (None, None), strict=True)
         ]
-        sends = self._packed(key_BRWND, value_BRWND)
-        incoming = [(move.peer, buffer) for move, buffer in zip(self._plan.receives, self._received, strict=True)]
-        outgoing = [(move.peer, buffer) for move, buffer in zip(self._plan.sends, sends, strict=True)]
+        borders = self._packed(key_BRWND, value_BRWND)
+        incoming = _messages(self._plan.receives, self._plan.halos, self._received)
+        outgoing = _messages(self._plan.sends, self._plan.borders, borders)
+        for _, message in outgoing:
+            self._counters.add(f"{self.counted_as}_bytes_sent", message.nbytes)
+            self._counters.add(f"{self.counted_as}_messages_sent", 1)
         with telling_lost_peers("a neighbour"):
             works = post(self._group, incoming, outgoing)
         peers = [peer for peer, _ in (*incoming, *outgoing)]
         if len(works) == len(peers):
             named = [(f"rank {self._group.ranks[peer]}", work) for peer, work in zip(peers, works, strict=True)]
-            self._arriving, leaving = named[: len(self._received)], named[len(self._received) :]
+            self._arriving, leaving = named[: len(incoming)], named[len(incoming) :]
         else:  # NCCL: one for all of them
             self._arriving = leaving = [("a neighbour", work) for work in works]
-        self._sends.posted(sends, leaving)
+        self._sends.posted(borders, leaving)
 
     def _packed(self, key_BRWND: torch.Tensor, value_BRWND: torch.Tensor) -> list[torch.Tensor]:
-        mine = [transfer.rows.relative_to(self._plan.own.start) for transfer in self._plan.sends]
-        shapes = [(2, *key_BRWND[:, rows].shape) for rows in mine]
-        messages = self._sends.take(shapes, key_BRWND.dtype)
-        for rows, message in zip(mine, messages, strict=True):
-            message[0].copy_(key_BRWND[:, rows], non_blocking=True)
-            message[1].copy_(value_BRWND[:, rows], non_blocking=True)
-            self._counters.add(f"{self.counted_as}_bytes_sent", message.nbytes)
-            self._counters.add(f"{self.counted_as}_messages_sent", 1)
+        """My border rows [rows, 2, B, W, N, D], of which each message is a run."""
+        batch, _, *row_shape = key_BRWND.shape
+        runs = self._plan.borders
+        borders = self._sends.take([(len(run), 2, batch, *row_shape) for run in runs], key_BRWND.dtype)
+        for run, border in zip(runs, borders, strict=True):
+            mine = run.relative_to(self._plan.own.start)
+            pack(self._group, (key_BRWND[:, mine], value_BRWND[:, mine]), border)
         self._group.settle()
-        return messages
+        return borders
 
     def _wait_for_arrivals(self) -> None:
         works, self._arriving = self._arriving, []
         _wait_for("comm: halos wait", works, self._group, self._counters)
 
     def _finish(self) -> Halos:
-        """Halos on my device; where a side has one owner and no copy is needed, the buffer itself."""
+        """Halos on my device: where no copy is needed, the buffers themselves."""
         self._pending = None
         self._wait_for_arrivals()
         # It costs no time: a neighbour whose message is here has posted its receives together with it.
         self._sends.limit()
-        sides: Sequence[list[torch.Tensor]] = ([], [])
-        for transfer, buffer in zip(self._plan.receives, self._received, strict=True):
-            side = sides[transfer.rows.start >= self._plan.own.stop]
-            side.append(buffer.to(self._group.device, non_blocking=True))
-        above, below = (side[0] if len(side) == 1 else torch.cat([self._no_rows, *side], dim=2) for side in sides)
+        above, below = (side.to(self._group.device, non_blocking=True).movedim(0, 2) for side in self._received)
         return above, below
 
 
@@ -180,6 +177,13 @@ class SendBuffers:
         buffers, works = self._leaving.popleft()
         _wait_for("comm: sends wait", works, self._group, self._counters)
         self._free.append(buffers)
+
+
+def _messages(moves: Sequence[Transfer], runs: Sequence[Rows], buffers: Sequence[torch.Tensor]) -> list[Message]:
+    """Each move's rows in the buffer of the run that holds them."""
+    held = list(zip(runs, buffers, strict=True))
+    places = (next((run, x) for run, x in held if len(run.intersect(move.rows))) for move in moves)
+    return [(move.peer, x[move.rows.relative_to(run.start)]) for move, (run, x) in zip(moves, places, strict=True)]
 
 
 def _wait_for(label: str, works: Sequence[Named], group: Group, counters: Counters) -> None:

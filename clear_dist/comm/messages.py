@@ -27,3 +27,17 @@ def post(group: Group, incoming: Sequence[Message], outgoing: Sequence[Message])
         for peer, buffer in listed
     ]
     return dist.batch_isend_irecv(messages) if messages else []
+
+
+def pack(group: Group, tensors: Sequence[torch.Tensor], message: torch.Tensor) -> None:
+    """Copy tensors [B, L, ...] into `message` [L, len(tensors), B, ...] on the wire's side; one launch on a GPU.
+
+    L comes first, so that any run of it is contiguous: one packed message serves several ranks, and theirs arrive in
+    one buffer. `settle` comes after.
+    """
+    # Few dimensions, or `torch.stack` would copy tensor by tensor.
+    along_L, flat = [x.transpose(0, 1).flatten(2) for x in tensors], message.flatten(3)
+    if group.copies_to_wire:
+        flat.copy_(torch.stack(along_L, dim=1), non_blocking=True)
+    else:
+        torch.stack(along_L, dim=1, out=flat)

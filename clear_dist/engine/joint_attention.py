@@ -163,8 +163,7 @@ class FullJointAttention(Stripe):
         query_BLND, *keys_BLND = qkv
         above, below = halos.wait()
         key_BSND, value_BSND = (
-            torch.cat([x[:, :text_tokens], above[i].flatten(1, 2), x[:, text_tokens:], below[i].flatten(1, 2)], dim=1)
-            for i, x in enumerate(keys_BLND)
+            self._whole(x, text_tokens, above[i], below[i]) for i, x in enumerate(keys_BLND)
         )
         halos.release()
         mask_B11S, image_tokens = None, key_BSND.shape[1] - text_tokens
@@ -174,6 +173,16 @@ class FullJointAttention(Stripe):
         scale = self._scale(query_BLND, text_tokens)
         with labelled("compute: full attention"):
             return scaled_dot_product_attention(query, key, value, attn_mask=mask_B11S, scale=scale).transpose(1, 2)
+
+    def _whole(self, mine_BLND: Tensor, text_tokens: int, above_BRWND: Tensor, below_BRWND: Tensor) -> Tensor:
+        """Text, then the tokens of the whole grid, [B, S, N, D]."""
+        batch, _, *heads = mine_BLND.shape
+        whole_BSND = mine_BLND.new_empty(batch, text_tokens + len(self.grid) * self.width, *heads)
+        whole_BSND[:, :text_tokens] = mine_BLND[:, :text_tokens]
+        own_BRWND = mine_BLND[:, text_tokens:].unflatten(1, (-1, self.width))
+        rows = [x.flatten(2) for x in (above_BRWND, own_BRWND, below_BRWND)]
+        torch.cat(rows, dim=1, out=whole_BSND[:, text_tokens:].view(batch, len(self.grid), -1))
+        return whole_BSND
 
 
 JointAttention = WindowJointAttention | FullJointAttention

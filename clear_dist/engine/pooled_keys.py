@@ -44,7 +44,8 @@ class PooledKeys:
         assert self._under_way is not None, "wait: nothing was started"
         (*mine, pending), self._under_way = self._under_way, None
         above, below = pending.wait()
-        key, value = (torch.cat([above[i], mine[i], below[i]], dim=1).flatten(1, 2) for i in range(2))
+        parts = ([x.flatten(2) for x in (above[i], mine[i], below[i])] for i in range(2))
+        key, value = (torch.cat(rows, dim=1).unflatten(2, mine[0].shape[2:]).flatten(1, 2) for rows in parts)
         pending.release()
         return key, value
 
