@@ -28,14 +28,35 @@ class Done:
 
 
 @dataclass(frozen=True)
+class Reduced:
+    """A pending reduction whose result is there already."""
+
+    result: Tensor
+
+    def wait(self, into: Tensor) -> Tensor:
+        return into.copy_(self.result)
+
+
+@dataclass(frozen=True)
 class Blocking:
     """An exchange that is waited for where it starts."""
 
-    inner: HaloExchange | TextReduce
+    inner: HaloExchange
     lags: bool = False
 
     def start(self, *tensors: Tensor) -> Done:
         return Done(self.inner.start(*tensors).wait())
+
+
+@dataclass(frozen=True)
+class BlockingReduction:
+    """A reduction that is waited for where it starts."""
+
+    inner: TextReduce
+    plan: TextPlan
+
+    def start(self, out_BTND: Tensor, lse_BTN: Tensor) -> Reduced:
+        return Reduced(self.inner.start(out_BTND, lse_BTN).wait(torch.empty_like(out_BTND[:, self.plan.elsewhere :])))
 
 
 @dataclass(frozen=True)
@@ -92,8 +113,8 @@ class NoReduction:
 
     plan: TextPlan
 
-    def start(self, out_BTND: Tensor, lse_BTN: Tensor) -> Done:
-        return Done(out_BTND[:, self.plan.elsewhere :])
+    def start(self, out_BTND: Tensor, lse_BTN: Tensor) -> Reduced:
+        return Reduced(out_BTND[:, self.plan.elsewhere :])
 
 
 @dataclass(frozen=True)
@@ -135,7 +156,8 @@ def without_overlap(striped: StripedModel) -> None:
     """Make the current image wait for each exchange and reduction where it starts."""
 
     def blocking(exchange: Exchange) -> Exchange:
-        return Exchange(Blocking(exchange.halos), BlockingGather(exchange.gather), Blocking(exchange.text))
+        text = BlockingReduction(exchange.text, exchange.gather.plan)
+        return Exchange(Blocking(exchange.halos), BlockingGather(exchange.gather), text)
 
     striped.cut = replace(striped.cut, exchanges=Wrapped(striped.cut.exchanges, blocking))
 

@@ -56,7 +56,7 @@ def window_attention(
         radius: in tokens, at least 1; a key is seen if dx^2 + dy^2 < radius^2, strictly.
         row_offset: row i of the queries is row i + row_offset of the keys, which may lie wholly above or below.
         scale: factor of the scores, positive; None: 1 / sqrt(D).
-        out_BRWND: where the output goes, of any strides; None: a new tensor.
+        out_BRWND: where the output may be written, of any strides, and is by backends that can: then it is returned.
 
     Returns (out [B, R, W, N, D] in the queries' dtype, lse [B, R, W, N] in float32), 0 and -inf where no key is seen.
     Raises ValueError for shapes that don't fit together, a radius or scale out of range, or a backend that cannot run.
@@ -158,7 +158,7 @@ def _run(backend: Backend, call: WindowCall) -> tuple[Tensor, Tensor]:
     if visible.query.numel():
         _require(backend, visible.shape)
         results = backend.run(visible)
-        if visible.query.shape == call.query.shape and (call.out is None or results[0] is visible.out):
+        if visible.query.shape == call.query.shape:
             return results
     out_BRWND = torch.empty_like(call.query) if call.out is None else call.out
     lse_BRWN = call.query.new_full(call.query.shape[:-1], -torch.inf, dtype=torch.float32)

@@ -53,7 +53,7 @@ class Group:
     timeout: timedelta
     main: dist.ProcessGroup
     text: dist.ProcessGroup
-    """For text alone, which would wait behind the halos in one NCCL group."""
+    """For text and the join, which would wait behind the halos in one NCCL group."""
     closes_torch: bool
     """Whether `close` must shut torch.distributed down: one rank, which the engine has initialised."""
 
@@ -111,7 +111,8 @@ class Group:
         with _telling_failed_connections():
             main = process_groups.new_process_group(parts, process_groups.backends(device), timeout)
             chosen = process_groups.choose_transport(device, main) if transport == "auto" else transport
-            text = process_groups.new_process_group(parts, "nccl" if chosen == "nccl" else "gloo", timeout)
+            backend = "nccl" if chosen == "nccl" else "gloo"
+            text = process_groups.new_process_group(parts, backend, timeout, urgent=True)
         rank = dist.get_rank()
         ranks = next(part for part in parts if rank in part)
         group = cls(

@@ -94,8 +94,14 @@ def _leave_torch() -> None:
         dist.destroy_process_group()
 
 
-def new_process_group(parts: Sequence[tuple[int, ...]], backend: str, timeout: timedelta) -> dist.ProcessGroup:
-    """Group of the part (global ranks) that holds this process; all ranks of all parts call this, no others."""
+def new_process_group(
+    parts: Sequence[tuple[int, ...]], backend: str, timeout: timedelta, *, urgent: bool = False
+) -> dist.ProcessGroup:
+    """Group of the part (global ranks) that holds this process; all ranks of all parts call this, no others.
+
+    `urgent`: with NCCL its messages have a stream of high priority, so that they need not wait for a place on the GPU
+    while attention fills it.
+    """
     # Where everyone is here, groups are numbered alike on all ranks. Else local synchronisation: ranks outside need
     # not take part, so that others may use them at will. Its groups are found by their ranks and by how many groups
     # this process has at the time, which must be equal on the members: so all parts are made at once.
@@ -106,9 +112,22 @@ def new_process_group(parts: Sequence[tuple[int, ...]], backend: str, timeout: t
         os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
     backend = ALONE if dist.get_world_size() == 1 else backend
     made = [
-        dist.new_group(list(part), timeout=timeout, backend=backend, use_local_synchronization=local) for part in parts
+        dist.new_group(
+            list(part),
+            timeout=timeout,
+            backend=backend,
+            pg_options=_high_priority(timeout) if urgent and backend == "nccl" else None,
+            use_local_synchronization=local,
+        )
+        for part in parts
     ]
     return next(group for group in made if group not in (None, dist.GroupMember.NON_GROUP_MEMBER))
+
+
+def _high_priority(timeout: timedelta) -> Any:
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = timeout  # or torch warns that it takes the one that the group is given
+    return options
 
 
 def forget_addresses(*process_groups: dist.ProcessGroup) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group, telling_lost_peers
-from clear_dist.comm.messages import post
+from clear_dist.comm.messages import all_gather, post
 from clear_dist.geometry import Rows, plan_moves
 
 Peers = list[tuple[int, Tensor]]
@@ -49,7 +49,8 @@ class StripeJoin:
         group.settle()
         self._counters.add("join_bytes", self._mine.nbytes)
         with self._counters.waiting("comm: join", group.wire), telling_lost_peers():
-            dist.all_gather(list(self._all.unbind()), self._mine, group=group.main)
+            # Not on the halos' communicator, behind those that are in flight in the stale schedule.
+            all_gather(self._all.flatten(0, 1), self._mine, group=group.text)
         whole = torch.cat([self._all[rank, :, : rows * columns] for rank, rows in enumerate(heights)], dim=1)
         return whole.to(group.device)
 

@@ -45,11 +45,11 @@ class StaleTextReduce(TextReduce):
         self._clock = clock
         self._step_held: int | None = None
 
-    def _begin(self, out_BTND: torch.Tensor, lse_BTN: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def _begin(self, out_BTND: torch.Tensor, lse_BTN: torch.Tensor) -> Callable[[torch.Tensor], object]:
         lag = self._clock.may_lag(self._step_held)
         self._step_held = self._clock.step
         self.drain()
         if not lag:
             return super()._begin(out_BTND, lse_BTN)
         before_BTND = self._reduction.post_late(self, out_BTND, lse_BTN)
-        return lambda: before_BTND
+        return lambda into_BTND: into_BTND.copy_(before_BTND)

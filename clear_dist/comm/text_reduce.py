@@ -1,12 +1,12 @@
 """Attention of the text queries, which see all stripes: the ranks' parts become one.
 
 `Average` and `Exact` reduce over all ranks (`post`, `finish`), a step late (`post_late`; stale_exchange.py), or to each
-rank's own text tokens (`packed`, `merged`; text_shards.py). All raise PeerLost where a rank went away.
+rank's own text tokens (text_shards.py). All raise PeerLost where a rank went away.
 
 Shapes: P ranks, B batch, T text, S text of one rank, N heads, D head dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -27,6 +27,8 @@ class Average:
     """Eq. 7 of CLEAR: mean of the ranks' outputs, with an error that grows with the number of ranks."""
 
     word: TextAttention = "average"
+    weighs = False
+    """Whether a part counts by its log-sum-exp."""
 
     def counts_text_keys(self, rank: int) -> bool:
         return True
@@ -34,26 +36,21 @@ class Average:
     def post(self, ranks: "TextReduce", out_BTND: Tensor, lse_BTN: Tensor) -> None:
         ranks.post("sum", out_BTND)
 
-    def finish(self, ranks: "TextReduce", out_BTND: Tensor, lse_BTN: Tensor) -> Tensor:
+    def finish(self, ranks: "TextReduce", out_BTND: Tensor, lse_BTN: Tensor, into_BTND: Tensor) -> None:
         ranks.drain()
-        return ranks.held("sum").div_(ranks.group.size)
+        torch.div(ranks.held("sum"), ranks.group.size, out=into_BTND)
 
     def post_late(self, ranks: "TextReduce", out_BTND: Tensor, lse_BTN: Tensor) -> Tensor:
-        before_BTND = ranks.held("sum")
+        before_BTND = ranks.held("sum") / ranks.group.size
         ranks.post("sum", out_BTND)
-        return before_BTND.div_(ranks.group.size)
-
-    def packed(self, out_BTND: Tensor, lse_BTN: Tensor) -> Tensor:
-        return out_BTND
-
-    def merged(self, parts_PBSND: Tensor, head_dim: int) -> Tensor:
-        return parts_PBSND.mean(0, dtype=torch.float32).to(parts_PBSND.dtype)
+        return before_BTND
 
 
 class Exact:
     """Outputs weighted by their share of the softmax, from each rank's log-sum-exp: as one rank would compute."""
 
     word: TextAttention = "exact"
+    weighs = True
 
     def counts_text_keys(self, rank: int) -> bool:
         return rank == 0
@@ -70,36 +67,30 @@ class Exact:
         with torch.cuda.stream(aside):
             with telling_lost_peers():
                 ranks.post("max", lse_BTN).wait()
-            self._post_sum(ranks, out_BTND, lse_BTN)
+            self._post_sum(ranks, out_BTND, lse_BTN, ranks.held("max"))
 
-    def finish(self, ranks: "TextReduce", out_BTND: Tensor, lse_BTN: Tensor) -> Tensor:
+    def finish(self, ranks: "TextReduce", out_BTND: Tensor, lse_BTN: Tensor, into_BTND: Tensor) -> None:
         if ranks.aside is None:
             # Not in `post`: gloo's wait would keep the host from the image queries until the slowest rank is here.
             ranks.drain()
-            self._post_sum(ranks, out_BTND, lse_BTN)
+            self._post_sum(ranks, out_BTND, lse_BTN, ranks.held("max"))
         ranks.drain()
-        return unweigh(ranks.held("sum"), out_BTND.dtype)
+        unweigh(ranks.held("sum"), into_BTND)
 
-    def _post_sum(self, ranks: "TextReduce", out_BTND: Tensor, lse_BTN: Tensor) -> None:
-        ranks.post("sum", weigh(out_BTND, lse_BTN, ranks.held("max")))
+    def _post_sum(self, ranks: "TextReduce", out_BTND: Tensor, lse_BTN: Tensor, reference_BTN: Tensor) -> None:
+        terms_BTND1 = ranks.room("sum", (*lse_BTN.shape, out_BTND.shape[-1] + 1), torch.float32)
+        weigh(out_BTND, lse_BTN, reference_BTN, terms_BTND1)
+        ranks.post("sum", terms_BTND1)
 
     def post_late(self, ranks: "TextReduce", out_BTND: Tensor, lse_BTN: Tensor) -> Tensor:
         """Output of the step before, whose log-sum-exp is this step's reference: no maximum need be reduced."""
-        before_BTND1 = ranks.held("sum")
+        before_BTND1, before_BTND = ranks.held("sum"), torch.empty_like(out_BTND)
+        unweigh(before_BTND1, before_BTND)
         reference_BTN = ranks.held("max") + before_BTND1[..., -1].log()
         ranks.hold("max", reference_BTN)
         near_BTN = lse_BTN.clamp(reference_BTN - LARGEST_CHANGE, reference_BTN + LARGEST_CHANGE)
-        ranks.post("sum", weigh(out_BTND, near_BTN, reference_BTN))
-        return unweigh(before_BTND1, out_BTND.dtype)
-
-    def packed(self, out_BTND: Tensor, lse_BTN: Tensor) -> Tensor:
-        """Output, then the bits of the float32 log-sum-exp in the output's dtype."""
-        return torch.cat([out_BTND, lse_BTN.unsqueeze(-1).view(out_BTND.dtype)], dim=-1)
-
-    def merged(self, parts_PBSND: Tensor, head_dim: int) -> Tensor:
-        lse_PBSN = parts_PBSND[..., head_dim:].contiguous().view(torch.float32).squeeze(-1)
-        weighed = weigh(parts_PBSND[..., :head_dim], lse_PBSN, lse_PBSN.amax(0))
-        return unweigh(weighed.sum(0), parts_PBSND.dtype)
+        self._post_sum(ranks, out_BTND, near_BTN, reference_BTN)
+        return before_BTND
 
 
 Reduction = Average | Exact
@@ -111,12 +102,12 @@ class TextReduce:
 
     def __init__(self, group: Group, reduction: Reduction, counters: Counters) -> None:
         self.group = group
-        self.aside = torch.cuda.Stream(group.device) if group.wire.type == "cuda" else None
+        self.aside = torch.cuda.Stream(group.device, priority=-1) if group.wire.type == "cuda" else None
         self._reduction = reduction
         self._counters = counters
         self._buffers: dict[str, Tensor] = {}
         self._posted: dist.Work | None = None
-        self._finish: Callable[[], Tensor] | None = None
+        self._finish: Callable[[Tensor], object] | None = None
 
     @torch.no_grad()
     def start(self, out_BTND: Tensor, lse_BTN: Tensor) -> "TextReduce":
@@ -130,11 +121,15 @@ class TextReduce:
         return self
 
     @torch.no_grad()
-    def wait(self) -> Tensor:
-        """Output of the text queries, [B, T, N, D], or [B, S, N, D] of my share; on NCCL only the stream waits."""
+    def wait(self, into: Tensor) -> Tensor:
+        """Write the text queries' output to `into`, [B, T, N, D], or [B, S, N, D] of my share, and return it.
+
+        On NCCL only the stream waits.
+        """
         finish, self._finish = self._finish, None
         assert finish is not None, "wait: this reduction was waited for already"
-        return finish()
+        finish(into)
+        return into
 
     def drain(self) -> None:
         """Wait for what a forward that was broken off has posted."""
@@ -147,7 +142,7 @@ class TextReduce:
     def kept_bytes(self) -> int:
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
-    def _begin(self, out_BTND: Tensor, lse_BTN: Tensor) -> Callable[[], Tensor]:
+    def _begin(self, out_BTND: Tensor, lse_BTN: Tensor) -> Callable[[Tensor], object]:
         self._reduction.post(self, out_BTND, lse_BTN)
         return partial(self._reduction.finish, self, out_BTND, lse_BTN)
 
@@ -159,12 +154,24 @@ class TextReduce:
             self._posted = dist.all_reduce(carried, REDUCE_OPS[op], group=self.group.text, async_op=True)
         return self._posted
 
+    def room(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Where to compute on the device what `hold` is given next: the buffer itself, if it is there."""
+        if self.group.copies_to_wire:
+            return torch.empty(shape, dtype=dtype, device=self.group.device)
+        return self._buffer(name, shape, dtype)
+
     def hold(self, name: str, x: Tensor) -> Tensor:
-        """Copy `x` into the buffer `name` on the wire's side."""
-        carried = self._buffers[name] = self.group.wire_buffer(x.shape, x.dtype, reuse=self._buffers.get(name))
-        carried.copy_(x, non_blocking=True)
+        """Copy `x` into the buffer `name` on the wire's side, unless it is that."""
+        carried = self._buffer(name, x.shape, x.dtype)
+        if carried is not x:
+            carried.copy_(x, non_blocking=True)
         self.group.settle()
         return carried
 
     def held(self, name: str) -> Tensor:
-        return self._buffers[name].to(self.group.device, non_blocking=True, copy=True)
+        """The buffer `name` on the device; a copy only where that is not the wire's side."""
+        return self._buffers[name].to(self.group.device, non_blocking=True)
+
+    def _buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        buffer = self._buffers[name] = self.group.wire_buffer(shape, dtype, reuse=self._buffers.get(name))
+        return buffer

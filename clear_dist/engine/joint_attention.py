@@ -8,12 +8,13 @@ Shapes: B batch, N heads, T text, R my rows, W columns, D head dim, L = T + R x 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from clear_dist.attention import Backend, attend, attend_masked, window_attention
+from clear_dist.attention import Backend, attend, attend_masked, extend_attention, window_attention
 from clear_dist.comm.counters import labelled
 from clear_dist.comm.halo_exchange import PendingHalos
 from clear_dist.engine.exchanges import Exchange
@@ -73,27 +74,28 @@ class WindowJointAttention(Stripe):
 
         exchange.gather.wait()  # other ranks' text tokens, where each has a share
         text = exchange.text.start(*self._text_part(qkv, text_tokens, scale, text_mask_BT))
-        parts = self._image_parts(halos, query, keys_BLND, text_tokens, scale, text_mask_BT)
+        elsewhere = exchange.gather.plan.elsewhere
+        output_BLND = torch.empty_like(query_BLND[:, elsewhere:])
+        output_text, output = self._split(output_BLND, text_tokens - elsewhere)
+        parts = self._image_parts(halos, query, keys_BLND, output, scale, text_mask_BT)
         if exchange.pooled is not None:
             pooled_BPND = exchange.pooled.wait()
             with labelled("compute: pooled keys"):
                 parts.append(self._part_of_own(query, attend(query.flatten(1, 2), *pooled_BPND, scale)))
-        elsewhere = exchange.gather.plan.elsewhere
-        output_BLND = torch.empty_like(query_BLND[:, elsewhere:])
-        output_text, output = self._split(output_BLND, text_tokens - elsewhere)
         with labelled("compute: merge"):
             merge_rows(parts, output, self.plan.own.start)
-        output_text.copy_(text.wait())
+        text.wait(output_text)
         return output_BLND
 
     def alone(self, halos: PendingHalos, qkv: Projected) -> Tensor:
         """Where a layer sees the image alone: neither text nor down-sampled keys."""
         query_BLND, *keys_BLND = qkv
         query, scale = self._split(query_BLND, 0)[1], self._scale(query_BLND, 0)
-        parts = self._image_parts(halos, query, keys_BLND, 0, scale, None)
         output_BLND = torch.empty_like(query_BLND)
+        output = self._split(output_BLND, 0)[1]
+        parts = self._image_parts(halos, query, keys_BLND, output, scale, None)
         with labelled("compute: merge"):
-            merge_rows(parts, self._split(output_BLND, 0)[1], self.plan.own.start)
+            merge_rows(parts, output, self.plan.own.start)
         return output_BLND
 
     def _image_parts(
@@ -101,36 +103,36 @@ class WindowJointAttention(Stripe):
         halos: PendingHalos,
         query_BRWND: Tensor,
         keys_BLND: Sequence[Tensor],
-        text_tokens: int,
+        output_BRWND: Tensor,
         scale: float | None,
         text_mask_BT: Tensor | None,
     ) -> list[RowsPart]:
+        """Attention to text and circle; that to my own keys is in `output_BRWND` already where the backend can."""
+        text_tokens = keys_BLND[0].shape[1] - len(self.plan.own) * self.width
         (key_text, key), (value_text, value) = (self._split(x, text_tokens) for x in keys_BLND)
         no_text = key_text[:, :0]
-
-        def window(rows: Rows, keys: tuple[Tensor, ...], first_key_row: int) -> RowsPart:
-            result = window_attention(
-                query_BRWND[:, rows.relative_to(self.plan.own.start)],
-                *keys,
-                radius=self.radius,
-                row_offset=rows.start - first_key_row,
-                scale=scale,
-                backend=self.backend,
-            )
-            return RowsPart(rows, *result)
-
+        how: dict[str, Any] = {"radius": self.radius, "scale": scale, "backend": self.backend}
         parts = []
         if text_mask_BT is not None:  # windows have no place for a mask: the text is a part of its own
             seen = attend_masked(query_BRWND.flatten(1, 2), key_text, value_text, scale, text_mask_BT)
             parts.append(self._part_of_own(query_BRWND, seen))
             key_text = value_text = no_text
         with labelled("compute: own keys"):
-            parts.append(window(self.plan.own, (key, value, key_text, value_text), self.plan.own.start))
+            keys = key, value, key_text, value_text
+            out, lse = window_attention(query_BRWND, *keys, row_offset=0, out_BRWND=output_BRWND, **how)
+        parts.append(RowsPart(self.plan.own, out, lse))
         for held, halo in zip(self.plan.halos, halos.wait(), strict=True):
             if len(held):
+                reaching = reach(held, self.plan.own, self.radius)
+                mine, how["row_offset"] = reaching.relative_to(self.plan.own.start), reaching.start - held.start
+                to_halo = query_BRWND[:, mine], halo[0], halo[1]
                 with labelled("compute: halo keys"):
-                    reaching = reach(held, self.plan.own, self.radius)
-                    parts.append(window(reaching, (halo[0], halo[1], no_text, no_text), held.start))
+                    if self.backend.extend is not None:
+                        extend_attention(
+                            *to_halo, no_text, no_text, out_BRWND=out[:, mine], lse_BRWN=lse[:, mine], **how
+                        )
+                    else:
+                        parts.append(RowsPart(reaching, *window_attention(*to_halo, no_text, no_text, **how)))
         halos.release()
         return parts
 
@@ -153,7 +155,7 @@ class FullJointAttention(Stripe):
         output_BLND = self._to_all(halos, own, text_tokens, text_mask_BT)
         if halos.lag:  # keys differ from rank to rank, text tokens must not
             part = self._text_part(qkv, text_tokens, self._scale(query_BLND, text_tokens), text_mask_BT)
-            output_BLND[:, :text_tokens] = exchange.text.start(*part).wait()
+            exchange.text.start(*part).wait(output_BLND[:, :text_tokens])
         return output_BLND
 
     def alone(self, halos: PendingHalos, qkv: Projected) -> Tensor:
@@ -162,9 +164,7 @@ class FullJointAttention(Stripe):
     def _to_all(self, halos: PendingHalos, qkv: Projected, text_tokens: int, text_mask_BT: Tensor | None) -> Tensor:
         query_BLND, *keys_BLND = qkv
         above, below = halos.wait()
-        key_BSND, value_BSND = (
-            self._whole(x, text_tokens, above[i], below[i]) for i, x in enumerate(keys_BLND)
-        )
+        key_BSND, value_BSND = (self._whole(x, text_tokens, above[i], below[i]) for i, x in enumerate(keys_BLND))
         halos.release()
         mask_B11S, image_tokens = None, key_BSND.shape[1] - text_tokens
         if text_mask_BT is not None:

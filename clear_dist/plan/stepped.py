@@ -162,7 +162,8 @@ def _settings(question: StepQuestion, family: Family, allocated: Allocated) -> S
             anywhere=True,
             **call,
         )
-        return Backend(chosen.name, lambda shape: None, partial(_attend, chosen, question, allocated))
+        run = partial(_attend, chosen, question, allocated)
+        return Backend(chosen.name, lambda shape: None, run, extend=chosen.extend)
 
     plain = replace(question.options, compile=False, warmup_steps=1, schedule="stale" if question.steps > 1 else "sync")
     pooling = pooling if plain.radius is not None else None

@@ -140,15 +140,16 @@ def test_any_strides_will_do(name: str, layout: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("row_offset", [-4, 5])
 @pytest.mark.parametrize("text", [0, 3])
-def test_output_goes_where_it_was_asked_for(name: str, row_offset: int, text: int) -> None:
+def test_output_goes_where_it_may_or_to_memory_of_its_own(name: str, row_offset: int, text: int) -> None:
     case = Case(rows=10, key_rows=8, columns=12, text=text, radius=4, row_offset=row_offset)
     tensors = case.tensors()
     room = torch.full((12, 14, 1, 16, 2), torch.nan)
     wanted = room.permute(2, 0, 1, 4, 3)[:, 1:-1, 1:-1]
     out, lse = case.run(name, tensors, out_BRWND=wanted)
-    assert out.data_ptr() == wanted.data_ptr()
     torch.testing.assert_close((out, lse), case.run("reference", tensors), atol=1e-5, rtol=1e-5)
-    assert int(room.isnan().sum()) == room.numel() - wanted.numel()
+    there = out.data_ptr() == wanted.data_ptr()
+    assert there or BACKENDS[name].extend is None  # who can extend can write there
+    assert int(room.isnan().sum()) == room.numel() - wanted.numel() * there
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -22,7 +22,8 @@ def exchange_and_join(group: Group) -> tuple[list[float], list[float]]:
     stripes = cut_in_stripes(group.size, group.size)
     me = torch.full((1, 1, 2, 1, 1), float(group.ranks[group.rank]))
     halos = HaloExchange(group, plan_halos(stripes, group.rank, 2), Counters()).start(me, me).wait()
-    text = TextReduce(group, Exact(), Counters()).start(me.view(1, 1, 2, 1), torch.zeros(1, 1, 2)).wait()
+    text = TextReduce(group, Exact(), Counters()).start(me.view(1, 1, 2, 1), torch.zeros(1, 1, 2))
+    text = text.wait(torch.empty(1, 1, 2, 1))
     assert text.eq(sum(group.ranks) / group.size).all()
     joined = StripeJoin(group, stripes, Counters()).join(me.view(1, 2, 1))
     return [halo[0].max().item() for halo in halos if halo.numel()], joined[0, ::2, 0].tolist()
@@ -197,7 +198,7 @@ def lose_a_rank(group: Group, where: str, how: str) -> None:
         for _ in range(3):
             exchange.start(stripe, stripe).wait()
     elif where == "text":
-        reduction.start(stripe[0], torch.zeros(1, 3, 2, 1)[0]).wait()
+        reduction.start(stripe[0], torch.zeros(1, 3, 2, 1)[0]).wait(stripe[0])
     elif where == "join":
         join.join(stripe.view(1, 6, 4))
     else:

@@ -73,7 +73,7 @@ def reduce(group: Group, mode: str, factors: list[float], shifts: list[float], w
     for factor, shift in zip(factors, shifts, strict=True):
         clock.tick(generation, object())
         out, lse = attend(query, key[:, mine], factor * value[:, mine])
-        results.append(reduction.start(out.float(), lse.float() + shift).wait())
+        results.append(reduction.start(out.float(), lse.float() + shift).wait(torch.full_like(out.float(), torch.nan)))
     reduction.drain()
     return results
 

@@ -1,0 +1,100 @@
+"""What `clear_dist.merge` computes, each in one launch: a weighing in float32 that rounds once, and copies nothing.
+
+On the meta device nothing happens, nor is anything allocated. Tensors may have any strides but along D, which is
+contiguous.
+
+Shapes: B batch, R rows, W columns, N heads, D head dim; [B, L, N, D] is one row. P parts.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ITEMS = 16
+"""Queries and heads of one program."""
+WARPS = 4
+Part = tuple[Tensor, Tensor, int]
+"""Output, log-sum-exp in float32, and which row of the whole is their first."""
+
+
+def merge(parts: Sequence[Part], merged: Tensor, lse: Tensor | None = None) -> None:
+    """Merge parts [B, r, W, N, D], each of some of the rows of `merged` [B, R, W, N, D], by their [B, r, W, N]."""
+    outs, lses = [_rows(out) for out, _, _ in parts], [_rows(lse, last="N") for _, lse, _ in parts]
+    firsts = tuple(first for _, _, first in parts)
+    stops = tuple(first + out.shape[1] for first, out in zip(firsts, outs, strict=True))
+    whole, whole_lse = _rows(merged), None if lse is None else _rows(lse, last="N")
+    _launch(
+        "merge_kernel",
+        [whole, whole_lse, tuple(outs), tuple(lses)],
+        *(firsts, stops),
+        PARTS=len(parts),
+        WITH_LSE=lse is not None,
+    )
+
+
+def merge_stacked(outs_PBLND: Tensor, lses_PBLN: Tensor | None, merged_BLND: Tensor) -> None:
+    """Merge parts that lie in one tensor; without log-sum-exps, their mean."""
+    first_lse = None if lses_PBLN is None else _rows(lses_PBLN[0], last="N")
+    _launch(
+        "merge_stacked_kernel",
+        [_rows(merged_BLND), _rows(outs_PBLND[0]), first_lse],
+        *(outs_PBLND.stride(0), 0 if lses_PBLN is None else lses_PBLN.stride(0), len(outs_PBLND)),
+        WEIGHED=lses_PBLN is not None,
+    )
+
+
+def weigh(out_BLND: Tensor, lse_BLN: Tensor, maximum_BLN: Tensor, weighed_BLND1: Tensor) -> None:
+    lses = _rows(lse_BLN, last="N"), _rows(maximum_BLN, last="N")
+    _launch("weigh_kernel", [_rows(weighed_BLND1), _rows(out_BLND), *lses], head_dim=out_BLND.shape[-1])
+
+
+def unweigh(summed_BLND1: Tensor, out_BLND: Tensor) -> None:
+    _launch("unweigh_kernel", [_rows(out_BLND), _rows(summed_BLND1)])
+
+
+def pack(
+    out_BLND: Tensor, lse_BLN: Tensor | None, packed_BLND: Tensor, packed_BLN: Tensor | None, *, first: int, to: int
+) -> None:
+    """Copy, with the tokens from `first` on moved to `to`, before others."""
+    lses = [None if x is None else _rows(x, last="N") for x in (packed_BLN, lse_BLN)]
+    tensors = [_rows(packed_BLND), lses[0], _rows(out_BLND), lses[1]]
+    _launch("pack_kernel", tensors, first, to, WITH_LSE=lse_BLN is not None)
+
+
+def _rows(x: Tensor, last: str = "D") -> Tensor:
+    return x.unsqueeze(1) if x.ndim < 4 + (last == "D") else x
+
+
+def _launch(kernel: str, tensors: list[Any], *numbers: Any, head_dim: int | None = None, **constants: Any) -> None:
+    """Launch a kernel on the items of the first of its tensors, which it writes; [B, R, W, N, D] each, or without D."""
+    batch, rows, columns, heads, dim = tensors[0].shape
+    dim = dim if head_dim is None else head_dim
+    items = batch * rows * columns * heads
+    if tensors[0].is_meta or not items:
+        return
+    from clear_dist.kernels import merging_kernels
+
+    with torch.cuda.device_of(tensors[0]):
+        getattr(merging_kernels, kernel)[(-(-items // ITEMS),)](
+            *tensors,
+            *map(_strides, tensors),
+            *numbers,
+            items=items,
+            rows=rows,
+            columns=columns,
+            heads=heads,
+            HEAD_DIM=dim,
+            ITEMS=ITEMS,
+            DIMS=1 << (dim - 1).bit_length(),
+            num_warps=WARPS,
+            **constants,
+        )
+
+
+def _strides(x: Any) -> Any:
+    """Of a tensor, of each of a tuple of them, or of none."""
+    if isinstance(x, tuple):
+        return tuple(map(_strides, x))
+    return (0, 0, 0, 0) if x is None else x.stride()[:4]
