@@ -115,6 +115,7 @@ def _stripe(line: str) -> dict[str, Any]:
     group, tally = Pretended.of(question.ranks // 2, question.ranks, "gloo"), Tally()
     stripes = tuple(Rows(question.rows * rank, question.rows * (rank + 1)) for rank in range(question.ranks))
     rest: dict[str, Any] = {"max_bytes": MAX_BYTES[question.device], "counters": tally}
+    rest["by_products"] = question.device == "cuda" and question.dtype != "float32"
     scale = 2 ** (len(module.config.block_out_channels) - 1)
     pixels = scale * question.rows, scale * question.columns
     with torch.no_grad(), Allocated("VAE activations") as allocated:

@@ -20,6 +20,7 @@ from torch import Tensor
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.geometry import Rows
+from clear_dist.kernels import attended
 from clear_dist.vae.layers import Layer, decoder_layers, encoder_layers
 from clear_dist.vae.stripe_ops import StripeOps, frame, unframe
 from clear_dist.weights.offload import brought
@@ -39,6 +40,7 @@ def decode_stripes(
     *,
     max_bytes: int | None = None,
     counters: Counters | None = None,
+    by_products: bool | None = None,
 ) -> Tensor:
     """This rank's rows of `vae.decode(latents).sample`, [B, C, R * 8, W * 8] at scale 8; all ranks call this.
 
@@ -46,10 +48,11 @@ def decode_stripes(
         latents_BCRW: this rank's rows, scaled for the VAE, in its dtype and on the group's device.
         stripes: each rank's rows, from `cut_in_stripes`, in any common unit, such as tokens.
         max_bytes: limit of one chunk's temporary tensors; a chunk has one row at least. None: MAX_BYTES.
+        by_products: how attention is computed (`StripeOps`). None: by what this device is fast with.
 
     Raises ValueError (rows that don't fit the stripe, `max_bytes` not positive, blocks unknown here) or PeerLost.
     """
-    ops = _ops(latents_BCRW, group, stripes, max_bytes, counters)
+    ops = _ops(latents_BCRW, group, stripes, max_bytes, counters, by_products)
     with brought(vae):
         if vae.post_quant_conv is not None:
             latents_BCRW = vae.post_quant_conv(latents_BCRW)
@@ -66,6 +69,7 @@ def encode_stripes(
     *,
     max_bytes: int | None = None,
     counters: Counters | None = None,
+    by_products: bool | None = None,
 ) -> Tensor:
     """This rank's rows of `vae.encode(pixels).latent_dist.parameters`, pixels being in [-1, 1]; all ranks call this.
 
@@ -73,7 +77,7 @@ def encode_stripes(
     noise drawn by rank would depend on their number. Raises as `decode_stripes`, and where the scale doesn't divide R.
     """
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    ops = _ops(pixels_BCRW, group, stripes, max_bytes, counters)
+    ops = _ops(pixels_BCRW, group, stripes, max_bytes, counters, by_products)
     if pixels_BCRW.shape[2] % scale:
         raise ValueError(f"a stripe to encode must have a multiple of {scale} rows, got {pixels_BCRW.shape[2]}")
     with brought(vae):
@@ -89,7 +93,12 @@ def _run(layers: Sequence[Layer], rows_BCRW: Tensor) -> Tensor:
 
 
 def _ops(
-    rows_BCRW: Tensor, group: Group, stripes: tuple[Rows, ...], max_bytes: int | None, counters: Counters | None
+    rows_BCRW: Tensor,
+    group: Group,
+    stripes: tuple[Rows, ...],
+    max_bytes: int | None,
+    counters: Counters | None,
+    by_products: bool | None,
 ) -> StripeOps:
     stripe = len(stripes[group.rank])
     if rows_BCRW.ndim != 4 or rows_BCRW.shape[2] == 0 or rows_BCRW.shape[2] % stripe:
@@ -97,4 +106,6 @@ def _ops(
     most = MAX_BYTES.get(group.device.type, MAX_BYTES["cuda"]) if max_bytes is None else max_bytes
     if most < 1:
         raise ValueError(f"max_bytes must be at least 1, got {most}")
-    return StripeOps(group, stripes, max_bytes=most, counters=counters or Counters())
+    if by_products is None:
+        by_products = group.device.type == "cuda" and attended.takes(group.device.type, rows_BCRW.dtype)
+    return StripeOps(group, stripes, max_bytes=most, counters=counters or Counters(), by_products=by_products)

@@ -20,6 +20,7 @@ from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.comm.rows import StripeJoin, fill_halos
 from clear_dist.geometry import Rows
+from clear_dist.kernels import attended
 
 Pointwise = Callable[[Tensor], Tensor]
 """Map of [B, C, rows, W] that treats each row by itself."""
@@ -36,6 +37,8 @@ class StripeOps:
     stripes: tuple[Rows, ...]
     max_bytes: int
     counters: Counters
+    by_products: bool = False
+    """Whether attention goes by products of blocks, as on GPUs: no fused kernel is fast with a head as wide."""
 
     def convolve(
         self,
@@ -89,8 +92,16 @@ class StripeOps:
         join = StripeJoin(self.group, self.stripes, self.counters)
         parts = query_BLC, join.join(key_BLC), join.join(value_BLC)
         query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
-        with sdpa_kernel(list(FUSED)):
-            return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        buffers = attended.Buffers.like(query[0, 0], self.max_bytes) if self.by_products else None
+        if buffers is None or query.is_meta:  # without values: buffers and operations are counted as they are
+            with sdpa_kernel(list(FUSED)):
+                return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        out_BLC = torch.empty_like(query_BLC)
+        out = out_BLC.unflatten(-1, (heads, -1)).transpose(1, 2)
+        for of_picture in zip(query, key, value, out, strict=True):
+            for of_head in zip(*of_picture, strict=True):
+                attended.attend(*of_head, buffers)
+        return out_BLC
 
     def _moments(self, x_BCEW: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         """Mean and variance over the whole picture, [B, G] each, in float64."""

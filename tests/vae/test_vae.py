@@ -242,3 +242,32 @@ def test_wrong_requests_are_refused(alone: Group) -> None:
     other = AutoencoderKL(up_block_types=("AttnUpDecoderBlock2D",), norm_num_groups=4)
     with pytest.raises(ValueError, match="must be a UpDecoderBlock2D, got AttnUpDecoderBlock2D"):
         decode_stripes(other, draw(1, 4, 3, 4), alone, stripes)
+
+
+def code_by_products(group: Group, by_products: bool) -> list[Tensor]:
+    """Decode and encode of a batch of two whose attention has several blocks, the last ones ragged, and two heads."""
+    vae, stripes = attending_vae(), cut_in_stripes(12, group.size)
+    latents, pixels = draw(2, 4, 24, 26), draw(2, 3, 96, 104)
+    coded = []
+    for code, whole in ((decode_stripes, latents), (encode_stripes, pixels)):
+        coded.append(code(vae, mine(whole, stripes, group), group, stripes, max_bytes=1, by_products=by_products))
+    return coded
+
+
+def attending_vae() -> AutoencoderKL:
+    vae = make_vae(**FLUX_LIKE)
+    for coder in (vae.encoder, vae.decoder):
+        coder.mid_block.attentions[0].heads = 2
+    return vae
+
+
+@torch.no_grad()
+def test_attention_by_products_is_what_diffusers_computes(alone: Group) -> None:
+    expected = attending_vae().decode(draw(2, 4, 24, 26)).sample
+    moments = attending_vae().encode(draw(2, 3, 96, 104)).latent_dist.parameters
+    fused, one = code_by_products(alone, False), code_by_products(alone, True)
+    three = [torch.cat(stripes, dim=2) for stripes in zip(*run_ranks(code_by_products, 3, True), strict=True)]
+    for number, exact in enumerate((expected, moments)):
+        for coded in (one[number], three[number]):
+            torch.testing.assert_close(coded, exact, atol=1e-4, rtol=0)
+            assert (coded - fused[number]).norm() < 1e-6 * exact.norm()
