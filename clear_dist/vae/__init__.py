@@ -20,7 +20,7 @@ from torch import Tensor
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.geometry import Rows
-from clear_dist.kernels import attended
+from clear_dist.vae import attended
 from clear_dist.vae.layers import Layer, decoder_layers, encoder_layers
 from clear_dist.vae.stripe_ops import StripeOps, frame, unframe
 from clear_dist.weights.offload import brought

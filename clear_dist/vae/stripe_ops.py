@@ -20,7 +20,7 @@ from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.comm.rows import StripeJoin, fill_halos
 from clear_dist.geometry import Rows
-from clear_dist.kernels import attended
+from clear_dist.vae import attended
 
 Pointwise = Callable[[Tensor], Tensor]
 """Map of [B, C, rows, W] that treats each row by itself."""

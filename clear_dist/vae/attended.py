@@ -99,7 +99,7 @@ def _add_by_torch(query_QD: Tensor, key_KD: Tensor, value_KD: Tensor, buffers: B
 
 
 def _add_by_kernels(query_QD: Tensor, key_KD: Tensor, value_KD: Tensor, buffers: Buffers, before: int) -> None:
-    from clear_dist.kernels.attended_triton import add_kernel, weigh_kernel
+    from clear_dist.vae.attended_triton import add_kernel, weigh_kernel
 
     (count, channels), keys, after = query_QD.shape, len(key_KD), 1 - before
     assert query_QD.stride(1) == key_KD.stride(1) == value_KD.stride(1) == 1, "channels lie side by side"
