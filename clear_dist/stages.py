@@ -3,7 +3,8 @@
 A large picture is drawn at the native size, then enlarged and refined by SDEdit, stage by stage (paper, Sec. 4.3).
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from math import ceil, log2, sqrt
 
 Size = tuple[int, int]
@@ -55,15 +56,30 @@ class Upscaling(Sampling):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One size of the cascade; with an Upscaling it starts from a picture, else from noise."""
+    """One size of the cascade; with an Upscaling it starts from a picture, else from noise. ValueError: no ranks."""
 
     height: int
     width: int
     sampling: Sampling = field(default_factory=Sampling)
+    ranks: int | None = None
+    """Most ranks that draw it, the others being idle; None: all."""
+
+    def __post_init__(self) -> None:
+        if self.ranks is not None and self.ranks < 1:
+            raise ValueError(f"a stage needs at least one rank, got {self.ranks}; nearest: 1")
 
     @property
     def size(self) -> Size:
         return self.height, self.width
+
+    def ranks_among(self, most: int, units: int) -> int:
+        """Ranks that draw it of `most`, where `units` of rows can be shared out."""
+        return min(most, self.ranks or most, units)
+
+
+def on_ranks(stages: tuple[Stage, ...], ranks: Mapping[Size, int]) -> tuple[Stage, ...]:
+    """Stages with the ranks chosen for their sizes; all ranks where there is none."""
+    return tuple(replace(stage, ranks=ranks.get(stage.size)) for stage in stages)
 
 
 def refining_steps(steps: int, strength: float) -> int:

@@ -14,6 +14,7 @@ from clear_dist.families.cards import CARDS
 from clear_dist.launch import env
 from clear_dist.options import Refusal, check_choice, nearest_word, shortened
 from clear_dist.plan import GPUS, LINKS, Engine, Gpu, Plan, PlanRequest, Room, fit_here, model, nearest, record
+from clear_dist.plan.choice import chosen
 from clear_dist.plan.shown import show_plan, show_sweep
 from clear_dist.request import devices
 from clear_dist.request.flags import PlanFlags
@@ -62,6 +63,7 @@ def planned_for(flags: PlanFlags) -> Plan:
 
 def _alone(flags: PlanFlags, first: Plan) -> int:
     with _at_work():
+        first = chosen(first)
         change = None if first.fits else nearest(first)
         values = record.of_plan(first, change)
     return _tell(flags, values, partial(show_plan, plan=first, nearest=change), fits=first.fits)
@@ -69,7 +71,7 @@ def _alone(flags: PlanFlags, first: Plan) -> int:
 
 def _swept(flags: PlanFlags, first: Plan) -> int:
     with _at_work():
-        plans = [plan for ranks in SWEPT if (plan := _with_ranks(first, ranks)).asked.is_possible]
+        plans = [chosen(plan) for ranks in SWEPT if (plan := _with_ranks(first, ranks)).asked.is_possible]
         values = record.of_sweep(plans)
     return _tell(flags, values, partial(show_sweep, plans=plans), fits=any(each.fits for each in plans))
 

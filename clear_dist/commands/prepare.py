@@ -4,6 +4,7 @@ import gc
 import secrets
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 
 from clear_dist import hub
 from clear_dist.cards.card import Card
-from clear_dist.cards.folder import card_of
+from clear_dist.cards.folder import card_of, read_folder
 from clear_dist.comm.group import Group
 from clear_dist.comm.in_touch import in_touch
 from clear_dist.comm.process_groups import device_of
@@ -24,13 +25,17 @@ from clear_dist.engine.family import Encoded
 from clear_dist.families.cards import CARDS
 from clear_dist.families.transformers import adapter_of
 from clear_dist.launch import env
+from clear_dist.launch.aside import in_background
 from clear_dist.launch.ends import say
+from clear_dist.launch.env import Place
 from clear_dist.observe import peaks
 from clear_dist.observe.profiling import CompileTime, Profile
 from clear_dist.observe.progress import Phases
 from clear_dist.options import Options, Refusal
 from clear_dist.parallelize import parallelize, require_machine
 from clear_dist.pictures import preview_of
+from clear_dist.plan import fit_here
+from clear_dist.plan.choice import Fewer, may_use_fewer
 from clear_dist.request.notes import sharing
 from clear_dist.request.outputs import require_free
 from clear_dist.request.request import Request
@@ -68,6 +73,7 @@ class Prepared:
             require_machine(options, device, getattr(torch, request.dtype))
         with phases.phase("load", detail=" the files"):
             self.request = request = hub.locate(request, group, CARDS, local_rank=place.local_rank)
+        fewer = choosing(request, place) if group.rank == 0 and may_use_fewer(request) else None
         self.encoded, self.pipe = in_touch(group, partial(_load, request, group.rank, device, phases))
         """Embeddings of each prompt on rank 0; None elsewhere, and where the pipeline keeps its text encoders."""
         with phases.phase("load"):
@@ -77,6 +83,10 @@ class Prepared:
         replaced = self.handle.replaced
         if group.rank == 0 and replaced is not None and not replaced.file.is_relative_to(request.model):
             say(f"CLEAR weights: {replaced}")  # a model's own go without saying
+        self.fewer: tuple[Fewer, ...] = group.broadcast_object(() if fewer is None else fewer.result())
+        """Stages that not all ranks draw."""
+        for each in self.fewer if group.rank == 0 else ():
+            say(each.words(averages=self.handle.text_attention == "average"))
         self.loading_peak_bytes = peaks.peak_memory(device)
         self.seed = group.broadcast_object(secrets.randbits(SEED_BITS) if request.seed is None else request.seed)
         torch.manual_seed(self.seed)
@@ -89,6 +99,12 @@ class Prepared:
         if request.profile is not None:  # of the last stage of the first prompt
             steps = request.stages[-1].sampling.steps
             self.profile = Profile(request.traces[group.rank], group.rank, steps=steps, drain=self.handle.drain)
+
+
+def choosing(request: Request, place: Place) -> "Future[tuple[Fewer, ...]]":
+    """Begin to find out which stages fewer ranks draw sooner, beside loading."""
+    facts = read_folder(Path(request.model), CARDS)
+    return in_background(partial(fit_here.fewer_here, request, facts, place))
 
 
 @contextmanager

@@ -26,10 +26,11 @@ from clear_dist.observe import peaks, report
 from clear_dist.observe.progress import watched
 from clear_dist.pictures import replacing
 from clear_dist.pictures.alpha import Alpha
+from clear_dist.plan.choice import by_size
 from clear_dist.request.outputs import claimed
 from clear_dist.request.pictures import load
 from clear_dist.request.request import Request
-from clear_dist.stages import Stage
+from clear_dist.stages import Stage, on_ranks
 
 SAVING = 0.5
 """Share of a denoising step on a CPU; for the time left only."""
@@ -48,8 +49,8 @@ class Rendering(Prepared):
         latents = []
         for index in range(len(request.prompts)):
             drawing = self._render_prompt(index)
-            assert drawing.latents is not None, "all ranks draw the last stage"
             if request.latents_out is not None and self.group.rank == 0:
+                assert drawing.latents is not None, "rank 0 draws every stage"
                 latents.append(drawing.latents.cpu())
         if request.latents_out is not None and latents:
             with self.phases.phase("save"), replacing(request.latents_out) as partial:
@@ -75,7 +76,9 @@ class Rendering(Prepared):
         with self.phases.phase("text", detail=detail):
             embeddings = self._encode(index)
         cascade = Cascade(self.pipe, embeddings, seed=self.seed, phases=self.phases, on_step=self._end_step)
-        stages, last = request.stages, len(request.stages) - 1
+        stages, last = on_ranks(request.stages, by_size(self.fewer)), len(request.stages) - 1
+        averages = self.handle.text_attention == "average"
+        reasons = {each.size: each.words(averages=averages) for each in self.fewer}
         profile = self.profile if index == 0 else None
 
         def around(number: int) -> AbstractContextManager[None]:
@@ -98,7 +101,8 @@ class Rendering(Prepared):
             token = request.token_size
             stripes = [(rows.start // token, rows.stop // token) for rows in drawing.rows if len(rows)]
             grid = stage.height // token, stage.width // token
-            self.stages.append(report.StageFigures(grid=grid, stripes=stripes, times=self.phases.stages[-1]))
+            times, why = self.phases.stages[-1], reasons.get(stage.size)
+            self.stages.append(report.StageFigures(grid=grid, stripes=stripes, times=times, why=why))
         assert drawing is not None, "there is at least one stage"
         return drawing
 

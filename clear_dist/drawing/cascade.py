@@ -94,13 +94,13 @@ class Cascade:
             yield before
 
     def draw(self, stage: Stage, before: Drawing | None = None, *, detail: str = "") -> Drawing:
-        """Pictures of one stage, from `before` or noise; ranks beyond the units of rows are idle."""
+        """Pictures of one stage, from `before` or noise; ranks beyond the stage's, or its units of rows, are idle."""
         group, rows, unit = self._striped.group, stage.height // self._adapter.token_size, self._striped.settings.unit
-        ranks = min(group.size, rows // unit)
+        ranks = stage.ranks_among(group.size, rows // unit)
         if self._striped.shards and ranks < group.size:  # idle ones would not give others their share
             raise ValueError(
-                f"sharded weights need all ranks in every stage, and {stage.width} x {stage.height} pixels are {rows} "
-                f"rows of tokens, got {group.size} ranks; nearest: {rows // unit}"
+                f"sharded weights need all ranks in every stage, and {stage.width} x {stage.height} pixels have rows "
+                f"of tokens and Stage.ranks for {ranks}, got {group.size} ranks; nearest: {ranks}"
             )
         stripes = cut_in_stripes(rows, ranks, unit=unit)
         seed = (self._seed + self._stages_drawn * SEED_STRIDE) % 2**63

@@ -48,6 +48,8 @@ class StageFigures:
     stripes: Sequence[tuple[int, int]]
     """Rows [start, stop) of each rank in use."""
     times: Times
+    why: str | None = None
+    """Why not all ranks drew it that could."""
 
 
 def build(
@@ -94,6 +96,8 @@ def _stage(stage: StageFigures) -> dict[str, Any]:
     return {
         "grid": list(stage.grid),
         "stripes": [list(rows) for rows in stage.stripes],
+        "ranks": len(stage.stripes),
+        "why_fewer_ranks": stage.why,
         "seconds": {name: stage.times.seconds[name] for name in STAGE_PHASES},
         "seconds_per_step": stage.times.seconds_per_step,
     }

@@ -5,6 +5,7 @@
     phases   what a rank holds in each phase: weights, and what the engine says
     traffic  bytes handed over, by the engine's counters
     timing   operations over assumed rates
+    choice   stages that fewer ranks draw sooner
     fits     does it fit, and if not, what does
 
 Nothing but `measure`, `stepped`, `built`, `allocated` and `emulated`, which are that process, imports torch.

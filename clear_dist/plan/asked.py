@@ -1,7 +1,8 @@
 """What is planned: a request, where it is to run, and the parts that ranks have in its stages."""
 
 import os
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -14,7 +15,7 @@ from clear_dist.options import Options
 from clear_dist.plan.model import PlannedModel
 from clear_dist.request.hardware import Gpu, Link
 from clear_dist.request.request import Lora, Request
-from clear_dist.stages import Stage, Upscaling
+from clear_dist.stages import Size, Stage, Upscaling, on_ranks
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -61,10 +62,12 @@ class PlanRequest:
     """Whether ranks on a CPU come from one process, as with --nproc; torchrun's do not."""
     shares_gpus: bool = False
     """Whether several ranks are on one GPU, so that messages go through host memory."""
+    stage_ranks: Mapping[Size, int] = field(default_factory=dict)
+    """Ranks of stages that not all draw, by size."""
 
     def changed(self, **fields: Any) -> "PlanRequest":
-        """With other fields of the request."""
-        return replace(self, request=replace(self.request, **fields))
+        """With other fields of the request, and all ranks in every stage."""
+        return replace(self, request=replace(self.request, **fields), stage_ranks={})
 
     @property
     def ranks(self) -> int:
@@ -126,7 +129,7 @@ class PlanRequest:
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
-        return self.request.stages
+        return on_ranks(self.request.stages, self.stage_ranks)
 
     @cached_property
     def parts(self) -> tuple[tuple[Part, ...], ...]:
@@ -135,7 +138,7 @@ class PlanRequest:
 
     def stripes(self, stage: Stage) -> tuple[Rows, ...]:
         height, unit = stage.height // self.model.token, self.request.down_factor
-        return cut_in_stripes(height, min(self.ranks, height // unit), unit=unit)
+        return cut_in_stripes(height, stage.ranks_among(self.ranks, height // unit), unit=unit)
 
     def lags(self, stage: Stage, ranks: int) -> bool:
         """Whether halos lag in a stage on so many ranks: one that is all warm-up keeps nothing."""

@@ -11,6 +11,7 @@ from clear_dist.launch.env import Place
 from clear_dist.observe.memory import free_bytes
 from clear_dist.options import Refusal
 from clear_dist.plan import LINKS, Change, Engine, Gpu, Plan, PlanRequest, Room, model, nearest
+from clear_dist.plan.choice import Fewer, fewer_ranks
 from clear_dist.request import devices
 from clear_dist.request.hardware import FLOAT8_CAPABILITY, named_like, unknown
 from clear_dist.request.request import Request
@@ -113,6 +114,25 @@ def begin(request: Request, facts: ModelFacts, place: Place) -> Check | None:
         return None
     plan = Plan(asked=asked, room=room, engine=Engine())
     return Check(plan=plan, gpus=gpus, ranks=ranks, is_launched=place.launcher is not None)
+
+
+def fewer_here(request: Request, facts: ModelFacts, place: Place) -> tuple[Fewer, ...]:
+    """Stages that fewer ranks draw sooner on GPUs of this kind; none where nobody can know. It takes seconds."""
+    known, gpus = model.find(facts), devices.find_gpus()
+    if known is None or not gpus:
+        return ()
+    ranks = place.local_world_size if place.launcher else request.world_size
+    smallest = min(gpus[:ranks], key=lambda each: each.total)
+    gpu = kind_of(smallest)
+    shares = ranks > len(gpus)
+    asked = PlanRequest(request=request, model=known, gpu=gpu, link=LINKS[gpu.link], shares_gpus=shares)
+    plan = Plan(asked=asked, room=Room(bytes=smallest.total, where=gpu.name), engine=Engine())
+    try:
+        return fewer_ranks(plan)
+    except (Refusal, RuntimeError):  # loading tells what is wrong with the model, if anything
+        return ()
+    finally:
+        plan.engine.stop()
 
 
 def fits_by_far(asked: PlanRequest, room: Room, numbers: int) -> bool:

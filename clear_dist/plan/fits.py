@@ -91,7 +91,7 @@ class Plan:
         """Stages of which no later one takes more."""
         stages, last = self.asked.stages, self.asked.stages[-1]
         for number, stage in enumerate(stages):
-            is_smaller = stage.height <= last.height and stage.width <= last.width
+            is_smaller = stage.height <= last.height and stage.width <= last.width and stage.ranks is None
             takes_less = stage.sampling.passes <= last.sampling.passes and (
                 self.asked.lags(last, self.asked.ranks) or not self.asked.lags(stage, self.asked.ranks)
             )

@@ -162,7 +162,7 @@ class Memory:
     def _denoising(self, stage: Stage, step: Step) -> Items:
         """Rows of the table, and what the pipeline holds besides: other passes' outputs, the start, tables."""
         rows, latents = dict(step.peak), self._latents(stage)
-        if self.asked.lags(stage, min(self.asked.ranks, stage.height // self.asked.request.unit)):
+        if self.asked.lags(stage, len(self.asked.stripes(stage))):
             rows["stale halos"] = rows.pop("halos", 0)
         else:
             rows["halos"] = rows.get("halos", 0) + rows.pop("halos on their way", 0)

@@ -12,6 +12,7 @@ SCHEMA = 1
 SAME = (
     "height", "width", "cascade", "window", "num_images", "dtype", "text_attention", "schedule", "warmup_steps",
     "down_factor", "hoist_modulation", "compile", "float8", "int8", "shard_weights", "offload", "keep_text_encoder",
+    "stage_ranks",
 )  # fmt: skip
 """Names of a request's fields that readers know from the first plans on."""
 
@@ -23,6 +24,7 @@ def of_plan(plan: Plan, nearest: Change | None) -> dict[str, Any]:
         "schema": SCHEMA,
         "request": of_request(asked),
         "stages": [list(stage.size) for stage in asked.stages],
+        "ranks_of_stages": [len(parts) for parts in asked.parts],
         "stripes": [[rows.start, rows.stop] for rows in asked.stripes(asked.stages[-1])],
         "memory": [_of_rank(memory) for memory in plan.ranks],
         "pinned_in_host_memory": plan.memory.pinned,

@@ -78,7 +78,7 @@ def _request(asked: PlanRequest) -> Iterator[str]:
     heights, part = _heights(asked), max(asked.parts[-1], key=lambda part: part.received)
     tall = f"{min(heights)} to {max(heights)}" if min(heights) < max(heights) else str(heights[0])
     halos = f"; at most {part.received} rows of halo for {part.rows} of one's own" if part.received else ""
-    yield f"stripes: {asked.ranks} of {tall} of the {sum(heights)} rows of tokens, {part.columns} wide{halos}"
+    yield f"stripes: {len(heights)} of {tall} of the {sum(heights)} rows of tokens, {part.columns} wide{halos}"
 
 
 def _memory(plan: Plan) -> Table:
@@ -112,12 +112,14 @@ def _total(phase: Phase, memory: RankMemory) -> Text:
 def _times(plan: Plan) -> Iterator[Table]:
     if not plan.times:
         return
-    table = Table("stage", "steps", "s a step", "of it waiting", "encode", "decode", "s in all", box=SIMPLE)
-    for stage, time in zip(plan.asked.stages, plan.times, strict=True):
+    columns = ("stage", "ranks", "steps", "s a step", "of it waiting", "encode", "decode", "s in all")
+    table = Table(*columns, box=SIMPLE)
+    for stage, parts, time in zip(plan.asked.stages, plan.asked.parts, plan.times, strict=True):
         waiting = f"{time.exposed / time.step:.0%}"
         seconds = map(_seconds, (time.encode, time.decode, time.total))
-        table.add_row(f"{stage.width}x{stage.height}", str(time.steps), _seconds(time.step), waiting, *seconds)
-    table.add_row("all, about", *[""] * 5, _seconds(plan.seconds), style="bold")
+        size, ranks = f"{stage.width}x{stage.height}", str(len(parts))
+        table.add_row(size, ranks, str(time.steps), _seconds(time.step), waiting, *seconds)
+    table.add_row("all, about", *[""] * 6, _seconds(plan.seconds), style="bold")
     yield table
 
 

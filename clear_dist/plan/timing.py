@@ -1,8 +1,9 @@
 """How long a request takes, roughly: work over rates that are assumed, and bytes over a link. Nothing here is measured.
 
 computing = products / rate + visited pairs / rate + passes over memory / bandwidth
-exposed   = max(0, bytes in layers / link - what computing hides) + join / link
-step      = computing + exposed
+host      = kernels that the host starts x seconds for each
+exposed   = max(0, bytes in layers / link - what the longer of both hides) + join / link
+step      = max(computing, host) + exposed
 
 Weights in shards travel beside the messages, all but the first block's behind computing.
 """
@@ -32,6 +33,12 @@ UNPACKING = 11
 """Bytes read and written for a number in int8, by two kernels, until it is one of 16 bits; then products read it."""
 PASSES, PASSES_COMPILED = 110, 40
 """Numbers read and written per channel, token and block outside of products; the first one is counted."""
+LAUNCH = 5e-6
+"""Seconds of the host to start a kernel from Python: assumed, not measured."""
+LAUNCHES, LAUNCHES_COMPILED = 49, 20
+"""Kernels that the host starts in a block of a pass on one rank: counted on GPUs that are not there (figures.md)."""
+LAUNCHES_OF_MESSAGES = 45
+"""And besides among several ranks: parts of attention and their merging, messages, shares of text."""
 HIDDEN = {"sync": 0.5, "stale": 1.0}
 """Share of a step's computing behind which its messages can hide."""
 
@@ -41,16 +48,18 @@ class StageTime:
     """Seconds of one stage, on the rank that has most to do."""
 
     computing: float
-    """Of a step."""
+    """Of a step, as the next two."""
+    host: float
+    """The host's, to start all kernels."""
     exposed: float
-    """Of a step: waiting for messages."""
+    """Waiting for messages."""
     steps: int
     encode: float
     decode: float
 
     @property
     def step(self) -> float:
-        return self.computing + self.exposed
+        return max(self.computing, self.host) + self.exposed
 
     @property
     def total(self) -> float:
@@ -65,16 +74,19 @@ def stage_time(engine: Engine, asked: PlanRequest, number: int) -> StageTime | N
     part = max(asked.parts[number], key=lambda part: (part.rows, part.received))
     step, weights = engine.step(asked, stage, part), engine.weights(asked)
     computing, link = _computing(asked, gpu, step, weights, stage.sampling.passes), asked.link.bytes_per_second
-    sent = step_traffic(engine, asked, stage, part)
-    hidden = HIDDEN["stale" if asked.lags(stage, part.ranks) else "sync"] * computing
+    host = LAUNCH * launches(asked, part.ranks) * weights.blocks * stage.sampling.passes
+    busy, sent = max(computing, host), step_traffic(engine, asked, stage, part)
+    hidden = HIDDEN["stale" if asked.lags(stage, part.ranks) else "sync"] * busy
     messages, shares = sent.in_layers / link, sent.weights / link
     first_block = shares / weights.blocks
-    exposed = max(0.0, messages - hidden, messages + shares - computing) + first_block + sent.at_the_end / link
+    exposed = max(0.0, messages - hidden, messages + shares - busy) + first_block + sent.at_the_end / link
     encode, decode = (
         _vae(asked, gpu, engine.vae(asked, part, encode=encode), part.ranks) if wanted else 0.0
         for encode, wanted in ((True, is_upper(stage)), (False, True))
     )
-    return StageTime(computing=computing, exposed=exposed, steps=stage.sampling.steps, encode=encode, decode=decode)
+    return StageTime(
+        computing=computing, host=host, exposed=exposed, steps=stage.sampling.steps, encode=encode, decode=decode
+    )
 
 
 def assumptions(asked: PlanRequest) -> tuple[str, ...]:
@@ -99,6 +111,7 @@ def assumptions(asked: PlanRequest) -> tuple[str, ...]:
         kernels,
         f"between products {passes_over_memory(asked)} numbers per channel, token and block pass through memory, "
         f"at {MEMORY:.0%} of its rate{unpacked}",
+        f"the host starts {launches(asked, asked.ranks)} kernels a block, at {LAUNCH * 1e6:g} us each",
         f"link {asked.link.name}: {asked.link.bytes_per_second / 1e9:g} GB/s each way; messages hide behind "
         f"{HIDDEN[request.schedule]:.0%} of computing{weights}",
         "loading, encoding the prompt, compiling and writing files are left out",
@@ -108,6 +121,12 @@ def assumptions(asked: PlanRequest) -> tuple[str, ...]:
 def eight_bit_products(asked: PlanRequest) -> bool:
     """Whether products run at a higher rate."""
     return asked.request.float8 and asked.gpu is not None and asked.gpu.float8
+
+
+def launches(asked: PlanRequest, ranks: int) -> int:
+    """Kernels that the host starts in a block of a pass."""
+    alone = LAUNCHES_COMPILED if asked.request.compile else LAUNCHES
+    return alone + LAUNCHES_OF_MESSAGES * (ranks > 1)
 
 
 def passes_over_memory(asked: PlanRequest) -> int:

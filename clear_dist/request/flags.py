@@ -43,6 +43,10 @@ class Kept(Options):
     join_timeout: int = flag(
         JOIN_SECONDS, "seconds that ranks wait for missing ones (300)", CUT, bounds=(1, 86_400), planned=False
     )
+    stage_ranks: str = flag(
+        "auto", "all, or auto: fewer for a stage that the plan says they draw in 5 % less time (auto)", CUT,
+        choices=("auto", "all"),
+    )  # fmt: skip
     keep_text_encoder: bool = flag(
         False, "encode each prompt when its turn comes, not all before the rest loads", MODEL
     )

@@ -1,6 +1,7 @@
 """Stages of a cascade on N ranks: against unmodified diffusers, stage by stage, and against one rank."""
 
 import math
+from dataclasses import replace
 from functools import cache
 from typing import Any
 from unittest.mock import patch
@@ -173,6 +174,48 @@ def test_exact_windows_on_n_ranks_are_those_on_one(size: int) -> None:
         assert relative_error(result["latents"], alone["latents"]) < ROUNDED
         assert result["steps"] == alone["steps"]  # idle ranks too
         assert set(result["steps"].values()) == {6}
+
+
+@pytest.mark.parametrize(("size", "ranks"), [(4, (1, 3)), (5, (2, 9))])
+def test_stages_on_fewer_ranks_draw_the_same(size: int, ranks: tuple[int, int]) -> None:
+    """The others are idle, count as many steps, and take part again where all draw."""
+    arguments: dict[str, Any] = {"window": 3, "text_attention": "exact"}
+    lower = (replace(stage, ranks=most) for stage, most in zip(STAGES[:2], ranks, strict=True))
+    alone = run_ranks(drawn, 1, STAGES, False, **arguments)[0]
+    for result in run_ranks(drawn, size, (*lower, STAGES[2]), False, **arguments):
+        assert relative_error(result["latents"], alone["latents"]) < ROUNDED
+        assert result["steps"] == alone["steps"]
+
+
+def test_halos_lag_within_the_ranks_of_a_stage() -> None:
+    """The stale schedule on 2 of 3 ranks is that on 2; the picture then goes on on all."""
+    arguments: dict[str, Any] = {"window": 3, "text_attention": "exact", "schedule": "stale", "warmup_steps": 1}
+    few, lone = ((replace(STAGES[0], ranks=most, sampling=Sampling(steps=4)),) for most in (2, None))
+    on_three, on_two = run_ranks(first_latents, 3, *few, **arguments), run_ranks(first_latents, 2, *lone, **arguments)
+    assert on_three[2] is None
+    for ours, expected in zip(on_three, on_two, strict=False):
+        assert torch.equal(ours, expected)
+
+
+def first_latents(group: Group, stage: Stage, **arguments: Any) -> Tensor | None:
+    pipe = make_tiny_pipeline(sample_size=NATIVE)
+    pipe.set_progress_bar_config(disable=True)
+    clear_dist.parallelize(pipe, group=group, **arguments)
+    counters = require_striped(pipe).counters
+    embeddings = encode_prompts(adapter_of(pipe), group, counters, PROMPTS, max_sequence_length=TEXT)
+    return Cascade(pipe, embeddings, seed=SEED).draw(stage).latents
+
+
+def refused_with_shards(group: Group) -> None:
+    stage = Stage(height=64, width=64, sampling=SAMPLING, ranks=1)
+    with pytest.raises(ValueError, match=r"sharded weights need all ranks in every stage.*got 2 ranks; nearest: 1"):
+        first_latents(group, stage, window=3, shard_weights=True)
+
+
+def test_sharded_weights_need_all_ranks() -> None:
+    run_ranks(refused_with_shards, 2)
+    with pytest.raises(ValueError, match="at least one rank, got 0"):
+        Stage(height=64, width=64, ranks=0)
 
 
 def drawn_in_bfloat16(group: Group) -> set[torch.dtype]:

@@ -24,7 +24,9 @@ def build(**changes: object) -> dict:
         "launch": 1.0,
         "total": 9.0,
         "stages": [
-            report.StageFigures(grid=(2, 3), stripes=[(0, 2)], times=Times(SECONDS | {"denoise": 2.0}, [1.0, 1.0])),
+            report.StageFigures(
+                grid=(2, 3), stripes=[(0, 2)], times=Times(SECONDS | {"denoise": 2.0}, [1.0, 1.0]), why="it is sooner"
+            ),
             report.StageFigures(grid=(4, 6), stripes=[(0, 2), (2, 4)], times=Times(SECONDS | {"denoise": 5.0}, [5.0])),
         ],
         "ranks": [FIGURES, FIGURES],
@@ -41,8 +43,22 @@ def test_schema_1_as_json(tmp_path: Path) -> None:
     assert got["stripes"] == [[0, 2], [2, 4]]
     parts = {"encode": 0.0, "decode": 0.5, "save": 0.0}
     assert got["stages"] == [
-        {"grid": [2, 3], "stripes": [[0, 2]], "seconds": parts | {"denoise": 2.0}, "seconds_per_step": [1.0, 1.0]},
-        {"grid": [4, 6], "stripes": [[0, 2], [2, 4]], "seconds": parts | {"denoise": 5.0}, "seconds_per_step": [5.0]},
+        {
+            "grid": [2, 3],
+            "stripes": [[0, 2]],
+            "ranks": 1,
+            "why_fewer_ranks": "it is sooner",
+            "seconds": parts | {"denoise": 2.0},
+            "seconds_per_step": [1.0, 1.0],
+        },
+        {
+            "grid": [4, 6],
+            "stripes": [[0, 2], [2, 4]],
+            "ranks": 2,
+            "why_fewer_ranks": None,
+            "seconds": parts | {"denoise": 5.0},
+            "seconds_per_step": [5.0],
+        },
     ]
     assert got["seconds_per_step"] == [1.0, 1.0, 5.0]
     assert got["seconds"]["denoise"] == 7.0

@@ -1,0 +1,102 @@
+"""Fewer ranks for a stage that a plan says they draw sooner: messages or the host may take longer than computing.
+
+A pure function of the request and the kind of GPU: the memory that happens to be free does not change the picture.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from clear_dist.plan.fits import ERROR, Plan
+from clear_dist.plan.phases import Memory
+from clear_dist.plan.timing import StageTime, stage_time
+from clear_dist.request.request import Request
+from clear_dist.stages import Size
+
+GAIN = 0.05
+"""Share of a stage's time that fewer ranks must save: an estimate is not better than that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fewer:
+    """Ranks of a stage, and seconds of the plan on them and on as many as there could be."""
+
+    size: Size
+    ranks: int
+    most: int
+    seconds: float
+    on_most: float
+
+    def words(self, *, averages: bool) -> str:
+        """Why, for people; `averages`: whether the picture depends on the number of ranks (Eq. 7 of the paper)."""
+        height, width = self.size
+        other = "; text is averaged, so they draw another picture: --stage-ranks all" if averages else ""
+        return (
+            f"{width}x{height} is drawn by {self.ranks} of {self.most} ranks, in {self.seconds:.2g} s by the plan "
+            f"where all take {self.on_most:.2g}{other}"
+        )
+
+
+def may_use_fewer(request: Request) -> bool:
+    """Whether fewer may be chosen at all.
+
+    Sharded weights need all ranks, stale buffers were found room for on all, and all write a profile.
+    """
+    is_fixed = request.shard_weights or request.schedule == "stale" or request.profile is not None
+    return request.device == "cuda" and request.world_size > 1 and request.stage_ranks == "auto" and not is_fixed
+
+
+def fewer_ranks(plan: Plan) -> tuple[Fewer, ...]:
+    """Stages on fewer ranks than could draw them; none without known rates, or where ranks share GPUs.
+
+    Raises a Refusal where the model cannot be built.
+    """
+    asked = plan.asked
+    if not may_use_fewer(asked.request) or asked.shares_gpus:
+        return ()
+    found = (_of_stage(plan, number) for number in range(len(asked.stages)))
+    return tuple(fewer for fewer in found if fewer is not None)
+
+
+def chosen(plan: Plan) -> Plan:
+    """The plan with the ranks that its stages are drawn by."""
+    return replace(plan, asked=replace(plan.asked, stage_ranks=by_size(fewer_ranks(plan))))
+
+
+def by_size(found: tuple[Fewer, ...]) -> Mapping[Size, int]:
+    return {fewer.size: fewer.ranks for fewer in found}
+
+
+def _of_stage(plan: Plan, number: int) -> Fewer | None:
+    size, most = plan.asked.stages[number].size, len(plan.asked.parts[number])
+    on_most = _time(plan, number, most)
+    # On fewer ranks computing takes no less: then there is nothing to be gained, nor to ask the engine.
+    if on_most is None or on_most.computing >= (1 - GAIN) * on_most.step:
+        return None
+    times = {ranks: time.total for ranks in _halves(most) if (time := _time(plan, number, ranks)) is not None}
+    for ranks in sorted(times, key=lambda each: (times[each], -each)):
+        if times[ranks] > (1 - GAIN) * on_most.total:
+            return None
+        if _fits(plan, number, ranks):
+            return Fewer(size=size, ranks=ranks, most=most, seconds=times[ranks], on_most=on_most.total)
+    return None
+
+
+def _halves(most: int) -> Iterator[int]:
+    return (most >> shift for shift in range(1, most.bit_length()))
+
+
+def _on(plan: Plan, number: int, ranks: int) -> Plan:
+    return replace(plan, asked=replace(plan.asked, stage_ranks={plan.asked.stages[number].size: ranks}))
+
+
+def _time(plan: Plan, number: int, ranks: int) -> StageTime | None:
+    return stage_time(plan.engine, _on(plan, number, ranks).asked, number)
+
+
+def _fits(plan: Plan, number: int, ranks: int) -> bool:
+    """Whether a stage on so many ranks fits, were the plan as far below as it may be."""
+    asked = _on(plan, number, ranks).asked
+    memory = Memory(asked=asked, engine=plan.engine)
+    largest = max(asked.parts[number], key=lambda part: (part.rows, part.received, part.sent))
+    phases = (phase for rank in {0, largest.rank} for phase in memory.of_stage(rank, number))
+    return max(phase.total for phase in phases) * (1 + ERROR) <= plan.room.bytes
