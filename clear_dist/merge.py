@@ -50,7 +50,10 @@ class RowsPart:
 
 
 def merge_rows(parts: Sequence[RowsPart], merged_BRWND: Tensor, first_row: int) -> None:
-    """Merge parts, each of some rows, into `merged_BRWND`, which begins at `first_row` and may be a part's output."""
+    """Merge parts, each of some rows, into `merged_BRWND`, which begins at `first_row` and may be a part's output.
+
+    Rows of one part only are taken as they are.
+    """
     if len(parts) == 1 and parts[0].out is merged_BRWND:
         return
     if _by_kernel(merged_BRWND):
@@ -88,6 +91,21 @@ def unweigh(summed_BLND1: Tensor, out_BLND: Tensor) -> None:
         merging.unweigh(summed_BLND1, out_BLND)
     else:
         out_BLND.copy_(_unweigh(summed_BLND1))
+
+
+def relay(
+    summed_BLND1: Tensor, reference_BLN: Tensor, out_BLND: Tensor, lse_BLN: Tensor, before_BLND: Tensor, most: float
+) -> None:
+    """Unweigh a sum to `before_BLND`, and weigh the next part in its place.
+
+    The log-sum-exp of what was summed, which replaces `reference_BLN`, is the reference in place of a maximum; a part's
+    may differ from it by `most` and is cut off there.
+    """
+    if _by_kernel(out_BLND):
+        return merging.relay(summed_BLND1, reference_BLN, out_BLND, lse_BLN, before_BLND, most)
+    unweigh(summed_BLND1, before_BLND)
+    reference_BLN += summed_BLND1[..., -1].log()
+    weigh(out_BLND, lse_BLN.clamp(reference_BLN - most, reference_BLN + most), reference_BLN, summed_BLND1)
 
 
 def pack(out_BLND: Tensor, lse_BLN: Tensor | None, packed_BLND: Tensor, *, first: int, to: int) -> None:

@@ -163,6 +163,10 @@ def test_what_one_rank_sends_another_receives(case: tuple[tuple[Rows, ...], int 
     sent = {(rank, send.peer, send.rows) for rank, plan in enumerate(all_plans) for send in plan.sends}
     received = {(receive.peer, rank, receive.rows) for rank, plan in enumerate(all_plans) for receive in plan.receives}
     assert sent == received
+    for plan in all_plans:
+        rows = sorted(set().union(*(members(send.rows) for send in plan.sends)))
+        assert [row for run in plan.borders for row in range(run.start, run.stop)] == rows
+        assert [run.stop - 1 for run in plan.borders] == [row for row in rows if row + 1 not in rows]
 
 
 @given(plans())

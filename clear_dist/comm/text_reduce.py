@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clear_dist.comm.counters import Counters, labelled
 from clear_dist.comm.group import REDUCE_OPS, Group, telling_lost_peers
-from clear_dist.merge import unweigh, weigh
+from clear_dist.merge import relay, unweigh, weigh
 from clear_dist.options import TextAttention
 
 LARGEST_CHANGE = 60.0
@@ -67,29 +67,27 @@ class Exact:
         with torch.cuda.stream(aside):
             with telling_lost_peers():
                 ranks.post("max", lse_BTN).wait()
-            self._post_sum(ranks, out_BTND, lse_BTN, ranks.held("max"))
+            self._post_sum(ranks, out_BTND, lse_BTN)
 
     def finish(self, ranks: "TextReduce", out_BTND: Tensor, lse_BTN: Tensor, into_BTND: Tensor) -> None:
         if ranks.aside is None:
             # Not in `post`: gloo's wait would keep the host from the image queries until the slowest rank is here.
             ranks.drain()
-            self._post_sum(ranks, out_BTND, lse_BTN, ranks.held("max"))
+            self._post_sum(ranks, out_BTND, lse_BTN)
         ranks.drain()
         unweigh(ranks.held("sum"), into_BTND)
 
-    def _post_sum(self, ranks: "TextReduce", out_BTND: Tensor, lse_BTN: Tensor, reference_BTN: Tensor) -> None:
+    def _post_sum(self, ranks: "TextReduce", out_BTND: Tensor, lse_BTN: Tensor) -> None:
         terms_BTND1 = ranks.room("sum", (*lse_BTN.shape, out_BTND.shape[-1] + 1), torch.float32)
-        weigh(out_BTND, lse_BTN, reference_BTN, terms_BTND1)
+        weigh(out_BTND, lse_BTN, ranks.held("max"), terms_BTND1)
         ranks.post("sum", terms_BTND1)
 
     def post_late(self, ranks: "TextReduce", out_BTND: Tensor, lse_BTN: Tensor) -> Tensor:
         """Output of the step before, whose log-sum-exp is this step's reference: no maximum need be reduced."""
-        before_BTND1, before_BTND = ranks.held("sum"), torch.empty_like(out_BTND)
-        unweigh(before_BTND1, before_BTND)
-        reference_BTN = ranks.held("max") + before_BTND1[..., -1].log()
+        before_BTND, terms_BTND1, reference_BTN = torch.empty_like(out_BTND), ranks.held("sum"), ranks.held("max")
+        relay(terms_BTND1, reference_BTN, out_BTND, lse_BTN, before_BTND, LARGEST_CHANGE)
         ranks.hold("max", reference_BTN)
-        near_BTN = lse_BTN.clamp(reference_BTN - LARGEST_CHANGE, reference_BTN + LARGEST_CHANGE)
-        self._post_sum(ranks, out_BTND, near_BTN, reference_BTN)
+        ranks.post("sum", terms_BTND1)
         return before_BTND
 
 

@@ -20,17 +20,22 @@ Part = tuple[Tensor, Tensor, int]
 
 
 def merge(parts: Sequence[Part], merged: Tensor, lse: Tensor | None = None) -> None:
-    """Merge parts [B, r, W, N, D], each of some of the rows of `merged` [B, R, W, N, D], by their [B, r, W, N]."""
+    """Merge parts [B, r, W, N, D], each of some of the rows of `merged` [B, R, W, N, D], by their [B, r, W, N].
+
+    Where the first part is `merged` itself, only rows that others share are read and written.
+    """
     outs, lses = [_rows(out) for out, _, _ in parts], [_rows(lse, last="N") for _, lse, _ in parts]
     firsts = tuple(first for _, _, first in parts)
     stops = tuple(first + out.shape[1] for first, out in zip(firsts, outs, strict=True))
     whole, whole_lse = _rows(merged), None if lse is None else _rows(lse, last="N")
     _launch(
         "merge_kernel",
-        [whole, whole_lse, tuple(outs), tuple(lses)],
+        [whole, whole_lse],
+        [tuple(outs), tuple(lses)],
         *(firsts, stops),
         PARTS=len(parts),
         WITH_LSE=lse is not None,
+        IN_PLACE=parts[0][0] is merged,
     )
 
 
@@ -39,7 +44,8 @@ def merge_stacked(outs_PBLND: Tensor, lses_PBLN: Tensor | None, merged_BLND: Ten
     first_lse = None if lses_PBLN is None else _rows(lses_PBLN[0], last="N")
     _launch(
         "merge_stacked_kernel",
-        [_rows(merged_BLND), _rows(outs_PBLND[0]), first_lse],
+        [_rows(merged_BLND)],
+        [_rows(outs_PBLND[0]), first_lse],
         *(outs_PBLND.stride(0), 0 if lses_PBLN is None else lses_PBLN.stride(0), len(outs_PBLND)),
         WEIGHED=lses_PBLN is not None,
     )
@@ -47,11 +53,20 @@ def merge_stacked(outs_PBLND: Tensor, lses_PBLN: Tensor | None, merged_BLND: Ten
 
 def weigh(out_BLND: Tensor, lse_BLN: Tensor, maximum_BLN: Tensor, weighed_BLND1: Tensor) -> None:
     lses = _rows(lse_BLN, last="N"), _rows(maximum_BLN, last="N")
-    _launch("weigh_kernel", [_rows(weighed_BLND1), _rows(out_BLND), *lses], head_dim=out_BLND.shape[-1])
+    _launch("weigh_kernel", [_rows(weighed_BLND1)], [_rows(out_BLND), *lses], head_dim=out_BLND.shape[-1])
 
 
 def unweigh(summed_BLND1: Tensor, out_BLND: Tensor) -> None:
-    _launch("unweigh_kernel", [_rows(out_BLND), _rows(summed_BLND1)])
+    _launch("unweigh_kernel", [_rows(out_BLND)], [_rows(summed_BLND1)])
+
+
+def relay(
+    summed_BLND1: Tensor, reference_BLN: Tensor, out_BLND: Tensor, lse_BLN: Tensor, before_BLND: Tensor, most: float
+) -> None:
+    """Turn a sum of terms into `before_BLND`, and itself and its reference into the terms of the next, in place."""
+    written = [_rows(summed_BLND1), _rows(reference_BLN, last="N"), _rows(before_BLND)]
+    read = [_rows(out_BLND), _rows(lse_BLN, last="N")]
+    _launch("relay_kernel", written, read, most, head_dim=out_BLND.shape[-1])
 
 
 def pack(
@@ -59,24 +74,28 @@ def pack(
 ) -> None:
     """Copy, with the tokens from `first` on moved to `to`, before others."""
     lses = [None if x is None else _rows(x, last="N") for x in (packed_BLN, lse_BLN)]
-    tensors = [_rows(packed_BLND), lses[0], _rows(out_BLND), lses[1]]
-    _launch("pack_kernel", tensors, first, to, WITH_LSE=lse_BLN is not None)
+    packed, out = [_rows(packed_BLND), lses[0]], [_rows(out_BLND), lses[1]]
+    _launch("pack_kernel", packed, out, first, to, WITH_LSE=lse_BLN is not None)
 
 
 def _rows(x: Tensor, last: str = "D") -> Tensor:
     return x.unsqueeze(1) if x.ndim < 4 + (last == "D") else x
 
 
-def _launch(kernel: str, tensors: list[Any], *numbers: Any, head_dim: int | None = None, **constants: Any) -> None:
-    """Launch a kernel on the items of the first of its tensors, which it writes; [B, R, W, N, D] each, or without D."""
-    batch, rows, columns, heads, dim = tensors[0].shape
+def _launch(
+    kernel: str, written: list[Any], read: list[Any], *numbers: Any, head_dim: int | None = None, **constants: Any
+) -> None:
+    """Launch a kernel on the items of the first tensor, [B, R, W, N, D] as all are, or [B, R, W, N]."""
+    batch, rows, columns, heads, dim = written[0].shape
     dim = dim if head_dim is None else head_dim
     items = batch * rows * columns * heads
-    if tensors[0].is_meta or not items:
+    assert items < 2**31, f"{items} queries and heads are beyond int32"
+    if written[0].is_meta or not items:
         return
     from clear_dist.kernels import merging_kernels
 
-    with torch.cuda.device_of(tensors[0]):
+    tensors = [*written, *read]
+    with torch.cuda.device_of(written[0]):
         getattr(merging_kernels, kernel)[(-(-items // ITEMS),)](
             *tensors,
             *map(_strides, tensors),

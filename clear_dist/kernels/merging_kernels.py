@@ -7,18 +7,22 @@ int64.
 import triton
 import triton.language as tl
 
+SIZES = ("items", "rows", "columns", "heads")
+"""Numbers whose values no kernel is compiled for."""
+
 
 @triton.jit
 def place(items, rows, columns, heads, ITEMS: tl.constexpr):
-    """(batch, row, column, head, whether there is such an item) of a program's items, in int64."""
-    item_I = tl.program_id(0).to(tl.int64) * ITEMS + tl.arange(0, ITEMS)
+    """(batch, row, column, head, whether there is such an item) of a program's items."""
+    item_I = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)  # int32, in which division is much cheaper
     query_I = item_I // heads
     return query_I // columns // rows, query_I // columns % rows, query_I % columns, item_I % heads, item_I < items
 
 
 @triton.jit
 def at(pointer, strides, batch_I, row_I, column_I, head_I):
-    return pointer + (batch_I * strides[0] + row_I * strides[1] + column_I * strides[2] + head_I * strides[3])
+    image_I = batch_I.to(tl.int64) * strides[0] + row_I.to(tl.int64) * strides[1]
+    return pointer + (image_I + column_I.to(tl.int64) * strides[2] + head_I.to(tl.int64) * strides[3])
 
 
 @triton.jit
@@ -38,14 +42,22 @@ def part_lse(lse, strides, first, stop, batch_I, row_I, column_I, head_I, inside
     return tl.load(at(lse, strides, batch_I, row_I - first, column_I, head_I), mask=here_I, other=-float("inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def merge_kernel(
     merged, lse, outs, lses, merged_strides, lse_strides, outs_strides, lses_strides, firsts, stops,
     items, rows, columns, heads, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, ITEMS: tl.constexpr, DIMS: tl.constexpr,
-    WITH_LSE: tl.constexpr,
+    WITH_LSE: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
-    """Merge PARTS parts, each of the rows from `firsts` up to `stops` of `merged`, of which `rows` is the number."""
+    """Merge PARTS parts, each of the rows from `firsts` up to `stops` of `merged`, of which `rows` is the number.
+
+    IN_PLACE: the first part is in `merged`, and rows of no other are left alone.
+    """
     batch_I, row_I, column_I, head_I, inside_I = place(items, rows, columns, heads, ITEMS)
+    if IN_PLACE:
+        is_shared_I = row_I < 0
+        for part in tl.static_range(1, PARTS):
+            is_shared_I |= (row_I >= firsts[part]) & (row_I < stops[part])
+        inside_I &= is_shared_I
     dim_D = tl.arange(0, DIMS)
     maximum_I = tl.full([ITEMS], -float("inf"), tl.float32)
     for part in tl.static_range(PARTS):
@@ -72,7 +84,7 @@ def merge_kernel(
         tl.store(lse_I, maximum_I + tl.log(tl.where(weight_I == 0, 1.0, weight_I)), mask=inside_I)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def merge_stacked_kernel(
     merged, outs, lses, merged_strides, outs_strides, lses_strides, outs_stride, lses_stride, parts,
     items, rows, columns, heads, HEAD_DIM: tl.constexpr, ITEMS: tl.constexpr, DIMS: tl.constexpr,
@@ -101,7 +113,7 @@ def merge_stacked_kernel(
     tl.store(merged_I[:, None] + dim_D, merged_ID, mask=inside_I[:, None] & (dim_D < HEAD_DIM))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def weigh_kernel(
     weighed, out, lse, maximum, weighed_strides, out_strides, lse_strides, maximum_strides,
     items, rows, columns, heads, HEAD_DIM: tl.constexpr, ITEMS: tl.constexpr, DIMS: tl.constexpr,
@@ -119,7 +131,7 @@ def weigh_kernel(
     tl.store(weighed_I + HEAD_DIM, weight_I, mask=inside_I)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def unweigh_kernel(
     out, summed, out_strides, summed_strides,
     items, rows, columns, heads, HEAD_DIM: tl.constexpr, ITEMS: tl.constexpr, DIMS: tl.constexpr,
@@ -134,7 +146,35 @@ def unweigh_kernel(
     tl.store(out_I[:, None] + dim_D, out_ID.to(out.dtype.element_ty), mask=inside_ID)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
+def relay_kernel(
+    summed, reference, before, out, lse,
+    summed_strides, reference_strides, before_strides, out_strides, lse_strides, most,
+    items, rows, columns, heads, HEAD_DIM: tl.constexpr, ITEMS: tl.constexpr, DIMS: tl.constexpr,
+):  # fmt: skip
+    """Each program has read what it overwrites."""
+    batch_I, row_I, column_I, head_I, inside_I = place(items, rows, columns, heads, ITEMS)
+    dim_D = tl.arange(0, DIMS)
+    inside_ID = inside_I[:, None] & (dim_D < HEAD_DIM)
+    summed_I = at(summed, summed_strides, batch_I, row_I, column_I, head_I)
+    reference_I = at(reference, reference_strides, batch_I, row_I, column_I, head_I)
+    before_I = at(before, before_strides, batch_I, row_I, column_I, head_I)
+    sum_I = tl.load(summed_I + HEAD_DIM, mask=inside_I, other=1.0)
+    before_ID = quotient(tl.load(summed_I[:, None] + dim_D, mask=inside_ID, other=0.0), sum_I)
+    tl.store(before_I[:, None] + dim_D, before_ID.to(before.dtype.element_ty), mask=inside_ID)
+    known_I = tl.load(reference_I, mask=inside_I, other=0.0) + tl.log(sum_I)
+    lse_I = tl.load(at(lse, lse_strides, batch_I, row_I, column_I, head_I), mask=inside_I, other=-float("inf"))
+    weight_I = share(tl.minimum(tl.maximum(lse_I, known_I - most), known_I + most), known_I)
+    out_I = at(out, out_strides, batch_I, row_I, column_I, head_I)
+    seen_ID = inside_ID & (weight_I > 0)[:, None]
+    out_ID = tl.load(out_I[:, None] + dim_D, mask=seen_ID, other=0.0).to(tl.float32) * weight_I[:, None]
+    tl.debug_barrier()
+    tl.store(reference_I, known_I, mask=inside_I)
+    tl.store(summed_I[:, None] + dim_D, out_ID, mask=inside_ID)
+    tl.store(summed_I + HEAD_DIM, weight_I, mask=inside_I)
+
+
+@triton.jit(do_not_specialize=SIZES)
 def pack_kernel(
     packed, packed_lse, out, lse, packed_strides, packed_lse_strides, out_strides, lse_strides, first, to,
     items, rows, columns, heads, HEAD_DIM: tl.constexpr, ITEMS: tl.constexpr, DIMS: tl.constexpr,

@@ -2,7 +2,7 @@
 
     race_log.py FOLDER RANKS RUNS     JSON: options of `parallelize` by name of the run, beside them perhaps `fault`
 
-Logs are FOLDER/name.rank. A fault is put in on purpose, for `races.py` to find.
+Logs are FOLDER/name.rank, that of the group's first messages FOLDER/connecting.rank. A fault is put in on purpose, for `races.py` to find.
 """
 
 import ctypes
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from clear_dist.comm import halo_exchange
 from clear_dist.comm.group import Group
 from clear_dist.families.flux.sample import FluxSample
+from clear_dist.kernels import merging
 from clear_dist.launch import env
 from clear_dist.launch import ranks as launch
 from clear_dist.parallelize import parallelize
@@ -74,17 +75,29 @@ def places(tree: Any) -> list[str]:
     return [f"{x.data_ptr()},{(last + 1) * x.element_size()}" for x, last in zip(on_gpu, lasts, strict=True)]
 
 
+def noted(
+    note: Any, launch: Any, kernel: str, written: list[Any], read: list[Any], *numbers: Any, **named: Any
+) -> None:
+    """`launch`, in the log."""
+    launch(kernel, written, read, *numbers, **named)
+    stream = torch.cuda.current_stream().cuda_stream
+    note(f"op {kernel} stream {stream} R {';'.join(places(read))} W {';'.join(places(written))}".encode())
+
+
 class LongerSample(FluxSample):
     steps = 5
 
 
 def work(folder: Path, runs: dict[str, dict[str, Any]]) -> None:
     place = env.read()
-    group = Group.create(torch.device("cuda", place.local_rank))
     stubs, sample = ctypes.CDLL("libnullrt.so"), LongerSample()
+    stubs.nullcuda_log(str(folder / f"connecting.{place.rank}").encode())
+    group = Group.create(torch.device("cuda", place.local_rank))
+    stubs.nullcuda_log(None)
+    kernels = patch.object(merging, "_launch", partial(noted, stubs.nullcuda_note, merging._launch))
     for name, options in runs.items():
         file = folder / f"{name}.{place.rank}"
-        with FAULTS[options.pop("fault", None)], torch.inference_mode():
+        with FAULTS[options.pop("fault", None)], kernels, torch.inference_mode():
             pipe = sample.pipeline(group.device, torch.bfloat16)
             handle = parallelize(pipe, group=group, **options)
             sample.draw(pipe, GRID)  # buffers are made

@@ -65,6 +65,10 @@ class Checker:
             for clock in list(self._clocks.values()):
                 _learn(self._host, clock)
 
+    def has_waited(self, stream: int, other: int) -> bool:
+        """Whether `stream` has waited for all that `other` was given so far."""
+        return self._clocks[stream].get(other, 0) == self.operations[other]
+
     def _operation(
         self, name: str, stream: int, reads: Iterable[tuple[int, int]], writes: Iterable[tuple[int, int]]
     ) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clear_dist.geometry import Rows
 from clear_dist.kernels import usable
-from clear_dist.merge import RowsPart, merge, merge_rows, merge_stacked, pack, unpack_lse, unweigh, weigh
+from clear_dist.merge import RowsPart, merge, merge_rows, merge_stacked, pack, relay, unpack_lse, unweigh, weigh
 
 DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCE = {torch.float32: {"atol": 1e-6, "rtol": 1e-6}, torch.bfloat16: {"atol": 1e-6, "rtol": 2**-7}}
@@ -74,6 +74,7 @@ ALONE = Rows(3, 8)
 def test_rows_merge_from_parts_that_cover_them(others: tuple[Rows, ...], dtype: torch.dtype, in_place: bool) -> None:
     merged = nan_filled(2, 5, 4, 3, 16, dtype=dtype)
     parts = [RowsPart(rows, *part(2, len(rows), 4, 3, 16, dtype=dtype)) for rows in (ALONE, *others)]
+    parts[0].out.nan_to_num_(0)  # else it would stay where it is alone
     whole = [
         tuple(torch.full((2, 5, *x.shape[2:]), -torch.inf, dtype=torch.float64) for x in (each.out, each.lse))
         for each in parts
@@ -106,6 +107,24 @@ def test_ranks_sum_what_was_weighed(dtype: torch.dtype, ranks: int) -> None:
     merged = nan_filled(2, 7, 3, 20, dtype=dtype)
     unweigh(terms.sum(0), merged)
     check(merged, expected(parts)[0], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sum_is_followed_by_the_next_terms(dtype: torch.dtype) -> None:
+    """Against the next part's own log-sum-exp, which is cut off where it is far from that of the sum."""
+    terms, reference = torch.rand(2, 7, 3, 21), torch.randn(2, 7, 3)
+    terms[0, 0, 0] = 0  # no rank had keys
+    known = reference.double() + terms[..., -1].double().log()
+    right = (terms[..., :-1].double() / terms[..., -1:].double()).nan_to_num(0)
+    out, lse = part(2, 7, 3, 20, dtype=dtype)
+    out, lse[1, 1] = out.nan_to_num(1), known[1, 1].float() + torch.tensor([5.0, 70.0, -70.0])
+    before = nan_filled(2, 7, 3, 20, dtype=dtype)
+    relay(terms, reference, out, lse, before, 60.0)
+    check(before, right, dtype)
+    torch.testing.assert_close(reference.double(), known, atol=1e-6, rtol=1e-6)
+    weight = (lse.double() - known).clamp(-60, 60).exp().masked_fill(known.isneginf(), 0)
+    torch.testing.assert_close(terms[..., -1].double(), weight, atol=0, rtol=1e-5)
+    torch.testing.assert_close(terms[..., :-1].double(), weight[..., None] * out.double(), atol=0, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "weighs"), list(product(DTYPES, (False, True))), ids=str)

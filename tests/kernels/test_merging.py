@@ -13,7 +13,7 @@ from clear_dist.kernels import merging
 from tests.attention.test_triton import AbsentGpu, CompiledOnly
 
 FOLDER = Path(__file__).parent
-KERNELS = ("merge_kernel", "merge_stacked_kernel", "weigh_kernel", "unweigh_kernel", "pack_kernel")
+KERNELS = ("merge_kernel", "merge_stacked_kernel", "weigh_kernel", "unweigh_kernel", "relay_kernel", "pack_kernel")
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is made for Linux only")
 
@@ -40,6 +40,7 @@ def call_all() -> None:
     terms = torch.empty(1, 512, 24, 129)
     merging.weigh(text, text_lse, text_lse, terms)
     merging.unweigh(terms, text)
+    merging.relay(terms, torch.empty(1, 512, 24), text, text_lse, text, 60.0)
     for behind in (0, 2):
         packed = torch.empty(512, 1, 24, 128 + behind, dtype=torch.bfloat16).transpose(0, 1)
         bits = packed.view(torch.float32)[..., 64] if behind else None
