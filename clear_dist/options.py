@@ -16,6 +16,7 @@ Window = int | Literal["full"]
 TextAttention = Literal["average", "exact"]
 TextTokens = Literal["auto", "replicated", "sharded"]
 Schedule = Literal["sync", "stale"]
+CudaGraphs = Literal["auto", "off"]
 
 ATTENTION_BACKENDS = ("auto", "reference", "masked", "tiled", "flex", "flash", "triton")
 WARMUP_STEPS = 4
@@ -132,6 +133,10 @@ class Options(Flags):
     warmup_steps: int | None = flag(
         None, "synchronous steps before --schedule stale sets in (4)", CUT, bounds=(0, 1_000)
     )
+    cuda_graphs: CudaGraphs = flag(
+        "auto", "auto: few tokens' steps are captured, and launched as one; no effect on a CPU (auto)", CUT,
+        choices=get_args(CudaGraphs),
+    )  # fmt: skip
     share_gpus: bool = flag(False, "ranks may share a GPU while others are idle", planned=False)
     attention_backend: str = flag(
         "auto", "auto: the fastest for the image, as far as measured", CUT, choices=ATTENTION_BACKENDS

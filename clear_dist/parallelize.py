@@ -16,6 +16,7 @@ from clear_dist.cards.clear import refuse_other_radius
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.engine.agreement import adapters_of, fingerprint, require_equal_parts, require_equal_settings
+from clear_dist.engine.capture import as_cuda_graph
 from clear_dist.engine.family import Family
 from clear_dist.engine.settings import Settings
 from clear_dist.engine.stock import require_stock
@@ -73,7 +74,8 @@ def parallelize(
         with as_arguments():
             used = group or Group.create(device, share_gpus=options.share_gpus)
         undo += [used.close] if group is None else []
-        settings = Settings(options=options, choose_backend=choose)
+        capture = as_cuda_graph if options.cuda_graphs == "auto" and device.type == "cuda" else None
+        settings = Settings(options=options, choose_backend=choose, capture=capture)
         models, replaced = put_on_stripes(pipe, family, nets, used, settings, clear_weights, controlnet_window)
     if group is None and used.rank == 0:  # the command line, which has a group, has said it
         for line in (*averaging(options, used.size), *sharing(used.transport)):

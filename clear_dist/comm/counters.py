@@ -62,6 +62,17 @@ class Counters:
     def resume(self) -> None:
         self._paused = False
 
+    @contextmanager
+    def apart(self) -> Iterator[dict[str, int]]:
+        """Context whose amounts are in the dict that it gives, and not in the current step; no waits are timed."""
+        step, paused = self._steps[-1], self._paused
+        apart = _Step()
+        self._steps[-1], self._paused = apart, True
+        try:
+            yield apart.amounts
+        finally:
+            self._steps[-1], self._paused = step, paused
+
     def as_dict(self) -> dict[str, list[int] | list[float]]:
         """One list per name with an entry per step, waits in seconds; blocks until the GPU's events are over."""
         steps = self._steps[: self._steps_begun]

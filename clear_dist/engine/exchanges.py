@@ -60,6 +60,10 @@ class Exchanges:
                 exchange.pooled.exchange.drain()
         self._made.clear()
 
+    def abandon(self) -> None:
+        """Drop all buffers, and wait for nothing: what a capture that failed has posted was never sent."""
+        self.__post_init__()
+
     @property
     def stale_bytes(self) -> int:
         made = self._made.values() if self._clock is not None else ()

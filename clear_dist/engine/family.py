@@ -13,6 +13,7 @@ Shapes: B batch, T text tokens, L tokens of one rank, C channels, N heads, D hea
 """
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
@@ -77,6 +78,18 @@ class Modulated(Protocol):
 
     def embedder_inputs(self, inputs: tuple[Tensor, ...], timestep: Tensor) -> tuple[Tensor, ...]:
         """The embedder's inputs at another timestep of the schedule, rounded as pipeline and forward round it."""
+
+
+class Modulation(Protocol):
+    """Modulation in host memory (`weights/hoisted.py`)."""
+
+    @property
+    def weights(self) -> AbstractSet[Tensor]:
+        """Weights that are not on the device."""
+
+    def begin(self, turn: int, scheduler: Any, *, generation: bool) -> None: ...
+    def forget(self) -> None: ...
+    def undo(self) -> None: ...
 
 
 class Family(Modulated, Protocol):

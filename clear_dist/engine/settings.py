@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from clear_dist.attention import Backend
 from clear_dist.comm.text_reduce import REDUCTIONS, Reduction
+from clear_dist.engine.capture import Capture
 from clear_dist.engine.pooled_keys import Pooling
 from clear_dist.engine.room import SENDING_LAYERS
 from clear_dist.options import Options
@@ -18,6 +19,8 @@ class Settings:
     choose_backend: Callable[..., Backend]
     pooling: Pooling | None = None
     sending_layers: int = SENDING_LAYERS
+    capture: Capture | None = None
+    """How a forward is captured; None: each one is launched kernel by kernel."""
 
     @property
     def reduction(self) -> Reduction:

@@ -1,9 +1,8 @@
 """A transformer on stripes: cut before its forward, joined after it, by hooks that can be taken off again."""
 
 from collections.abc import Iterator, Sequence
-from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,24 +15,13 @@ from clear_dist.engine.agreement import SameCall, adapters_of, fingerprint, requ
 from clear_dist.engine.cut import Cut, choose_text_plan, cut_image, others_first, stale_bytes
 from clear_dist.engine.exchanges import Exchange
 from clear_dist.engine.extrapolation import Extrapolation
-from clear_dist.engine.family import Family, Removable
+from clear_dist.engine.family import Family, Modulation, Removable
+from clear_dist.engine.graphs import Graphs
 from clear_dist.engine.parts import Parts
 from clear_dist.engine.room import require_room
 from clear_dist.engine.settings import Settings
 from clear_dist.engine.stock import OnStripes, attention_layers, require_not_wrapped, require_supported
 from clear_dist.geometry import plan_text
-
-
-class Modulation(Protocol):
-    """Modulation in host memory (`weights/hoisted.py`)."""
-
-    @property
-    def weights(self) -> AbstractSet[Tensor]:
-        """Weights that are not on the device."""
-
-    def begin(self, turn: int, scheduler: Any, *, generation: bool) -> None: ...
-    def forget(self) -> None: ...
-    def undo(self) -> None: ...
 
 
 class StripedModel:
@@ -67,6 +55,9 @@ class StripedModel:
         self._clock = Clock(warmup_steps=settings.warmup_steps)
         self._forward_is_under_way = False
         self._same_call = SameCall(counters)
+        self._graphs = Graphs(
+            family.transformer, settings.capture, clock=self._clock, same_call=self._same_call, counters=counters
+        )
         self._most_stale_bytes = 0
         self._given = group, scheduler
         self._extrapolated = ExitStack()
@@ -80,6 +71,7 @@ class StripedModel:
             *shards,
             *family.hooks(self),
             OnStripes(transformer),
+            self._graphs,
             transformer.register_forward_pre_hook(self._before, with_kwargs=True),
             transformer.register_forward_hook(self._after),
         ]
@@ -157,6 +149,7 @@ class StripedModel:
             self._run_on(*before)
 
     def _run_on(self, group: Group, scheduler: Any, extrapolation: Extrapolation | None) -> None:
+        self._graphs.drop()
         if not self._forward_is_under_way:  # else messages in flight may never arrive
             self.drain()
         self.group, self.scheduler, self.extrapolation = group, scheduler, extrapolation
@@ -234,6 +227,7 @@ class StripedModel:
 
     def drain(self) -> None:
         """Wait for messages in flight, after a step; all ranks call this. The next step is synchronous."""
+        self._graphs.drop()
         if self.cut is not None:
             self._most_stale_bytes = self.stale_bytes
             self.cut.exchanges.drain()
@@ -271,6 +265,9 @@ class StripedModel:
         if self.cut is None or self.cut.group is not self.group or self.cut.made_for != wanted:
             clock, image = self._clock if stale else None, (size, self.group, self.extrapolation, self.settings)
             self.cut = cut_image(*image, text_tokens=text_tokens, clock=clock, counters=self.counters)
+        is_masked = self.family.text_mask(inputs) is not None
+        tokens = len(self.family.latents(inputs)) * (max(map(len, self.cut.stripes)) * self.cut.width + text_tokens)
+        self._graphs.begin(self.cut, steps=self._steps, tokens=tokens, is_masked=is_masked)
 
 
 def striped_of(pipe: Any) -> StripedModel | None:

@@ -2,7 +2,8 @@
 
     full_size.py FOLDER RANKS RUNS     JSON: for each name of a run the side in pixels and options of `parallelize`
 
-Results are FOLDER/name.rank. Counts are those of the last of four steps, which is steady.
+Results are FOLDER/name.rank. Counts are those of the last of five steps, which is steady; graphs have
+been captured in the second one.
 """
 
 import gc
@@ -15,7 +16,7 @@ from typing import Any
 from clear_dist.launch import env
 from clear_dist.launch import ranks as launch
 
-STEPS = 4
+STEPS = 5
 
 
 def work(folder: Path, runs: dict[str, tuple[int, dict[str, Any]]]) -> None:

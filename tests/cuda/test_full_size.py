@@ -29,11 +29,13 @@ class Case:
     """NCCL's calls that are issued together count once."""
     tables: int = 0
     """Tables of pointers, which FSDP copies to the GPU, one with each block."""
+    in_graph: tuple[int, int, int] = (0, 0, 0)
+    """Launches, calls and groups of the graph that is one of the launches, each at most."""
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def all_options(self) -> dict[str, Any]:
-        return {"window": 16, "attention_backend": "triton"} | self.options
+        return {"window": 16, "attention_backend": "triton", "cuda_graphs": "off"} | self.options
 
     @property
     def name(self) -> str:
@@ -43,8 +45,10 @@ class Case:
 
 
 EXACT, STALE = {"text_attention": "exact"}, {"schedule": "stale", "warmup_steps": 1}
+GRAPHS = {"cuda_graphs": "auto"}
 QUICK = (
     Case(ranks=1, side=1024, launches=2756),
+    Case(ranks=1, side=1024, launches=15, in_graph=(2742, 0, 0), options=GRAPHS),
     Case(ranks=8, side=8192, launches=8742, calls=286, groups=115),
 )
 SLOW = (
@@ -53,7 +57,9 @@ SLOW = (
     Case(ranks=1, side=1024, launches=1084, options={"compile": True}),
     Case(ranks=1, side=1024, launches=2699, options={"window": "full"}),
     Case(ranks=8, side=1024, launches=5322, calls=1426, groups=172),
+    Case(ranks=8, side=1024, launches=16, calls=1, groups=1, in_graph=(5307, 1425, 171), options=GRAPHS),
     Case(ranks=8, side=1024, launches=6234, calls=1426, groups=172, options=EXACT),
+    Case(ranks=8, side=8192, launches=8742, calls=286, groups=115, options=GRAPHS),
     Case(ranks=8, side=4096, launches=6576, calls=343, groups=172, options=EXACT),
     Case(ranks=8, side=4096, launches=6804, calls=286, groups=115, options=EXACT | STALE),
     Case(ranks=8, side=4096, launches=5949, calls=343, groups=172, tables=57, options={"shard_weights": True}),
@@ -89,6 +95,9 @@ def test_a_step_takes_what_it_took_and_what_was_planned(case: Case, results: Pat
     counted = (step["launches"], step["nccl_calls"], step["nccl_groups"], step["to_device"])
     bounds = (case.launches, case.calls, case.groups, case.tables)
     assert all(number <= bound for number, bound in zip(counted, bounds, strict=True)), (counted, bounds)
+    replayed = tuple(step[f"replayed_{name}"] for name in ("launches", "nccl_calls", "nccl_groups"))
+    assert all(number <= bound for number, bound in zip(replayed, case.in_graph, strict=True)), (replayed, case)
+    assert step["graph_launches"] == any(case.in_graph) and step["products"] + step["replayed_products"] >= 504
     part = middle_part(case.side, case.ranks, case.all_options["window"])
     options = Options(**case.all_options)
     steps = STEPS if options.schedule == "stale" else 1
