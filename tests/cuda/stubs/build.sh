@@ -6,7 +6,7 @@ mkdir -p "$1"
 cd "$1"
 folder_of() { python -c "from importlib.util import find_spec; print(*find_spec('$1').submodule_search_locations)"; }
 compile() { gcc -O2 -fPIC -shared -fvisibility=hidden -w -I"$(folder_of triton)/backends/nvidia/include" "$@" -ldl; }
-runtime="$here/services.c $here/runtime.c $here/kernels.c $here/libraries.c $here/nccl.c"
+runtime="$here/services.c $here/runtime.c $here/graphs.c $here/kernels.c $here/libraries.c $here/nccl.c"
 # shellcheck disable=SC2086
 compile -o own.so $runtime
 # Whatever else torch wants of CUDA's libraries succeeds and does nothing.

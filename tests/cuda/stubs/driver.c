@@ -70,10 +70,10 @@ API int cuOccupancyMaxActiveClusters(int* n, void* f, void* configuration) { *n 
 API int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* n, void* f, int threads, size_t shared) { *n = 1; return 0; }
 
 static int launch(const char* f, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned shared, void* stream) {
-  static void (*note)(const char*, unsigned, unsigned, unsigned, unsigned, unsigned, void*) = NULL;
+  static int (*note)(const char*, unsigned, unsigned, unsigned, unsigned, unsigned, void*) = NULL;
   if (!note) note = in_runtime("nullcuda_triton_launch");
-  if (note) note(f, x, y, z, threads, shared, stream);
-  if (x && y && z && y <= 65535 && z <= 65535 && (int)shared <= shared_per_block()) return 0;
+  int status = note ? note(f, x, y, z, threads, shared, stream) : 0;
+  if (x && y && z && y <= 65535 && z <= 65535 && (int)shared <= shared_per_block()) return status;
   fprintf(stderr, "NULLCUDA invalid launch %s grid %u %u %u shared %u\n", f, x, y, z, shared);
   return 1;
 }

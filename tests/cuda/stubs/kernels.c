@@ -63,7 +63,7 @@ API cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shar
 }
 static cudaError_t launch(const void* host, dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
   unsigned threads = block.x * block.y * block.z;
-  count(COUNT_launches);
+  int status = count_on(COUNT_launches, stream);
   if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || !threads || threads > 1024 ||
       shared > (size_t)shared_per_block()) {
     fprintf(stderr, "NULLCUDA invalid launch %s grid %u %u %u threads %u shared %zu\n", name_of(host), grid.x, grid.y,
@@ -72,7 +72,7 @@ static cudaError_t launch(const void* host, dim3 grid, dim3 block, size_t shared
   }
   write_log("launch %s grid %u,%u,%u threads %u shared %zu stream %p\n", name_of(host), grid.x, grid.y, grid.z, threads,
             shared, (void*)stream);
-  return 0;
+  return status;
 }
 API cudaError_t cudaLaunchKernel(const void* f, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t s) {
   return launch(f, grid, block, shared, s);
@@ -117,9 +117,9 @@ API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* n, c
 }
 
 // Called by the driver's stub.
-API void nullcuda_triton_launch(const char* name, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned shared,
-                                void* stream) {
-  count(COUNT_launches);
-  count(COUNT_triton_launches);
+API int nullcuda_triton_launch(const char* name, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned shared,
+                               void* stream) {
+  count_on(COUNT_triton_launches, stream);
   write_log("launch triton %s grid %u,%u,%u threads %u shared %u stream %p\n", name, x, y, z, threads, shared, stream);
+  return count_on(COUNT_launches, stream);
 }

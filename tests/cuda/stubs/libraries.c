@@ -2,7 +2,14 @@
 #include "null.h"
 
 #define SUCCEEDS(name) API int name() { return 0; }
-#define PRODUCT(name) API int name() { count(COUNT_products); write_log(#name "\n"); return 0; }
+// On the stream that this thread has last given to a handle.
+static __thread void* at_work = NULL;
+static int product(const char* name, void* stream) {
+  write_log("%s\n", name);
+  return count_on(COUNT_products, stream) ? 14 : 0;  // an internal error
+}
+#define PRODUCT(name) API int name() { return product(#name, at_work); }
+#define TAKES_STREAM(name) API int name(void* handle, void* stream) { at_work = stream; return 0; }
 #define MAKES(name) API int name(void** handle) { *handle = new_handle(); return 0; }
 #define TELLS_ZERO(name) API int name(void* handle, int* value) { *value = 0; return 0; }
 
@@ -11,6 +18,8 @@ MAKES(cublasLtCreate)
 MAKES(cublasLtMatmulPreferenceCreate)
 MAKES(cublasLtMatmulDescCreate)
 SUCCEEDS(cublasSetWorkspace_v2)
+TAKES_STREAM(cublasSetStream_v2)
+TAKES_STREAM(cudnnSetStream)
 TELLS_ZERO(cublasGetMathMode)
 TELLS_ZERO(cublasGetPointerMode_v2)
 API size_t cublasLtGetVersion(void) { return 130101; }
@@ -26,7 +35,11 @@ PRODUCT(cublasDgemv_v2)
 PRODUCT(cublasSdot_v2)
 PRODUCT(cublasDdot_v2)
 PRODUCT(cublasDotEx)
-PRODUCT(cublasLtMatmul)
+API int cublasLtMatmul(void* handle, void* operation, void* alpha, void* a, void* a_layout, void* b, void* b_layout,
+                       void* beta, void* c, void* c_layout, void* d, void* d_layout, void* algorithm, void* workspace,
+                       size_t bytes, void* stream) {
+  return product("cublasLtMatmul", stream);
+}
 API int cublasLtMatrixLayoutCreate(void** layout, int type, uint64_t rows, uint64_t columns, int64_t stride) {
   *layout = new_handle();
   write_log("product's matrix %lu x %lu, stride %ld, type %d\n", rows, columns, stride, type);

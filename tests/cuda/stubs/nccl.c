@@ -90,10 +90,13 @@ API int ncclCommGetAsyncError(Communicator* c, int* status) {
 }
 
 static __thread int depth = 0;
+static __thread void* group_stream = NULL;
 API int ncclGroupStart(void) { depth++; return SUCCESS; }
 API int ncclGroupEnd(void) {
-  if (--depth == 0) count(COUNT_nccl_groups);
-  return SUCCESS;
+  if (--depth) return SUCCESS;
+  int status = count_on(COUNT_nccl_groups, group_stream);
+  group_stream = NULL;
+  return status ? CUDA_ERROR : SUCCESS;
 }
 
 static size_t bytes_of(int type) {
@@ -102,15 +105,16 @@ static size_t bytes_of(int type) {
 }
 static int message(const char* call, const void* from, size_t sent, const void* to, size_t received, int type, int peer,
                    Communicator* c, void* stream) {
-  count(COUNT_nccl_calls);
-  if (depth == 0) count(COUNT_nccl_groups);
+  int status = count_on(COUNT_nccl_calls, stream);
+  if (depth == 0) count_on(COUNT_nccl_groups, stream);
+  else group_stream = stream;
   const void* buffer = sent ? from : to;
   if ((sent || received) && device_of(buffer) != current_device())
     fprintf(stderr, "NULLNCCL %s: buffer %p lies on %d, current device %d\n", call, buffer, device_of(buffer),
             current_device());
   write_log("nccl %s comm %p stream %p peer %d R %p %zu W %p %zu\n", call, (void*)c, stream, peer, from,
             sent * bytes_of(type), to, received * bytes_of(type));
-  return status_of(call, c->rank);
+  return status ? CUDA_ERROR : status_of(call, c->rank);
 }
 API int ncclSend(const void* from, size_t n, int type, int peer, Communicator* c, void* s) {
   return message("send", from, n, NULL, 0, type, peer, c, s);

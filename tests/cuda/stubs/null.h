@@ -57,13 +57,24 @@ static inline void device_uuid(unsigned char* uuid, int device) {
   for (int i = 0; i < 16; i++) uuid[i] = (unsigned char)(i + device * 17 + 1);
 }
 
-#define COUNTERS(X)                                                                                                \
-  X(launches) X(triton_launches) X(products) X(nccl_calls) X(nccl_groups) X(stream_waits) X(device_waits)          \
-  X(event_waits) X(to_host) X(to_device) X(on_device) X(allocations) X(releases) X(events_recorded)                \
-  X(events_awaited)
+// What graphs are looked into for: counted again, as `replayed_...`, with each launch of a graph.
+#define IN_GRAPHS(X) X(launches) X(triton_launches) X(products) X(nccl_calls) X(nccl_groups) X(on_device)
+#define COUNTERS(X, REPLAYED)                                                                                      \
+  IN_GRAPHS(X) X(stream_waits) X(device_waits) X(event_waits) X(to_host) X(to_device) X(allocations) X(releases)   \
+  X(events_recorded) X(events_awaited) X(graph_launches) IN_GRAPHS(REPLAYED)
 #define NAME_OF_COUNTER(name) COUNT_##name,
-enum counter { COUNTERS(NAME_OF_COUNTER) COUNTER_END };
+#define NAME_OF_REPLAYED(name) COUNT_replayed_##name,
+enum counter { COUNTERS(NAME_OF_COUNTER, NAME_OF_REPLAYED) COUNTER_END };
 void count(enum counter what);
+void count_many(enum counter what, long times);
+
+// Capture (graphs.c). Each returns an error of CUDA, or 0.
+// Counts what a stream is given, or records it where the stream is capturing.
+int count_on(enum counter what, void* stream);
+int is_capturing(void* stream);
+// What no capturing stream takes; and what a thread must not call meanwhile. Both make captures invalid.
+int forbid_on(void* stream, int error);
+int forbid_in_capture(int error);
 
 // Appends to the log while `nullcuda_log` has named one.
 void write_log(const char* format, ...) __attribute__((format(printf, 1, 2)));

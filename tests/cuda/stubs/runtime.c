@@ -1,4 +1,4 @@
-// The CUDA runtime: devices, memory, copies, streams and events. Small copies are made; all else takes no time.
+// The CUDA runtime: devices, memory, copies and streams. Small copies are made; all else takes no time.
 #include "null.h"
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
@@ -83,14 +83,33 @@ API cudaError_t cudaDeviceGetPCIBusId(char* text, int n, int device) {
 API cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) { *least = 0; *greatest = -5; return 0; }
 API cudaError_t cudaDriverGetVersion(int* version) { *version = 13000; return 0; }
 API cudaError_t cudaRuntimeGetVersion(int* version) { *version = 13000; return 0; }
-API cudaError_t cudaDeviceSynchronize(void) { count(COUNT_device_waits); write_log("devsync\n"); return 0; }
+API cudaError_t cudaDeviceSynchronize(void) {
+  count(COUNT_device_waits);
+  write_log("devsync\n");
+  return forbid_in_capture(cudaErrorStreamCaptureUnsupported);
+}
 API cudaError_t cudaGetLastError(void) { return 0; }
 API cudaError_t cudaPeekAtLastError(void) { return 0; }
-API const char* cudaGetErrorString(cudaError_t e) { return e == 2 ? "out of memory" : e ? "null cuda error" : "no error"; }
+API const char* cudaGetErrorString(cudaError_t e) {
+  switch ((int)e) {
+    case 0: return "no error";
+    case 2: return "out of memory";
+    case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
+    case cudaErrorStreamCaptureInvalidated: return "operation failed due to a previous error during capture";
+    case cudaErrorStreamCaptureUnjoined: return "capturing stream has unjoined work";
+    case cudaErrorStreamCaptureIsolation: return "dependency created on uncaptured work in another stream";
+    case cudaErrorCapturedEvent: return "operation not permitted on an event last recorded in a capturing stream";
+    default: return "null cuda error";
+  }
+}
 API const char* cudaGetErrorName(cudaError_t e) { return e == 2 ? "cudaErrorMemoryAllocation" : "cudaError"; }
 
 // Memory.
-API cudaError_t cudaMalloc(void** pointer, size_t n) { count(COUNT_allocations); return reserve(pointer, n, current); }
+API cudaError_t cudaMalloc(void** pointer, size_t n) {
+  int status = forbid_in_capture(cudaErrorStreamCaptureUnsupported);
+  count(COUNT_allocations);
+  return status ? status : reserve(pointer, n, current);
+}
 API cudaError_t cudaMallocAsync(void** pointer, size_t n, cudaStream_t s) { return reserve(pointer, n, current); }
 API cudaError_t cudaFree(void* pointer) {
   if (!pointer) return 0;
@@ -124,41 +143,40 @@ API cudaError_t cudaMemPoolGetAttribute(cudaMemPool_t pool, enum cudaMemPoolAttr
 }
 
 // Copies.
-static void copy(void* to, const void* from, size_t n, const char* how, cudaStream_t stream) {
-  int there = device_of(to), here = device_of(from);
+static int copy(void* to, const void* from, size_t n, const char* how, cudaStream_t stream) {
+  int there = device_of(to), here = device_of(from), captured = is_capturing(stream);
   int to_host = there < 0 && here >= 0, to_device = there >= 0 && here < 0;
-  count(to_host ? COUNT_to_host : to_device ? COUNT_to_device : COUNT_on_device);
+  if (captured && (there == UNKNOWN || here == UNKNOWN)) return forbid_on(stream, cudaErrorStreamCaptureUnsupported);
+  int status = count_on(to_host ? COUNT_to_host : to_device ? COUNT_to_device : COUNT_on_device, stream);
   write_log("copy %s %s %zu stream %p pinned %d\n", how, to_host ? "D2H" : to_device ? "H2D" : "D2D", n, (void*)stream,
             (to_host ? there : here) == ON_HOST);
+  if (captured) return status;
   // A single byte is the answer to a comparison: yes.
   if (n == 1 && to_host) *(char*)to = 1;
   else if (n <= 1 << 20) memmove(to, from, n);
+  return 0;
 }
 API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, enum cudaMemcpyKind kind, cudaStream_t s) {
-  copy(to, from, n, "async", s);
-  return 0;
+  return copy(to, from, n, "async", s);
 }
 API cudaError_t cudaMemcpy(void* to, const void* from, size_t n, enum cudaMemcpyKind kind) {
-  copy(to, from, n, "sync", 0);
-  return 0;
+  int status = forbid_in_capture(cudaErrorStreamCaptureImplicit);
+  return status ? status : copy(to, from, n, "sync", 0);
 }
 API cudaError_t cudaMemcpyPeerAsync(void* to, int there, const void* from, int here, size_t n, cudaStream_t s) {
-  copy(to, from, n, "peer", s);
-  return 0;
+  return copy(to, from, n, "peer", s);
 }
 API cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
                                   size_t height, enum cudaMemcpyKind kind, cudaStream_t s) {
-  count(COUNT_on_device);
-  return 0;
+  return count_on(COUNT_on_device, s);
 }
 API cudaError_t cudaMemset(void* pointer, int value, size_t n) { return 0; }
 API cudaError_t cudaMemsetAsync(void* pointer, int value, size_t n, cudaStream_t s) {
-  count(COUNT_launches);
   write_log("memset %zu stream %p\n", n, (void*)s);
-  return 0;
+  return count_on(COUNT_launches, s);
 }
 
-// Streams and events.
+// Streams; their events are in graphs.c.
 API cudaError_t cudaStreamCreate(cudaStream_t* s) { *s = new_handle(); return 0; }
 API cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned flags) { *s = new_handle(); return 0; }
 API cudaError_t cudaStreamCreateWithPriority(cudaStream_t* s, unsigned flags, int priority) {
@@ -170,42 +188,11 @@ API cudaError_t cudaStreamDestroy(cudaStream_t s) { return 0; }
 API cudaError_t cudaStreamSynchronize(cudaStream_t s) {
   count(COUNT_stream_waits);
   write_log("streamsync %p\n", (void*)s);
-  return 0;
+  int status = forbid_on(s, cudaErrorStreamCaptureUnsupported);
+  return status ? status : forbid_in_capture(cudaErrorStreamCaptureUnsupported);
 }
-API cudaError_t cudaStreamQuery(cudaStream_t s) { return 0; }
+API cudaError_t cudaStreamQuery(cudaStream_t s) { return forbid_on(s, cudaErrorStreamCaptureUnsupported); }
 API cudaError_t cudaStreamGetPriority(cudaStream_t s, int* priority) { *priority = 0; return 0; }
-API cudaError_t cudaStreamIsCapturing(cudaStream_t s, enum cudaStreamCaptureStatus* status) { *status = 0; return 0; }
-API cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatus* status, unsigned long long* id,
-                                         cudaGraph_t* graph, const cudaGraphNode_t** nodes,
-                                         const cudaGraphEdgeData** edges, size_t* n) {
-  *status = 0;
-  if (id) *id = 0;
-  return 0;
-}
-API cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t event, unsigned flags) {
-  count(COUNT_events_awaited);
-  write_log("wait stream %p event %p\n", (void*)s, (void*)event);
-  return 0;
-}
-API cudaError_t cudaEventCreate(cudaEvent_t* event) { *event = new_handle(); return 0; }
-API cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) { *event = new_handle(); return 0; }
-API cudaError_t cudaEventDestroy(cudaEvent_t event) { return 0; }
-API cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t s) {
-  count(COUNT_events_recorded);
-  write_log("record event %p stream %p\n", (void*)event, (void*)s);
-  return 0;
-}
-API cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t s, unsigned flags) {
-  return cudaEventRecord(event, s);
-}
-API cudaError_t cudaEventQuery(cudaEvent_t event) { return 0; }
-API cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-  count(COUNT_event_waits);
-  write_log("eventsync %p\n", (void*)event);
-  return 0;
-}
-API cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t a, cudaEvent_t b) { *milliseconds = 0.001f; return 0; }
-
 API cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version,
                                                  unsigned long long flags, enum cudaDriverEntryPointQueryResult* status) {
   static void* driver = NULL;

@@ -13,12 +13,14 @@ static pthread_mutex_t mutex = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
 
 static atomic_long counters[COUNTER_END];
 void count(enum counter what) { counters[what]++; }
+void count_many(enum counter what, long times) { counters[what] += times; }
 API long nullcuda_count(int what) { return what < COUNTER_END ? counters[what] : -1; }
 API void nullcuda_reset(void) {
   for (int i = 0; i < COUNTER_END; i++) counters[i] = 0;
 }
 #define TEXT_OF_COUNTER(name) #name " "
-API const char* nullcuda_counters(void) { return COUNTERS(TEXT_OF_COUNTER); }
+#define TEXT_OF_REPLAYED(name) "replayed_" #name " "
+API const char* nullcuda_counters(void) { return COUNTERS(TEXT_OF_COUNTER, TEXT_OF_REPLAYED); }
 
 static FILE* log_file = NULL;
 API void nullcuda_log(const char* path) {
