@@ -108,7 +108,7 @@ def relay(
     weigh(out_BLND, lse_BLN.clamp(reference_BLN - most, reference_BLN + most), reference_BLN, summed_BLND1)
 
 
-def pack(out_BLND: Tensor, lse_BLN: Tensor | None, packed_BLND: Tensor, *, first: int, to: int) -> None:
+def pack_part(out_BLND: Tensor, lse_BLN: Tensor | None, packed_BLND: Tensor, *, first: int, to: int) -> None:
     """Copy attention, with the tokens from `first` on moved to `to`, before others, and behind it any `lse_BLN`.
 
     `packed_BLND` has room for the bits of the log-sum-exp: D + 2 numbers, in float32 D + 1.
@@ -123,7 +123,7 @@ def pack(out_BLND: Tensor, lse_BLN: Tensor | None, packed_BLND: Tensor, *, first
 
 
 def unpack_lse(packed: Tensor, head_dim: int) -> Tensor:
-    """View of the log-sum-exp that `pack` wrote behind `head_dim` numbers of attention."""
+    """View of the log-sum-exp that `pack_part` wrote behind `head_dim` numbers of attention."""
     return packed.view(torch.float32)[..., head_dim * packed.itemsize // 4]
 
 

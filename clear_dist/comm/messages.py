@@ -1,6 +1,6 @@
 """Messages between ranks."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,9 +41,3 @@ def pack(group: Group, tensors: Sequence[torch.Tensor], message: torch.Tensor) -
         flat.copy_(torch.stack(along_L, dim=1), non_blocking=True)
     else:
         torch.stack(along_L, dim=1, out=flat)
-
-
-def copy_all(into: Iterable[torch.Tensor], tensors: Iterable[torch.Tensor]) -> None:
-    """Copy tensors in pairs, item by item of the first dimension; one launch on a GPU if all items are contiguous."""
-    to, source = ([item for x in listed for item in x.unbind()] for listed in (into, tensors))
-    torch._foreach_copy_(to, source, non_blocking=True)

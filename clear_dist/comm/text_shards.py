@@ -21,10 +21,11 @@ import torch.distributed as dist
 
 from clear_dist.comm.counters import Counters, labelled
 from clear_dist.comm.group import Group, telling_lost_peers
-from clear_dist.comm.messages import all_gather, copy_all
+from clear_dist.comm.messages import all_gather, pack
 from clear_dist.comm.text_reduce import Reduction, TextReduce
 from clear_dist.geometry import TextPlan
-from clear_dist.merge import merge_stacked, pack, unpack_lse
+from clear_dist.kernels import merging, usable
+from clear_dist.merge import merge_stacked, pack_part, unpack_lse
 
 
 class TextGather:
@@ -51,11 +52,11 @@ class TextGather:
         self._awaited = tensors_BLND
         group, plan, like = self._group, self.plan, tensors_BLND[0]
         # All messages must be of one length: shorter shares are padded, by one token at most.
-        shape = (len(tensors_BLND), len(like), max(plan.counts), *like.shape[2:])
+        shape = (max(plan.counts), len(tensors_BLND), len(like), *like.shape[2:])
         self._mine = group.wire_buffer(shape, like.dtype, reuse=self._mine)
         self._all = group.wire_buffer((group.size, *shape), like.dtype, reuse=self._all)
         first, own = plan.elsewhere, plan.counts[plan.rank]
-        copy_all(self._mine[:, :, :own], [x[:, first : first + own] for x in tensors_BLND])
+        pack(group, [x[:, first : first + own] for x in tensors_BLND], self._mine[:own])
         group.settle()
         self._counters.add("text_bytes_gathered", self._mine.nbytes)
         with telling_lost_peers():
@@ -70,15 +71,13 @@ class TextGather:
         self.drain()
         tensors_BLND, self._awaited = self._awaited, ()
         arrived = self._all.to(self._group.device, non_blocking=True)
-        places: list[torch.Tensor] = []
-        tokens: list[torch.Tensor] = []
-        first = 0
-        for rank, count in enumerate(self.plan.counts):
-            if rank != self.plan.rank:
-                places += [x[:, first : first + count] for x in tensors_BLND]
-                tokens += arrived[rank, :, :, :count]
-                first += count
-        copy_all(places, tokens)
+        counts, own = self.plan.counts, self.plan.rank
+        if arrived.is_meta or usable(arrived.device.type):
+            return merging.spread(arrived, counts, own, tensors_BLND)
+        for number, x in enumerate(tensors_BLND):
+            shares = [share[:count, number].transpose(0, 1) for share, count in zip(arrived, counts, strict=True)]
+            del shares[own]
+            torch.cat(shares, dim=1, out=x[:, : self.plan.elsewhere])
 
     def drain(self) -> None:
         work, self._posted = self._posted, None
@@ -114,7 +113,7 @@ class TextScatter(TextReduce):
         packed = self.room("sent", (tokens, batch, heads, head_dim + behind), out_BTND.dtype)
         # Attention has my tokens last, messages have those of all ranks in order.
         order = {"first": self._plan.elsewhere, "to": self._plan.before}
-        pack(out_BTND, lse_BTN, packed.transpose(0, 1), **order)
+        pack_part(out_BTND, lse_BTN, packed.transpose(0, 1), **order)
         sent = self.hold("sent", packed)
         received = self._buffer("received", (self.group.size * self._own, *sent.shape[1:]), sent.dtype)
         self._counters.add("text_bytes_reduced", sent.nbytes)

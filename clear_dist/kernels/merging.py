@@ -1,4 +1,4 @@
-"""What `clear_dist.merge` computes, each in one launch: a weighing in float32 that rounds once, and copies nothing.
+"""What `clear_dist.merge` computes, and text tokens to their place, in one launch each.
 
 On the meta device nothing happens, nor is anything allocated. Tensors may have any strides but along D, which is
 contiguous.
@@ -15,6 +15,8 @@ from torch import Tensor
 ITEMS = 16
 """Queries and heads of one program."""
 WARPS = 4
+BLOCK = 1024
+"""Numbers that one program copies at once."""
 Part = tuple[Tensor, Tensor, int]
 """Output, log-sum-exp in float32, and which row of the whole is their first."""
 
@@ -28,7 +30,7 @@ def merge(parts: Sequence[Part], merged: Tensor, lse: Tensor | None = None) -> N
     firsts = tuple(first for _, _, first in parts)
     stops = tuple(first + out.shape[1] for first, out in zip(firsts, outs, strict=True))
     whole, whole_lse = _rows(merged), None if lse is None else _rows(lse, last="N")
-    _launch(
+    _compute(
         "merge_kernel",
         [whole, whole_lse],
         [tuple(outs), tuple(lses)],
@@ -42,7 +44,7 @@ def merge(parts: Sequence[Part], merged: Tensor, lse: Tensor | None = None) -> N
 def merge_stacked(outs_PBLND: Tensor, lses_PBLN: Tensor | None, merged_BLND: Tensor) -> None:
     """Merge parts that lie in one tensor; without log-sum-exps, their mean."""
     first_lse = None if lses_PBLN is None else _rows(lses_PBLN[0], last="N")
-    _launch(
+    _compute(
         "merge_stacked_kernel",
         [_rows(merged_BLND)],
         [_rows(outs_PBLND[0]), first_lse],
@@ -53,11 +55,11 @@ def merge_stacked(outs_PBLND: Tensor, lses_PBLN: Tensor | None, merged_BLND: Ten
 
 def weigh(out_BLND: Tensor, lse_BLN: Tensor, maximum_BLN: Tensor, weighed_BLND1: Tensor) -> None:
     lses = _rows(lse_BLN, last="N"), _rows(maximum_BLN, last="N")
-    _launch("weigh_kernel", [_rows(weighed_BLND1)], [_rows(out_BLND), *lses], head_dim=out_BLND.shape[-1])
+    _compute("weigh_kernel", [_rows(weighed_BLND1)], [_rows(out_BLND), *lses], head_dim=out_BLND.shape[-1])
 
 
 def unweigh(summed_BLND1: Tensor, out_BLND: Tensor) -> None:
-    _launch("unweigh_kernel", [_rows(out_BLND)], [_rows(summed_BLND1)])
+    _compute("unweigh_kernel", [_rows(out_BLND)], [_rows(summed_BLND1)])
 
 
 def relay(
@@ -66,7 +68,7 @@ def relay(
     """Turn a sum of terms into `before_BLND`, and itself and its reference into the terms of the next, in place."""
     written = [_rows(summed_BLND1), _rows(reference_BLN, last="N"), _rows(before_BLND)]
     read = [_rows(out_BLND), _rows(lse_BLN, last="N")]
-    _launch("relay_kernel", written, read, most, head_dim=out_BLND.shape[-1])
+    _compute("relay_kernel", written, read, most, head_dim=out_BLND.shape[-1])
 
 
 def pack(
@@ -75,14 +77,42 @@ def pack(
     """Copy, with the tokens from `first` on moved to `to`, before others."""
     lses = [None if x is None else _rows(x, last="N") for x in (packed_BLN, lse_BLN)]
     packed, out = [_rows(packed_BLND), lses[0]], [_rows(out_BLND), lses[1]]
-    _launch("pack_kernel", packed, out, first, to, WITH_LSE=lse_BLN is not None)
+    _compute("pack_kernel", packed, out, first, to, WITH_LSE=lse_BLN is not None)
+
+
+def spread(arrived_PSKBND: Tensor, counts: Sequence[int], own: int, tensors_BLND: Sequence[Tensor]) -> None:
+    """Copy tokens of all ranks but `own`, in order, to the first of K tensors of equal strides, [N, D] contiguous.
+
+    `counts` are as in `TextPlan`: the first ranks may have one token more than the others.
+    """
+    share, first = min(counts), tensors_BLND[0]
+    larger = sum(count > share for count in counts)
+    assert tuple(counts) == (share + 1,) * larger + (share,) * (len(counts) - larger), f"shares of {counts}"
+    assert all(x.stride() == first.stride() for x in tensors_BLND), "tensors of different strides"
+    elsewhere = sum(counts) - counts[own]
+    if first.is_meta or not elsewhere:
+        return
+    numbers = {"padded": arrived_PSKBND.shape[1], "share": share, "larger": larger}
+    _launch(
+        "spread_kernel",
+        (elsewhere, len(first)),
+        [tuple(tensors_BLND)],
+        [arrived_PSKBND],
+        *first.stride()[:2],
+        **numbers,
+        before=sum(counts[:own]),
+        own=counts[own],
+        SIZE=first.shape[2] * first.shape[3],
+        TENSORS=len(tensors_BLND),
+        BLOCK=BLOCK,
+    )
 
 
 def _rows(x: Tensor, last: str = "D") -> Tensor:
     return x.unsqueeze(1) if x.ndim < 4 + (last == "D") else x
 
 
-def _launch(
+def _compute(
     kernel: str, written: list[Any], read: list[Any], *numbers: Any, head_dim: int | None = None, **constants: Any
 ) -> None:
     """Launch a kernel on the items of the first tensor, [B, R, W, N, D] as all are, or [B, R, W, N]."""
@@ -92,24 +122,20 @@ def _launch(
     assert items < 2**31, f"{items} queries and heads are beyond int32"
     if written[0].is_meta or not items:
         return
+    sizes = {"items": items, "rows": rows, "columns": columns, "heads": heads}
+    dims = {"HEAD_DIM": dim, "DIMS": 1 << (dim - 1).bit_length()}
+    strides = map(_strides, [*written, *read])
+    _launch(kernel, (-(-items // ITEMS),), written, read, *strides, *numbers, **sizes, **dims, ITEMS=ITEMS, **constants)
+
+
+def _launch(
+    kernel: str, grid: tuple[int, ...], written: list[Any], read: list[Any], *numbers: Any, **named: Any
+) -> None:
+    """Launch a kernel, whose arguments begin with the tensors, or tuples of them, that it writes and that it reads."""
     from clear_dist.kernels import merging_kernels
 
-    tensors = [*written, *read]
-    with torch.cuda.device_of(written[0]):
-        getattr(merging_kernels, kernel)[(-(-items // ITEMS),)](
-            *tensors,
-            *map(_strides, tensors),
-            *numbers,
-            items=items,
-            rows=rows,
-            columns=columns,
-            heads=heads,
-            HEAD_DIM=dim,
-            ITEMS=ITEMS,
-            DIMS=1 << (dim - 1).bit_length(),
-            num_warps=WARPS,
-            **constants,
-        )
+    with torch.cuda.device_of(written[0][0]):
+        getattr(merging_kernels, kernel)[grid](*written, *read, *numbers, num_warps=WARPS, **named)
 
 
 def _strides(x: Any) -> Any:

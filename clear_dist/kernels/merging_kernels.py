@@ -1,7 +1,7 @@
 """Merging attention by log-sum-exp, as `merging.py` calls it: one program for some queries and heads ("items").
 
-Shape suffixes: I items, D head dim (rounded up to a power of two). Strides are those of [B, R, W, N, D]; offsets are
-int64.
+Shape suffixes: I items, D head dim (rounded up to a power of two), X some of a token's numbers. Strides are those of
+[B, R, W, N, D]; offsets are int64.
 """
 
 import triton
@@ -192,3 +192,27 @@ def pack_kernel(
     if WITH_LSE:
         lse_I = tl.load(at(lse, lse_strides, batch_I, row_I, column_I, head_I), mask=inside_I)
         tl.store(at(packed_lse, packed_lse_strides, batch_I, row_I, to_I, head_I), lse_I, mask=inside_I)
+
+
+@triton.jit(do_not_specialize=("share", "larger", "before", "own"))
+def spread_kernel(
+    spread, arrived, batch_stride, token_stride, padded, share, larger, before, own,
+    SIZE: tl.constexpr, TENSORS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program for a token and a picture: SIZE numbers of each tensor of `arrived`, [rank, token, tensor, picture].
+
+    Of each rank there are `padded` tokens: of `larger` ranks share + 1 are filled in, of the rest `share`.
+    """
+    to, batch, batches = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    token = tl.where(to < before, to, to + own)
+    beyond = token - larger * (share + 1)
+    is_larger = beyond < 0
+    rank = tl.where(is_larger, token // (share + 1), larger + beyond // tl.maximum(share, 1))
+    token = tl.where(is_larger, token % (share + 1), beyond % tl.maximum(share, 1))
+    number_X = tl.arange(0, BLOCK)
+    for tensor in tl.static_range(TENSORS):
+        source = arrived + (((rank * padded + token) * TENSORS + tensor) * batches + batch) * SIZE
+        row = spread[tensor] + batch * batch_stride + to * token_stride
+        for first in range(0, SIZE, BLOCK):
+            inside_X = first + number_X < SIZE
+            tl.store(row + first + number_X, tl.load(source + first + number_X, mask=inside_X), mask=inside_X)

@@ -76,10 +76,10 @@ def places(tree: Any) -> list[str]:
 
 
 def noted(
-    note: Any, launch: Any, kernel: str, written: list[Any], read: list[Any], *numbers: Any, **named: Any
+    note: Any, launch: Any, kernel: str, grid: Any, written: list[Any], read: list[Any], *numbers: Any, **named: Any
 ) -> None:
     """`launch`, in the log."""
-    launch(kernel, written, read, *numbers, **named)
+    launch(kernel, grid, written, read, *numbers, **named)
     stream = torch.cuda.current_stream().cuda_stream
     note(f"op {kernel} stream {stream} R {';'.join(places(read))} W {';'.join(places(written))}".encode())
 

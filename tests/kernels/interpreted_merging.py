@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from clear_dist.geometry import Rows
-from clear_dist.kernels import usable
-from clear_dist.merge import RowsPart, merge, merge_rows, merge_stacked, pack, relay, unpack_lse, unweigh, weigh
+from clear_dist.kernels import merging, usable
+from clear_dist.merge import RowsPart, merge, merge_rows, merge_stacked, pack_part, relay, unpack_lse, unweigh, weigh
 
 DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCE = {torch.float32: {"atol": 1e-6, "rtol": 1e-6}, torch.bfloat16: {"atol": 1e-6, "rtol": 2**-7}}
@@ -141,7 +141,7 @@ def test_parts_are_packed_for_their_ranks_and_merged_there(
         order = [*range(before), *range(before + own, tokens), *range(before, before + own)]  # as attention has them
         message = torch.full((tokens, 2, 3, 20 + bits), torch.nan, dtype=dtype)
         where = {"first": tokens - own, "to": before}
-        pack(out[:, order], lse[:, order] if weighs else None, message.transpose(0, 1), **where)
+        pack_part(out[:, order], lse[:, order] if weighs else None, message.transpose(0, 1), **where)
         messages.append(message)
     for rank, own in enumerate(counts):
         mine = slice(sum(counts[:rank]), sum(counts[:rank]) + own)
@@ -151,3 +151,23 @@ def test_parts_are_packed_for_their_ranks_and_merged_there(
         here = [(out[:, mine], lse[:, mine]) for out, lse in parts]
         mean = torch.stack([out for out, _ in here]).double().mean(0)
         check(merged, expected(here)[0] if weighs else mean, dtype)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("counts", [(4, 4, 4), (3, 3, 2), (1, 1, 0), (2, 1, 1, 1)], ids=str)
+def test_tokens_of_other_ranks_come_to_their_place(counts: tuple[int, ...], batch: int) -> None:
+    """Also where a token has more numbers than are copied at once; shorter messages end in NaN."""
+    tokens, shape = sum(counts), (30, 40)
+    whole = torch.randn(3, batch, tokens, *shape)
+    arrived = torch.full((len(counts), max(counts), 3, batch, *shape), torch.nan)
+    for rank, (message, own) in enumerate(zip(arrived, counts, strict=True)):
+        message[:own] = whole[:, :, sum(counts[:rank]) :][:, :, :own].permute(2, 0, 1, 3, 4)
+    for rank, own in enumerate(counts):
+        before = sum(counts[:rank])
+        tensors = [torch.full((batch, tokens + 5, *shape), torch.nan) for _ in range(3)]
+        merging.spread(arrived, counts, rank, tensors)
+        for tensor, right in zip(tensors, whole, strict=True):
+            assert torch.equal(
+                tensor[:, : tokens - own], torch.cat([right[:, :before], right[:, before + own :]], dim=1)
+            )
+            assert tensor[:, tokens - own :].isnan().all()

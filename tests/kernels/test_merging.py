@@ -13,7 +13,15 @@ from clear_dist.kernels import merging
 from tests.attention.test_triton import AbsentGpu, CompiledOnly
 
 FOLDER = Path(__file__).parent
-KERNELS = ("merge_kernel", "merge_stacked_kernel", "weigh_kernel", "unweigh_kernel", "relay_kernel", "pack_kernel")
+KERNELS = (
+    "merge_kernel",
+    "merge_stacked_kernel",
+    "weigh_kernel",
+    "unweigh_kernel",
+    "relay_kernel",
+    "pack_kernel",
+    "spread_kernel",
+)
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is made for Linux only")
 
@@ -41,6 +49,8 @@ def call_all() -> None:
     merging.weigh(text, text_lse, text_lse, terms)
     merging.unweigh(terms, text)
     merging.relay(terms, torch.empty(1, 512, 24), text, text_lse, text, 60.0)
+    tokens = [torch.empty(1, 1024, 24, 128, dtype=torch.bfloat16) for _ in range(3)]
+    merging.spread(torch.empty(8, 64, 3, 1, 24, 128, dtype=torch.bfloat16), (64,) * 8, 3, tokens)
     for behind in (0, 2):
         packed = torch.empty(512, 1, 24, 128 + behind, dtype=torch.bfloat16).transpose(0, 1)
         bits = packed.view(torch.float32)[..., 64] if behind else None
