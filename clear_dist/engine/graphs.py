@@ -139,7 +139,7 @@ class Graphs:
             inputs = [x for x in tree_leaves((args, named)) if isinstance(x, Tensor)]
             captured = Captured(inputs=inputs, replay=replay, output=output, amounts=amounts)
         except RuntimeError as error:
-            why = str(error).partition("\n")[0]
+            why = str(error.__context__ or error).partition("\n")[0]  # to end an invalid capture fails, too
         finally:
             if captured is None:
                 cut.exchanges.abandon()
