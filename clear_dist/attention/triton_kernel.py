@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-FAR = tl.constexpr(1.0e9)
-"""A squared distance beyond every radius."""
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -60,20 +58,18 @@ def see_text(
 
 
 @triton.jit
-def hide(score_QK, y, x, inside_K, radius, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+def hide(score_QK, y, x, radius, QUERIES: tl.constexpr, KEYS: tl.constexpr):
     """Scores with -inf for keys outside the circle; `y`, `x`: offset of the tile of keys from the tile of queries.
 
-    The squared distance is |k|^2 - 2 q k + |q|^2, in floats that hold it exactly: two multiplications for each score.
+    dx^2 < radius^2 - dy^2, in floats that hold it exactly. Scores of one thread share few dx and few dy, so that little
+    more than a comparison and a selection is left for each.
     """
-    query_Q = tl.arange(0, QUERIES[0] * QUERIES[1])
-    key_K = tl.arange(0, KEYS[0] * KEYS[1])
-    query_y_Q, query_x_Q = (query_Q // QUERIES[1]).to(tl.float32), (query_Q % QUERIES[1]).to(tl.float32)
-    key_y_K, key_x_K = (y + key_K // KEYS[1]).to(tl.float32), (x + key_K % KEYS[1]).to(tl.float32)
-    squared_K = tl.where(inside_K, key_y_K * key_y_K + key_x_K * key_x_K, FAR)
-    limit_Q = radius * radius - query_y_Q * query_y_Q - query_x_Q * query_x_Q
-    distance_QK = squared_K[None, :] - (2 * query_y_Q)[:, None] * key_y_K[None, :]
-    distance_QK -= (2 * query_x_Q)[:, None] * key_x_K[None, :]
-    return tl.where(distance_QK < limit_Q[:, None], score_QK, -float("inf"))
+    query_Q, key_K = tl.arange(0, QUERIES[0] * QUERIES[1]), tl.arange(0, KEYS[0] * KEYS[1])
+    y_Q = y.to(tl.float32) - (query_Q // QUERIES[1]).to(tl.float32)
+    x_Q = x.to(tl.float32) - (query_Q % QUERIES[1]).to(tl.float32)
+    y_QK = y_Q[:, None] + (key_K // KEYS[1]).to(tl.float32)[None, :]
+    x_QK = x_Q[:, None] + (key_K % KEYS[1]).to(tl.float32)[None, :]
+    return tl.where(x_QK * x_QK < radius * radius - y_QK * y_QK, score_QK, -float("inf"))
 
 
 @triton.jit
@@ -121,8 +117,10 @@ def see_image(
         far_y = tl.maximum(QUERIES[0] - 1 - y, y + KEYS[0] - 1)
         far_x = tl.maximum(QUERIES[1] - 1 - x, x + KEYS[1] - 1)
         cut = (key_row < 0) | (key_row + KEYS[0] > keys[0]) | (key_column < 0) | (key_column + KEYS[1] > keys[1])
-        if cut | (far_y * far_y + far_x * far_x >= radius * radius):
-            score_QK = hide(score_QK, y, x, inside_K, radius, QUERIES, KEYS)
+        if far_y * far_y + far_x * far_x >= radius * radius:
+            score_QK = hide(score_QK, y, x, radius, QUERIES, KEYS)
+        if cut:
+            score_QK = tl.where(inside_K[None, :], score_QK, -float("inf"))
         out_QD, weight_Q, maximum_Q = absorb(score_QK, values, out_QD, weight_Q, maximum_Q, log2_scale)
         ends = tile_x + 1 >= tl.minimum(tl.load(tiles + 2 * tile_y + 1), right)
         tile_y += ends.to(tl.int32)
@@ -150,24 +148,24 @@ def finish(out_QD, lse_Q, inside_Q, sum_QD, weight_Q, maximum_Q, log2_scale, EXT
     tl.store(lse_Q, log2_Q * LN_2, mask=inside_Q)
 
 
-@triton.jit(do_not_specialize=("heads", "text", "row_offset", "radius"))
+@triton.jit(do_not_specialize=("heads", "rows", "key_rows", "columns", "text", "row_offset", "radius"))
 def window_kernel(
     query, key, value, key_text, value_text, out, lse, tiles,
     query_strides, key_strides, value_strides, key_text_strides, value_text_strides, out_strides, lse_strides,
-    heads, queries, keys, text, row_offset, radius, log2_scale,
+    heads, rows, key_rows, columns, text, row_offset, radius, log2_scale,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
     EXTENDS: tl.constexpr,
 ):  # fmt: skip
-    """Programs: (tile of queries, batch and head). `queries`, `keys`: rows and columns of the images.
+    """Programs: (tile of queries, batch and head). `rows`, `key_rows`: those of the images, `columns` of both.
 
     EXTENDS: `out` and `lse` hold attention to other keys, which these are added to.
     """
     tile, batch, head = tl.program_id(0), (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    tiles_across = tl.cdiv(queries[1], QUERIES[1])
+    tiles_across = tl.cdiv(columns, QUERIES[1])
     row, column = tile // tiles_across * QUERIES[0], tile % tiles_across * QUERIES[1]
     token_Q, dim_D = tl.arange(0, QUERIES[0] * QUERIES[1]), tl.arange(0, HEAD_DIM)
     row_Q, column_Q = row + token_Q // QUERIES[1], column + token_Q % QUERIES[1]
-    inside_Q = (row_Q < queries[0]) & (column_Q < queries[1])
+    inside_Q = (row_Q < rows) & (column_Q < columns)
     row_Q, column_Q = row_Q.to(tl.int64), column_Q.to(tl.int64)
 
     query += batch * query_strides[0] + head * query_strides[3]
@@ -186,7 +184,7 @@ def window_kernel(
     key += batch * key_strides[0] + head * key_strides[3]
     value += batch * value_strides[0] + head * value_strides[3]
     sum_QD, weight_Q, maximum_Q = see_image(
-        query_QD, key, value, key_strides, value_strides, tiles, row + row_offset, column, keys, radius,
+        query_QD, key, value, key_strides, value_strides, tiles, row + row_offset, column, (key_rows, columns), radius,
         sum_QD, weight_Q, maximum_Q, log2_scale, QUERIES, KEYS, FIRST, ROWS, HEAD_DIM,
     )  # fmt: skip
 

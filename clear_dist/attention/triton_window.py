@@ -6,10 +6,13 @@ interpreter, for tests: TRITON_INTERPRET=1 before Python starts.
 Shape suffixes: B batch, R rows of queries, E rows of keys, W columns, N heads, T text tokens, D head dim.
 """
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from math import log2
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,18 +36,10 @@ class Tiling:
     """Tiles of keys and values under way at once."""
 
 
-TILINGS = {
-    128: Tiling((8, 16), (8, 16), warps=8, stages=3),
-    256: Tiling((8, 16), (8, 8), warps=8, stages=3),
-    512: Tiling((8, 8), (4, 8), warps=8, stages=2),
-    1024: Tiling((4, 8), (4, 4), warps=4, stages=2),
-    2048: Tiling((4, 4), (4, 4), warps=4, stages=2),
-}
-"""By the most bytes of one key of one head; chosen for few masked pairs, within registers and shared memory of every
-GPU from compute capability 8.0 on (tests/attention/test_triton.py); not measured on a GPU."""
+TILINGS = Path(__file__).with_name("tilings.json")
+"""Made by `benchmarks/gpu/tilings.py` from what the kernel takes when compiled; not measured on a GPU."""
 LEAST_SHARED_MEMORY = 99 * 1024
 """Bytes for one program on GPUs of compute capability 8.6, 8.9 and 12.x, fewer than on the others from 8.0 on."""
-FOR_THREE_STAGES = 128 * 1024
 
 
 def run(call: WindowCall) -> tuple[Tensor, Tensor]:
@@ -59,50 +54,82 @@ def extend(call: WindowCall, out_BRWND: Tensor, lse_BRWN: Tensor) -> None:
 
 
 def _launch(call: WindowCall, out_BRWND: Tensor, lse_BRWN: Tensor, *, extends: bool) -> None:
-    batch, rows, columns, heads, head_dim = call.query.shape
-    radius = min(call.radius, _largest_distance(call))
-    assert radius <= LARGEST_RADIUS, f"a circle of {radius} tokens is beyond float32"
-    tiling = choose_tiling(head_dim, call.query.dtype, shared_memory(call.query.device.type))
-    first, tiles = tile_table(radius, tiling.queries, tiling.keys, call.query.device)
+    tiling = choose_tiling(call.query.shape[-1], call.query.dtype, architecture(call.query.device.type))
+    grid, arguments, options = launch_options(call, out_BRWND, lse_BRWN, tiling, extends=extends)
     if call.query.is_meta:
         return
     from clear_dist.attention.triton_kernel import window_kernel
 
-    tensors = (call.query, call.key, call.value, call.key_text, call.value_text, out_BRWND, lse_BRWN)
-    tile_count = -(-rows // tiling.queries[0]) * -(-columns // tiling.queries[1])
     with torch.cuda.device_of(call.query):
-        window_kernel[(tile_count, batch * heads)](
-            *tensors,
-            tiles,
-            *(tensor.stride() for tensor in tensors),
-            heads=heads,
-            queries=(rows, columns),
-            keys=(call.key.shape[1], columns),
-            text=call.key_text.shape[1],
-            row_offset=call.row_offset,
-            radius=radius,
-            log2_scale=call.scale * log2(torch.e),
-            QUERIES=tiling.queries,
-            KEYS=tiling.keys,
-            FIRST=first,
-            ROWS=len(tiles) - 1,
-            HEAD_DIM=head_dim,
-            EXTENDS=extends,
-            num_warps=tiling.warps,
-            num_stages=tiling.stages,
-        )
+        window_kernel[grid](*arguments, **options)
 
 
-def choose_tiling(head_dim: int, dtype: torch.dtype, shared_memory: int) -> Tiling:
+def launch_options(
+    call: WindowCall, out_BRWND: Tensor, lse_BRWN: Tensor, tiling: Tiling, *, extends: bool
+) -> tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]:
+    """Grid, positional arguments and options of the kernel for a call."""
+    batch, rows, columns, heads, head_dim = call.query.shape
+    radius = min(call.radius, _largest_distance(call))
+    assert radius <= LARGEST_RADIUS, f"a circle of {radius} tokens is beyond float32"
+    first, tiles = tile_table(radius, tiling.queries, tiling.keys, call.query.device)
+    tensors = (call.query, call.key, call.value, call.key_text, call.value_text, out_BRWND, lse_BRWN)
+    options = {
+        "heads": heads,
+        "rows": rows,
+        "key_rows": call.key.shape[1],
+        "columns": columns,
+        "text": call.key_text.shape[1],
+        "row_offset": call.row_offset,
+        "radius": radius,
+        "log2_scale": call.scale * log2(torch.e),
+        "QUERIES": tiling.queries,
+        "KEYS": tiling.keys,
+        "FIRST": first,
+        "ROWS": len(tiles) - 1,
+        "HEAD_DIM": head_dim,
+        "EXTENDS": extends,
+        "num_warps": tiling.warps,
+        "num_stages": tiling.stages,
+    }
+    tile_count = -(-rows // tiling.queries[0]) * -(-columns // tiling.queries[1])
+    return (tile_count, batch * heads), (*tensors, tiles, *(tensor.stride() for tensor in tensors)), options
+
+
+def choose_tiling(head_dim: int, dtype: torch.dtype, architecture: int) -> Tiling:
+    """Tiles of the newest architecture in the table that is not newer than this one; the oldest's where there is none.
+
+    `architecture`: ten times the compute capability.
+    """
+    table = tilings()
+    rows = table[max((known for known in table if known <= architecture), default=min(table))]
     key_bytes = head_dim * (8 if dtype == torch.float32 else 2)  # float32 lies in registers as two halves
-    tiling = TILINGS[min(most for most in TILINGS if key_bytes <= most)]
-    return tiling if shared_memory >= FOR_THREE_STAGES else replace(tiling, stages=2)
+    return rows[min(most for most in rows if key_bytes <= most)]
+
+
+@lru_cache(maxsize=1)
+def tilings() -> dict[int, dict[int, Tiling]]:
+    """Tilings by architecture and by the most bytes of one key of one head."""
+    return {
+        int(architecture): {
+            int(most): Tiling(tuple(row["queries"]), tuple(row["keys"]), row["warps"], row["stages"])
+            for most, row in rows.items()
+        }
+        for architecture, rows in json.loads(TILINGS.read_text())["tilings"].items()
+    }
+
+
+def architecture(device_type: str) -> int:
+    """Ten times this process's compute capability; 0 where there is no GPU."""
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return 0
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 def shared_memory(device_type: str) -> int:
     """Bytes that one program may take on this process's GPU; enough for all where there is none."""
     if device_type != "cuda" or not torch.cuda.is_available():
-        return FOR_THREE_STAGES
+        return LEAST_SHARED_MEMORY
     found = torch.cuda.get_device_properties()
     return getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)  # AMD has one size only
 

@@ -3,6 +3,7 @@
 The interpreter must be switched on before Triton is imported, so the tests that need it run in a process of their own.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -80,6 +81,19 @@ def call_for(case: Case) -> WindowCall:
     return WindowCall(**tensors, radius=case.radius, row_offset=case.row_offset, scale=0.1)
 
 
+@pytest.mark.parametrize(("asked", "known"), [(0, "80"), (80, "80"), (87, "86"), (103, "100"), (121, "120")])
+def test_an_unknown_gpu_has_the_tiles_of_the_newest_one_before_it(asked: int, known: str) -> None:
+    rows = json.loads(triton_window.TILINGS.read_text())["tilings"][known]
+    for head_dim, dtype, most in (
+        (16, torch.bfloat16, "128"),
+        (128, torch.float16, "256"),
+        (128, torch.float32, "1024"),
+    ):
+        tiling = triton_window.choose_tiling(head_dim, dtype, asked)
+        found = list(tiling.queries), list(tiling.keys), tiling.warps, tiling.stages
+        assert found == tuple(rows[most][name] for name in ("queries", "keys", "warps", "stages"))
+
+
 LAYER = Case(rows=16, key_rows=16, columns=32, text=80, radius=16, head_dim=128, dtype=torch.bfloat16)
 MEMORY = {"80": 163, "86": 99, "89": 99, "90": 227, "100": 227, "120": 99}
 """KiB of shared memory that one program may take, by compute capability (CUDA C++ Programming Guide)."""
@@ -90,7 +104,7 @@ def compiled(kernel: CompiledOnly, capability: str, case: Case, monkeypatch: pyt
     from triton.runtime import driver
 
     monkeypatch.setattr(driver, "_active", AbsentGpu(int(capability)))
-    monkeypatch.setattr(triton_window, "shared_memory", lambda _: MEMORY[capability] * 1024)
+    monkeypatch.setattr(triton_window, "architecture", lambda _: int(capability))
     call = call_for(case)
     triton_window.run(call)
     made = kernel.compiled
