@@ -142,7 +142,7 @@ def test_a_layer_fits_every_gpu_without_spills_and_its_loads_run_ahead(
         (replace(LAYER, text=0, key_rows=15, row_offset=-1, dtype=torch.float16, head_dim=64), 16),
         (replace(LAYER, text=1, rows=1, key_rows=1, columns=1, radius=1, heads=1, head_dim=16), 0),
         (replace(LAYER, dtype=torch.float32, head_dim=64), 64),
-        (replace(LAYER, dtype=torch.float32), 1024),
+        (replace(LAYER, dtype=torch.float32), 256),
         (replace(LAYER, dtype=torch.float32, head_dim=256), 1536),
     ],
     ids=["halo", "one token", "float32", "wide float32", "widest float32"],
