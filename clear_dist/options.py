@@ -112,7 +112,7 @@ class Options(Flags):
         False, "AdaLN's weights (about a quarter of all) in host memory; no effect on a CPU", MODEL
     )
     compile: bool = flag(
-        False, "fuse norms, rotations and gates by torch.compile, which the first step waits for", MODEL
+        False, "torch.compile for what no kernel of ours fuses: for float8, int8, LoRA, CPUs, GPUs before Ampere", MODEL
     )
     float8: bool = flag(False, "linear layers of the blocks in float8, for GPUs of Ada's generation and later", MODEL)
     int8: bool = flag(False, "linear layers of the blocks with weights in 8 bits, on any device", MODEL)

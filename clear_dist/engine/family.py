@@ -55,6 +55,7 @@ class Stripes(Protocol):
         value_BLND: Tensor,
         *,
         alone: bool = False,
+        out_BLND: Tensor | None = None,
     ) -> Tensor: ...
 
 

@@ -41,10 +41,12 @@ class Heads:
         """Send the text, once its queries, keys and values are there; nothing where all ranks have all of it."""
         self.striped.start_text(self.layer, *self._qkv_BLND)
 
-    def attend(self) -> Tensor:
-        """Attention's output of my tokens [B, L, N x D]; called once, when all are there."""
+    def attend(self, out_BLC: Tensor | None = None) -> Tensor:
+        """Attention's output of my tokens [B, L, N x D], in `out_BLC` if given; called once, when all are there."""
         assert self._halos is not None, "attend: halos were not started"
         # Released as early as possible, halos too: they may hold keys and values.
         (query_BLND, key_BLND, value_BLND), halos = self._qkv_BLND, self._halos
         self._qkv_BLND, self._halos = [], None
-        return self.striped.attend(self.layer, halos, query_BLND, key_BLND, value_BLND, alone=self._alone).flatten(2)
+        out_BLND = None if out_BLC is None else out_BLC.unflatten(2, query_BLND.shape[2:])
+        qkv_BLND = query_BLND, key_BLND, value_BLND
+        return self.striped.attend(self.layer, halos, *qkv_BLND, alone=self._alone, out_BLND=out_BLND).flatten(2)

@@ -66,7 +66,14 @@ class WindowJointAttention(Stripe):
     radius: int
     backend: Backend
 
-    def __call__(self, exchange: Exchange, halos: PendingHalos, qkv: Projected, text_mask_BT: Tensor | None) -> Tensor:
+    def __call__(
+        self,
+        exchange: Exchange,
+        halos: PendingHalos,
+        qkv: Projected,
+        text_mask_BT: Tensor | None,
+        out_BLND: Tensor | None = None,
+    ) -> Tensor:
         query_BLND, *keys_BLND = qkv
         text_tokens = query_BLND.shape[1] - len(self.plan.own) * self.width
         query = self._split(query_BLND, text_tokens)[1]
@@ -75,7 +82,7 @@ class WindowJointAttention(Stripe):
         exchange.gather.wait()  # other ranks' text tokens, where each has a share
         text = exchange.text.start(*self._text_part(qkv, text_tokens, scale, text_mask_BT))
         elsewhere = exchange.gather.plan.elsewhere
-        output_BLND = torch.empty_like(query_BLND[:, elsewhere:])
+        output_BLND = torch.empty_like(query_BLND[:, elsewhere:]) if out_BLND is None else out_BLND
         output_text, output = self._split(output_BLND, text_tokens - elsewhere)
         parts = self._image_parts(halos, query, keys_BLND, output, scale, text_mask_BT)
         if exchange.pooled is not None:
@@ -87,11 +94,11 @@ class WindowJointAttention(Stripe):
         text.wait(output_text)
         return output_BLND
 
-    def alone(self, halos: PendingHalos, qkv: Projected) -> Tensor:
+    def alone(self, halos: PendingHalos, qkv: Projected, out_BLND: Tensor | None = None) -> Tensor:
         """Where a layer sees the image alone: neither text nor down-sampled keys."""
         query_BLND, *keys_BLND = qkv
         query, scale = self._split(query_BLND, 0)[1], self._scale(query_BLND, 0)
-        output_BLND = torch.empty_like(query_BLND)
+        output_BLND = torch.empty_like(query_BLND) if out_BLND is None else out_BLND
         output = self._split(output_BLND, 0)[1]
         parts = self._image_parts(halos, query, keys_BLND, output, scale, None)
         with labelled("compute: merge"):
@@ -147,7 +154,14 @@ class WindowJointAttention(Stripe):
 class FullJointAttention(Stripe):
     """Full attention over stripes: the whole grid is the halo, and every rank computes all text tokens."""
 
-    def __call__(self, exchange: Exchange, halos: PendingHalos, qkv: Projected, text_mask_BT: Tensor | None) -> Tensor:
+    def __call__(
+        self,
+        exchange: Exchange,
+        halos: PendingHalos,
+        qkv: Projected,
+        text_mask_BT: Tensor | None,
+        out_BLND: Tensor | None = None,
+    ) -> Tensor:
         query_BLND, key_BLND, value_BLND = qkv
         text_tokens = query_BLND.shape[1] - len(self.plan.own) * self.width
         exchange.gather.wait()
@@ -156,10 +170,11 @@ class FullJointAttention(Stripe):
         if halos.lag:  # keys differ from rank to rank, text tokens must not
             part = self._text_part(qkv, text_tokens, self._scale(query_BLND, text_tokens), text_mask_BT)
             exchange.text.start(*part).wait(output_BLND[:, :text_tokens])
-        return output_BLND
+        return output_BLND if out_BLND is None else out_BLND.copy_(output_BLND)
 
-    def alone(self, halos: PendingHalos, qkv: Projected) -> Tensor:
-        return self._to_all(halos, qkv, 0, None)
+    def alone(self, halos: PendingHalos, qkv: Projected, out_BLND: Tensor | None = None) -> Tensor:
+        output_BLND = self._to_all(halos, qkv, 0, None)
+        return output_BLND if out_BLND is None else out_BLND.copy_(output_BLND)
 
     def _to_all(self, halos: PendingHalos, qkv: Projected, text_tokens: int, text_mask_BT: Tensor | None) -> Tensor:
         query_BLND, *keys_BLND = qkv
@@ -186,4 +201,4 @@ class FullJointAttention(Stripe):
 
 
 JointAttention = WindowJointAttention | FullJointAttention
-"""(exchange, halos, q, k and v, mask of padded text) -> output [B, L, N, D], text tokens first."""
+"""(exchange, halos, q, k and v, mask of padded text, where to write) -> output [B, L, N, D], text tokens first."""

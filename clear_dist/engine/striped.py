@@ -16,8 +16,8 @@ from clear_dist.engine.cut import Cut, choose_text_plan, cut_image, others_first
 from clear_dist.engine.exchanges import Exchange
 from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.family import Family, Modulation, Removable
+from clear_dist.engine.fused import choose_parts
 from clear_dist.engine.graphs import Graphs
-from clear_dist.engine.parts import Parts
 from clear_dist.engine.room import require_room
 from clear_dist.engine.settings import Settings
 from clear_dist.engine.stock import OnStripes, attention_layers, require_not_wrapped, require_supported
@@ -47,7 +47,7 @@ class StripedModel:
         self.modulation = modulation
         self.shards = shards
         self.extrapolation: Extrapolation | None = None
-        self.parts = Parts.compiled() if settings.options.compile else Parts()
+        self.parts = choose_parts(group.device.type, compile=settings.options.compile)
         self.cut: Cut | None = None
         self.text_plan = plan_text(0, 1, 0)
         """Text tokens of the running forward that are this rank's."""
@@ -109,15 +109,19 @@ class StripedModel:
         value_BLND: Tensor,
         *,
         alone: bool = False,
+        out_BLND: Tensor | None = None,
     ) -> Tensor:
-        """Attention's output of my tokens [B, L, N, D], text first as in all arguments; after this layer's starts."""
+        """Attention's output of my tokens [B, L, N, D], text first as in all arguments; after this layer's starts.
+
+        `out_BLND`: where to write it.
+        """
         cut = self.running_cut
         with labelled(f"layer {layer}"):
             self._same_call.require()
             qkv_BLND = query_BLND, key_BLND, value_BLND
             if alone:
-                return cut.joint_attention.alone(halos, qkv_BLND)
-            return cut.joint_attention(self._exchange(layer), halos, qkv_BLND, self._text_mask)
+                return cut.joint_attention.alone(halos, qkv_BLND, out_BLND)
+            return cut.joint_attention(self._exchange(layer), halos, qkv_BLND, self._text_mask, out_BLND)
 
     def _exchange(self, layer: int) -> Exchange:
         return self.running_cut.exchanges.of(self._clock.turn, layer, self.text_plan)

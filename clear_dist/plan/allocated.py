@@ -243,9 +243,10 @@ def writes_in_place(function: Any) -> bool:
 
 @cache
 def only_views(function: Any) -> bool:
-    """Whether an operation always changes its arguments, or returns views; one made of others may copy as well."""
+    """Whether all it does is to change its arguments, or return views; one made of others may copy as well."""
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd")
-    return not makes_new_tensors(function) and not composite
+    is_work = function.overloadpacket.__name__ in KINDS
+    return not makes_new_tensors(function) and not composite and not is_work
 
 
 @cache

@@ -6,14 +6,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from clear_dist.engine.fused import Fused, called, unless_plain
 from clear_dist.engine.parts import Parts
 from clear_dist.plan.allocated import Allocated
 from clear_dist.plan.built import Built
 
 
-def fused_parts(allocated: Allocated) -> Parts:
-    """The engine's parts of a block, as if each were one graph."""
+def parts_on(device_type: str, allocated: Allocated, *, compile: bool) -> Parts:
+    """The engine's parts of a block on a device that is not here; what it would compile, as if each were one graph.
+
+    A GPU is taken for one that Triton knows.
+    """
+    if device_type == "cuda":
+        return Fused(unless_plain(partial(_fused, allocated, called)) if compile else called).parts
     plain = Parts()
+    if not compile:
+        return plain
     return Parts(**{part.name: partial(_fused, allocated, getattr(plain, part.name)) for part in fields(Parts)})
 
 

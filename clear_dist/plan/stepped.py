@@ -22,7 +22,7 @@ from clear_dist.engine.striped import StripedModel
 from clear_dist.geometry import reached_tiles
 from clear_dist.plan.allocated import ON_THEIR_WAY, Allocated
 from clear_dist.plan.built import Built, quantise
-from clear_dist.plan.emulated import add_lora, fused_parts
+from clear_dist.plan.emulated import add_lora, parts_on
 from clear_dist.plan.questions import StepQuestion
 
 DENSE = ("masked", "reference")
@@ -144,8 +144,7 @@ def _on_stripes(question: StepQuestion, built: Built, tally: Tally, allocated: A
         counters=tally,
         shards=(PretendedShards(family.blocks, group, tally, whole=elsewhere),) if in_shards else (),
     )
-    if question.options.compile:
-        striped.parts = fused_parts(allocated)
+    striped.parts = parts_on(question.device, allocated, compile=options.compile)
     return striped
 
 

@@ -31,8 +31,9 @@ EIGHT_BITS = 1.6
 """How many times as fast products in float8 are; their peak is twice as high."""
 UNPACKING = 11
 """Bytes read and written for a number in int8, by two kernels, until it is one of 16 bits; then products read it."""
-PASSES, PASSES_COMPILED = 110, 40
-"""Numbers read and written per channel, token and block outside of products; the first one is counted."""
+PASSES = 21
+"""Numbers read and written per channel, token and block outside of products by our kernels, which all GPUs with rates
+run; counted (tests/cuda/test_passes.py)."""
 LAUNCH = 5e-6
 """Seconds of the host to start a kernel from Python: assumed, not measured."""
 LAUNCHES, LAUNCHES_COMPILED = 49, 20
@@ -109,7 +110,7 @@ def assumptions(asked: PlanRequest) -> tuple[str, ...]:
         f"{gpu.name}: {gpu.flops / 1e12:.0f} TFLOP/s in 16 bits, {gpu.bandwidth / 1e9:.0f} GB/s of memory (data sheet)",
         f"products of matrices reach {PRODUCTS:.0%} of that{faster}",
         kernels,
-        f"between products {passes_over_memory(asked)} numbers per channel, token and block pass through memory, "
+        f"between products {PASSES} numbers per channel, token and block pass through memory, "
         f"at {MEMORY:.0%} of its rate{unpacked}",
         f"the host starts {launches(asked, asked.ranks)} kernels a block, at {LAUNCH * 1e6:g} us each",
         f"link {asked.link.name}: {asked.link.bytes_per_second / 1e9:g} GB/s each way; messages hide behind "
@@ -129,14 +130,10 @@ def launches(asked: PlanRequest, ranks: int) -> int:
     return alone + LAUNCHES_OF_MESSAGES * (ranks > 1)
 
 
-def passes_over_memory(asked: PlanRequest) -> int:
-    return PASSES_COMPILED if asked.request.compile else PASSES
-
-
 def _computing(asked: PlanRequest, gpu: Gpu, step: Step, weights: Weights, passes: int) -> float:
     rate, memory = gpu.flops * PRODUCTS * (EIGHT_BITS if eight_bit_products(asked) else 1), gpu.bandwidth * MEMORY
     numbers = asked.request.num_images * passes * step.tokens * step.channels * weights.blocks
-    moved = passes_over_memory(asked) * numbers * asked.itemsize / memory
+    moved = PASSES * numbers * asked.itemsize / memory
     unpacked = passes * UNPACKING * weights.products / memory if asked.request.int8 else 0.0
     window = 4 * step.channels * step.operations.get("visited", 0) / (gpu.flops * WINDOW_KERNEL)
     full = step.operations.get("attention", 0) / (gpu.flops * FULL_KERNEL)

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from clear_dist.comm import halo_exchange
 from clear_dist.comm.group import Group
 from clear_dist.families.flux.sample import FluxSample
-from clear_dist.kernels import merging
+from clear_dist.kernels import elementwise, merging
 from clear_dist.launch import env
 from clear_dist.launch import ranks as launch
 from clear_dist.parallelize import parallelize
@@ -58,10 +58,17 @@ class Log(TorchDispatchMode):
         fresh = [x for x in tensors(out) if x.untyped_storage()._cdata not in had]
         is_view = not fresh and not writes
         if not is_view and not function.name().startswith(NOTHING_HAPPENS):
-            stream = torch.cuda.current_stream().cuda_stream
-            written = ";".join([*writes, *places(fresh)])
-            self._note(f"op {function.name()} stream {stream} R {';'.join(reads)} W {written}".encode())
+            self._write(function.name(), reads, [*writes, *places(fresh)])
         return out
+
+    def launched(self, launch: Any, kernel: str, read: Any, written: Any, *rest: Any) -> None:
+        """In place of `elementwise._launch`."""
+        self._write(kernel, places(read), places(written))
+        launch(kernel, read, written, *rest)
+
+    def _write(self, name: str, reads: list[str], writes: list[str]) -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+        self._note(f"op {name} stream {stream} R {';'.join(reads)} W {';'.join(writes)}".encode())
 
 
 def tensors(tree: Any) -> list[Tensor]:
@@ -102,7 +109,8 @@ def work(folder: Path, runs: dict[str, dict[str, Any]]) -> None:
             handle = parallelize(pipe, group=group, cuda_graphs="off", **options)  # a replay tells nobody what it does
             sample.draw(pipe, GRID)  # buffers are made
             stubs.nullcuda_log(str(file).encode())
-            with Log(stubs.nullcuda_note):
+            log = Log(stubs.nullcuda_note)
+            with log, patch.object(elementwise, "_launch", partial(log.launched, elementwise._launch)):
                 sample.draw(pipe, GRID)
                 sample.draw(pipe, GRID)
             handle.drain()

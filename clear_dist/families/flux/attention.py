@@ -3,7 +3,7 @@
 Shapes: B batch, L tokens of this rank, C channels, N heads, D head dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,12 +21,13 @@ Projections = tuple[nn.Module, nn.Module, nn.Module, nn.Module, nn.Module]
 class FluxStripeAttnProcessor:
     """Recipe of `blocks.py` for blocks whose forward others have replaced: mostly hooks that bring weights."""
 
-    def __init__(self, striped: Stripes | None = None, layer: int = 0) -> None:
+    def __init__(self, striped: Stripes | None = None, layer: int = 0, adaptive: "Adaptive | None" = None) -> None:
         """Raises ValueError without arguments: `load_ip_adapter` makes processors anew from their classes."""
         if striped is None:
             raise ValueError("IP-Adapters cannot be combined with clear_dist.parallelize; undo() it first")
         self.striped = striped
         self.layer = layer
+        self.adaptive = adaptive or Adaptive()
 
     def __call__(
         self,
@@ -50,6 +51,20 @@ class FluxStripeAttnProcessor:
         output = heads.attend()
         image = attn.to_out[1](attn.to_out[0](output[:, text_tokens:]))
         return image, attn.to_add_out(output[:, :text_tokens])
+
+
+class Adaptive:
+    """AdaLN of all blocks, whose linear layers take the same silu of a forward's embedding: computed once."""
+
+    def __init__(self) -> None:
+        self._embedding: Tensor | None = None
+        self._activated: Tensor | None = None
+
+    def __call__(self, norm: Any, embedding_BC: Tensor, count: int) -> Sequence[Tensor]:
+        """A norm's shifts, scales and gates, [B, C] each."""
+        if embedding_BC is not self._embedding:
+            self._embedding, self._activated = embedding_BC, norm.silu(embedding_BC)
+        return norm.linear(self._activated).chunk(count, dim=1)
 
 
 def heads_of(attn: Any, like_BLC: Tensor, tokens: int, mask: Tensor | None = None) -> Heads:

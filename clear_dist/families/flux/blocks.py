@@ -8,7 +8,6 @@ input, queries, keys, values and the attention's output.
 Shapes: B batch, L tokens, T text tokens and R image tokens of this rank, C channels, N heads, D head dim.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -41,6 +40,7 @@ class StripedDoubleBlock(FluxTransformerBlock):
         text_tokens, tokens = text.shape[1], text.shape[1] + image.shape[1]
         heads = heads_of(attn, image, tokens, (joint_attention_kwargs or {}).get("attention_mask"))
         parts = heads.striped.parts
+        adaptive = attn.processor.adaptive
         shift, scale, *modulation = adaptive(self.norm1, temb, 6)
         text_shift, text_scale, *text_modulation = adaptive(self.norm1_context, temb, 6)
 
@@ -79,19 +79,20 @@ class StripedSingleBlock(FluxSingleTransformerBlock):
         x = joined(encoder_hidden_states, hidden_states)
         heads = heads_of(attn, x, x.shape[1], (joint_attention_kwargs or {}).get("attention_mask"))
         parts, chunks = heads.striped.parts, chunks_of(x)
-        shift, scale, gate = adaptive(self.norm, temb, 3)
+        shift, scale, gate = attn.processor.adaptive(self.norm, temb, 3)
         modulated = partial(parts.modulate, self.norm.norm, shift_BC=shift, scale_BC=scale)
 
         normed = fill(heads, of_image(attn), image_rotary_emb, x, modulated)
         heads.start_text()
         beside = self._with_mlp(parts, normed) if len(chunks) == 1 else None
         del normed
-        attended = heads.attend()
+        attended = heads.attend(None if beside is None else beside[..., : x.shape[2]])
 
         out = torch.empty_like(x)
         for chunk in chunks:
-            both = self._with_mlp(parts, modulated(x[:, chunk])) if beside is None else beside
-            both[..., : x.shape[2]] = attended[:, chunk]
+            if (both := beside) is None:
+                both = self._with_mlp(parts, modulated(x[:, chunk]))
+                both[..., : x.shape[2]] = attended[:, chunk]
             parts.add_gated(self.proj_out, x[:, chunk], both, gate, out[:, chunk])
             del both  # before the next chunk's is made
         finite(out)
@@ -125,11 +126,6 @@ class StripedBlock:
     def remove(self) -> None:
         stock = {ours: theirs for theirs, ours in STRIPED.items()}
         self.block.__class__ = stock.get(type(self.block), type(self.block))
-
-
-def adaptive(norm: Any, temb_BC: Tensor, count: int) -> Sequence[Tensor]:
-    """AdaLN's shifts, scales and gates, [B, C] each."""
-    return norm.linear(norm.silu(temb_BC)).chunk(count, dim=1)
 
 
 def finite(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from clear_dist.engine.cut import Cut
 from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.family import Inputs, Removable, Stripes
 from clear_dist.engine.stock import attention_layers
-from clear_dist.families.flux.attention import FluxStripeAttnProcessor
+from clear_dist.families.flux.attention import Adaptive, FluxStripeAttnProcessor
 from clear_dist.families.flux.blocks import StripedBlock
 from clear_dist.families.flux.pipeline import FluxPipelineAdapter
 from clear_dist.geometry import TextPlan
@@ -51,8 +51,8 @@ class Flux:
         return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
 
     def processors(self, striped: Stripes) -> dict[str, FluxStripeAttnProcessor]:
-        names = attention_layers(self.transformer)
-        return {name: FluxStripeAttnProcessor(striped, layer) for layer, name in enumerate(names)}
+        names, adaptive = attention_layers(self.transformer), Adaptive()
+        return {name: FluxStripeAttnProcessor(striped, layer, adaptive) for layer, name in enumerate(names)}
 
     def hooks(self, striped: Stripes) -> Sequence[Removable]:
         """All blocks, their class changed until `remove`."""
