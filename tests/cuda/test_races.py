@@ -47,7 +47,7 @@ def logs(null_gpus: NullGpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_nothing_races(mode: str, logs: Path) -> None:
     for rank in RANKS_LOOKED_AT:
         checker = check((logs / f"{mode}.{rank}").open())
-        assert checker.operations.total() > 1000 and len(checker.operations) > 1
+        assert checker.operations.total() > 500 and len(checker.operations) > 1
         assert checker.races == {}
 
 
