@@ -73,6 +73,7 @@ def candidates(stages: int) -> dict[int, list[Tiling]]:
             Tiling((8, 8), (8, 8), 4, stages),
             Tiling((8, 16), (4, 8), 8, 3),
             Tiling((8, 8), (4, 8), 4, 3),
+            Tiling((8, 8), (4, 8), 8, 3),
         ],
         512: [Tiling((8, 8), (4, 8), 8, 2), Tiling((8, 8), (4, 8), 4, 2)],
         1024: [Tiling((4, 8), (4, 4), 4, 2), Tiling((4, 4), (4, 4), 4, 2)],

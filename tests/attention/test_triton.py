@@ -110,7 +110,7 @@ def compiled(kernel: CompiledOnly, capability: str, case: Case, monkeypatch: pyt
     made = kernel.compiled
     triton_window.extend(call, call.query.clone(), call.query.new_empty(call.query.shape[:-1], dtype=torch.float32))
     assert max(made.metadata.shared, kernel.compiled.metadata.shared) <= MEMORY[capability] * 1024
-    assert spilled(kernel.compiled) <= spilled(made) + 32
+    assert spilled(kernel.compiled) <= spilled(made) + 64
     return made
 
 
