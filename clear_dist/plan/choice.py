@@ -14,6 +14,8 @@ from clear_dist.stages import Size
 
 GAIN = 0.05
 """Share of a stage's time that fewer ranks must save: an estimate is not better than that."""
+LEAST_SAVED = 0.5
+"""Seconds that they must save, too: what nobody feels is not worth another picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ def _of_stage(plan: Plan, number: int) -> Fewer | None:
         return None
     times = {ranks: time.total for ranks in _halves(most) if (time := _time(plan, number, ranks)) is not None}
     for ranks in sorted(times, key=lambda each: (times[each], -each)):
-        if times[ranks] > (1 - GAIN) * on_most.total:
+        if times[ranks] > min((1 - GAIN) * on_most.total, on_most.total - LEAST_SAVED):
             return None
         if _fits(plan, number, ranks):
             return Fewer(size=size, ranks=ranks, most=most, seconds=times[ranks], on_most=on_most.total)

@@ -35,7 +35,7 @@ def test_the_choice_is_the_best_of_halves_where_it_is_clear(side: int, link: str
     times = {ranks: seconds(engine, ranks, **settings) for ranks in (8, 4, 2, 1)}
     best = min(times, key=times.__getitem__)
     found = fewer_ranks(planned(engine, **settings))
-    if times[best] > 0.95 * times[MOST]:
+    if times[best] > 0.95 * times[MOST] or times[best] > times[MOST] - 0.5:
         assert found == ()
     else:
         assert [(each.ranks, each.most, each.size) for each in found] == [(best, MOST, (side, side))]
