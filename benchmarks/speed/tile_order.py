@@ -28,11 +28,11 @@ from benchmarks.lib.machine import machine, save
 from benchmarks.lib.share import on_stripes
 from benchmarks.lib.steps import SMALL, Candidate, make_pipeline, run_steps
 from clear_dist.attention import BACKENDS
-from clear_dist.attention.tiled import CPU_TILING
+from clear_dist.attention.tiled import cpu_tiling
 from clear_dist.comm.group import Group
 
 CPU = torch.device("cpu")
-SIDE = CPU_TILING.side
+SIDE = cpu_tiling(radius=8).side
 
 
 def layer_of(side: int, text: int) -> Layer:

@@ -1,13 +1,15 @@
 """Windowed attention on 2D tiles of queries with PyTorch's own attention: runs anywhere, without a compiler.
 
 The rectangle of keys that a tile's circles reach is gathered behind the text keys and attended to under a mask; tiles
-cut off alike by the border share the mask and one call. Work and memory per token are constant.
+cut off alike by the border share the mask and one call. Work and memory per token are constant. A long text may have a
+call of its own, without a mask, and be merged with the tiles.
 
 Shape suffixes: B batch, R rows of queries, E rows of keys, W columns, N heads, T text tokens, D head dim;
 Y rows of tiles, X columns of tiles, H rows and V columns of one tile or of its rectangle of keys, S keys of a tile.
 """
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from clear_dist.attention.backend import Backend, CallShape, WindowCall
-from clear_dist.attention.dense import BIAS_ALIGNMENT, fused, heads_last
+from clear_dist.attention.dense import BIAS_ALIGNMENT, attend, fused, heads_last
 from clear_dist.geometry import half_widths
 
 
@@ -26,10 +28,10 @@ class Tiling:
     """Rows and columns of a tile of queries: small tiles gather fewer masked keys, large ones copy less."""
     bytes_per_call: int
     """Limit of the gathered K and V of one call, which has one tile at least."""
+    text_apart: int = sys.maxsize
+    """Text tokens from which they have a call of their own."""
 
 
-# Measured on 2 cores: 8x8 beats larger tiles at radius 8 and 16, and 8 MiB stay in the cache.
-CPU_TILING = Tiling(side=8, bytes_per_call=8 * 2**20)
 # A GPU wants larger calls, and copies of the keys cost it more than the products that are masked.
 GPU_TILING = Tiling(side=16, bytes_per_call=256 * 2**20)
 
@@ -49,10 +51,30 @@ class Span:
         return self.query_start + tile * side, self.key_start + tile * side
 
 
+def cpu_tiling(radius: int) -> Tiling:
+    """The fastest on 2 cores by `benchmarks/speed/tiles.py`; 8 MiB stay in the cache."""
+    return Tiling(side=8 if radius <= 16 else 16, bytes_per_call=8 * 2**20, text_apart=128)
+
+
 def run(call: WindowCall, tiling: Tiling | None = None) -> tuple[Tensor, Tensor]:
     """Windowed attention for inference only: autograd refuses buffers that are reused."""
     if tiling is None:
-        tiling = CPU_TILING if call.query.device.type == "cpu" else GPU_TILING
+        tiling = cpu_tiling(call.radius) if call.query.device.type == "cpu" else GPU_TILING
+    # Without the text a query must see an image key: its own.
+    sees_itself = call.query.shape == call.key.shape and call.row_offset == 0
+    if call.key_text.shape[1] < tiling.text_apart or not sees_itself:
+        return _in_tiles(call, tiling)
+    query_BLND = call.query.flatten(1, 2).contiguous()  # the kernels take no others' last dimension
+    text = attend(query_BLND, call.key_text.contiguous(), call.value_text.contiguous(), call.scale)
+    out_text, lse_text = (result.unflatten(1, call.query.shape[1:3]) for result in text)
+    without_text = replace(call, key_text=call.key_text[:, :0], value_text=call.value_text[:, :0])
+    out, lse = _in_tiles(without_text, tiling)
+    # As merge.merge does, for two parts that both have keys, in one pass over them.
+    out_BRWND = out.float().lerp_(out_text.float(), torch.sigmoid(lse_text - lse).unsqueeze(-1)).to(out.dtype)
+    return out_BRWND, torch.logaddexp(lse, lse_text)
+
+
+def _in_tiles(call: WindowCall, tiling: Tiling) -> tuple[Tensor, Tensor]:
     out_BRWND = call.query.new_empty(call.query.shape)
     lse_BRWN1 = call.query.new_empty((*call.query.shape[:-1], 1), dtype=torch.float32)
     rows, columns = call.query.shape[1:3]

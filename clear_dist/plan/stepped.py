@@ -173,7 +173,7 @@ def _attend(backend: Backend, question: StepQuestion, allocated: Allocated, call
     """Run a backend, its operations counted by the pairs that it visits."""
     before = Counter(allocated.operations)
     is_cpu = backend.name == "tiled" and question.device == "cpu"
-    results = tiled.run(call, tiled.CPU_TILING) if is_cpu else backend.run(call)
+    results = tiled.run(call, tiled.cpu_tiling(call.radius)) if is_cpu else backend.run(call)
     allocated.operations.clear()
     allocated.operations.update(before)
     allocated.operations[allocated.block, VISITED] += call.query.shape[0] * visited_pairs(

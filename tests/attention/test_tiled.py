@@ -9,15 +9,29 @@ from clear_dist.attention import tiled
 from clear_dist.attention.backend import WindowCall
 from tests.attention.calls import Case
 
+NAMES = ("query", "key", "value", "key_text", "value_text")
+
 
 @pytest.mark.parametrize("side", [1, 3, 8, 16, 64])
 @pytest.mark.parametrize("bytes_per_call", [1, 2**17, 2**30])
 def test_any_tiling_gives_the_same(side: int, bytes_per_call: int) -> None:
     case = Case(rows=19, key_rows=33, columns=26, text=5, radius=4, row_offset=7, batch=2)
     tensors = case.tensors()
-    names = ("query", "key", "value", "key_text", "value_text")
-    call = WindowCall(**dict(zip(names, tensors, strict=True)), radius=4, row_offset=7, scale=0.25)
+    call = WindowCall(**dict(zip(NAMES, tensors, strict=True)), radius=4, row_offset=7, scale=0.25)
     results = tiled.run(call, tiled.Tiling(side, bytes_per_call))
+    torch.testing.assert_close(results, case.run("reference", tensors), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("text_apart", [1, 5, 6])
+@pytest.mark.parametrize(("key_rows", "row_offset"), [(19, 0), (19, 9), (33, 0), (33, 40), (19, -19)])
+@pytest.mark.parametrize("factor", [1, 30])
+def test_text_in_a_call_of_its_own_gives_the_same(text_apart: int, key_rows: int, row_offset: int, factor: int) -> None:
+    """Also where a query sees no image key, and where the text or the image has nearly all of the weight."""
+    case = Case(rows=19, key_rows=key_rows, columns=26, text=5, radius=4, row_offset=row_offset, batch=2)
+    query, *others = case.tensors()
+    tensors = (query * factor, *others)
+    call = WindowCall(**dict(zip(NAMES, tensors, strict=True)), radius=4, row_offset=row_offset, scale=0.25)
+    results = tiled.run(call, tiled.Tiling(8, 2**17, text_apart))
     torch.testing.assert_close(results, case.run("reference", tensors), atol=1e-5, rtol=1e-5)
 
 
