@@ -5,14 +5,11 @@ The interpreter must be switched on before Triton is imported, so the tests that
 
 import json
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import pytest
@@ -21,6 +18,7 @@ import torch
 from clear_dist.attention import triton_window
 from clear_dist.attention.backend import WindowCall
 from tests.attention.calls import Case
+from tests.compiled_kernels import MEMORY, AbsentGpu, CompiledOnly, spilled
 
 FOLDER = Path(__file__).parent
 
@@ -33,37 +31,6 @@ def test_results_in_the_interpreter() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=FOLDER.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-
-
-class AbsentGpu:
-    """What Triton asks a driver before it launches a kernel."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.capability  # Triton keeps what it compiled by this number
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-class CompiledOnly:
-    """Stands in for a kernel: compiles it for the arguments it is called with, and keeps what came out."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
-        def launch(*arguments: Any, **options: Any) -> None:
-            self.compiled = self.kernel.warmup(*arguments, grid=grid, **options)
-
-        return launch
 
 
 @pytest.fixture
@@ -95,8 +62,6 @@ def test_an_unknown_gpu_has_the_tiles_of_the_newest_one_before_it(asked: int, kn
 
 
 LAYER = Case(rows=16, key_rows=16, columns=32, text=80, radius=16, head_dim=128, dtype=torch.bfloat16)
-MEMORY = {"80": 163, "86": 99, "89": 99, "90": 227, "100": 227, "120": 99}
-"""KiB of shared memory that one program may take, by compute capability (CUDA C++ Programming Guide)."""
 
 
 def compiled(kernel: CompiledOnly, capability: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -112,17 +77,6 @@ def compiled(kernel: CompiledOnly, capability: str, case: Case, monkeypatch: pyt
     assert max(made.metadata.shared, kernel.compiled.metadata.shared) <= MEMORY[capability] * 1024
     assert spilled(kernel.compiled) <= spilled(made) + 64
     return made
-
-
-def spilled(kernel: Any) -> int:
-    """Bytes of each thread that lie in memory for want of registers."""
-    from triton import knobs
-
-    with NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(kernel.asm["cubin"])
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", told))
 
 
 @pytest.mark.parametrize("capability", MEMORY)

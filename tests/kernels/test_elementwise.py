@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clear_dist.kernels import elementwise
-from tests.attention.test_triton import MEMORY, AbsentGpu, CompiledOnly, spilled
+from tests.compiled_kernels import MEMORY, AbsentGpu, CompiledOnly, spilled
 
 HERE = Path(__file__).parent
 
@@ -81,5 +81,5 @@ def test_it_compiles_for_every_gpu_without_spills(
     monkeypatch.setattr(elementwise_kernel, name, kernel)
     for channels, dtype, most_spilled in ((3072, torch.bfloat16, 0), (WIDEST, torch.float32, 8)):
         call(channels, dtype)
-        assert spilled(kernel.compiled, tmp_path) <= most_spilled
+        assert spilled(kernel.compiled) <= most_spilled
         assert "ld.global.v4" in kernel.compiled.asm["ptx"] and "st.global.v4" in kernel.compiled.asm["ptx"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clear_dist.kernels import merging
-from tests.attention.test_triton import AbsentGpu, CompiledOnly
+from tests.compiled_kernels import AbsentGpu, CompiledOnly
 
 FOLDER = Path(__file__).parent
 KERNELS = (

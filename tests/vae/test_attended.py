@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clear_dist.vae import attended
-from tests.attention.test_triton import MEMORY, AbsentGpu, CompiledOnly, spilled
+from tests.compiled_kernels import MEMORY, AbsentGpu, CompiledOnly, spilled
 
 BLOCKS = (512, 256)
 """Queries and keys of the least block."""
