@@ -2,7 +2,9 @@
 
 import gc
 import json
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,7 +12,10 @@ from safetensors.torch import load_file
 from transformers import T5EncoderModel
 
 from clear_dist.cli import main
+from clear_dist.commands import prepare
+from clear_dist.plan.choice import Fewer
 from clear_dist.weights import loading
+from tests.forked import forked
 from tests.tiny import make_tiny_flux
 
 QUICK = ("--res", "64", "--steps", "1", "--seed", "5", "--device", "cpu", "--max-sequence-length", "16")
@@ -95,3 +100,29 @@ def test_what_this_machine_lacks_is_refused_before_anything_is_loaded(
     assert ending.value.code == 2
     assert "flash cannot run: it runs on cuda, got cpu; nearest: tiled" in capsys.readouterr().err
     assert alive == []
+
+
+def on_fewer_ranks(model: Path) -> None:
+    """A plan on a CPU knows no times: what one might choose is given."""
+    fewer = (Fewer(size=(64, 64), ranks=1, most=2, seconds=1.0, on_most=2.0),)
+    with (
+        patch.object(prepare, "may_use_fewer", lambda request: True),
+        patch.object(prepare.fit_here, "fewer_here", lambda *_: fewer),
+    ):
+        generate(model, "few", "--nproc", "2")
+
+
+def test_a_stage_on_fewer_ranks_is_told_and_reported(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    process = forked(partial(on_fewer_ranks, model))
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    alone = generate(model, "alone")
+    assert torch.equal(load_file("few.safetensors")["latents"], alone)
+    stages = [json.loads(Path(f"{name}.json").read_text())["stages"][0] for name in ("few", "alone")]
+    words = "64x64 is drawn by 1 of 2 ranks, in 1 s by the plan where all take 2"
+    assert [(stage["ranks"], stage["stripes"]) for stage in stages] == [(1, [[0, 4]])] * 2
+    assert stages[0]["why_fewer_ranks"].startswith(words) and stages[1]["why_fewer_ranks"] is None
+    assert errors.count(words) == 1
