@@ -187,7 +187,7 @@ if [ -n "$small" ] || [ "$gigabytes" -ge "$WHOLE" ]; then
     step table7 9 "$python" -m benchmarks.speed.table7 "${tables[@]}" "${seconds[@]:2:2}" --folder "$folder"
 else
     echo "table10, table7 and the suite's whole steps need $WHOLE GB, got $gigabytes: left out"
-    parts=(--parts correctness ranks kernels)
+    parts=(--parts correctness ranks kernels tuning)
 fi
 printf -v suite_minutes '%d.%02d' $((9 * minutes * 95 / 6000)) $((9 * minutes * 95 / 60 % 100))
 step suite 9 "$python" -m benchmarks.gpu.suite $small "${parts[@]}" --minutes "$suite_minutes" --folder "$folder/suite"

@@ -7,6 +7,7 @@
     kernels      one layer's attention: every backend, the official row-major FlexAttention, NATTEN if there, SDPA
     steps        FLUX.1-dev's architecture with random weights: seconds of a step and of one rank's share of it;
                  with --compile ours and diffusers' blocks are compiled, the official row-major code is not
+    tuning       what was chosen from counts: tiles of the Triton kernel, graphs, our own kernels, the VAE's attention
     profile      where a step's time goes
 
 Each part runs in a process of its own, for its share of the time and what earlier parts left of theirs. A part that
@@ -43,6 +44,7 @@ PARTS = {
     "ranks": ("benchmarks.gpu.checks", 70),
     "kernels": ("benchmarks.gpu.speed", 130),
     "steps": ("benchmarks.gpu.speed", 180),
+    "tuning": ("benchmarks.gpu.tuning", 60),
     "profile": ("benchmarks.gpu.speed", 30),
 }
 """Module of each part, and its share of the time."""

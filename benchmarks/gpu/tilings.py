@@ -1,9 +1,11 @@
 """What the Triton kernel takes on each architecture, by tiling, compiled without a GPU; makes its table of tilings.
 
     python -m benchmarks.gpu.tilings --json tilings.json --table clear_dist/attention/tilings.json
+    python -m benchmarks.gpu.tilings --measured tuning.json --table clear_dist/attention/tilings.json
 
 Needs an environment with Triton; Triton's own ptxas says registers and spilled bytes. Nothing runs and no time is
-measured: `chosen` is a guess from counts, by `score`, until a GPU has measured.
+measured: what the table has is a guess from counts, by `rank`. The second form puts there instead what suite.py has
+timed on a GPU.
 """
 
 import json
@@ -151,18 +153,40 @@ def rows_of(architecture: int, most: int, tilings: list[Tiling], show: Any) -> l
     return rows
 
 
+def with_measured(table: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The table with the fastest tiling of each architecture and size of keys that was timed."""
+    timed = [row for row in rows if "tiling" in row and "seconds" in row]
+    tilings = {name: dict(kinds) for name, kinds in table["tilings"].items()}
+    fastest = {}
+    for row in sorted(timed, key=lambda row: -row["seconds"]):
+        fastest[row["architecture"], row["key_bytes"]] = row["tiling"]
+    for (sm, most), tiling in fastest.items():
+        older = max((known for known in map(int, table["tilings"]) if known <= sm), default=min(SMS))
+        tilings.setdefault(str(sm), dict(table["tilings"][str(older)]))[str(most)] = tiling
+    measured = [*(table["measured"] or ()), *(f"sm_{sm}, {most} bytes" for sm, most in fastest)]
+    return {**table, "measured": sorted(set(measured)), "tilings": tilings}
+
+
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True, help="file for all rows")
+    parser.add_argument("--json", type=Path, help="file for all rows")
+    parser.add_argument("--measured", type=Path, help="rows of suite.py's part tuning; nothing is compiled")
     parser.add_argument("--table", type=Path, help="file for the tilings that the kernel is to use")
     flags = parser.parse_args()
+    if flags.measured:
+        if not flags.table:
+            parser.error("--measured needs --table, the file to put the fastest tilings into")
+        table = with_measured(json.loads(flags.table.read_text()), json.loads(flags.measured.read_text())["rows"])
+        flags.table.write_text(json.dumps(table, indent=1) + "\n")
+        return
     show = partial(Console().print, soft_wrap=True, highlight=False)
     rows = {}
     for sm, limits in SMS.items():
         tried = candidates(stages=3 if limits.program > 99 else 2)
         rows[sm] = {most: rows_of(sm, most, tilings, show) for most, tilings in tried.items()}
     about = {"rule": RULE, "versions": {"triton": triton.__version__, "torch": torch.__version__}}
-    flags.json.write_text(json.dumps({**about, "measured": False, "rows": rows}, indent=1) + "\n")
+    if flags.json:
+        flags.json.write_text(json.dumps({**about, "measured": False, "rows": rows}, indent=1) + "\n")
     if flags.table:
         names = "queries", "keys", "warps", "stages"
         chosen = {

@@ -9,7 +9,7 @@ import pytest
 from tests.cuda.null_gpu import Machine, NullGpus
 from tests.patience import PATIENCE
 
-PARTS = ("correctness", "ranks", "kernels", "steps", "profile")
+PARTS = ("correctness", "ranks", "kernels", "steps", "tuning", "profile")
 NOT_HERE = (
     "is not installed",
     "No module named 'natten'",
@@ -45,4 +45,7 @@ def test_every_part_runs(flags: list[str], minutes: float, null_gpus: NullGpus, 
     assert [note for note in notes if not any(known in note for known in NOT_HERE)] == []
     steps = {row["candidate"] for row in rows if row.get("seconds") and "candidate" in row}
     assert {"CLEAR r = 16", "CLEAR r = 16, share of 8", "row-major r = 16", "full attention"} <= steps
+    tuned = [row for row in rows if "what" in row and row.get("side_px") and row.get("seconds")]
+    assert {row["what"] for row in tuned} == {"tiles", "the VAE's attention", "a step"}
+    assert len([row for row in tuned if row["what"] == "a step"]) == 3
     assert {row["ranks"] for row in rows if "ranks" in row} == {1, 2, 3}

@@ -100,7 +100,7 @@ def test_on_one_small_gpu_tables_are_left_out_and_settings_that_fit_are_taken(ho
         ready="echo gpus=1 gigabytes=24 name=G", plan='echo \'{"nearest": "--int8 --offload"}\'; exit 2'
     )
     assert (status, states) == (0, {name: "done" for name in STEPS if name not in ("alone", "table10", "table7")})
-    assert "need 30 GB, got 24: left out" in hour.out and "--parts correctness ranks kernels" in hour.calls[-2]
+    assert "need 30 GB, got 24: left out" in hour.out and "--parts correctness ranks kernels tuning" in hour.calls[-2]
     drawn = [call for call in hour.calls if "clear_dist generate" in call]
     assert all("--int8 --offload" in call for call in drawn)
 

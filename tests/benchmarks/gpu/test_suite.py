@@ -45,7 +45,7 @@ def test_all_parts_run(tmp_path):
     ended = run("--device", "cpu", "--small", "--minutes", str(6 * PATIENCE), "--folder", str(tmp_path))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
-    parts = ["correctness", "ranks", "kernels", "steps", "profile"]
+    parts = ["correctness", "ranks", "kernels", "steps", "tuning", "profile"]
     assert {name: part["state"] for name, part in summary["parts"].items()} == dict.fromkeys(parts, "done")
     files = {f"{name}.json" for name in parts} | {"summary.json", "trace.json.gz"}
     assert {file.name for file in tmp_path.iterdir()} == files
