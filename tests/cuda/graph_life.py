@@ -40,7 +40,7 @@ class Life:
         self.handle = parallelize(pipe, group=group, window=4, attention_backend="triton", **options)
         self.counts = Counts()
 
-    def launches(self, **arguments: Any) -> list[int]:
+    def launches(self, pictures: int = 1, **arguments: Any) -> list[int]:
         """Of graphs, in each step of a generation."""
         steps: list[int] = []
 
@@ -48,8 +48,8 @@ class Life:
             steps.append(self.counts.since_last()["graph_launches"])
             return {}
 
-        text = torch.zeros(1, TEXT, T5_WIDTH, device=self.pipe.device, dtype=torch.bfloat16)
-        pooled = torch.zeros(1, CLIP_WIDTH, device=self.pipe.device, dtype=torch.bfloat16)
+        text = torch.zeros(pictures, TEXT, T5_WIDTH, device=self.pipe.device, dtype=torch.bfloat16)
+        pooled = torch.zeros(pictures, CLIP_WIDTH, device=self.pipe.device, dtype=torch.bfloat16)
         if "true_cfg_scale" in arguments:
             arguments |= {"negative_prompt_embeds": text, "negative_pooled_prompt_embeds": pooled}
         sizes = {"height": SIDE, "width": SIDE, "num_inference_steps": STEPS, "output_type": "latent"}
@@ -67,7 +67,7 @@ def drawn(group: Group) -> dict[str, Any]:
         "another": life.launches(guidance_scale=7.0),
         "guided": life.launches(true_cfg_scale=2.0),
         "larger": life.launches(height=2 * SIDE),
-        "two": life.launches(num_images_per_prompt=2),
+        "two": life.launches(pictures=2),
         "few steps": life.launches(num_inference_steps=3),
     }
     torch.cuda.empty_cache()
