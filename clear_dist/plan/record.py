@@ -12,7 +12,7 @@ SCHEMA = 1
 SAME = (
     "height", "width", "cascade", "window", "num_images", "dtype", "text_attention", "schedule", "warmup_steps",
     "down_factor", "hoist_modulation", "compile", "float8", "int8", "shard_weights", "offload", "keep_text_encoder",
-    "stage_ranks",
+    "stage_ranks", "cuda_graphs",
 )  # fmt: skip
 """Names of a request's fields that readers know from the first plans on."""
 
@@ -69,6 +69,7 @@ def of_sweep(plans: list[Plan]) -> dict[str, Any]:
         "sweep": [
             {
                 "ranks": plan.asked.ranks,
+                "ranks_of_stages": [len(parts) for parts in plan.asked.parts],
                 "needed": plan.needed,
                 "room": plan.room.bytes,
                 "fits": plan.fits,

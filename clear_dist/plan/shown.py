@@ -112,7 +112,7 @@ def _total(phase: Phase, memory: RankMemory) -> Text:
 def _times(plan: Plan) -> Iterator[Table]:
     if not plan.times:
         return
-    columns = ("stage", "ranks", "steps", "s a step", "of it waiting", "encode", "decode", "s in all")
+    columns = ("stage", "ranks", "steps", "s a step", "waiting", "encode", "decode", "in all")
     table = Table(*columns, box=SIMPLE)
     for stage, parts, time in zip(plan.asked.stages, plan.asked.parts, plan.times, strict=True):
         waiting = f"{time.exposed / time.step:.0%}"

@@ -25,6 +25,8 @@ def test_what_fits(tmp_path: Path) -> None:
     text = "\n".join(lines)
     for part in ("transformer", "VAE", "text encoders", "halos", "decode", "stripes: 8 of 64", "assumed: ", "waiting"):
         assert part in text
+    for whole in ("8192x8192 ", "all, about "):
+        assert any(line.lstrip().startswith(whole) for line in lines), "80 columns are enough for a row of times"
 
 
 def test_any_gpu_is_known_by_its_memory(tmp_path: Path) -> None:

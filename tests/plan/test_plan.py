@@ -173,6 +173,7 @@ def test_a_plan_for_programs(engine: Engine) -> None:
         rank["peak"] for rank in found["memory"]
     ]
     assert found["request"]["model"] == "black-forest-labs/FLUX.1-dev" and found["request"]["gpu"] == "H100"
+    assert (found["request"]["cuda_graphs"], found["request"]["stage_ranks"]) == ("auto", "auto")
     assert found["fits"] is True and found["needed"] == max(rank["peak"] for rank in found["memory"])
     assert sum(stage["steps"] for stage in found["seconds"]["stages"]) == 28 + 3 * 20
 
@@ -184,6 +185,5 @@ def test_a_sweep_is_made_of_single_plans(engine: Engine) -> None:
     for row, plan in zip(swept, plans, strict=True):
         alone = json.loads(json.dumps(record.of_plan(replace(plan), None)))
         assert row["seconds"] == alone["seconds"]["all"]
-        assert {name: row[name] for name in ("needed", "fits", "bytes_per_step")} == {
-            name: alone[name] for name in ("needed", "fits", "bytes_per_step")
-        }
+        same = ("needed", "fits", "bytes_per_step", "ranks_of_stages")
+        assert {name: row[name] for name in same} == {name: alone[name] for name in same}
