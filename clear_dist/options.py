@@ -134,7 +134,7 @@ class Options(Flags):
         None, "synchronous steps before --schedule stale sets in (4)", CUT, bounds=(0, 1_000)
     )
     cuda_graphs: CudaGraphs = flag(
-        "auto", "auto: few tokens' steps are captured, and launched as one; no effect on a CPU (auto)", CUT,
+        "auto", "auto: steps with few tokens go to the GPU as one CUDA graph; no effect on a CPU (auto)", CUT,
         choices=get_args(CudaGraphs),
     )  # fmt: skip
     share_gpus: bool = flag(False, "ranks may share a GPU while others are idle", planned=False)

@@ -44,7 +44,7 @@ class Kept(Options):
         JOIN_SECONDS, "seconds that ranks wait for missing ones (300)", CUT, bounds=(1, 86_400), planned=False
     )
     stage_ranks: str = flag(
-        "auto", "all, or auto: fewer for a stage that the plan says they draw in 5 % less time (auto)", CUT,
+        "auto", "all draw every stage; auto: fewer do where the plan says they are clearly sooner (auto)", CUT,
         choices=("auto", "all"),
     )  # fmt: skip
     keep_text_encoder: bool = flag(
