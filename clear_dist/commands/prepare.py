@@ -80,11 +80,11 @@ class Prepared:
             with refusing():
                 self.handle = parallelize(self.pipe, options, clear_weights=request.clear_weights, group=group)
             load_loras(self.pipe, hub.local_loras(request), CARDS)
+            self.fewer: tuple[Fewer, ...] = group.broadcast_object(() if fewer is None else fewer.result())
+            """Stages that not all ranks draw."""
         replaced = self.handle.replaced
         if group.rank == 0 and replaced is not None and not replaced.file.is_relative_to(request.model):
             say(f"CLEAR weights: {replaced}")  # a model's own go without saying
-        self.fewer: tuple[Fewer, ...] = group.broadcast_object(() if fewer is None else fewer.result())
-        """Stages that not all ranks draw."""
         for each in self.fewer if group.rank == 0 else ():
             say(each.words(averages=self.handle.text_attention == "average"))
         self.loading_peak_bytes = peaks.peak_memory(device)
