@@ -129,7 +129,8 @@ def fewer_here(request: Request, facts: ModelFacts, place: Place) -> tuple[Fewer
     plan = Plan(asked=asked, room=Room(bytes=smallest.total, where=gpu.name), engine=Engine())
     try:
         return fewer_ranks(plan)
-    except (Refusal, RuntimeError):  # loading tells what is wrong with the model, if anything
+    except (Refusal, RuntimeError) as error:  # loading tells what is wrong with the model, if anything
+        say(f"{WARNING}all ranks draw every stage, as whether fewer would be sooner is not known: {error}")
         return ()
     finally:
         plan.engine.stop()

@@ -244,6 +244,19 @@ def test_a_job_goes_on_where_nobody_knows(gpus: Any, monkeypatch: pytest.MonkeyP
     assert line.startswith("warning: whether it fits is not known: the engine cannot tell")
 
 
+def test_a_choice_of_ranks_that_failed_is_told_as_the_picture_depends_on_it(
+    gpus: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    gpus(*[84.0] * 8)
+    request, facts, _ = settle(GenerateFlags(model=FLUX_DEV, output=Path("x.png"), res=1024), ALONE, CARDS)
+    ended = Engine()
+    ended.process.kill()
+    monkeypatch.setattr(fit_here, "Engine", lambda: ended)
+    assert fit_here.fewer_here(request, facts, ALONE) == ()
+    assert "warning: all ranks draw every stage, as whether fewer" in capsys.readouterr().err
+
+
 def test_a_process_that_ended_is_told_of() -> None:
     engine = Engine()
     engine.process.kill()
