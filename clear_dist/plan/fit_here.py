@@ -117,7 +117,10 @@ def begin(request: Request, facts: ModelFacts, place: Place) -> Check | None:
 
 
 def fewer_here(request: Request, facts: ModelFacts, place: Place) -> tuple[Fewer, ...]:
-    """Stages that fewer ranks draw sooner on GPUs of this kind; none where nobody can know. It takes seconds."""
+    """Stages that fewer ranks draw sooner on GPUs of this kind; none where nobody can know. It takes seconds.
+
+    Those of each picture, so that it is drawn among others as it is alone.
+    """
     known, gpus = model.find(facts), devices.find_gpus()
     if known is None or not gpus:
         return ()
@@ -127,8 +130,10 @@ def fewer_here(request: Request, facts: ModelFacts, place: Place) -> tuple[Fewer
     shares = ranks > len(gpus)
     asked = PlanRequest(request=request, model=known, gpu=gpu, link=LINKS[gpu.link], shares_gpus=shares)
     plan = Plan(asked=asked, room=Room(bytes=smallest.total, where=gpu.name), engine=Engine())
+    pictures = {alone.stages: alone for alone in map(request.alone, range(len(request.prompts)))}
     try:
-        return fewer_ranks(plan)
+        plans = (replace(plan, asked=replace(asked, request=alone)) for alone in pictures.values())
+        return tuple({fewer.size: fewer for each in plans for fewer in fewer_ranks(each)}.values())
     except (Refusal, RuntimeError) as error:  # loading tells what is wrong with the model, if anything
         say(f"{WARNING}all ranks draw every stage, as whether fewer would be sooner is not known: {error}")
         return ()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from clear_dist.cards.folder import find_model, read_folder
@@ -18,7 +19,7 @@ from clear_dist.launch.env import Place
 from clear_dist.options import Refusal
 from clear_dist.plan import Engine, fit_here, model
 from clear_dist.request import devices
-from clear_dist.request.flags import GenerateFlags, PlanFlags
+from clear_dist.request.flags import GenerateFlags, PlanFlags, UpscaleFlags
 from clear_dist.request.settle import settle
 from tests.plan.asked import flux_request, planned_model
 from tests.tiny import make_tiny_flux, make_tiny_pipeline
@@ -255,6 +256,23 @@ def test_a_choice_of_ranks_that_failed_is_told_as_the_picture_depends_on_it(
     monkeypatch.setattr(fit_here, "Engine", lambda: ended)
     assert fit_here.fewer_here(request, facts, ALONE) == ()
     assert "warning: all ranks draw every stage, as whether fewer" in capsys.readouterr().err
+
+
+def test_stages_of_all_pictures_may_have_fewer_ranks(
+    gpus: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A picture among others is drawn as it is alone. Over a slow link one rank is the fastest."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(fit_here.LINKS, "nvlink", fit_here.LINKS["10gbe"])
+    for name, height in (("a.png", 512), ("b.png", 640)):
+        Image.new("RGB", (640, height)).save(name)
+    gpus(*[84.0] * 8)
+    kinds = [("a.png",), ("b.png",), ("a.png", "b.png")]
+    flags = (UpscaleFlags(model=FLUX_DEV, images=["a fox", *files]) for files in kinds)
+    settled = (settle(each, ALONE, CARDS) for each in flags)
+    first, second, both = (fit_here.fewer_here(request, facts, ALONE) for request, facts, _ in settled)
+    assert (1024, 1280) in {each.size for each in first} and (1280, 1280) in {each.size for each in second}
+    assert set(both) == {*first, *second}
 
 
 def test_a_process_that_ended_is_told_of() -> None:
