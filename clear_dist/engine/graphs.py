@@ -5,9 +5,9 @@
     2nd forward     captured (a few launches of its own bring the inputs), then replayed
     further ones    inputs copied in, replayed, output copied out
 
-Forwards are alike where shapes and all other arguments are: both passes of classifier-free guidance share a graph. All
-ranks capture at the same forward, and agree that all have; a replay posts the messages that the forward would, so that
-a rank may go on without graphs while others replay.
+Forwards are alike where shapes, shares of the text and all other arguments are: both passes of classifier-free guidance
+share a graph. All ranks capture at the same forward, and agree that all have; a replay posts the messages that the
+forward would, so that a rank may go on without graphs while others replay.
 
 What a graph reads must stay where it is: inputs are its own, buffers of messages are made in the capture, and weights
 are compared before each replay, together with all that Python decides within a forward.
@@ -29,6 +29,7 @@ from clear_dist.engine.agreement import SameCall
 from clear_dist.engine.capture import Capture
 from clear_dist.engine.cut import Cut
 from clear_dist.engine.joint_attention import WindowJointAttention
+from clear_dist.geometry import TextPlan
 
 MOST_TOKENS = 8_192
 """Text and image of a rank, all pictures. A projection: with 12 billion parameters, a token takes 24 us of an H100 at
@@ -64,6 +65,8 @@ class Graphs:
         self._clock = clock
         self._same_call = same_call
         self._counters = counters
+        self.text_plan: TextPlan | None = None
+        """The running forward's; two of them may have equal shapes on one rank, and not on another."""
         self._made: dict[str, Captured] = {}
         self._seen: set[str] = set()
         self._steps = 0
@@ -110,7 +113,7 @@ class Graphs:
         given = [x for x in tree_leaves((args, named)) if isinstance(x, Tensor)]
         if not self._steps or self._cut is None or any(x.device != self._cut.group.device for x in given):
             return self._stock(*args, **named)
-        key = repr(tree_map(kind_of, (args, named)))
+        key = repr((self.text_plan, tree_map(kind_of, (args, named))))
         captured = self._made.get(key)
         if captured is None and self._is_due(key):
             self._same_call.require()

@@ -55,7 +55,7 @@ class StripedModel:
         self._clock = Clock(warmup_steps=settings.warmup_steps)
         self._forward_is_under_way = False
         self._same_call = SameCall(counters)
-        self._graphs = Graphs(
+        self.graphs = Graphs(
             family.transformer, settings.capture, clock=self._clock, same_call=self._same_call, counters=counters
         )
         self._most_stale_bytes = 0
@@ -71,7 +71,7 @@ class StripedModel:
             *shards,
             *family.hooks(self),
             OnStripes(transformer),
-            self._graphs,
+            self.graphs,
             transformer.register_forward_pre_hook(self._before, with_kwargs=True),
             transformer.register_forward_hook(self._after),
         ]
@@ -153,7 +153,7 @@ class StripedModel:
             self._run_on(*before)
 
     def _run_on(self, group: Group, scheduler: Any, extrapolation: Extrapolation | None) -> None:
-        self._graphs.drop()
+        self.graphs.drop()
         if not self._forward_is_under_way:  # else messages in flight may never arrive
             self.drain()
         self.group, self.scheduler, self.extrapolation = group, scheduler, extrapolation
@@ -200,6 +200,7 @@ class StripedModel:
             self.modulation.begin(self._clock.turn, self.scheduler, generation=self._clock.begins)
         tokens = self.family.text_tokens(inputs)
         self.text_plan = choose_text_plan(self.settings.options.text_tokens, tokens, cut)
+        self.graphs.text_plan = self.text_plan
         mask_BT = self.family.text_mask(inputs)
         self._text_mask = None if mask_BT is None else others_first(mask_BT, self.text_plan)
         return (), self.family.cut(inputs, cut, self.text_plan)
@@ -231,7 +232,7 @@ class StripedModel:
 
     def drain(self) -> None:
         """Wait for messages in flight, after a step; all ranks call this. The next step is synchronous."""
-        self._graphs.drop()
+        self.graphs.drop()
         if self.cut is not None:
             self._most_stale_bytes = self.stale_bytes
             self.cut.exchanges.drain()
@@ -271,7 +272,7 @@ class StripedModel:
             self.cut = cut_image(*image, text_tokens=text_tokens, clock=clock, counters=self.counters)
         is_masked = self.family.text_mask(inputs) is not None
         tokens = len(self.family.latents(inputs)) * (max(map(len, self.cut.stripes)) * self.cut.width + text_tokens)
-        self._graphs.begin(self.cut, steps=self._steps, tokens=tokens, is_masked=is_masked)
+        self.graphs.begin(self.cut, steps=self._steps, tokens=tokens, is_masked=is_masked)
 
 
 def striped_of(pipe: Any) -> StripedModel | None:
