@@ -96,6 +96,7 @@ class Parallelized:
     def close(self) -> None:
         """End all that ranks share; the pipeline is of no use afterwards."""
         for model in (self._striped, *self._controlnets):
+            model.graphs.drop()  # of a generation that was stopped; NCCL waits for all that hold its messages
             for shards in model.shards:
                 shards.close()
         if self._owns_group:
