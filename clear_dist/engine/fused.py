@@ -57,8 +57,10 @@ class Fused:
             return parts.modulate(norm, x_BLC, shift_BC, scale_BC)
         return elementwise.modulate(x_BLC, shift_BC, scale_BC, norm.eps)
 
-    def project(self, linear: nn.Module, x_BLC: Tensor, out_BLND: Tensor) -> None:
-        if not is_plain(linear) or torch.is_grad_enabled():
+    def project(self, linear: Any, x_BLC: Tensor, out_BLND: Tensor) -> None:
+        # Other dtypes: autocast, of which products that are told where to write know nothing.
+        is_known = is_plain(linear) and x_BLC.dtype == linear.weight.dtype == out_BLND.dtype
+        if not is_known or torch.is_grad_enabled():
             out_BLND.copy_(self.call(linear, x_BLC).unflatten(-1, out_BLND.shape[-2:]))
             return
         for x_LC, out_LND in zip(x_BLC, out_BLND, strict=True):

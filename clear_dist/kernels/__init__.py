@@ -3,6 +3,8 @@
 The torch form is the reference, and serves where Triton does not.
 """
 
+import os
+import shutil
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -14,11 +16,17 @@ AMPERE = 8
 
 @lru_cache
 def usable(device_type: str) -> bool:
-    """Whether they run on this machine: a GPU from Ampere on, or a CPU under TRITON_INTERPRET=1, for tests."""
+    """Whether they run on this machine: a GPU from Ampere on, or a CPU under TRITON_INTERPRET=1, for tests.
+
+    Not without a C compiler, with which Triton builds what launches them.
+    """
     if device_type not in ("cpu", "cuda") or find_spec("triton") is None:
         return False
     if device_type == "cpu":
         import triton
 
         return bool(triton.knobs.runtime.interpret)
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        return False
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= AMPERE

@@ -1,5 +1,8 @@
 """Which parts a device gets, and which layers `--compile` compiles beside our kernels; the kernels: tests/kernels."""
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import peft
 import pytest
 import torch
@@ -55,6 +58,35 @@ def test_a_layer_with_hooks_is_called() -> None:
         layer.register_forward_hook(lambda layer, given, output: output + 1)
         Fused().project(layer, x, out)
         assert not is_plain(layer) and torch.equal(out.flatten(2), layer(x))
+
+
+def test_a_layer_under_autocast_is_called() -> None:
+    """What comes from a product before it is in 16 bits, weights are not."""
+    layer, x = nn.Linear(8, 8), torch.randn(1, 3, 8).bfloat16()
+    out = torch.empty(1, 3, 2, 4, dtype=torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        Fused().project(layer, x, out)
+        assert torch.equal(out.flatten(2), layer(x))
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is made for Linux only")
+def test_kernels_need_a_c_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Which Triton builds what launches them with, and slim containers do not have."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    usable = kernels.usable.__wrapped__
+    assert not usable("cuda")
+    for name in ("gcc", "clang"):
+        (tmp_path / name).touch(0o755)
+        assert usable("cuda")
+        monkeypatch.setenv("CC", str(tmp_path / "missing"))
+        assert not usable("cuda")
+        monkeypatch.setenv("CC", name)
+        assert usable("cuda")
+        monkeypatch.delenv("CC")
+        (tmp_path / name).unlink()
 
 
 def test_kernels_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
