@@ -14,9 +14,13 @@ from clear_dist.geometry import Rows
 from clear_dist.kernels import merging, usable
 from clear_dist.merge import RowsPart, merge, merge_rows, merge_stacked, pack_part, relay, unpack_lse, unweigh, weigh
 
-DTYPES = (torch.float32, torch.bfloat16)
-TOLERANCE = {torch.float32: {"atol": 1e-6, "rtol": 1e-6}, torch.bfloat16: {"atol": 1e-6, "rtol": 2**-7}}
-"""Of float32's sums; of one rounding to bfloat16, 8 bits, which the interpreter cuts off where a GPU rounds."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOLERANCE = {
+    torch.float32: {"atol": 1e-6, "rtol": 1e-6},
+    torch.bfloat16: {"atol": 1e-6, "rtol": 2**-7},
+    torch.float16: {"atol": 1e-6, "rtol": 2**-11},
+}
+"""Of float32's sums; of one rounding to 16 bits, which the interpreter cuts off where a GPU rounds, to bfloat16."""
 
 
 def test_kernels_run_here() -> None:
