@@ -65,7 +65,7 @@ def main() -> None:
 def tiles_of(side: int, way: str) -> Backend:
     """`tiled` with tiles of `side`, the text behind their keys or apart."""
     tiling = tiled.Tiling(side, 8 * MIB, text_apart=1 if way == "apart" else maxsize)
-    return Backend("tiled", tiled.why_not, partial(tiled.run, tiling=tiling))
+    return Backend("tiled", tiled.why_not, partial(tiled.run_in, tiling=tiling))
 
 
 if __name__ == "__main__":

@@ -77,6 +77,11 @@ class WindowCall:
         rows, columns = self.query.shape[1:3]
         return Geometry(rows, self.key.shape[1], columns, self.key_text.shape[1], self.radius, self.row_offset)
 
+    @property
+    def sees_itself(self) -> bool:
+        """Whether keys are those of the queries, so that each query sees an image key."""
+        return self.query.shape == self.key.shape and self.row_offset == 0
+
 
 def capability() -> int:
     """Major compute capability of this process's GPU; 0 where there is none."""

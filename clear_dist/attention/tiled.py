@@ -9,16 +9,17 @@ Y rows of tiles, X columns of tiles, H rows and V columns of one tile or of its 
 """
 
 import sys
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from itertools import product
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from clear_dist.attention.apart import with_text_apart
 from clear_dist.attention.backend import Backend, CallShape, WindowCall
-from clear_dist.attention.dense import BIAS_ALIGNMENT, attend, fused, heads_last
+from clear_dist.attention.dense import BIAS_ALIGNMENT, fused, heads_last
 from clear_dist.geometry import half_widths
 
 
@@ -56,22 +57,19 @@ def cpu_tiling(radius: int) -> Tiling:
     return Tiling(side=8 if radius <= 16 else 16, bytes_per_call=8 * 2**20, text_apart=128)
 
 
-def run(call: WindowCall, tiling: Tiling | None = None) -> tuple[Tensor, Tensor]:
+def run(call: WindowCall) -> tuple[Tensor, Tensor]:
     """Windowed attention for inference only: autograd refuses buffers that are reused."""
-    if tiling is None:
-        tiling = cpu_tiling(call.radius) if call.query.device.type == "cpu" else GPU_TILING
-    # Without the text a query must see an image key: its own.
-    sees_itself = call.query.shape == call.key.shape and call.row_offset == 0
-    if call.key_text.shape[1] < tiling.text_apart or not sees_itself:
-        return _in_tiles(call, tiling)
-    query_BLND = call.query.flatten(1, 2).contiguous()  # the kernels take no others' last dimension
-    text = attend(query_BLND, call.key_text.contiguous(), call.value_text.contiguous(), call.scale)
-    out_text, lse_text = (result.unflatten(1, call.query.shape[1:3]) for result in text)
-    without_text = replace(call, key_text=call.key_text[:, :0], value_text=call.value_text[:, :0])
-    out, lse = _in_tiles(without_text, tiling)
-    # As merge.merge does, for two parts that both have keys, in one pass over them.
-    out_BRWND = out.float().lerp_(out_text.float(), torch.sigmoid(lse_text - lse).unsqueeze(-1)).to(out.dtype)
-    return out_BRWND, torch.logaddexp(lse, lse_text)
+    return run_on_cpu(call) if call.query.device.type == "cpu" else run_in(call, GPU_TILING)
+
+
+def run_on_cpu(call: WindowCall) -> tuple[Tensor, Tensor]:
+    return run_in(call, cpu_tiling(call.radius))
+
+
+def run_in(call: WindowCall, tiling: Tiling) -> tuple[Tensor, Tensor]:
+    in_tiles = partial(_in_tiles, tiling=tiling)
+    is_apart = call.key_text.shape[1] >= tiling.text_apart and call.sees_itself
+    return with_text_apart(call, in_tiles) if is_apart else in_tiles(call)
 
 
 def _in_tiles(call: WindowCall, tiling: Tiling) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,8 @@ from clear_dist.plan.built import Built, quantise
 from clear_dist.plan.emulated import add_lora, parts_on
 from clear_dist.plan.questions import StepQuestion
 
+ON_CPU = {"masked": masked.run_on_cpu, "tiled": tiled.run_on_cpu}
+"""What backends do there, while the tensors are on the meta device."""
 DENSE = ("masked", "reference")
 """Backends that compute every pair of a query and a key."""
 VISITED = "visited"
@@ -172,8 +174,7 @@ def _settings(question: StepQuestion, family: Family, allocated: Allocated) -> S
 def _attend(backend: Backend, question: StepQuestion, allocated: Allocated, call: WindowCall) -> tuple[Tensor, Tensor]:
     """Run a backend, its operations counted by the pairs that it visits."""
     before = Counter(allocated.operations)
-    is_cpu = backend.name == "tiled" and question.device == "cpu"
-    results = tiled.run(call, tiled.cpu_tiling(call.radius)) if is_cpu else backend.run(call)
+    results = (ON_CPU if question.device == "cpu" else {}).get(backend.name, backend.run)(call)
     allocated.operations.clear()
     allocated.operations.update(before)
     allocated.operations[allocated.block, VISITED] += call.query.shape[0] * visited_pairs(

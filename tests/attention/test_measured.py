@@ -55,7 +55,7 @@ def test_what_cannot_run_is_passed_over_and_the_log_says_so(
 ) -> None:
     rows.append(row({"masked": 1e-3, "tiled": 2e-3, "gone": 1e-4}))
     with caplog.at_level(logging.INFO, logger="clear_dist.attention"):
-        assert choose(rows=200, key_rows=200, columns=200) == "tiled"
+        assert choose(rows=2000, key_rows=2000, columns=2000) == "tiled"
     assert "measured at 16 x 16 tokens, radius 8, 32 text tokens, heads of 64: gone 0.1 ms, masked 1 ms" in caplog.text
     assert "masked skipped: its mask would take" in caplog.text
 

@@ -18,7 +18,7 @@ def test_any_tiling_gives_the_same(side: int, bytes_per_call: int) -> None:
     case = Case(rows=19, key_rows=33, columns=26, text=5, radius=4, row_offset=7, batch=2)
     tensors = case.tensors()
     call = WindowCall(**dict(zip(NAMES, tensors, strict=True)), radius=4, row_offset=7, scale=0.25)
-    results = tiled.run(call, tiled.Tiling(side, bytes_per_call))
+    results = tiled.run_in(call, tiled.Tiling(side, bytes_per_call))
     torch.testing.assert_close(results, case.run("reference", tensors), atol=1e-5, rtol=1e-5)
 
 
@@ -31,7 +31,7 @@ def test_text_in_a_call_of_its_own_gives_the_same(text_apart: int, key_rows: int
     query, *others = case.tensors()
     tensors = (query * factor, *others)
     call = WindowCall(**dict(zip(NAMES, tensors, strict=True)), radius=4, row_offset=row_offset, scale=0.25)
-    results = tiled.run(call, tiled.Tiling(8, 2**17, text_apart))
+    results = tiled.run_in(call, tiled.Tiling(8, 2**17, text_apart))
     torch.testing.assert_close(results, case.run("reference", tensors), atol=1e-5, rtol=1e-5)
 
 
