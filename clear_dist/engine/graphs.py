@@ -26,20 +26,11 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from clear_dist.comm.clock import Clock
 from clear_dist.comm.counters import Counters, labelled
 from clear_dist.engine.agreement import SameCall
-from clear_dist.engine.capture import Capture
 from clear_dist.engine.cut import Cut
 from clear_dist.engine.joint_attention import WindowJointAttention
+from clear_dist.engine.settings import Settings
 from clear_dist.geometry import TextPlan
 
-MOST_TOKENS = 8_192
-"""Text and image of a rank, all pictures. A projection: with 12 billion parameters, a token takes 24 us of an H100 at
-990 TFLOP/s, and a step's 3,000 to 6,000 launches 20 to 50 ms of the host, which rule below 2,000 tokens. Four times as
-many, for faster GPUs, weights in 8 bits, and hosts that have else to do.
-"""
-FEWEST_STEPS = 4
-"""Steps to come, or a capture, which takes the host as long as a step, does not pay."""
-DROPPING = ("masked", "tiled")
-"""Backends that keep few masks, and may give one's memory away while a graph still reads it."""
 DECIDING = ("processor", "forward", "training", "scaling", "_active_adapter", "_disable_adapters", "merged_adapters")
 """Attributes of modules, peft's layers among them, that decide what a forward launches, and with which numbers."""
 
@@ -57,11 +48,12 @@ class Graphs:
     """Graphs of one model; without a `capture` it changes nothing."""
 
     def __init__(
-        self, model: nn.Module, capture: Capture | None, *, clock: Clock, same_call: SameCall, counters: Counters
+        self, model: nn.Module, settings: Settings, *, clock: Clock, same_call: SameCall, counters: Counters
     ) -> None:
         """Put an attribute `forward` on the model, until `remove`: its own hooks stay around it."""
         self._model = model
-        self._capture = capture
+        self._capture = settings.capture
+        self._options = settings.options
         self._clock = clock
         self._same_call = same_call
         self._counters = counters
@@ -69,8 +61,8 @@ class Graphs:
         """The running forward's; two of them may have equal shapes on one rank, and not on another."""
         self._made: dict[str, Captured] = {}
         self._seen: set[str] = set()
-        self._steps = 0
-        """Of this generation; 0: no graphs."""
+        self._steps = self._tokens = 0
+        """This generation's; no steps: no graphs."""
         self._passes = 0
         self._state: list[Any] | None = None
         self._cut: Cut | None = None
@@ -82,14 +74,15 @@ class Graphs:
             return self._forward(*args, **named)
 
         self._ours = forward
-        if capture is not None:
+        if self._capture is not None:
             vars(model).update(forward=forward)
 
     def begin(self, cut: Cut, *, steps: int, tokens: int, is_masked: bool) -> None:
         """Begin a generation; `tokens`: text and pictures of the largest stripe. All ranks call this alike."""
         self.drop()
-        self._cut = cut
-        if self._capture is None or is_masked or not may_capture(cut) or tokens > MOST_TOKENS:
+        self._cut, self._tokens = cut, tokens
+        needs_host = is_masked or cut.group.transport == "host"
+        if self._capture is None or needs_host or not self._may_replay(cut, steps):
             return
         self._state = state_of(self._model)
         if not cut.group.agree(self._state is None):
@@ -115,17 +108,22 @@ class Graphs:
             return self._stock(*args, **named)
         key = repr((self.text_plan, tree_map(kind_of, (args, named))))
         captured = self._made.get(key)
-        if captured is None and self._is_due(key):
+        if captured is None and self._is_due(key, self._cut):
             self._same_call.require()
             captured = self._record(key, self._cut, args, named)
         if captured is None or state_of(self._model) != self._state:
             return self._stock(*args, **named)
         return self._replayed(captured, self._cut, given)
 
-    def _is_due(self, key: str) -> bool:
+    def _is_due(self, key: str, cut: Cut) -> bool:
         is_known = key in self._seen
         self._seen.add(key)
-        return is_known and self._steps - self._clock.step >= FEWEST_STEPS
+        return is_known and self._may_replay(cut, self._steps - self._clock.step)
+
+    def _may_replay(self, cut: Cut, steps: int) -> bool:
+        attention = cut.joint_attention
+        backend = attention.backend.name if isinstance(attention, WindowJointAttention) else None
+        return self._options.may_replay(ranks=cut.group.size, tokens=self._tokens, steps=steps, backend=backend)
 
     def _record(self, key: str, cut: Cut, args: tuple[Any, ...], named: dict[str, Any]) -> Captured | None:
         """Capture the forward with inputs of its own; None, on all ranks, where one has failed."""
@@ -168,13 +166,6 @@ class Graphs:
             self.drop()  # what follows, such as the VAE, has the memory
             cut.exchanges.drain()
         return output
-
-
-def may_capture(cut: Cut) -> bool:
-    """Whether nothing inside the forward waits for the host, or for another step."""
-    attention = cut.joint_attention
-    keeps = not isinstance(attention, WindowJointAttention) or attention.backend.name not in DROPPING
-    return keeps and not cut.stale and cut.group.transport != "host"
 
 
 def kind_of(x: Any) -> Any:

@@ -56,7 +56,7 @@ class StripedModel:
         self._forward_is_under_way = False
         self._same_call = SameCall(counters)
         self.graphs = Graphs(
-            family.transformer, settings.capture, clock=self._clock, same_call=self._same_call, counters=counters
+            family.transformer, settings, clock=self._clock, same_call=self._same_call, counters=counters
         )
         self._most_stale_bytes = 0
         self._given = group, scheduler

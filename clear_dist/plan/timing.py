@@ -1,7 +1,7 @@
 """How long a request takes, roughly: work over rates that are assumed, and bytes over a link. Nothing here is measured.
 
 computing = products / rate + visited pairs / rate + passes over memory / bandwidth
-host      = kernels that the host starts x seconds for each
+host      = what the host starts x seconds for each; next to nothing in steps that are replayed as CUDA graphs
 exposed   = max(0, bytes in layers / link - what the longer of both hides) + join / link
 step      = max(computing, host) + exposed
 
@@ -10,11 +10,12 @@ Weights in shards travel beside the messages, all but the first block's behind c
 
 from dataclasses import dataclass
 
-from clear_dist.plan.asked import PlanRequest, is_upper
+from clear_dist.plan.asked import Part, PlanRequest, is_upper
 from clear_dist.plan.engine import Engine
 from clear_dist.plan.questions import Step, VaePass, Weights
 from clear_dist.plan.traffic import step_traffic
 from clear_dist.request.hardware import Gpu
+from clear_dist.stages import Stage
 
 TILE = (8, 16)
 """Tokens of FlexAttention's tiles, for people."""
@@ -35,11 +36,17 @@ PASSES = 21
 """Numbers read and written per channel, token and block outside of products by our kernels, which all GPUs with rates
 run; counted (tests/cuda/test_passes.py)."""
 LAUNCH = 5e-6
-"""Seconds of the host to start a kernel from Python: assumed, not measured."""
-LAUNCHES, LAUNCHES_COMPILED = 49, 20
-"""Kernels that the host starts in a block of a pass on one rank: counted on GPUs that are not there (figures.md)."""
-LAUNCHES_OF_MESSAGES = 45
+"""Seconds of the host to start a kernel, a product of matrices or a group of messages from Python: assumed."""
+LAUNCHES = 22
+"""All of these in a block of a pass on one rank, as the next two counted on GPUs that are not there (figures.md)."""
+LAUNCHES_OF_MESSAGES = 9
 """And besides among several ranks: parts of attention and their merging, messages, shares of text."""
+LAUNCHES_IN_8_BITS = {"int8": (16, 10), "float8": (60, 8)}
+"""And for weights in 8 bits, as they are and compiled, which changes nothing for others."""
+LAUNCHES_REPLAYED = 16
+"""In all of a pass that is a CUDA graph."""
+LAUNCHED = 2
+"""Passes before: in the first one kernels are compiled, in the second one the graph is captured."""
 HIDDEN = {"sync": 0.5, "stale": 1.0}
 """Share of a step's computing behind which its messages can hide."""
 
@@ -51,9 +58,11 @@ class StageTime:
     computing: float
     """Of a step, as the next two."""
     host: float
-    """The host's, to start all kernels."""
+    """The host's, to start all kernels, or a graph of them."""
     exposed: float
     """Waiting for messages."""
+    capturing: float
+    """What the host takes longer than a step's computing before there is a graph."""
     steps: int
     encode: float
     decode: float
@@ -64,7 +73,7 @@ class StageTime:
 
     @property
     def total(self) -> float:
-        return self.steps * self.step + self.encode + self.decode
+        return self.steps * self.step + self.capturing + self.encode + self.decode
 
 
 def stage_time(engine: Engine, asked: PlanRequest, number: int) -> StageTime | None:
@@ -75,7 +84,10 @@ def stage_time(engine: Engine, asked: PlanRequest, number: int) -> StageTime | N
     part = max(asked.parts[number], key=lambda part: (part.rows, part.received))
     step, weights = engine.step(asked, stage, part), engine.weights(asked)
     computing, link = _computing(asked, gpu, step, weights, stage.sampling.passes), asked.link.bytes_per_second
-    host = LAUNCH * launches(asked, part.ranks) * weights.blocks * stage.sampling.passes
+    launched = LAUNCH * launches(asked, part.ranks) * weights.blocks
+    is_graph = is_replayed(asked, stage, part)
+    host = stage.sampling.passes * (LAUNCH * LAUNCHES_REPLAYED if is_graph else launched)
+    capturing = LAUNCHED * max(0.0, launched - computing / stage.sampling.passes) if is_graph else 0.0
     busy, sent = max(computing, host), step_traffic(engine, asked, stage, part)
     hidden = HIDDEN["stale" if asked.lags(stage, part.ranks) else "sync"] * busy
     messages, shares = sent.in_layers / link, sent.weights / link
@@ -85,9 +97,8 @@ def stage_time(engine: Engine, asked: PlanRequest, number: int) -> StageTime | N
         _vae(asked, gpu, engine.vae(asked, part, encode=encode), part.ranks) if wanted else 0.0
         for encode, wanted in ((True, is_upper(stage)), (False, True))
     )
-    return StageTime(
-        computing=computing, host=host, exposed=exposed, steps=stage.sampling.steps, encode=encode, decode=decode
-    )
+    waits = {"exposed": exposed, "capturing": capturing, "encode": encode, "decode": decode}
+    return StageTime(computing=computing, host=host, steps=stage.sampling.steps, **waits)
 
 
 def assumptions(asked: PlanRequest) -> tuple[str, ...]:
@@ -105,6 +116,7 @@ def assumptions(asked: PlanRequest) -> tuple[str, ...]:
         kernels += f", that to down-sampled keys {FULL_KERNEL:.0%}"
     faster = f", and {EIGHT_BITS:g} times as much in 8 bits" if eight_bit_products(asked) else ""
     unpacked = f"; unpacking weights in int8 takes {UNPACKING} bytes a number" if request.int8 else ""
+    graphs = ", but for few tokens, replayed as CUDA graphs" if request.cuda_graphs == "auto" else ""
     weights = "; weights in shards behind all of it but the first block" if asked.in_shards else ""
     return (
         f"{gpu.name}: {gpu.flops / 1e12:.0f} TFLOP/s in 16 bits, {gpu.bandwidth / 1e9:.0f} GB/s of memory (data sheet)",
@@ -112,7 +124,8 @@ def assumptions(asked: PlanRequest) -> tuple[str, ...]:
         kernels,
         f"between products {PASSES} numbers per channel, token and block pass through memory, "
         f"at {MEMORY:.0%} of its rate{unpacked}",
-        f"the host starts {launches(asked, asked.ranks)} kernels a block, at {LAUNCH * 1e6:g} us each",
+        f"the host starts {launches(asked, asked.ranks)} kernels, products and messages a block, "
+        f"at {LAUNCH * 1e6:g} us each{graphs}",
         f"link {asked.link.name}: {asked.link.bytes_per_second / 1e9:g} GB/s each way; messages hide behind "
         f"{HIDDEN[request.schedule]:.0%} of computing{weights}",
         "loading, encoding the prompt, compiling and writing files are left out",
@@ -125,9 +138,19 @@ def eight_bit_products(asked: PlanRequest) -> bool:
 
 
 def launches(asked: PlanRequest, ranks: int) -> int:
-    """Kernels that the host starts in a block of a pass."""
-    alone = LAUNCHES_COMPILED if asked.request.compile else LAUNCHES
-    return alone + LAUNCHES_OF_MESSAGES * (ranks > 1)
+    """Kernels, products and groups of messages that the host starts in a block of a pass, without graphs."""
+    eight_bits = (LAUNCHES_IN_8_BITS[kind] for kind in LAUNCHES_IN_8_BITS if getattr(asked.request, kind))
+    return LAUNCHES + LAUNCHES_OF_MESSAGES * (ranks > 1) + sum(more[asked.request.compile] for more in eight_bits)
+
+
+def is_replayed(asked: PlanRequest, stage: Stage, part: Part) -> bool:
+    """Whether all steps but the first are CUDA graphs, which a rank in need of host memory for messages has none of."""
+    request, passes = asked.request, stage.sampling.passes
+    tokens = request.num_images * (part.rows * part.columns + request.max_sequence_length)
+    backend = None if request.radius is None else request.attention_backend
+    to_come = stage.sampling.steps - (LAUNCHED - 1) // passes
+    may_replay = asked.options.may_replay(ranks=part.ranks, tokens=tokens, steps=to_come, backend=backend)
+    return may_replay and asked.on_cuda and asked.transport != "host"
 
 
 def _computing(asked: PlanRequest, gpu: Gpu, step: Step, weights: Weights, passes: int) -> float:

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from clear_dist import options
 from clear_dist.attention import choose_backend
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
-from clear_dist.engine import graphs
+from clear_dist.engine.pooled_keys import Pooling
 from clear_dist.engine.settings import Settings
 from clear_dist.engine.striped import StripedModel
 from clear_dist.families.transformers import family_of
-from clear_dist.options import Options
+from clear_dist.options import FEWEST_REPLAYED, Options
 from clear_dist.parallelize import put_model_on_stripes
 from tests.ranks import run_ranks
 from tests.test_parallelize import run
@@ -61,10 +62,12 @@ class Recorder:
         return replay, output
 
 
-def on_stripes(pipe: Any, group: Group, chosen: dict[str, Any], capture: Recorder | None) -> StripedModel:
-    options = Options(**chosen).settled("full")
-    choose = partial(choose_backend, options.attention_backend, device=group.device, dtype=torch.float32)
-    settings = Settings(options=options, choose_backend=choose, capture=capture)
+def on_stripes(
+    pipe: Any, group: Group, chosen: dict[str, Any], capture: Recorder | None, pooling: Pooling | None = None
+) -> StripedModel:
+    settled = Options(**chosen).settled("full")
+    choose = partial(choose_backend, settled.attention_backend, device=group.device, dtype=torch.float32)
+    settings = Settings(options=settled, choose_backend=choose, capture=capture, pooling=pooling)
     striped = put_model_on_stripes(family_of(pipe.transformer), pipe.scheduler, group, settings)
     if capture is not None:
         capture.counters = striped.counters
@@ -250,7 +253,7 @@ def stop(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
     [
         (EXACT | {"hoist_modulation": True}, {}),  # a hook looks its outputs up, step by step
         (EXACT | {"attention_backend": "masked"}, {}),
-        (EXACT, {"steps": graphs.FEWEST_STEPS - 1}),
+        (EXACT, {"steps": FEWEST_REPLAYED - 1}),
     ],
 )
 def test_what_rules_exclude_is_never_captured(chosen: dict[str, Any], arguments: dict[str, Any]) -> None:
@@ -284,7 +287,7 @@ def test_many_tokens_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = 13 * 11 + 9
     group = Group.create("cpu")
     for most, captures in ((tokens - 1, 0), (tokens, 1)):
-        monkeypatch.setattr(graphs, "MOST_TOKENS", most)
+        monkeypatch.setattr(options, "MOST_REPLAYED", most)
         assert excluded(group, EXACT, {}) == (True, captures)
     group.close()
 

@@ -57,6 +57,10 @@ class Adaptive:
     """AdaLN of all blocks, whose linear layers take the same silu of a forward's embedding: computed once."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin a forward: its embedding may be the last one's tensor, with other values."""
         self._embedding: Tensor | None = None
         self._activated: Tensor | None = None
 

@@ -4,7 +4,7 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class Flux:
     """A FluxTransformer2DModel, its inputs cut to this rank's rows and its output joined."""
 
     transformer: Any
+    adaptive: Adaptive = field(default_factory=Adaptive, compare=False)
 
     @property
     def head_dim(self) -> int:
@@ -51,8 +52,8 @@ class Flux:
         return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
 
     def processors(self, striped: Stripes) -> dict[str, FluxStripeAttnProcessor]:
-        names, adaptive = attention_layers(self.transformer), Adaptive()
-        return {name: FluxStripeAttnProcessor(striped, layer, adaptive) for layer, name in enumerate(names)}
+        names = attention_layers(self.transformer)
+        return {name: FluxStripeAttnProcessor(striped, layer, self.adaptive) for layer, name in enumerate(names)}
 
     def hooks(self, striped: Stripes) -> Sequence[Removable]:
         """All blocks, their class changed until `remove`."""
@@ -92,6 +93,7 @@ class Flux:
 
         Ids are made anew in float32: pipelines cast them to the prompt's dtype, and bfloat16 has no 257.
         """
+        self.adaptive.forget()
         mine = cut.tokens
         residuals = {
             name: [own_tokens(name, sample, cut) for sample in inputs[name]]
