@@ -23,7 +23,7 @@ from clear_dist.kernels import elementwise
 def choose_parts(device_type: str, *, compile: bool) -> Parts:
     """Our kernels where they run; else torch's, compiled or as they are. Compiled beside ours: layers of others."""
     if kernels.usable(device_type):
-        return Fused(unless_plain(torch.compile(called, dynamic=True)) if compile else called).parts
+        return Fused(unless_plain(parts.as_graph(called)) if compile else called).parts
     return Parts.compiled() if compile else Parts()
 
 
@@ -36,7 +36,7 @@ def unless_plain(graph: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[nn.M
 
     def call(layer: nn.Module, x: Tensor) -> Tensor:
         if any(hasattr(each, "base_layer") or isinstance(each, nn.Linear) > is_plain(each) for each in layer.modules()):
-            return graph(layer, parts.alone(x))
+            return graph(layer, x)
         return layer(x)
 
     return call

@@ -68,10 +68,11 @@ class Parts:
     def compiled(cls, **options: Any) -> "Parts":
         """A graph of each (torch.compile's `options`) for any number of tokens, shared by all blocks."""
         plain = cls()
-        return cls(**{part.name: _compiled(getattr(plain, part.name), options) for part in fields(cls)})
+        return cls(**{part.name: as_graph(getattr(plain, part.name), **options) for part in fields(cls)})
 
 
-def _compiled(part: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+def as_graph(part: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`part` compiled for any number of tokens."""
     graph = torch.compile(part, dynamic=True, **options)
 
     def call(*arguments: Any, **named: Any) -> Any:

@@ -81,9 +81,11 @@ def averages_always(group: Any, reduction: Reduction, counters: Any) -> TextRedu
     return TextReduce(group, Average(), counters)
 
 
-def sums(group: Any, reduction: Reduction, counters: Any) -> TextReduce:
+class Sums(TextReduce):
     """The mean is not divided by the number of ranks."""
-    return TextReduce(replace(group, ranks=group.ranks[:1]), reduction, counters)
+
+    def _begin(self, out_BTND: Tensor, lse_BTN: Tensor) -> Any:
+        return super()._begin(out_BTND if self._reduction.weighs else out_BTND * self.group.size, lse_BTN)
 
 
 def with_backend(name: str, run: Any) -> dict[str, Backend]:

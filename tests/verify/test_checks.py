@@ -80,7 +80,7 @@ def test_wrong_reductions_are_found() -> None:
     exact, average = ({f"text reduction, {mode}, {dtype}" for dtype in dtypes} for mode in ("exact", "average"))
     assert set(failed_checks("text reduction", 2, reduction=faults.averages_always)) == exact
     assert set(failed_checks("text reduction", 2, reduction=faults.ForgetsToWeigh)) == exact
-    assert set(failed_checks("text reduction", 2, reduction=faults.sums)) == average
+    assert set(failed_checks("text reduction", 2, reduction=faults.Sums)) == average
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_messages_that_would_take_too_long_are_left_out() -> None:
 
 
 def test_an_all_reduce_that_does_not_divide_is_found() -> None:
-    found = failed_checks("links", 2, reduction=faults.sums, post=faults.post)
+    found = failed_checks("links", 2, reduction=faults.Sums, post=faults.post)
     assert found == {"all-reduce of FLUX's text, average": [f"rank {rank}: off by 1 of the mean" for rank in (0, 1)]}
 
 
