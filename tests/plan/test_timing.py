@@ -9,6 +9,7 @@ from clear_dist.geometry import Rows
 from clear_dist.plan import GPUS, LINKS, Engine
 from clear_dist.plan.timing import stage_time
 from clear_dist.request.hardware import named_like
+from clear_dist.stages import Sampling
 from tests.plan.asked import flux_request
 
 
@@ -114,3 +115,57 @@ def test_gpus_are_known_by_their_drivers_names() -> None:
     assert named_like("Tesla V100-SXM2-16GB") is None
     assert named_like("NVIDIA GeForce RTX 4070") is None
     assert next(iter(GPUS)) == "h100"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings", "starts"),
+    [
+        (1, {}, 743 + 504),
+        (8, {}, 1_090 + 504 + 172),
+        (1, {"compile": True}, 743 + 504),
+        (1, {"int8": True}, 1_655 + 504),
+        (1, {"float8": True, "compile": True}, 1_199 + 504),
+    ],
+)
+def test_the_host_starts_what_was_counted(ranks: int, settings: Any, starts: int, engine: Engine) -> None:
+    """Kernels, products and groups of messages of a step at 1024 px on GPUs that are not there, 5 us each."""
+    small = {"height": 1024, "width": 1024, "cascade": False, "cuda_graphs": "off", "world_size": ranks}
+    time = stage_time(engine, flux_request(**small | settings), 0)
+    assert time is not None and time.host == pytest.approx(5e-6 * starts, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("settings", "are_graphs"),
+    [
+        ({}, True),
+        ({"cuda_graphs": "off"}, False),
+        ({"height": 4096, "width": 4096}, False),
+        ({"height": 4096, "width": 4096, "world_size": 16}, True),
+        ({"height": 2048, "width": 2048}, True),
+        ({"num_images": 4, "height": 2048, "width": 2048}, False),
+        ({"schedule": "stale"}, False),
+        ({"shard_weights": True}, False),
+        ({"shard_weights": True, "world_size": 1}, True),
+        ({"hoist_modulation": True}, False),
+        ({"attention_backend": "tiled"}, False),
+        ({"shares_gpus": True}, False),
+    ],
+    ids=str,
+)
+def test_steps_that_are_graphs_take_the_host_next_to_nothing(settings: Any, are_graphs: bool, engine: Engine) -> None:
+    small = {"height": 1024, "width": 1024, "cascade": False, "world_size": 8}
+    time = stage_time(engine, flux_request(**small | settings), 0)
+    assert time is not None
+    assert (time.host < 1e-3) == are_graphs
+    if not are_graphs:
+        assert time.capturing == 0
+
+
+@pytest.mark.parametrize(("passes", "fewest"), [(1, 5), (2, 4)])
+def test_few_steps_are_no_graphs(passes: int, fewest: int, engine: Engine) -> None:
+    """The second forward is captured, where four steps are to come."""
+    small = {"height": 512, "width": 512, "cascade": False, "world_size": 8, "gpu": GPUS["b200"]}
+    for steps in (fewest - 1, fewest):
+        sampling = Sampling(steps=steps, true_cfg_scale=float(passes))
+        time = stage_time(engine, flux_request(**small, sampling=sampling), 0)
+        assert time is not None and (time.host < 1e-3) == (steps == fewest) == (time.capturing > 0)

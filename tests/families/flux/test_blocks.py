@@ -79,6 +79,29 @@ def test_blocks_compute_what_diffusers_blocks_do(dtype: torch.dtype) -> None:
             handle.undo()
 
 
+class InPlace(nn.Module):
+    """An embedder that writes to one tensor."""
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        self.stock = stock
+        self.written: Tensor | None = None
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        embedding = self.stock(*inputs)
+        self.written = embedding if self.written is None else self.written.copy_(embedding)
+        return self.written
+
+
+def test_an_embedding_may_be_the_last_steps_tensor() -> None:
+    pipe = make_tiny_pipeline()
+    handle = parallelize(pipe, **EXACT)
+    expected = run(pipe)
+    pipe.transformer.time_text_embed = InPlace(pipe.transformer.time_text_embed)
+    assert torch.equal(run(pipe), expected)
+    handle.undo()
+
+
 def test_float16_is_clipped_as_diffusers_does() -> None:
     ours, theirs = (make_tiny_pipeline().to(torch.float16) for _ in range(2))
     for pipe in (ours, theirs):
