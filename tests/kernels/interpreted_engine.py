@@ -27,8 +27,8 @@ SHARED = {"text_tokens": "sharded"}
 """9 text tokens: uneven shares on 2 and 5 ranks."""
 ON_RANKS: dict[int, list[dict[str, Any]]] = {
     1: [EXACT],
-    2: [EXACT | SHARED, AVERAGE | SHARED],
-    3: [EXACT, AVERAGE],
+    2: [AVERAGE | SHARED],
+    3: [EXACT],
     5: [EXACT | SHARED, AVERAGE],
 }
 
