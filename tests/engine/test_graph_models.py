@@ -1,4 +1,4 @@
-"""Models that are not stock, replayed: to the bit what they draw without graphs."""
+"""Models and prompts that are not as others, replayed: to the bit what they draw without graphs."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,7 +11,7 @@ import torch
 from clear_dist.comm.group import Group
 from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.pooled_keys import Pooling
-from tests.engine.test_graphs import EXACT, STEPS, Recorder, on_stripes
+from tests.engine.test_graphs import EXACT, SHARDED, STEPS, Recorder, excluded, on_stripes
 from tests.ranks import run_ranks
 from tests.test_parallelize import run
 from tests.tiny import make_tiny_pipeline
@@ -86,3 +86,20 @@ def test_a_loras_scale_that_changes_within_a_picture(change: Callable[..., dict[
     """Its steps to come are drawn without a graph, all of the next picture's but the first with one."""
     pictures = [{"callback_on_step_end": change}, {}]
     assert run_ranks(compared, 2, adapted, EXACT, pictures) == [([True, True], 2, 2 + STEPS - 1)] * 2
+
+
+def with_a_longer_negative_prompt(pipe: Any) -> None:
+    stock = pipe.encode_prompt
+
+    def encode(prompt: Any, **arguments: Any) -> Any:
+        return stock(prompt, **arguments | {"max_sequence_length": 10 if prompt == "fog" else 9})
+
+    pipe.encode_prompt = encode
+
+
+def test_prompts_of_equal_shares_on_one_rank_only_have_graphs_of_their_own() -> None:
+    """9 and 10 tokens: two ranks have 5 and 4, then 5 and 5."""
+    picture = {"negative_prompt": "fog", "true_cfg_scale": 2.0}
+    for size in (1, 2):
+        found = run_ranks(excluded, size, SHARDED, picture, with_a_longer_negative_prompt)
+        assert found == [(True, 2)] * size

@@ -108,23 +108,6 @@ def test_pictures_and_amounts_are_what_they_are_without_graphs(size: int, chosen
         assert counts == [(1, forwards - 1) for forwards in FORWARDS]
 
 
-def with_a_longer_negative_prompt(pipe: Any) -> None:
-    stock = pipe.encode_prompt
-
-    def encode(prompt: Any, **arguments: Any) -> Any:
-        return stock(prompt, **arguments | {"max_sequence_length": 10 if prompt == "fog" else 9})
-
-    pipe.encode_prompt = encode
-
-
-def test_prompts_of_equal_shares_on_one_rank_only_have_graphs_of_their_own() -> None:
-    """9 and 10 tokens: two ranks have 5 and 4, then 5 and 5."""
-    picture = {"negative_prompt": "fog", "true_cfg_scale": 2.0}
-    for size in (1, 2):
-        found = run_ranks(excluded, size, SHARDED, picture, with_a_longer_negative_prompt)
-        assert found == [(True, 2)] * size
-
-
 def change_weight(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
     if step == 2:
         layer = pipe.transformer.proj_out
