@@ -60,8 +60,11 @@ def merge_rows(parts: Sequence[RowsPart], merged_BRWND: Tensor, first_row: int) 
         return merging.merge([(part.out, part.lse, part.rows.start - first_row) for part in parts], merged_BRWND)
     ends = sorted({end for part in parts for end in (part.rows.start, part.rows.stop)})
     for rows in starmap(Rows, pairwise(ends)):
-        here = [part.of(rows) for part in parts if len(part.rows.intersect(rows))]
-        merged_BRWND[:, rows.relative_to(first_row)] = merge(here)[0] if len(here) > 1 else here[0][0]
+        here = [part for part in parts if len(part.rows.intersect(rows))]
+        if len(here) == 1 and here[0].out is merged_BRWND:
+            continue
+        of_rows = [part.of(rows) for part in here]
+        merged_BRWND[:, rows.relative_to(first_row)] = merge(of_rows)[0] if len(here) > 1 else of_rows[0][0]
 
 
 def merge_stacked(outs_PBLND: Tensor, lses_PBLN: Tensor | None, merged_BLND: Tensor) -> None:

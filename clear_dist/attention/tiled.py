@@ -73,7 +73,7 @@ def run_in(call: WindowCall, tiling: Tiling) -> tuple[Tensor, Tensor]:
 
 
 def _in_tiles(call: WindowCall, tiling: Tiling) -> tuple[Tensor, Tensor]:
-    out_BRWND = call.query.new_empty(call.query.shape)
+    out_BRWND = call.query.new_empty(call.query.shape) if call.out is None else call.out
     lse_BRWN1 = call.query.new_empty((*call.query.shape[:-1], 1), dtype=torch.float32)
     rows, columns = call.query.shape[1:3]
     row_spans = cut_in_spans(rows, call.row_offset, call.key.shape[1], tiling.side, call.radius)

@@ -60,6 +60,8 @@ class Prepared:
         if place.threads is not None:
             torch.set_num_threads(place.threads)  # torch may have been imported before the share was known
         self.device = device = device_of(request.device, place.local_rank)
+        if device.type == "cpu":
+            peaks.keep_for_the_next_layer()
         self.began, self.phases = began, phases
         join_seconds, share_gpus = request.join_timeout, request.share_gpus
         self.group = group = Group.create(device, join_seconds=join_seconds, share_gpus=share_gpus)

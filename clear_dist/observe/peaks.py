@@ -7,6 +7,10 @@ from pathlib import Path
 import torch
 
 _CLEAR_HIGH_WATER_MARK = "5"
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+KEPT, LARGEST_KEPT = 128 * 2**20, 32 * 2**20
+"""Bytes of freed memory that glibc keeps, and of the largest tensor that it keeps the memory of, which is the most that
+all its versions allow."""
 
 
 def give_back(device: torch.device) -> None:
@@ -16,6 +20,17 @@ def give_back(device: torch.device) -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if device.type == "cpu" else None
     if trim is not None:
         trim(0)
+
+
+def keep_for_the_next_layer() -> None:
+    """Have glibc keep some of what is freed, for this whole process.
+
+    Else it may give a layer's memory to the system, and the next layer waits while it comes back, page by page.
+    """
+    tune = getattr(ctypes.CDLL(None), "mallopt", None)
+    if tune is not None:
+        tune(_M_MMAP_THRESHOLD, LARGEST_KEPT)
+        tune(_M_TRIM_THRESHOLD, KEPT)
 
 
 def reset_peak_memory(device: torch.device) -> bool:
