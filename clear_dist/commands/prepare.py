@@ -57,11 +57,7 @@ class Prepared:
         Raises a Refusal where only the loaded model could tell that the request is wrong.
         """
         place = env.read()
-        if place.threads is not None:
-            torch.set_num_threads(place.threads)  # torch may have been imported before the share was known
-        self.device = device = device_of(request.device, place.local_rank)
-        if device.type == "cpu":
-            peaks.keep_for_the_next_layer()
+        self.device = device = _settle_on(request.device, place)
         self.began, self.phases = began, phases
         join_seconds, share_gpus = request.join_timeout, request.share_gpus
         self.group = group = Group.create(device, join_seconds=join_seconds, share_gpus=share_gpus)
@@ -101,6 +97,15 @@ class Prepared:
         if request.profile is not None:  # of the last stage of the first prompt
             steps = request.stages[-1].sampling.steps
             self.profile = Profile(request.traces[group.rank], group.rank, steps=steps, drain=self.handle.drain)
+
+
+def _settle_on(kind: str, place: Place) -> torch.device:
+    """The rank's device; it gets its share of threads, and a CPU's memory from layer to layer."""
+    if place.threads is not None:
+        torch.set_num_threads(place.threads)  # torch may have been imported before the share was known
+    device = device_of(kind, place.local_rank)
+    peaks.keep_for_the_next_layer(device)
+    return device
 
 
 def choosing(request: Request, place: Place) -> "Future[tuple[Fewer, ...]]":

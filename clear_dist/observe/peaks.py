@@ -22,12 +22,12 @@ def give_back(device: torch.device) -> None:
         trim(0)
 
 
-def keep_for_the_next_layer() -> None:
+def keep_for_the_next_layer(device: torch.device) -> None:
     """Have glibc keep some of what is freed, for this whole process.
 
     Else it may give a layer's memory to the system, and the next layer waits while it comes back, page by page.
     """
-    tune = getattr(ctypes.CDLL(None), "mallopt", None)
+    tune = getattr(ctypes.CDLL(None), "mallopt", None) if device.type == "cpu" else None
     if tune is not None:
         tune(_M_MMAP_THRESHOLD, LARGEST_KEPT)
         tune(_M_TRIM_THRESHOLD, KEPT)

@@ -24,7 +24,7 @@ import resource, sys, torch
 from clear_dist.observe.peaks import keep_for_the_next_layer
 
 if sys.argv[1] == "kept":
-    keep_for_the_next_layer()
+    keep_for_the_next_layer(torch.device('cpu'))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
     layer = [torch.zeros(24 * 2**20, dtype=torch.uint8) for _ in range(3)]
