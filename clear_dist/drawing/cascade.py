@@ -99,8 +99,8 @@ class Cascade:
         ranks = stage.ranks_among(group.size, rows // unit)
         if self._striped.shards and ranks < group.size:  # idle ones would not give others their share
             raise ValueError(
-                f"sharded weights need all ranks in every stage, and {stage.width} x {stage.height} pixels have rows "
-                f"of tokens and Stage.ranks for {ranks}, got {group.size} ranks; nearest: {ranks}"
+                f"sharded weights need all ranks in every stage, and {stage.width} x {stage.height} pixels are "
+                f"for {ranks} at most, by rows of tokens and Stage.ranks, got {group.size} ranks; nearest: {ranks}"
             )
         stripes = cut_in_stripes(rows, ranks, unit=unit)
         seed = (self._seed + self._stages_drawn * SEED_STRIDE) % 2**63

@@ -32,7 +32,7 @@ EIGHT_BITS = 1.6
 """How many times as fast products in float8 are; their peak is twice as high."""
 UNPACKING = 11
 """Bytes read and written for a number in int8, by two kernels, until it is one of 16 bits; then products read it."""
-PASSES = 21
+PASSES = 19
 """Numbers read and written per channel, token and block outside of products by our kernels, which all GPUs with rates
 run; counted (tests/cuda/test_passes.py)."""
 LAUNCH = 5e-6
