@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clear_dist.kernels import AMPERE
+
 MAX_SCORE_BYTES = 2**30
-AMPERE = 8
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from clear_dist.attention.backend import Backend, CallShape, WindowCall
 from clear_dist.geometry import covering_radius, reached_tiles
+from clear_dist.kernels import shared_memory, usable
 
 LARGEST_RADIUS = 4_000
 """In tokens; up to here float32 holds the squared distances that the kernel compares."""
@@ -126,14 +127,6 @@ def architecture(device_type: str) -> int:
     return 10 * major + minor
 
 
-def shared_memory(device_type: str) -> int:
-    """Bytes that one program may take on this process's GPU; enough for all where there is none."""
-    if device_type != "cuda" or not torch.cuda.is_available():
-        return LEAST_SHARED_MEMORY
-    found = torch.cuda.get_device_properties()
-    return getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)  # AMD has one size only
-
-
 @lru_cache(maxsize=16)
 def tile_table(
     radius: int, query_tile: tuple[int, int], key_tile: tuple[int, int], device: torch.device
@@ -168,15 +161,9 @@ def lacks(shape: CallShape) -> str | None:
     if (found := shared_memory(shape.device_type)) < LEAST_SHARED_MEMORY:
         least, found = LEAST_SHARED_MEMORY // 1024, found // 1024
         return f"it needs a GPU with {least} KiB of shared memory, of compute capability 8 or higher, got {found} KiB"
-    if shape.device_type == "cpu" and not _interpreted():
+    if shape.device_type == "cpu" and not usable("cpu"):
         return "on cpu it runs in Triton's interpreter only, for tests: TRITON_INTERPRET=1"
     return None
-
-
-def _interpreted() -> bool:
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
 
 
 BACKEND = Backend("triton", why_not, run, lacks=lacks, extend=extend)

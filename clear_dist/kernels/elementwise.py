@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from clear_dist.kernels import power_of_two
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_CHANNELS = 16_384
 """A token's, which one program holds in registers to normalise it."""
@@ -50,21 +52,21 @@ def add_and_modulate(
 def gelu(x_BLC: Tensor, out_BLC: Tensor) -> None:
     """GELU's tanh approximation."""
     channels = x_BLC.shape[-1]
-    _launch("gelu_kernel", (x_BLC,), (out_BLC,), {"BLOCK": min(TILE, _power_of_two(channels))}, channels)
+    _launch("gelu_kernel", (x_BLC,), (out_BLC,), {"BLOCK": min(TILE, power_of_two(channels))}, channels)
 
 
 def rotate(x_BLND: Tensor, weight_D: Tensor, cos_LD: Tensor, sin_LD: Tensor, out_BLND: Tensor, eps: float) -> None:
     """RMS norm of each head, then rotation of neighbouring pairs."""
     heads, head_dim = x_BLND.shape[2:]
-    block = _power_of_two(head_dim)
-    sizes = {"HEAD_DIM": head_dim, "HEADS": max(1, min(TILE // block, _power_of_two(heads))), "BLOCK": block}
+    block = power_of_two(head_dim)
+    sizes = {"HEAD_DIM": head_dim, "HEADS": max(1, min(TILE // block, power_of_two(heads))), "BLOCK": block}
     _launch("rotate_kernel", (x_BLND, weight_D, cos_LD, sin_LD), (out_BLND,), sizes, heads, eps)
 
 
 def _whole(x_BLC: Tensor) -> tuple[dict[str, int], int]:
     """Sizes for programs of whole tokens, and what they are to cover."""
     channels = x_BLC.shape[-1]
-    return {"BLOCK": _power_of_two(channels)}, channels
+    return {"BLOCK": power_of_two(channels)}, channels
 
 
 def _launch(
@@ -82,8 +84,3 @@ def _launch(
     warps = min(16, max(1, tile // NUMBERS_OF_A_WARP))
     with torch.cuda.device_of(out):
         getattr(elementwise_kernel, kernel)[grid](*tensors, *strides, across, *numbers, **sizes, num_warps=warps)
-
-
-def _power_of_two(number: int) -> int:
-    """The next one."""
-    return 1 << (number - 1).bit_length()

@@ -10,7 +10,7 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 CUBIC = tl.constexpr(0.044715)
-"""Of the tanh approximation of GELU (https://arxiv.org/abs/1606.08415)."""
+"""Factors of the tanh approximation of GELU (https://arxiv.org/abs/1606.08415)."""
 
 
 @triton.jit

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clear_dist.kernels import power_of_two
+
 ITEMS = 16
 """Queries and heads of one program."""
 WARPS = 4
@@ -123,7 +125,7 @@ def _compute(
     if written[0].is_meta or not items:
         return
     sizes = {"items": items, "rows": rows, "columns": columns, "heads": heads}
-    dims = {"HEAD_DIM": dim, "DIMS": 1 << (dim - 1).bit_length()}
+    dims = {"HEAD_DIM": dim, "DIMS": power_of_two(dim)}
     strides = map(_strides, [*written, *read])
     _launch(kernel, (-(-items // ITEMS),), written, read, *strides, *numbers, **sizes, **dims, ITEMS=ITEMS, **constants)
 
@@ -139,7 +141,7 @@ def _launch(
 
 
 def _strides(x: Any) -> Any:
-    """Of a tensor, of each of a tuple of them, or of none."""
+    """Strides of a tensor, of each of a tuple of them, or of none."""
     if isinstance(x, tuple):
         return tuple(map(_strides, x))
     return (0, 0, 0, 0) if x is None else x.stride()[:4]

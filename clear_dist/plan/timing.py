@@ -56,7 +56,7 @@ class StageTime:
     """Seconds of one stage, on the rank that has most to do."""
 
     computing: float
-    """Of a step, as the next two."""
+    """A step's, as the next two."""
     host: float
     """The host's, to start all kernels, or a graph of them."""
     exposed: float

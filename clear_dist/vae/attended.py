@@ -15,12 +15,14 @@ from math import isqrt, log2
 import torch
 from torch import Tensor
 
-from clear_dist.kernels import usable
+from clear_dist.kernels import power_of_two, shared_memory, usable
 
 TILE = 256
 """Keys that share a ceiling: those of one program of `weigh_kernel`."""
 QUERIES, STEP, WARPS = 128, 64, 8
-"""Of a program of either kernel: rows, channels or keys at a time, warps."""
+"""Rows of a program of either kernel, channels or keys at a time, warps."""
+LEAST_CHANNELS = 16
+"""The fewest that Triton multiplies."""
 FOR_THREE_STAGES = 150 * 1024
 """Bytes of shared memory for three tiles of either operand; GPUs with less (compute capability 8.6, 8.9, 12.x): two."""
 
@@ -103,7 +105,7 @@ def _add_by_kernels(query_QD: Tensor, key_KD: Tensor, value_KD: Tensor, buffers:
 
     (count, channels), keys, after = query_QD.shape, len(key_KD), 1 - before
     assert query_QD.stride(1) == key_KD.stride(1) == value_KD.stride(1) == 1, "channels lie side by side"
-    most, wide = len(buffers.total), min(TILE, _power_of_two(channels))
+    most, wide = len(buffers.total), min(TILE, max(LEAST_CHANNELS, power_of_two(channels)))
     scale = log2(torch.e) / channels**0.5
     stages = 3 if shared_memory(query_QD.device) >= FOR_THREE_STAGES else 2
     launch = {"HEAD_DIM": channels, "QUERIES": QUERIES, "KEYS": TILE, "num_warps": WARPS, "num_stages": stages}
@@ -120,16 +122,3 @@ def _add_by_kernels(query_QD: Tensor, key_KD: Tensor, value_KD: Tensor, buffers:
             strides[0], value_KD.stride(0), *strides[1:],
             CHANNELS=wide, STEP=STEP, **launch,
         )  # fmt: skip
-
-
-def _power_of_two(channels: int) -> int:
-    """The next one from 16 on, the least that Triton multiplies."""
-    return max(16, 1 << (channels - 1).bit_length())
-
-
-def shared_memory(device: torch.device) -> int:
-    """Bytes that one program may take; enough where there is no GPU."""
-    if device.type != "cuda":
-        return FOR_THREE_STAGES
-    found = torch.cuda.get_device_properties(device)
-    return getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)  # AMD has one size only
