@@ -1,6 +1,6 @@
 """Facts about model families, without torch: a card in each `families/<name>/card.py`, all in `families/cards.py`."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,6 +76,8 @@ class HubModel:
     """A model on the hub that is known before its files are here; `native_size` in pixels."""
 
     id: str
+    short: str | None = None
+    """Name that `--model` takes instead of the id."""
     native_size: int
     shape: TransformerShape
     defaults: Defaults
@@ -111,6 +113,10 @@ class Card:
     """Channels of the VAE's blocks where its configuration has none; likewise the next two."""
     latent_channels: int
     native_size: int
+    further_text_tokens: int = 0
+    """Text tokens besides those of `--max-sequence-length`."""
+    guides_in_one_pass: bool = False
+    """Whether classifier-free guidance is a batch of two; else it is two passes."""
     token_limits: Mapping[str, int]
     """Tokens that each tokenizer encodes where its own configuration says nothing."""
     schedule: Mapping[str, float]
@@ -155,11 +161,20 @@ class Cards:
         return next((card for card in self.cards if card.transformer == name), None)
 
     def on_hub(self, model: str) -> tuple[Card, HubModel] | None:
-        return next(((card, known) for card, known in self._hub_models() if known.id == model), None)
+        return next(((card, known) for card, known in self._hub_models() if model in (known.id, known.short)), None)
 
     @property
     def hub_ids(self) -> tuple[str, ...]:
         return tuple(known.id for _, known in self._hub_models())
+
+    @property
+    def short_names(self) -> tuple[str, ...]:
+        return tuple(known.short for _, known in self._hub_models() if known.short is not None)
+
+    def made_for(self, tensors: Collection[str], down_factor: int, *, but: Card | None) -> HubModel | None:
+        """The known model of a family other than `but` whose CLEAR checkpoints have tensors of these names."""
+        others = (known for card, known in self._hub_models() if card is not but)
+        return next((known for known in others if known.shape.clear_tensors(down_factor).keys() == set(tensors)), None)
 
     @property
     def lora_layers(self) -> frozenset[str]:

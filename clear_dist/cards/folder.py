@@ -44,15 +44,16 @@ def find_model(model: str, cards: Cards, *, has_cuda: bool) -> ModelFacts:
         model = cards.default if has_cuda else "demo"
     if model == "demo":
         return _demo(cards)
-    if os.path.exists(model) or model.startswith((".", "/", "~")) or not HUB_ID.fullmatch(model):
-        return read_folder(Path(model).expanduser(), cards)
     found = cards.on_hub(model)
+    is_on_hub = found is not None or (HUB_ID.fullmatch(model) and not model.startswith((".", "/", "~")))
+    if os.path.exists(model) or not is_on_hub:
+        return read_folder(Path(model).expanduser(), cards)
     if found is None:
         return ModelFacts(location=model)
     card, known = found
     token_size = _token_size(card, card.vae_channels)
     facts = ModelFacts(
-        location=model,
+        location=known.id,
         card=card,
         shape=known.shape,
         native_size=known.native_size,
@@ -126,9 +127,10 @@ def _token_size(card: Card, vae_channels: tuple[int, ...]) -> int:
 
 def _check_folder(folder: Path, cards: Cards) -> None:
     if not os.path.exists(folder):  # a Path raises for a name that is too long
-        nearest = nearest_word(str(folder), ("demo", *cards.hub_ids))
+        words = "auto", "demo", *cards.short_names
+        nearest = nearest_word(str(folder), (*words[1:], *cards.hub_ids))
         raise Refusal(
-            f"--model must be auto, demo, a hub id such as {cards.default}, or a folder; "
+            f"--model must be {', '.join(words)}, a hub id such as {cards.default}, or a folder; "
             f"there is no {shortened(str(folder))}; nearest: {nearest}"
         )
     if not folder.is_dir():

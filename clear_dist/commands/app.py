@@ -14,6 +14,7 @@ from clear_dist.commands.draw import generate, upscale
 from clear_dist.commands.flags import Command, no_number
 from clear_dist.commands.plan import plan
 from clear_dist.commands.verify import verify
+from clear_dist.families.cards import CARDS
 from clear_dist.launch import ends, env
 from clear_dist.options import Refusal, shortened, spelled
 from clear_dist.request.flags import READ_ENDINGS, GenerateFlags, PlanFlags, UpscaleFlags, VerifyFlags
@@ -71,7 +72,9 @@ def _app() -> typer.Typer:
     )
     app.callback(invoke_without_command=True)(_without_command)
     for name, command in COMMANDS.items():
-        app.command(name, help=getdoc(command.run), context_settings={"allow_extra_args": True})(command.for_typer())
+        models = f"Short names of models: {', '.join(CARDS.short_names)}." if "model" in command.flags() else None
+        context = {"allow_extra_args": True}
+        app.command(name, help=getdoc(command.run), epilog=models, context_settings=context)(command.for_typer())
     return app
 
 

@@ -74,6 +74,18 @@ class PlanRequest:
         return self.request.world_size
 
     @property
+    def text_tokens(self) -> int:
+        return self.request.max_sequence_length + self.model.further_text_tokens
+
+    def passes(self, stage: Stage) -> int:
+        """Forwards of a step."""
+        return 1 if self.model.guides_in_one_pass else stage.sampling.passes
+
+    def images(self, stage: Stage) -> int:
+        """Batch of a forward."""
+        return self.request.num_images * stage.sampling.passes // self.passes(stage)
+
+    @property
     def on_cuda(self) -> bool:
         return self.gpu is not None
 

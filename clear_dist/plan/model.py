@@ -31,6 +31,8 @@ class PlannedModel:
     """Latents along it."""
     channels: int
     """Numbers of a token of latents."""
+    further_text_tokens: int = 0
+    guides_in_one_pass: bool = False
 
 
 def find(facts: ModelFacts) -> PlannedModel | None:
@@ -55,7 +57,9 @@ def find(facts: ModelFacts) -> PlannedModel | None:
         text=text,
         token=facts.token_size,
         packing=card.packing,
-        channels=facts.shape.in_channels,
+        channels=facts.shape.in_channels * card.packing**2 // card.channels_per_latent,
+        further_text_tokens=card.further_text_tokens,
+        guides_in_one_pass=card.guides_in_one_pass,
     )
 
 

@@ -52,7 +52,7 @@ def of_request(asked: PlanRequest) -> dict[str, Any]:
         "ranks": asked.ranks,
         "gpu": None if asked.gpu is None else asked.gpu.name,
         "link": asked.link.name,
-        "text_tokens": request.max_sequence_length,
+        "text_tokens": asked.text_tokens,
         "text_sharding": request.text_tokens,
         "backend": request.attention_backend,
         "lora_numbers": asked.lora_numbers,

@@ -83,11 +83,11 @@ def stage_time(engine: Engine, asked: PlanRequest, number: int) -> StageTime | N
         return None
     part = max(asked.parts[number], key=lambda part: (part.rows, part.received))
     step, weights = engine.step(asked, stage, part), engine.weights(asked)
-    computing, link = _computing(asked, gpu, step, weights, stage.sampling.passes), asked.link.bytes_per_second
+    computing, link = _computing(asked, gpu, step, weights, stage), asked.link.bytes_per_second
     launched = LAUNCH * launches(asked, part.ranks) * weights.blocks
     is_graph = is_replayed(asked, stage, part)
-    host = stage.sampling.passes * (LAUNCH * LAUNCHES_REPLAYED if is_graph else launched)
-    capturing = LAUNCHED * max(0.0, launched - computing / stage.sampling.passes) if is_graph else 0.0
+    host = asked.passes(stage) * (LAUNCH * LAUNCHES_REPLAYED if is_graph else launched)
+    capturing = LAUNCHED * max(0.0, launched - computing / asked.passes(stage)) if is_graph else 0.0
     busy, sent = max(computing, host), step_traffic(engine, asked, stage, part)
     hidden = HIDDEN["stale" if asked.lags(stage, part.ranks) else "sync"] * busy
     messages, shares = sent.in_layers / link, sent.weights / link
@@ -145,17 +145,18 @@ def launches(asked: PlanRequest, ranks: int) -> int:
 
 def is_replayed(asked: PlanRequest, stage: Stage, part: Part) -> bool:
     """Whether all steps but the first are CUDA graphs, which a rank in need of host memory for messages has none of."""
-    request, passes = asked.request, stage.sampling.passes
-    tokens = request.num_images * (part.rows * part.columns + request.max_sequence_length)
+    request, passes = asked.request, asked.passes(stage)
+    tokens = asked.images(stage) * (part.rows * part.columns + asked.text_tokens)
     backend = None if request.radius is None else request.attention_backend
     to_come = stage.sampling.steps - (LAUNCHED - 1) // passes
     may_replay = asked.options.may_replay(ranks=part.ranks, tokens=tokens, steps=to_come, backend=backend)
     return may_replay and asked.on_cuda and asked.transport != "host"
 
 
-def _computing(asked: PlanRequest, gpu: Gpu, step: Step, weights: Weights, passes: int) -> float:
+def _computing(asked: PlanRequest, gpu: Gpu, step: Step, weights: Weights, stage: Stage) -> float:
     rate, memory = gpu.flops * PRODUCTS * (EIGHT_BITS if eight_bit_products(asked) else 1), gpu.bandwidth * MEMORY
-    numbers = asked.request.num_images * passes * step.tokens * step.channels * weights.blocks
+    passes = asked.passes(stage)
+    numbers = asked.images(stage) * passes * step.tokens * step.channels * weights.blocks
     moved = PASSES * numbers * asked.itemsize / memory
     unpacked = passes * UNPACKING * weights.products / memory if asked.request.int8 else 0.0
     window = 4 * step.channels * step.operations.get("visited", 0) / (gpu.flops * WINDOW_KERNEL)

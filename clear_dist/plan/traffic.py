@@ -62,5 +62,5 @@ def step_traffic(engine: Engine, asked: PlanRequest, stage: Stage, part: Part) -
         join=sent.get("join_bytes", 0),
         pooled_sent=pooled,
         pooled_received=pooled * (rows - part.rows) // max(1, (part.ranks - 1) * part.rows),
-        weights_sent=stage.sampling.passes * engine.weights(asked).sent,
+        weights_sent=asked.passes(stage) * engine.weights(asked).sent,
     )

@@ -30,7 +30,11 @@ def find_checkpoint(word: str, window: Window | None, model: ModelFacts, cards: 
         shapes = read_shapes(Path(found))
         factor = clear.down_factor_of(shapes, found)
         if model.shape is not None:
-            clear.require_same_tensors(model.shape.clear_tensors(factor), shapes, found)
+            expected = model.shape.clear_tensors(factor)
+            other = cards.made_for(shapes, factor, but=model.card)
+            if other is not None and expected.keys() != shapes.keys():
+                raise _for_another(found, other.id, model)
+            clear.require_same_tensors(expected, shapes, found)
     return found
 
 
@@ -77,7 +81,7 @@ def _given(word: str, window: Window | None, model: ModelFacts, cards: Cards) ->
     usual = "" if likely is None else _plain(likely.radius)
     found = HubFile.of(word, default=usual if window in (None, "full") else _plain(window))
     if found is not None:
-        return _on_the_hub(found, cards)
+        return _on_the_hub(found, model, cards)
     if ":" in word:
         raise Refusal(f"--clear-weights on the hub must be {HUB_FORM}, got {shortened(word)!r}; nearest: auto")
     raise Refusal(
@@ -96,10 +100,13 @@ def _local(path: Path, window: Window | None) -> str:
     raise Refusal(f"--clear-weights: {path} holds no clear_local_<radius>.safetensors; nearest: none")
 
 
-def _on_the_hub(found: HubFile, cards: Cards) -> str:
+def _on_the_hub(found: HubFile, model: ModelFacts, cards: Cards) -> str:
     clear.refuse_pickled(found.file)
     if not found.file.endswith(".safetensors"):
         raise Refusal(f"--clear-weights on the hub must be {HUB_FORM}, got {shortened(str(found))!r}; nearest: auto")
+    for card in cards.cards:
+        if card.clear is not None and found.repository == card.clear.repository and model.card not in (None, card):
+            raise _for_another(str(found), card.hub_models[0].id, model)
     for each in cards.published:
         if (found.repository, found.revision) == (each.repository, None) and found.file not in each.files:
             raise Refusal(
@@ -107,6 +114,13 @@ def _on_the_hub(found: HubFile, cards: Cards) -> str:
                 f"nearest: {nearest_word(found.file, each.files)}"
             )
     return str(found)
+
+
+def _for_another(checkpoint: str, its_model: str, model: ModelFacts) -> Refusal:
+    return Refusal(
+        f"--clear-weights must be for {model.name}, got {checkpoint}, which is for {its_model}; nearest: "
+        "--clear-weights none"
+    )
 
 
 def _plain(radius: Window) -> str:

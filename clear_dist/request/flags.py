@@ -97,7 +97,9 @@ class PictureFlags(Kept):
     ntk_factor: float | None = flag(
         None, "of the rotary embedding's base (10)", LARGE, bounds=(1.0, 1_000.0), planned=False
     )
-    model: str = flag("auto", "auto, demo, a folder in diffusers' layout, or a hub id (auto)", MODEL)
+    model: str = flag(
+        "auto", "auto, demo, a short name (below), a hub id, or a folder in diffusers' layout (auto)", MODEL
+    )
     clear_weights: str = flag(
         "auto", "auto, none, a file, a folder, or owner/name\\[@revision]:file on the hub (auto)", MODEL
     )

@@ -195,9 +195,10 @@ _TEXT = TextEncoders(numbers=123_060_480 + 4_762_310_656, heads=64, channels=409
 _DEV, _SCHNELL = FluxShape(guidance_embeds=True), FluxShape()
 
 
-def _hub_model(name: str, shape: FluxShape, scheduler: Mapping[str, Any]) -> HubModel:
+def _hub_model(name: str, short: str, shape: FluxShape, scheduler: Mapping[str, Any]) -> HubModel:
     return HubModel(
         id=name,
+        short=short,
         native_size=1024,
         shape=shape,
         defaults=shape.defaults(scheduler),
@@ -227,8 +228,8 @@ CARD = Card(
     token_limits={"tokenizer": 77},
     schedule={"shift": 3.0, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096},
     hub_models=(
-        _hub_model(FLUX_DEV, _DEV, {"use_dynamic_shifting": True}),
-        _hub_model(FLUX_SCHNELL, _SCHNELL, {}),
+        _hub_model(FLUX_DEV, "flux-dev", _DEV, {"use_dynamic_shifting": True}),
+        _hub_model(FLUX_SCHNELL, "flux-schnell", _SCHNELL, {}),
     ),
     clear=Published(
         repository=CLEAR_REPOSITORY,
