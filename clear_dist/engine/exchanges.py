@@ -14,6 +14,9 @@ from clear_dist.engine.pooled_keys import PooledKeys
 from clear_dist.engine.settings import Settings
 from clear_dist.geometry import HaloPlan, Rows, TextPlan, plan_pooled
 
+Where = tuple[int, int]
+"""Pass and layer."""
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -39,26 +42,36 @@ class Exchanges:
     def __post_init__(self) -> None:
         layers = 0 if self._clock is None else self._settings.sending_layers
         self._sends, self._pooled_sends = (SendBuffers(self._group, self._counters, layers=layers) for _ in range(2))
-        self._made: dict[tuple[int, int, TextPlan], Exchange] = {}
+        self._halos: dict[Where, HaloExchange] = {}
+        self._pooled: dict[Where, PooledKeys] = {}
+        self._texts: dict[tuple[Where, TextPlan], tuple[TextGather, TextReduce]] = {}
 
-    def of(self, turn: int, layer: int, text: TextPlan) -> Exchange:
-        which = (0, 0, text) if self._clock is None else (turn, layer, text)
-        if which not in self._made:
-            self._made[which] = self._make(text)
-        return self._made[which]
+    def of(self, turn: int, layer: int, text: TextPlan, *, has_pooled: bool = True) -> Exchange:
+        where = (0, 0) if self._clock is None else (turn, layer)
+        if where not in self._halos:
+            self._halos[where] = self._make_rows(self._plan, self._sends, "halo")
+        if (where, text) not in self._texts:
+            self._texts[where, text] = TextGather(self._group, text, self._counters), self._make_text(text)
+        pooling = self._settings.pooling if has_pooled else None
+        if pooling is not None and where not in self._pooled:
+            plan = plan_pooled(self._stripes, self._group.rank, pooling.factor)
+            self._pooled[where] = PooledKeys(pooling, self._make_rows(plan, self._pooled_sends, "pooled"))
+        pooled = None if pooling is None else self._pooled[where]
+        return Exchange(self._halos[where], *self._texts[where, text], pooled)
 
     def has_begun(self, turn: int) -> bool:
-        return any(made == turn for made, *_ in self._made)
+        return any(made == turn for made, _ in self._halos)
 
     def drain(self) -> None:
         """Wait for all messages and drop all buffers; all ranks call this."""
-        for exchange in self._made.values():
-            exchange.halos.drain()
-            exchange.gather.drain()
-            exchange.text.drain()
-            if exchange.pooled is not None:
-                exchange.pooled.exchange.drain()
-        self._made.clear()
+        rows = *self._halos.values(), *(pooled.exchange for pooled in self._pooled.values())
+        for row in rows:
+            row.drain()
+        for gather, text in self._texts.values():
+            gather.drain()
+            text.drain()
+        for made in (self._halos, self._pooled, self._texts):
+            made.clear()
 
     def abandon(self) -> None:
         """Drop all buffers, and wait for nothing: what a capture that failed has posted was never sent."""
@@ -66,17 +79,10 @@ class Exchanges:
 
     @property
     def stale_bytes(self) -> int:
-        made = self._made.values() if self._clock is not None else ()
-        pooled = sum(exchange.pooled.exchange.received_bytes for exchange in made if exchange.pooled is not None)
-        return pooled + sum(exchange.halos.received_bytes + exchange.text.kept_bytes for exchange in made)
-
-    def _make(self, text: TextPlan) -> Exchange:
-        pooled, pooling = None, self._settings.pooling
-        if pooling is not None:
-            plan = plan_pooled(self._stripes, self._group.rank, pooling.factor)
-            pooled = PooledKeys(pooling, self._make_rows(plan, self._pooled_sends, "pooled"))
-        gather = TextGather(self._group, text, self._counters)
-        return Exchange(self._make_rows(self._plan, self._sends, "halo"), gather, self._make_text(text), pooled)
+        if self._clock is None:
+            return 0
+        rows = *self._halos.values(), *(pooled.exchange for pooled in self._pooled.values())
+        return sum(each.received_bytes for each in rows) + sum(text.kept_bytes for _, text in self._texts.values())
 
     def _make_rows(self, plan: HaloPlan, sends: SendBuffers, counted_as: Literal["halo", "pooled"]) -> HaloExchange:
         group, counters = self._group, self._counters

@@ -6,7 +6,7 @@ methods here. Some need none:
 - The order of text and image: `engine/heads.py` lays both out, each is filled by name.
 - Rotary or absolute positions: `cut` gives each rank those of its rows, or a hook does where they are added.
 - Blocks with text and image apart: all ranks compute text alone by the stock processor; the image alone exchanges halos
-  (`Heads` with `alone=True`).
+  (`Heads` with `alone=True`; with `own_text=True` where a few tokens that all ranks hold go with it).
 - Classifier-free guidance as a batch of two: a larger batch.
 
 Shapes: B batch, T text tokens, L tokens of one rank, C channels, N heads, D head dim.
@@ -45,7 +45,9 @@ class Stripes(Protocol):
     @property
     def parts(self) -> Parts: ...
     def start_text(self, layer: int, *qkv_BLND: Tensor) -> None: ...
-    def start_halos(self, layer: int, key_BLND: Tensor, value_BLND: Tensor, *, alone: bool = False) -> PendingHalos: ...
+    def start_halos(
+        self, layer: int, key_BLND: Tensor, value_BLND: Tensor, *, alone: bool = False, own_text: bool = False
+    ) -> PendingHalos: ...
     def attend(
         self,
         layer: int,
@@ -55,6 +57,7 @@ class Stripes(Protocol):
         value_BLND: Tensor,
         *,
         alone: bool = False,
+        own_text: bool = False,
         out_BLND: Tensor | None = None,
     ) -> Tensor: ...
 
@@ -124,7 +127,7 @@ class Family(Modulated, Protocol):
         """Inputs without values of a forward for `size` tokens, on the transformer's device: what a plan asks for."""
 
     def generation(self, inputs: Inputs) -> object:
-        """An object made once per generation and passed to all its forwards."""
+        """An object made once per generation and passed to all its forwards; None: the scheduler's timesteps."""
 
     def latents(self, inputs: Inputs) -> Tensor:
         """Latents [B, ...], an object made once per step for all its passes."""

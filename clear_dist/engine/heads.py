@@ -15,13 +15,26 @@ class Heads:
     """Buffers that a block fills in its own order; each start comes once, when its tokens are there."""
 
     def __init__(
-        self, striped: Stripes, layer: int, like: Tensor, *, tokens: int, heads: int, head_dim: int, alone: bool = False
+        self,
+        striped: Stripes,
+        layer: int,
+        like: Tensor,
+        *,
+        tokens: int,
+        heads: int,
+        head_dim: int,
+        alone: bool = False,
+        own_text: bool = False,
     ) -> None:
-        """Room for `tokens` of this rank, text and image (image only: `alone`), in the dtype of `like` [B, ...]."""
+        """Room for `tokens` of this rank, text and image (image only: `alone`), in the dtype of `like` [B, ...].
+
+        `own_text`: text of this layer only, whole and equal on all ranks, none of it padding; no down-sampled keys.
+        """
         self.striped = striped
         self.layer = layer
         self._alone = alone
-        self._elsewhere = 0 if alone else striped.text_plan.elsewhere
+        self._own_text = own_text
+        self._elsewhere = 0 if alone or own_text else striped.text_plan.elsewhere
         shape = len(like), self._elsewhere + tokens, heads, head_dim
         self._qkv_BLND = [like.new_empty(shape) for _ in range(3)]
         self._halos: PendingHalos | None = None
@@ -35,11 +48,14 @@ class Heads:
     def start_halos(self) -> None:
         """Send border rows, once the image's keys and values are there; queries may follow."""
         _, key, value = self.own
-        self._halos = self.striped.start_halos(self.layer, key, value, alone=self._alone)
+        self._halos = self.striped.start_halos(
+            self.layer, key, value, alone=self._alone, own_text=self._own_text
+        )
 
     def start_text(self) -> None:
         """Send the text, once its queries, keys and values are there; nothing where all ranks have all of it."""
-        self.striped.start_text(self.layer, *self._qkv_BLND)
+        if not self._own_text:
+            self.striped.start_text(self.layer, *self._qkv_BLND)
 
     def attend(self, out_BLC: Tensor | None = None) -> Tensor:
         """Attention's output of my tokens [B, L, N x D], in `out_BLC` if given; called once, when all are there."""
@@ -49,4 +65,6 @@ class Heads:
         self._qkv_BLND, self._halos = [], None
         out_BLND = None if out_BLC is None else out_BLC.unflatten(2, query_BLND.shape[2:])
         qkv_BLND = query_BLND, key_BLND, value_BLND
-        return self.striped.attend(self.layer, halos, *qkv_BLND, alone=self._alone, out_BLND=out_BLND).flatten(2)
+        return self.striped.attend(
+            self.layer, halos, *qkv_BLND, alone=self._alone, own_text=self._own_text, out_BLND=out_BLND
+        ).flatten(2)

@@ -83,15 +83,18 @@ class StripedModel:
                 self._same_call.require()
                 self._exchange(layer).gather.start(*qkv_BLND)
 
-    def start_halos(self, layer: int, key_BLND: Tensor, value_BLND: Tensor, *, alone: bool = False) -> PendingHalos:
+    def start_halos(
+        self, layer: int, key_BLND: Tensor, value_BLND: Tensor, *, alone: bool = False, own_text: bool = False
+    ) -> PendingHalos:
         """Send my border rows, as soon as there are keys and values.
 
-        My rows' tokens are the last; text before them is left out. `alone`: no text, no down-sampled keys.
+        My rows' tokens are the last; text before them is left out. `alone`: no text, no down-sampled keys; `own_text`
+        as in `Heads`.
         """
         cut = self.running_cut
         image = slice(-len(cut.plan.own) * cut.width, None)
         rows = [x[:, image].unflatten(1, (-1, cut.width)) for x in (key_BLND, value_BLND)]
-        exchange = self._exchange(layer)
+        exchange = self._exchange(layer, own_text=own_text)
         with labelled(f"layer {layer}"):
             if not exchange.halos.lags:
                 self._same_call.require()
@@ -109,6 +112,7 @@ class StripedModel:
         value_BLND: Tensor,
         *,
         alone: bool = False,
+        own_text: bool = False,
         out_BLND: Tensor | None = None,
     ) -> Tensor:
         """Attention's output of my tokens [B, L, N, D], text first as in all arguments; after this layer's starts.
@@ -121,10 +125,12 @@ class StripedModel:
             qkv_BLND = query_BLND, key_BLND, value_BLND
             if alone:
                 return cut.joint_attention.alone(halos, qkv_BLND, out_BLND)
-            return cut.joint_attention(self._exchange(layer), halos, qkv_BLND, self._text_mask, out_BLND)
+            mask_BT = None if own_text else self._text_mask
+            return cut.joint_attention(self._exchange(layer, own_text=own_text), halos, qkv_BLND, mask_BT, out_BLND)
 
-    def _exchange(self, layer: int) -> Exchange:
-        return self.running_cut.exchanges.of(self._clock.turn, layer, self.text_plan)
+    def _exchange(self, layer: int, *, own_text: bool = False) -> Exchange:
+        plan = plan_text(0, 1, 0) if own_text else self.text_plan
+        return self.running_cut.exchanges.of(self._clock.turn, layer, plan, has_pooled=not own_text)
 
     @property
     def running_cut(self) -> Cut:
@@ -180,7 +186,8 @@ class StripedModel:
         inputs = self.family.named_inputs(args, kwargs)
         if self._forward_is_under_way:  # the last one was interrupted
             self._clock.forget()
-        self._clock.tick(self.family.generation(inputs), self.family.latents(inputs))
+        generation = self.family.generation(inputs)
+        self._clock.tick(self.scheduler.timesteps if generation is None else generation, self.family.latents(inputs))
         self._forward_is_under_way = True
         if self._clock.turn == 0:
             self.counters.begin_step()
