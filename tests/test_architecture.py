@@ -87,13 +87,13 @@ def test_a_card_rests_on_cards() -> None:
             "options",
             "stages",
         }
-    for folder in ("families", "families/flux"):
+    for folder in ("families", "families/flux", "families/flux2"):
         assert not (PACKAGE / folder / "__init__.py").read_text()
 
 
 def test_a_model_is_a_folder() -> None:
     """And a row in each table; the embedded model is one of FLUX's."""
-    apart = re.compile(r"families/(flux/.*|\w+\.py)|demo/.*")
+    apart = re.compile(r"families/(flux2?/.*|\w+\.py)|demo/.*")
     named = [file for file in FILES if not apart.fullmatch(file.relative_to(PACKAGE).as_posix())]
     assert [module_of(file) for file in named if "flux" in file.read_text().lower()] == []
 

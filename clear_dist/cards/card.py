@@ -11,7 +11,7 @@ from clear_dist.stages import Sampling, Upscaling
 INDEX = "model_index.json"
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 """Names of weight files, without their ending, by the library that writes them."""
-ENDINGS = ("json", "safetensors", "txt", "model")
+ENDINGS = ("json", "safetensors", "txt", "model", "jinja")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,7 @@ class Defaults:
     """Values for a model where the user gives none."""
 
     takes_guidance: bool = True
+    takes_negative_prompts: bool = True
     sampling: Sampling = field(default_factory=Sampling)
     upscaling: Upscaling = field(default_factory=Upscaling)
     """All but its steps, which follow from those of `sampling`."""
@@ -57,7 +58,9 @@ class TransformerShape(Protocol):
         """Layers that a LoRA may adapt, by all names in use, with underscores for dots."""
         ...
 
-    def defaults(self, scheduler: Mapping[str, Any]) -> Defaults: ...
+    def defaults(self, scheduler: Mapping[str, Any], pipeline: Mapping[str, Any]) -> Defaults:
+        """By the configuration of the scheduler and the pipeline's index."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ from clear_dist.options import Refusal, Window
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
-"""Image side of an attention layer, which a checkpoint replaces; some layers have no to_out."""
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj")
+"""Image side of an attention layer, which a checkpoint replaces; some layers have no to_out, some only the last."""
 SPATIAL_WEIGHT = "processor.spatial_weight"
 """Weights that pool d x d tokens in an attention layer, [1, 1, 1, d, 1, d, 1]."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

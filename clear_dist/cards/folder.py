@@ -105,7 +105,7 @@ def read_folder(folder: Path, cards: Cards) -> ModelFacts:
         shape=shape,
         native_size=max(native_size // token_size, 1) * token_size,
         token_size=token_size,
-        **vars(shape.defaults(scheduler)),
+        **vars(shape.defaults(scheduler, read_json(folder / INDEX))),
     )
 
 

@@ -9,11 +9,21 @@ from clear_dist.families.flux.controlnet import FluxControlNet
 from clear_dist.families.flux.pipeline import FluxPipelineAdapter
 from clear_dist.families.flux.sample import FluxSample
 from clear_dist.families.flux.transformer import Flux
+from clear_dist.families.flux2.pipeline import Flux2PipelineAdapter
+from clear_dist.families.flux2.sample import Flux2Sample
+from clear_dist.families.flux2.transformer import Flux2
 
-PIPELINES: Mapping[str, Callable[[Any], PipelineAdapter]] = {"FluxPipeline": FluxPipelineAdapter}
-TRANSFORMERS: Mapping[str, Callable[[Any], Family]] = {"FluxTransformer2DModel": Flux}
+PIPELINES: Mapping[str, Callable[[Any], PipelineAdapter]] = {
+    "FluxPipeline": FluxPipelineAdapter,
+    "Flux2KleinPipeline": Flux2PipelineAdapter,
+    "Flux2Pipeline": Flux2PipelineAdapter,
+}
+TRANSFORMERS: Mapping[str, Callable[[Any], Family]] = {
+    "FluxTransformer2DModel": Flux,
+    "Flux2Transformer2DModel": Flux2,
+}
 CONTROLNETS: Mapping[str, Callable[[Any], Family]] = {"FluxControlNetModel": FluxControlNet}
-SAMPLES: tuple[Sample, ...] = (FluxSample(),)
+SAMPLES: tuple[Sample, ...] = (FluxSample(), Flux2Sample())
 
 
 def family_of(transformer: Any) -> Family:

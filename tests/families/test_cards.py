@@ -81,7 +81,7 @@ class SecondShape:
         layers = {f"layers.{index}.mlp": 16 for index in range(self.num_layers)}
         return {name.replace(".", "_"): LoraLayer(modules={name: size}, inputs=8) for name, size in layers.items()}
 
-    def defaults(self, scheduler: Mapping[str, Any]) -> Defaults:
+    def defaults(self, scheduler: Mapping[str, Any], pipeline: Mapping[str, Any]) -> Defaults:
         return Defaults(takes_guidance=False, sampling=Sampling(steps=9), max_sequence_length=77)
 
 
@@ -109,7 +109,7 @@ SECOND = Card(
             id="someone/second",
             native_size=512,
             shape=LARGE,
-            defaults=LARGE.defaults({}),
+            defaults=LARGE.defaults({}, {}),
             configs={"transformer": {"num_layers": LARGE.num_layers}, "vae": {}},
             text=TextEncoders(numbers=1, heads=2, channels=3, hidden=4),
         ),

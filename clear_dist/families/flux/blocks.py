@@ -8,6 +8,7 @@ input, queries, keys, values and the attention's output.
 Shapes: B batch, L tokens, T text tokens and R image tokens of this rank, C channels, N heads, D head dim.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -116,15 +117,16 @@ class StripedBlock:
     """A block whose class has been changed; `remove` changes it back."""
 
     block: nn.Module
+    striped: Mapping[type, type]
 
     @classmethod
-    def of(cls, block: nn.Module) -> "StripedBlock":
-        """Change the class, as FSDP does: the block stays the same object."""
-        block.__class__ = STRIPED.get(type(block), type(block))
-        return cls(block)
+    def of(cls, block: nn.Module, striped: Mapping[type, type] = STRIPED) -> "StripedBlock":
+        """Change the class, as FSDP does, to what `striped` has for it: the block stays the same object."""
+        block.__class__ = striped.get(type(block), type(block))
+        return cls(block, striped)
 
     def remove(self) -> None:
-        stock = {ours: theirs for theirs, ours in STRIPED.items()}
+        stock = {ours: theirs for theirs, ours in self.striped.items()}
         self.block.__class__ = stock.get(type(self.block), type(self.block))
 
 

@@ -84,7 +84,7 @@ class FluxShape:
             for name, modules in names.items()
         }
 
-    def defaults(self, scheduler: Mapping[str, Any]) -> Defaults:
+    def defaults(self, scheduler: Mapping[str, Any], pipeline: Mapping[str, Any]) -> Defaults:
         """FLUX.1-dev's, or FLUX.1-schnell's 4 steps where neither guidance is taken nor the schedule shifts."""
         if self.guidance_embeds or scheduler.get("use_dynamic_shifting", False):
             return Defaults(takes_guidance=self.guidance_embeds)
@@ -201,7 +201,7 @@ def _hub_model(name: str, short: str, shape: FluxShape, scheduler: Mapping[str, 
         short=short,
         native_size=1024,
         shape=shape,
-        defaults=shape.defaults(scheduler),
+        defaults=shape.defaults(scheduler, {}),
         configs={"transformer": {"guidance_embeds": shape.guidance_embeds}, "vae": _VAE},
         text=_TEXT,
     )

@@ -1,0 +1,168 @@
+"""FLUX.2's pipelines: diffusers' own, on a transformer that is on stripes.
+
+Latents are packed: 2x2 of the VAE's, normed by its batch statistics, are the 128 channels of a token. diffusers has no
+image-to-image for them: a refinement is a text-to-image run whose first latents are a picture with noise (SDEdit).
+
+Shapes: B pictures, T text tokens, C channels, H rows of the picture, R of this rank and W columns in the VAE's layout.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Pipeline
+from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from clear_dist.engine.family import Encoded, OnStep
+from clear_dist.families.flux2.card import PACKING
+from clear_dist.options import shortened
+from clear_dist.stages import Size, Stage, Upscaling
+
+
+class Flux2PipelineAdapter:
+    arguments: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")
+
+    def __init__(self, pipe: Any) -> None:
+        """Raises ValueError for pipelines that draw from other inputs."""
+        if type(pipe) not in (Flux2Pipeline, Flux2KleinPipeline):
+            raise ValueError(
+                f"a Flux2Pipeline or a Flux2KleinPipeline draws pictures of any size, got {type(pipe).__name__}; "
+                "nearest: one of the same parts, or a call of the pipeline itself"
+            )
+        self._pipe = pipe
+
+    @property
+    def token_size(self) -> int:
+        return self._pipe.vae_scale_factor * PACKING
+
+    @property
+    def native_size(self) -> int:
+        return self._pipe.vae.config.sample_size
+
+    @torch.no_grad()
+    def encode(self, texts: list[str], max_sequence_length: int) -> Encoded:
+        """Three of the text encoder's layers beside each other, [B, T, C]."""
+        return [self._pipe.encode_prompt(prompt=texts, max_sequence_length=max_sequence_length)[0]]
+
+    def too_long(self, prompt: str, max_sequence_length: int) -> list[str]:
+        ids, kept = self._tokens_of(prompt), max_sequence_length
+        if len(ids) <= kept:
+            return []
+        rest = shortened(self._tokenizer.decode(ids[kept:], skip_special_tokens=True).strip())
+        return [f"longer than the {kept} tokens that {self._encoder} takes here; cut off: {rest!r}"]
+
+    def refining(self) -> Any:
+        """The same pipeline with the scheduler's static shift.
+
+        The dynamic shift grows with the size, until every step is taken in pure noise (mu = 11.5 at 4096 px).
+        """
+        pipe = self._pipe
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, use_dynamic_shifting=False)
+        own = {"is_distilled": pipe.config.is_distilled} if self._is_klein else {}
+        refining = type(pipe)(**{**pipe.components, **own, "scheduler": scheduler})
+        refining.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+        return refining
+
+    def denoise(
+        self,
+        pipe: Any,
+        embeddings: Mapping[str, Tensor],
+        stage: Stage,
+        *,
+        seed: int,
+        start: Tensor | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Packed latents [B, tokens, 128]; raises ValueError for negative prompts that the model does not take."""
+        sampling, generator, refined, held = stage.sampling, torch.Generator().manual_seed(seed), {}, {}
+        is_guided = "negative_prompt_embeds" in embeddings
+        if is_guided and not (self._is_klein and not pipe.config.is_distilled):
+            raise ValueError("this model takes no negative prompts: its guidance is distilled; nearest: none")
+        if start is not None:
+            assert isinstance(sampling, Upscaling), sampling
+            sigmas = np.linspace(sampling.strength, sampling.strength / sampling.steps, sampling.steps).tolist()
+            noisy = with_noise(pipe.scheduler, start.to(embeddings["prompt_embeds"]), sigmas, generator)
+            refined = {"latents": noisy, "sigmas": sigmas}
+
+        def end_step(pipeline: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            held["latents"] = tensors["latents"]
+            if on_step is not None:
+                on_step(pipeline, stage, step + 1, tensors["latents"])
+            return {}
+
+        guidance = sampling.guidance_scale
+        if self._is_klein:
+            guidance = sampling.true_cfg_scale if is_guided else 1.0
+        pipe(
+            **embeddings,
+            **refined,
+            height=stage.height,
+            width=stage.width,
+            num_inference_steps=sampling.steps,
+            guidance_scale=guidance,
+            generator=generator,
+            output_type="latent",
+            callback_on_step_end=end_step,
+            callback_on_step_end_tensor_inputs=["latents"],
+        )
+        latents = held["latents"]  # what klein returns is unpacked already
+        if not latents.isfinite().all():
+            raise RuntimeError(f"the latents are not finite after {sampling.steps} steps in {latents.dtype}")
+        return latents
+
+    def unpacked(self, latents: Tensor, rows: slice, size: Size) -> Tensor:
+        """Rows as the decoder takes them, the batch norm undone."""
+        width = size[1] // self.token_size
+        mine_BCRW = latents.unflatten(1, (-1, width))[:, rows].permute(0, 3, 1, 2)
+        mean, deviation = self._statistics(mine_BCRW)
+        return self._pipe._unpatchify_latents(mine_BCRW * deviation + mean)
+
+    def for_vae(self, latents_BCRW: Tensor) -> Tensor:
+        return latents_BCRW
+
+    def from_vae(self, mean_BCHW: Tensor) -> Tensor:
+        """Latents [B, 128, H / 2, W / 2], as `Flux2Pipeline` takes them."""
+        latents = self._pipe._patchify_latents(mean_BCHW.contiguous())
+        mean, deviation = self._statistics(latents)
+        return (latents - mean) / deviation
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and deviations of the VAE's latents, [1, 128, 1, 1] each."""
+        norm, eps = self._pipe.vae.bn, self._pipe.vae.config.batch_norm_eps
+        of_channels = norm.running_mean, torch.sqrt(norm.running_var + eps)
+        mean, deviation = (x.view(1, -1, 1, 1).to(like.device, like.dtype) for x in of_channels)
+        return mean, deviation
+
+    @property
+    def _is_klein(self) -> bool:
+        return isinstance(self._pipe, Flux2KleinPipeline)
+
+    @property
+    def _encoder(self) -> str:
+        return "Qwen3" if self._is_klein else "Mistral"
+
+    @property
+    def _tokenizer(self) -> Any:
+        return self._pipe.tokenizer
+
+    def _tokens_of(self, prompt: str) -> list[int]:
+        """All tokens of a prompt, in the words that the pipeline puts around it."""
+        if self._is_klein:
+            said = [{"role": "user", "content": prompt}]
+            wrapped = self._tokenizer.apply_chat_template(
+                said, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+            return self._tokenizer(wrapped, truncation=False, verbose=False).input_ids
+        said = format_input(prompts=[prompt], system_message=self._pipe.system_message)
+        found = self._tokenizer.apply_chat_template(said, add_generation_prompt=False, tokenize=True, return_dict=True)
+        return list(found["input_ids"][0])
+
+
+def with_noise(scheduler: Any, start: Tensor, sigmas: list[float], generator: torch.Generator) -> Tensor:
+    """A picture's latents with as much noise as the first step expects."""
+    scheduler.set_timesteps(sigmas=sigmas, device=start.device)
+    noise = randn_tensor(start.shape, generator=generator, device=start.device, dtype=start.dtype)
+    return scheduler.scale_noise(start, scheduler.timesteps[:1].expand(len(start)), noise)

@@ -1,0 +1,177 @@
+"""FLUX.2: where to cut and join, and its attention processors. The transformer itself stays diffusers'."""
+
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_flux2 import Flux2PosEmbed, Flux2Transformer2DModelOutput
+from torch import Tensor, nn
+
+from clear_dist.engine.cut import Cut
+from clear_dist.engine.extrapolation import Extrapolation
+from clear_dist.engine.family import Inputs, Removable, StripeProcessor, Stripes
+from clear_dist.engine.stock import attention_layers
+from clear_dist.families.flux.attention import FluxStripeAttnProcessor
+from clear_dist.families.flux.blocks import StripedBlock
+from clear_dist.families.flux2.attention import Flux2ParallelStripeProcessor
+from clear_dist.families.flux2.blocks import STRIPED
+from clear_dist.families.flux2.card import MODULATION, ROPE_AXES
+from clear_dist.families.flux2.pipeline import Flux2PipelineAdapter
+from clear_dist.geometry import TextPlan
+
+PRODUCTS = re.compile(
+    r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.linear_(in|out))|"
+    r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
+)
+CACHED = ("kv_cache", "kv_cache_mode")
+
+
+@dataclass(frozen=True)
+class Flux2:
+    """A Flux2Transformer2DModel, its inputs cut to this rank's rows and its output joined."""
+
+    transformer: Any
+
+    @property
+    def head_dim(self) -> int:
+        return self.transformer.config.attention_head_dim
+
+    @property
+    def channels(self) -> int:
+        return self.head_dim * self.transformer.config.num_attention_heads
+
+    @property
+    def products(self) -> list[str]:
+        return [name for name, _ in self.transformer.named_modules() if PRODUCTS.fullmatch(name)]
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
+
+    def processors(self, striped: Stripes) -> dict[str, StripeProcessor]:
+        return {
+            name: (Flux2ParallelStripeProcessor if hasattr(attn, "to_qkv_mlp_proj") else FluxStripeAttnProcessor)(
+                striped, number
+            )
+            for number, (name, attn) in enumerate(attention_layers(self.transformer).items())
+        }
+
+    def hooks(self, striped: Stripes) -> Sequence[Removable]:
+        """All blocks, their class changed until `remove`."""
+        return [StripedBlock.of(block, STRIPED) for block in self.blocks]
+
+    @property
+    def embedder(self) -> nn.Module:
+        """Embedder of timestep and guidance."""
+        return self.transformer.time_guidance_embed
+
+    @property
+    def modulated(self) -> dict[str, Any]:
+        return {name: self.transformer.get_submodule(name) for name in (*MODULATION, "norm_out")}
+
+    def embedder_inputs(self, inputs: tuple[Tensor, ...], timestep: Tensor) -> tuple[Tensor, ...]:
+        like = inputs[0]
+        scaled = timestep.expand(like.shape).to(like.dtype) / 1000
+        return (scaled.to(like.device) * 1000, *inputs[1:])
+
+    def grid_of(self, inputs: Inputs) -> tuple[int, int]:
+        """Height and width from `img_ids` (waits for the GPU); raises ValueError for ids of reference images."""
+        if any(inputs.get(name) is not None for name in CACHED):
+            raise ValueError("cached keys of reference images (Flux2KleinKVPipeline) cannot be parallelised")
+        ids = flat_ids(inputs["img_ids"])
+        width = int((ids[:, 1] == 0).sum())
+        height = len(ids) // max(width, 1)
+        if len(ids) != height * width or not torch.equal(raster_ids(height, width, ids.device).to(ids.dtype), ids):
+            raise ValueError(
+                f"`img_ids` must be those of one image in raster order, got {len(ids)} ids that are not; "
+                "reference images (editing) add tokens of their own, and cannot be parallelised"
+            )
+        return height, width
+
+    def text_tokens(self, inputs: Inputs) -> int:
+        return inputs["encoder_hidden_states"].shape[1]
+
+    def cut(self, inputs: Inputs, cut: Cut, text: TextPlan) -> Inputs:
+        """Inputs with the image's tokens and ids cut, and the text's where it is shared.
+
+        Ids are made anew in float32: bfloat16 has no 257.
+        """
+        mine = cut.tokens
+        ids = raster_ids(cut.height, cut.width, inputs["img_ids"].device)[mine]
+        if cut.extrapolation is not None:
+            ids = ids * cut.extrapolation.position_scale
+        return {
+            **inputs,
+            "hidden_states": inputs["hidden_states"][:, mine].contiguous(),
+            "encoder_hidden_states": inputs["encoder_hidden_states"][:, text.own],
+            "img_ids": ids,
+            "txt_ids": flat_ids(inputs["txt_ids"])[text.own].float(),
+        }
+
+    @contextmanager
+    def extrapolated(self, extrapolation: Extrapolation) -> Iterator[None]:
+        """Context in which the rotary embedding's base is `ntk_factor` times the stock one's."""
+        stock = self.transformer.pos_embed
+        # Another module, not a hook on the stock one: a compiled transformer does not look for new hooks.
+        theta = stock.theta * extrapolation.ntk_factor
+        self.transformer.pos_embed = Flux2PosEmbed(theta=theta, axes_dim=stock.axes_dim)
+        try:
+            yield
+        finally:
+            self.transformer.pos_embed = stock
+
+    def replicated(self, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
+        drawn = [inputs[name] for name in ("hidden_states", "timestep", "guidance") if inputs.get(name) is not None]
+        lora_scale = (inputs.get("joint_attention_kwargs") or {}).get("scale", 1.0)
+        return [*drawn, torch.full((), float(lora_scale))], [inputs["encoder_hidden_states"]]
+
+    def empty_inputs(self, size: tuple[int, int], *, images: int, text_tokens: int) -> Inputs:
+        config, tokens = self.transformer.config, size[0] * size[1]
+        like = next(self.transformer.parameters())
+        inputs = {
+            "hidden_states": like.new_empty(images, tokens, config.in_channels),
+            "encoder_hidden_states": like.new_empty(images, text_tokens, config.joint_attention_dim),
+            "timestep": like.new_empty(images),
+            "img_ids": like.new_empty(tokens, len(ROPE_AXES)),
+            "txt_ids": like.new_empty(text_tokens, len(ROPE_AXES)),
+        }
+        guidance = like.new_empty(images, dtype=torch.float32)
+        return inputs | ({"guidance": guidance} if config.guidance_embeds else {})
+
+    def named_inputs(self, args: tuple[Any, ...], kwargs: Inputs) -> Inputs:
+        return dict(inspect.signature(self.transformer.forward).bind(*args, **kwargs).arguments)
+
+    def generation(self, inputs: Inputs) -> object:
+        return inputs["img_ids"]
+
+    def latents(self, inputs: Inputs) -> Tensor:
+        return inputs["hidden_states"]
+
+    def text_mask(self, inputs: Inputs) -> None:
+        """None: padded text is seen, as in stock FLUX.2."""
+
+    def adapted(self, pipe: Any) -> Flux2PipelineAdapter:
+        return Flux2PipelineAdapter(pipe)
+
+    def joined(self, output: Any, cut: Cut) -> Any:
+        """Output of the forward's own type: a tuple or an object."""
+        if isinstance(output, tuple):
+            return cut.join.join(output[0]), *output[1:]
+        return Flux2Transformer2DModelOutput(sample=cut.join.join(output.sample))
+
+
+def flat_ids(ids: Tensor) -> Tensor:
+    """Ids [tokens, 4], without the batch dimension."""
+    return ids[0] if ids.ndim == 3 else ids
+
+
+def raster_ids(height: int, width: int, device: torch.device) -> Tensor:
+    """Position ids (0, y, x, 0) of a grid in raster order, float32 [height x width, 4]."""
+    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+    zeros = torch.zeros(height, width, device=device)
+    y, x = torch.meshgrid(rows.float(), columns.float(), indexing="ij")
+    return torch.stack([zeros, y, x, zeros], dim=-1).flatten(0, 1)

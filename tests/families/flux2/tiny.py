@@ -1,0 +1,114 @@
+"""Tiny random FLUX.2 pipelines of true architecture, made in a second or two, with all their parts."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+)
+from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from tests.tiny import LETTERS, draw_weights
+
+TEXT_WIDTH = 8
+"""Of the text encoder; three of its layers are 24 channels of a text token."""
+SPECIALS = ["<pad>", "<unk>", "<user>", "<assistant>"]
+SPACE = "\u0120"
+"""As byte-level tokenizers write it."""
+CHAT = "{% for message in messages %}<user>{{ message['content'] }}{% endfor %}<assistant>"
+
+
+def make_tiny_transformer(*, guidance: bool = False, double: int = 1, single: int = 2) -> Flux2Transformer2DModel:
+    return Flux2Transformer2DModel(
+        in_channels=128,
+        num_layers=double,
+        num_single_layers=single,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        joint_attention_dim=3 * TEXT_WIDTH,
+        guidance_embeds=guidance,
+    )
+
+
+def make_tiny_vae(*, sample_size: int = 128, attention: bool = True) -> AutoencoderKLFlux2:
+    return AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        latent_channels=32,
+        norm_num_groups=4,
+        sample_size=sample_size,
+        mid_block_add_attention=attention,
+    )
+
+
+def make_tiny_klein(*, seed: int = 0, is_distilled: bool = True, sample_size: int = 128) -> Flux2KleinPipeline:
+    """On the CPU in float32; equal seeds give equal weights, in every process."""
+    generator = torch.Generator().manual_seed(seed)
+    tokenizer = make_tokenizer()
+    return Flux2KleinPipeline(
+        transformer=draw_weights(make_tiny_transformer(), generator),
+        vae=draw_statistics(draw_weights(make_tiny_vae(sample_size=sample_size), generator), generator),
+        text_encoder=draw_weights(make_qwen3(len(tokenizer)), generator),
+        tokenizer=tokenizer,
+        scheduler=make_scheduler(),
+        is_distilled=is_distilled,
+    )
+
+
+def make_tiny_dev(*, seed: int = 0) -> Flux2Pipeline:
+    """Without text encoder: Mistral 3's processor is a hundred files of settings."""
+    generator = torch.Generator().manual_seed(seed)
+    return Flux2Pipeline(
+        transformer=draw_weights(make_tiny_transformer(guidance=True), generator),
+        vae=draw_statistics(draw_weights(make_tiny_vae(), generator), generator),
+        text_encoder=None,
+        tokenizer=None,
+        scheduler=make_scheduler(),
+    )
+
+
+def make_tiny_folder(folder: Path | str, **options: Any) -> Path:
+    make_tiny_klein(**options).save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+def make_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+
+
+def draw_statistics(vae: AutoencoderKLFlux2, generator: torch.Generator) -> AutoencoderKLFlux2:
+    """Means and variances of latents that are neither 0 nor 1."""
+    vae.bn.running_mean.copy_(0.3 * torch.randn(vae.bn.running_mean.shape, generator=generator))
+    vae.bn.running_var.copy_(0.5 + torch.rand(vae.bn.running_var.shape, generator=generator))
+    return vae
+
+
+def make_tokenizer() -> Qwen2Tokenizer:
+    """Letter by letter, with a chat template, no download."""
+    words = [*SPECIALS, *LETTERS, SPACE]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token="<unk>", pad_token="<pad>", eos_token="<pad>")
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIALS[2:]})
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def make_qwen3(vocabulary: int) -> Qwen3ForCausalLM:
+    """27 layers, of which the pipeline takes three."""
+    config = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=16,
+        num_hidden_layers=27,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        tie_word_embeddings=True,
+    )
+    return Qwen3ForCausalLM(config)
