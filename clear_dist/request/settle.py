@@ -53,6 +53,9 @@ def choose(
 ) -> tuple[Request, ModelFacts, Start]:
     """`settle` for any machine: the request, its model and its start; by default a rank on each of `gpus`."""
     facts = find_model(flags.model, cards, has_cuda=device == "cuda")
+    if (flags.true_cfg_scale or 1) > 1 and not facts.takes_negative_prompts:
+        got = f"got {flags.true_cfg_scale:g} for {facts.name}, whose guidance is distilled"
+        raise Refusal(f"--true-cfg-scale must be 1 where a model takes no negative prompts, {got}; nearest: 1")
     checkpoint = find_checkpoint(flags.clear_weights, flags.window, facts, cards)
     window = _window(flags, checkpoint)
     factor = down_factor(window, checkpoint)

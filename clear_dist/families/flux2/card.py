@@ -211,6 +211,7 @@ def _hub_model(name: str, shape: Flux2Shape, text: TextEncoders, *, is_distilled
     numbers = {name: getattr(shape, name) for name in shape.__dataclass_fields__}
     return HubModel(
         id=f"black-forest-labs/FLUX.2-{name}",
+        short=f"flux2-{name.lower()}",
         native_size=1024,
         shape=shape,
         defaults=shape.defaults({}, {"is_distilled": is_distilled}),

@@ -11,16 +11,14 @@ from diffusers import (
     Flux2Pipeline,
     Flux2Transformer2DModel,
 )
-from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from tests.tiny import LETTERS, draw_weights
+from tests.families.tiny import make_qwen3, make_qwen_tokenizer, save_pipeline
+from tests.tiny import draw_weights
 
 TEXT_WIDTH = 8
 """Of the text encoder; three of its layers are 24 channels of a text token."""
-SPECIALS = ["<pad>", "<unk>", "<user>", "<assistant>"]
-SPACE = "\u0120"
-"""As byte-level tokenizers write it."""
-CHAT = "{% for message in messages %}<user>{{ message['content'] }}{% endfor %}<assistant>"
+TEXT_LAYERS = 27
+"""The pipeline takes the outputs of the 9th, 18th and 27th."""
 
 
 def make_tiny_transformer(*, guidance: bool = False, double: int = 1, single: int = 2) -> Flux2Transformer2DModel:
@@ -50,11 +48,11 @@ def make_tiny_vae(*, sample_size: int = 128, attention: bool = True) -> Autoenco
 def make_tiny_klein(*, seed: int = 0, is_distilled: bool = True, sample_size: int = 128) -> Flux2KleinPipeline:
     """On the CPU in float32; equal seeds give equal weights, in every process."""
     generator = torch.Generator().manual_seed(seed)
-    tokenizer = make_tokenizer()
+    tokenizer = make_qwen_tokenizer()
     return Flux2KleinPipeline(
         transformer=draw_weights(make_tiny_transformer(), generator),
         vae=draw_statistics(draw_weights(make_tiny_vae(sample_size=sample_size), generator), generator),
-        text_encoder=draw_weights(make_qwen3(len(tokenizer)), generator),
+        text_encoder=draw_weights(make_qwen3(tokenizer, width=TEXT_WIDTH, layers=TEXT_LAYERS, causal=True), generator),
         tokenizer=tokenizer,
         scheduler=make_scheduler(),
         is_distilled=is_distilled,
@@ -74,8 +72,7 @@ def make_tiny_dev(*, seed: int = 0) -> Flux2Pipeline:
 
 
 def make_tiny_folder(folder: Path | str, **options: Any) -> Path:
-    make_tiny_klein(**options).save_pretrained(folder, safe_serialization=True)
-    return Path(folder)
+    return save_pipeline(make_tiny_klein(**options), folder)
 
 
 def make_scheduler() -> FlowMatchEulerDiscreteScheduler:
@@ -87,28 +84,3 @@ def draw_statistics(vae: AutoencoderKLFlux2, generator: torch.Generator) -> Auto
     vae.bn.running_mean.copy_(0.3 * torch.randn(vae.bn.running_mean.shape, generator=generator))
     vae.bn.running_var.copy_(0.5 + torch.rand(vae.bn.running_var.shape, generator=generator))
     return vae
-
-
-def make_tokenizer() -> Qwen2Tokenizer:
-    """Letter by letter, with a chat template, no download."""
-    words = [*SPECIALS, *LETTERS, SPACE]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token="<unk>", pad_token="<pad>", eos_token="<pad>")
-    tokenizer.add_special_tokens({"additional_special_tokens": SPECIALS[2:]})
-    tokenizer.chat_template = CHAT
-    return tokenizer
-
-
-def make_qwen3(vocabulary: int) -> Qwen3ForCausalLM:
-    """27 layers, of which the pipeline takes three."""
-    config = Qwen3Config(
-        vocab_size=vocabulary,
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=16,
-        num_hidden_layers=27,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=4,
-        tie_word_embeddings=True,
-    )
-    return Qwen3ForCausalLM(config)
