@@ -25,7 +25,7 @@ PEFT_FILE, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = re.compile(
     r"lora_(?:unet|transformer)_|lycoris_|(?:(?:base_model\.model|(?:model\.)?diffusion_model|transformer)\.)*"
 )
-TEXT_PREFIX = re.compile(r"(?:lora_te|text_encoder_?)(\d?)[._]|text_encoders\.(?:clip_l|(t5xxl))\.transformer\.")
+TEXT_PREFIX = re.compile(r"(?:lora_te|text_encoder_?)(\d?)[._]|text_encoders\.(clip_l|clip_g|t5xxl)\.transformer\.")
 TENSOR = re.compile(
     r"(.+?)\.(?:"
     r"(?P<down>lora_A(?:\.[^.]+)?\.weight|(?:lora[._]|lora_linear_layer\.)?down\.weight)|"
@@ -135,7 +135,7 @@ class _Reader:
         if text is None:
             prefix = PREFIX.match(name)
             return parts[0], TENSOR.fullmatch(name, 0 if prefix is None else prefix.end())
-        number = int(text[1] or (2 if text[2] else 1))  # the last one may have several
+        number = {"clip_g": 2, "t5xxl": len(parts)}.get(text[2], int(text[1] or 1))  # the last one may have several
         return parts[min(number, len(parts) - 1)], TENSOR.fullmatch(name, text.end())
 
     def _check_size(self, kind: str, tensor: str, layer: LoraLayer | None) -> None:

@@ -12,18 +12,23 @@ from clear_dist.families.flux.transformer import Flux
 from clear_dist.families.flux2.pipeline import Flux2PipelineAdapter
 from clear_dist.families.flux2.sample import Flux2Sample
 from clear_dist.families.flux2.transformer import Flux2
+from clear_dist.families.sd3.pipeline import SD3PipelineAdapter
+from clear_dist.families.sd3.sample import SD3Sample
+from clear_dist.families.sd3.transformer import SD3
 
 PIPELINES: Mapping[str, Callable[[Any], PipelineAdapter]] = {
     "FluxPipeline": FluxPipelineAdapter,
     "Flux2KleinPipeline": Flux2PipelineAdapter,
     "Flux2Pipeline": Flux2PipelineAdapter,
+    "StableDiffusion3Pipeline": SD3PipelineAdapter,
 }
 TRANSFORMERS: Mapping[str, Callable[[Any], Family]] = {
     "FluxTransformer2DModel": Flux,
     "Flux2Transformer2DModel": Flux2,
+    "SD3Transformer2DModel": SD3,
 }
 CONTROLNETS: Mapping[str, Callable[[Any], Family]] = {"FluxControlNetModel": FluxControlNet}
-SAMPLES: tuple[Sample, ...] = (FluxSample(), Flux2Sample())
+SAMPLES: tuple[Sample, ...] = (FluxSample(), Flux2Sample(), SD3Sample())
 
 
 def family_of(transformer: Any) -> Family:

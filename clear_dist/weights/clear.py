@@ -65,7 +65,7 @@ def load_clear_weights(transformer: Any, path: str | Path, device: torch.device 
         if clear.is_image_side(f"{name}.") and getattr(module, "merged", False):
             raise ValueError(f"CLEAR weights replace {name}, a fused LoRA included; call pipe.unfuse_lora() first")
     parameters = dict(image_attention_parameters(transformer))
-    layers = list(attention_layers(transformer))
+    layers = [name for name in attention_layers(transformer) if f"{name}.".endswith(clear.JOINT)]
     clear.refuse_pickled(path)
     try:
         with safe_open(path, framework="pt") as file, torch.no_grad():
@@ -90,6 +90,6 @@ def load_clear_weights(transformer: Any, path: str | Path, device: torch.device 
 def image_attention_parameters(transformer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters that a checkpoint must hold, by their names in it."""
     for name, module in transformer.named_modules():
-        if name.endswith(tuple(f".attn.{projection}" for projection in clear.PROJECTIONS)):
+        if clear.is_image_side(f"{name}.") and name.endswith(clear.PROJECTIONS):
             linear = getattr(module, "base_layer", module)  # under a LoRA's wrapping
             yield from ((f"{name}.{part}", parameter) for part, parameter in linear.named_parameters(recurse=False))

@@ -72,7 +72,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "broken index": (lambda f: (f / "model_index.json").write_text("{"), "must be a JSON file"),
     "another pipeline": (
         lambda f: edit(f / "model_index.json", _class_name="StableDiffusionPipeline"),
-        "must be a FluxPipeline, got StableDiffusionPipeline",
+        "must be a FluxPipeline .*, got StableDiffusionPipeline",
     ),
     "another transformer": (
         lambda f: edit(f / "transformer/config.json", _class_name="SD3Transformer2DModel"),
