@@ -48,9 +48,7 @@ class Heads:
     def start_halos(self) -> None:
         """Send border rows, once the image's keys and values are there; queries may follow."""
         _, key, value = self.own
-        self._halos = self.striped.start_halos(
-            self.layer, key, value, alone=self._alone, own_text=self._own_text
-        )
+        self._halos = self.striped.start_halos(self.layer, key, value, alone=self._alone, own_text=self._own_text)
 
     def start_text(self) -> None:
         """Send the text, once its queries, keys and values are there; nothing where all ranks have all of it."""

@@ -87,7 +87,7 @@ class SD3Shape:
             for name, modules in names.items()
         }
 
-    def defaults(self, scheduler: Mapping[str, Any]) -> Defaults:
+    def defaults(self, scheduler: Mapping[str, Any], pipeline: Mapping[str, Any]) -> Defaults:
         """By the model cards of 3.5-Large, 3.5-Medium (with dual attention) and 3-Medium (without norms of heads)."""
         if not self.norms_heads:
             return guided(steps=28, scale=7.0)
@@ -179,7 +179,7 @@ def _hub_model(name: str, short: str, config: Mapping[str, Any], defaults: Defau
         short=short,
         native_size=1024,
         shape=shape,
-        defaults=defaults or shape.defaults({}),
+        defaults=defaults or shape.defaults({}, {}),
         configs={"transformer": config, "vae": _VAE},
         text=_TEXT,
     )

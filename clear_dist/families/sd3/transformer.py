@@ -4,7 +4,7 @@ import inspect
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,26 +30,11 @@ PRODUCTS = re.compile(
 NORMS = re.compile(r"transformer_blocks\.\d+\.norm1(_context)?|norm_out")
 
 
-class Timesteps:
-    """Which forwards are of one generation: those whose timesteps are views of one schedule's."""
-
-    def __init__(self) -> None:
-        self._held: Any = None
-
-    def of(self, timestep: Tensor) -> object:
-        """The schedule's memory, held, so that no later one can be taken for it."""
-        storage = timestep.untyped_storage()
-        if self._held is None or self._held._cdata != storage._cdata:
-            self._held = storage
-        return self._held
-
-
 @dataclass(frozen=True)
 class SD3:
     """An SD3Transformer2DModel, its inputs cut to this rank's rows and its output joined."""
 
     transformer: Any
-    timesteps: Timesteps = field(default_factory=Timesteps, compare=False)
 
     @property
     def head_dim(self) -> int:
@@ -141,9 +126,8 @@ class SD3:
     def named_inputs(self, args: tuple[Any, ...], kwargs: Inputs) -> Inputs:
         return dict(inspect.signature(self.transformer.forward).bind(*args, **kwargs).arguments)
 
-    def generation(self, inputs: Inputs) -> object:
-        """By the schedule: embeddings may be the user's own, and the next generation's too."""
-        return self.timesteps.of(inputs["timestep"])
+    def generation(self, inputs: Inputs) -> None:
+        """None: without guidance, embeddings may be the user's own, and the next generation's too."""
 
     def latents(self, inputs: Inputs) -> Tensor:
         return inputs["hidden_states"]
