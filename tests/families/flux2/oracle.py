@@ -1,16 +1,20 @@
 """CLEAR in an unmodified FLUX.2, written apart from the engine: dense masks over the whole image, nothing cut."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
+from torch.nn.functional import silu
 
-from tests.oracle import DenseClearProcessor, Rotary
+from tests.oracle import DenseClearProcessor
 
 
-class DenseParallelProcessor(DenseClearProcessor):
-    """For single blocks: one product for queries, keys, values and SwiGLU's two inputs; one for both outputs."""
+class Parallel:
+    """An oracle of attention for single blocks: one product for queries, keys, values and both of SwiGLU's inputs."""
+
+    def __init__(self, dense: Any) -> None:
+        self.dense = dense
 
     def __call__(
         self,
@@ -19,33 +23,31 @@ class DenseParallelProcessor(DenseClearProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        width = attn.heads * attn.head_dim
-        query, key, value, gate, up = attn.to_qkv_mlp_proj(hidden_states).split(
-            [width] * 3 + [attn.mlp_hidden_dim] * 2, dim=-1
+        sizes = [attn.heads * attn.head_dim] * 3 + [attn.mlp_hidden_dim] * 2
+        query, key, value, gate, up = attn.to_qkv_mlp_proj(hidden_states).split(sizes, dim=-1)
+        apart = SimpleNamespace(
+            heads=attn.heads,
+            norm_q=attn.norm_q,
+            norm_k=attn.norm_k,
+            to_q=lambda _: query,
+            to_k=lambda _: key,
+            to_v=lambda _: value,
         )
-        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
-        query, key = (
-            apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (attn.norm_q(query), attn.norm_k(key))
-        )
-        text = query.shape[1] - len(self.seen)
-        seen_by_image = torch.cat([torch.ones(len(self.seen), text, dtype=torch.bool), self.seen], dim=1)
-        image = self.attend_image(query[:, text:], key, value, seen_by_image)
-        attended = torch.cat([self._text_output(query[:, :text], key, value, text), image], dim=1).flatten(2)
-        return attn.to_out(torch.cat([attended, torch.nn.functional.silu(gate) * up], dim=-1))
+        attended = self.dense(apart, hidden_states, image_rotary_emb=image_rotary_emb)
+        return attn.to_out(torch.cat([attended, silu(gate) * up], dim=-1))
+
+
+def in_parallel(pipe: Any) -> None:
+    """Wrap oracles that have been put on all layers of a stock pipeline, where its layers are fused."""
+    processors = pipe.transformer.attn_processors
+    pipe.transformer.set_attn_processor(
+        {name: Parallel(each) if name.startswith("single") else each for name, each in processors.items()}
+    )
 
 
 def put_oracle(
     pipe: Any, height: int, width: int, radius: int, text_parts: list[range] | None = None, **settings: Any
 ) -> None:
     """Give a stock pipeline's layers dense processors; arguments as DenseClearProcessor's."""
-    arguments = height, width, radius, text_parts
-    double, single = DenseClearProcessor(*arguments, **settings), DenseParallelProcessor(*arguments, **settings)
-    pipe.transformer.set_attn_processor(
-        {name: single if name.startswith("single") else double for name in pipe.transformer.attn_processors}
-    )
-
-
-def enlarged(pipe: Any, *, ntk_factor: float, position_scale: float) -> Rotary:
-    """A rotary embedding above the native size; text positions are on the axis that is not scaled by it."""
-    stock = pipe.transformer.pos_embed
-    return Rotary(tuple(stock.axes_dim), theta=ntk_factor * stock.theta, position_scale=position_scale)
+    pipe.transformer.set_attn_processor(DenseClearProcessor(height, width, radius, text_parts, **settings))
+    in_parallel(pipe)

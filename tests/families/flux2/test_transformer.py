@@ -31,7 +31,7 @@ def make(name: str) -> Any:
 def run(pipe: Any, name: str, *, height: int = HEIGHT, width: int = WIDTH, steps: int = STEPS) -> Tensor:
     """Latents after the last step; klein-base is guided, a pass of each step with a negative prompt."""
     generator = torch.Generator().manual_seed(5)
-    prompts = torch.randn(2, TEXT, 24, generator=generator).split(1)
+    prompts = torch.randn(2, TEXT, 24, generator=generator).to(pipe.transformer.dtype).split(1)
     negative = {"negative_prompt_embeds": prompts[1]} if name == BASE else {}
     return pipe(
         prompt_embeds=prompts[0],
