@@ -72,6 +72,7 @@ def text_encoders(folder: Path, card: Card) -> TextEncoders:
     )
     file = folder / card.text_encoders[-1] / "config.json"
     config = read_json(file)
+    config = config.get("text_config", config)  # of a model that sees pictures too
     widths = {}
     for width, names in WIDTHS.items():
         name, default = next((each for each in names if each[0] in config), names[0])

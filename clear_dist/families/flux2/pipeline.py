@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Pipeline
-from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -156,8 +155,9 @@ class Flux2PipelineAdapter:
                 said, tokenize=False, add_generation_prompt=True, enable_thinking=False
             )
             return self._tokenizer(wrapped, truncation=False, verbose=False).input_ids
-        said = format_input(prompts=[prompt], system_message=self._pipe.system_message)
-        found = self._tokenizer.apply_chat_template(said, add_generation_prompt=False, tokenize=True, return_dict=True)
+        words = {"system": self._pipe.system_message, "user": prompt}
+        said = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in words.items()]
+        found = self._tokenizer.apply_chat_template([said], tokenize=True, return_dict=True)
         return list(found["input_ids"][0])
 
 

@@ -172,8 +172,8 @@ def attention_that_only_makes_its_output() -> Any:
         parts=Parts(),
         text_plan=plan_text(512, 1, 0),
         start_text=lambda layer, *qkv: None,
-        start_halos=lambda layer, key, value, alone=False: object(),
-        attend=lambda layer, halos, query, key, value, alone=False, out_BLND=None: (
+        start_halos=lambda layer, key, value, **kind: object(),
+        attend=lambda layer, halos, query, key, value, out_BLND=None, **kind: (
             torch.empty_like(query) if out_BLND is None else out_BLND
         ),
     )
