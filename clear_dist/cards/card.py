@@ -25,6 +25,8 @@ class Defaults:
     """All but its steps, which follow from those of `sampling`."""
     negative_prompt: str | None = None
     max_sequence_length: int = 512
+    positions: tuple[int, int] | None = None
+    """Most rows and columns of tokens that have positions; None: any number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +122,8 @@ class Card:
     """Text tokens besides those of `--max-sequence-length`."""
     guides_in_one_pass: bool = False
     """Whether classifier-free guidance is a batch of two; else it is two passes."""
+    hoists_modulation: bool = True
+    """Whether `--hoist-modulation` has weights to move."""
     token_limits: Mapping[str, int]
     """Tokens that each tokenizer encodes where its own configuration says nothing."""
     schedule: Mapping[str, float]

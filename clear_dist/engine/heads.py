@@ -52,7 +52,7 @@ class Heads:
 
     def start_text(self) -> None:
         """Send the text, once its queries, keys and values are there; nothing where all ranks have all of it."""
-        if not self._own_text:
+        if not (self._alone or self._own_text):
             self.striped.start_text(self.layer, *self._qkv_BLND)
 
     def attend(self, out_BLC: Tensor | None = None) -> Tensor:

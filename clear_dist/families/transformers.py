@@ -15,20 +15,25 @@ from clear_dist.families.flux2.transformer import Flux2
 from clear_dist.families.sd3.pipeline import SD3PipelineAdapter
 from clear_dist.families.sd3.sample import SD3Sample
 from clear_dist.families.sd3.transformer import SD3
+from clear_dist.families.z_image.pipeline import ZImagePipelineAdapter
+from clear_dist.families.z_image.sample import ZImageSample
+from clear_dist.families.z_image.transformer import ZImage
 
 PIPELINES: Mapping[str, Callable[[Any], PipelineAdapter]] = {
     "FluxPipeline": FluxPipelineAdapter,
     "Flux2KleinPipeline": Flux2PipelineAdapter,
     "Flux2Pipeline": Flux2PipelineAdapter,
     "StableDiffusion3Pipeline": SD3PipelineAdapter,
+    "ZImagePipeline": ZImagePipelineAdapter,
 }
 TRANSFORMERS: Mapping[str, Callable[[Any], Family]] = {
     "FluxTransformer2DModel": Flux,
     "Flux2Transformer2DModel": Flux2,
     "SD3Transformer2DModel": SD3,
+    "ZImageTransformer2DModel": ZImage,
 }
 CONTROLNETS: Mapping[str, Callable[[Any], Family]] = {"FluxControlNetModel": FluxControlNet}
-SAMPLES: tuple[Sample, ...] = (FluxSample(), Flux2Sample(), SD3Sample())
+SAMPLES: tuple[Sample, ...] = (FluxSample(), Flux2Sample(), SD3Sample(), ZImageSample())
 
 
 def family_of(transformer: Any) -> Family:

@@ -1,6 +1,7 @@
 """A model without values, on the meta device: its weights counted, then cut down to a few blocks of each kind.
 
-Blocks of a kind (one class, equal shapes) need the same; what a further one adds is what the last one here adds.
+Blocks of a kind (one list, one class, equal shapes) need the same; what a further one adds is what the last one here
+adds.
 """
 
 from collections.abc import Callable, Mapping
@@ -72,10 +73,11 @@ def load(kind: str, config: Mapping[str, Any], dtype: str) -> Any:
 def cut_down(transformer: Any) -> Built:
     """Leave two blocks of each kind."""
     blocks = family_of(transformer).blocks
+    lists = {module: name.rpartition(".")[0] for name, module in transformer.named_modules()}
     kinds: dict[Any, list[nn.Module]] = {}
     for block in blocks:
         shapes = tuple((name, x.shape) for name, x in block.named_parameters())
-        kinds.setdefault((type(block), shapes), []).append(block)
+        kinds.setdefault((lists[block], type(block), shapes), []).append(block)
     kept: set[nn.Module] = set()
     further: dict[nn.Module, int] = {}
     for alike in kinds.values():

@@ -4,6 +4,7 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from clear_dist.engine.fused import Fused, called, unless_plain
@@ -36,10 +37,10 @@ def _fused(allocated: Allocated, part: Any, *arguments: Any, **named: Any) -> An
 class Adapted(nn.Module):
     """A linear layer with a LoRA beside it, as peft computes it; the rank matters little for what is held."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         super().__init__()
         self.base_layer = layer
-        like = {"bias": False, "device": layer.weight.device, "dtype": layer.bias.dtype}
+        like: dict[str, Any] = {"bias": False, "device": layer.weight.device, "dtype": dtype}
         self.down, self.up = nn.Linear(layer.in_features, 1, **like), nn.Linear(1, layer.out_features, **like)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,4 +50,5 @@ class Adapted(nn.Module):
 def add_lora(built: Built) -> None:
     """A LoRA on each layer that all tokens go through."""
     for name in built.family.products:
-        built.transformer.set_submodule(name, Adapted(built.transformer.get_submodule(name)))
+        layer = built.transformer.get_submodule(name)
+        built.transformer.set_submodule(name, Adapted(layer, built.transformer.dtype))

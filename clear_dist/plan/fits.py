@@ -243,7 +243,7 @@ def _savings(asked: PlanRequest) -> Iterator[Change]:
         return
     if request.keep_text_encoder:
         yield Change(flags="without --keep-text-encoder", fields={"keep_text_encoder": False})
-    if not request.hoist_modulation:
+    if asked.model.hoists_modulation and not request.hoist_modulation:
         yield Change(flags="--hoist-modulation", fields={"hoist_modulation": True})
     if not request.shard_weights and asked.ranks > 1:
         yield Change(flags="--shard-weights", fields={"shard_weights": True})

@@ -33,6 +33,7 @@ class PlannedModel:
     """Numbers of a token of latents."""
     further_text_tokens: int = 0
     guides_in_one_pass: bool = False
+    hoists_modulation: bool = True
 
 
 def find(facts: ModelFacts) -> PlannedModel | None:
@@ -60,6 +61,7 @@ def find(facts: ModelFacts) -> PlannedModel | None:
         channels=facts.shape.in_channels * card.packing**2 // card.channels_per_latent,
         further_text_tokens=card.further_text_tokens,
         guides_in_one_pass=card.guides_in_one_pass,
+        hoists_modulation=card.hoists_modulation,
     )
 
 

@@ -56,6 +56,11 @@ def choose(
     if (flags.true_cfg_scale or 1) > 1 and not facts.takes_negative_prompts:
         got = f"got {flags.true_cfg_scale:g} for {facts.name}, whose guidance is distilled"
         raise Refusal(f"--true-cfg-scale must be 1 where a model takes no negative prompts, {got}; nearest: 1")
+    if flags.hoist_modulation and facts.card is not None and not facts.card.hoists_modulation:
+        raise Refusal(
+            f"--hoist-modulation is for models whose blocks have large modulation of their own, got {facts.name}; "
+            "nearest: without --hoist-modulation"
+        )
     checkpoint = find_checkpoint(flags.clear_weights, flags.window, facts, cards)
     window = _window(flags, checkpoint)
     factor = down_factor(window, checkpoint)
@@ -79,7 +84,7 @@ def choose(
         world_size=devices.world_size(flags.nproc, place, otherwise=len(gpus) or 1),
         **kept | vars(begin) | {"prompts": tuple(_understood(prompt, facts) or "" for prompt in begin.prompts)},
     )
-    _check_sizes(request)
+    _check_sizes(request, facts)
     return request, facts, begin
 
 
@@ -99,7 +104,7 @@ def located(request: Request, folder: Path, checkpoint: str | None, loras: Itera
         token_size=facts.token_size,
     )
     compare_loras(loras, facts, cards, request)
-    _check_sizes(settled)
+    _check_sizes(settled, facts)
     check_outputs(settled)
     return settled
 
@@ -139,9 +144,25 @@ def _window(flags: PictureFlags, checkpoint: str | None) -> Window:
     return radius
 
 
-def _check_sizes(request: Request) -> None:
+def _check_sizes(request: Request, facts: ModelFacts) -> None:
     for index in range(len(request.pictures) or 1):
-        _check_size(request.alone(index))
+        one = request.alone(index)
+        _check_positions(one, facts)
+        _check_size(one)
+
+
+def _check_positions(request: Request, facts: ModelFacts) -> None:
+    """Raises a Refusal for a side beyond the model's table of positions, which nothing continues."""
+    if facts.positions is None or request.height is None or request.width is None:
+        return
+    size = request.height, request.width
+    most = [tokens * facts.token_size // request.unit * request.unit for tokens in facts.positions]
+    if size[0] > most[0] or size[1] > most[1]:
+        nearest = f"{min(size[1], most[1])} x {min(size[0], most[0])}"
+        raise Refusal(
+            f"{facts.name} has positions for pictures up to {most[1]} x {most[0]} px, got {size[1]} x {size[0]}; "
+            f"nearest: {nearest}"
+        )
 
 
 def _check_size(request: Request) -> None:

@@ -1,0 +1,67 @@
+"""Z-Image's blocks that see the image, on stripes: diffusers' arithmetic, in chunks where there are many tokens.
+
+Only a block's class changes, and changes back; layers, names and hooks stay. Halos leave as soon as keys and values are
+there. The feed-forward layer's three hidden states, 2.7 times as wide as a token each, would be the peak of memory: it
+runs chunk by chunk, together with the attention's output.
+
+Shapes: B batch, L tokens of this rank, text first, C channels, F complex numbers of a position.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers.hooks._helpers import TransformerBlockRegistry
+from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
+from torch import Tensor, nn
+
+from clear_dist.engine.parts import chunks_of
+from clear_dist.families.z_image.attention import fill, heads_of
+
+
+class StripedZImageBlock(ZImageTransformerBlock):
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        freqs_cis: Tensor,
+        adaln_input: Tensor | None = None,
+        *omni: Any,
+    ) -> Tensor:
+        """Tokens [B, L, C] and their turns [B, L, F] to tokens."""
+        if type(self) is ZImageTransformerBlock:  # taken off, but others' hooks have kept this forward
+            return ZImageTransformerBlock.forward(self, x, attn_mask, freqs_cis, adaln_input, *omni)
+        assert attn_mask is None and adaln_input is not None, "the engine masks; blocks of the text alone are stock"
+        modulation = self.adaLN_modulation(adaln_input)[:, None].chunk(4, dim=2)
+        (scale, mlp_scale), (gate, mlp_gate) = (1.0 + x for x in modulation[::2]), (x.tanh() for x in modulation[1::2])
+        heads = heads_of(self.attention, x)
+        fill(heads, self.attention, x, freqs_cis, lambda chunk: self.attention_norm1(chunk) * scale)
+        attended = heads.attend()
+        out = torch.empty_like(x)
+        for place in chunks_of(x):
+            mine = x[:, place] + gate * self.attention_norm2(self.attention.to_out[0](attended[:, place]))
+            mlp = self.ffn_norm2(self.feed_forward(self.ffn_norm1(mine) * mlp_scale))
+            out[:, place] = mine + mlp_gate * mlp
+        return out
+
+
+# Or its step caches would refuse them by a class nobody knows.
+TransformerBlockRegistry.register(StripedZImageBlock, replace(TransformerBlockRegistry.get(ZImageTransformerBlock)))
+
+
+@dataclass(frozen=True)
+class StripedBlock:
+    """A block whose class has been changed; `remove` changes it back."""
+
+    block: nn.Module
+
+    @classmethod
+    def of(cls, block: nn.Module) -> "StripedBlock":
+        """Change the class: the block stays the same object."""
+        if type(block) is ZImageTransformerBlock:
+            block.__class__ = StripedZImageBlock
+        return cls(block)
+
+    def remove(self) -> None:
+        if type(self.block) is StripedZImageBlock:
+            self.block.__class__ = ZImageTransformerBlock

@@ -1,0 +1,101 @@
+"""N ranks against the unmodified pipeline, and against an oracle written apart from the engine."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clear_dist.comm.group import Group
+from clear_dist.parallelize import parallelize
+from tests.families.z_image.oracle import Dense, put
+from tests.families.z_image.tiny import make_tiny_z_image
+from tests.ranks import run_ranks
+from tests.stale_oracle import stripes_of
+from tests.test_parallelize import relative_error
+
+PADDED, WHOLE = (13, 11), (8, 12)
+"""Sizes in tokens: rows that 2, 3 and 5 ranks do not divide, 17 tokens of padding; and none, 8 rows for 5 ranks."""
+PROMPT, NEGATIVE = "a lighthouse at dusk, its light over a calm sea", "fog"
+"""64 places and 32, so that guidance masks those of the shorter one."""
+
+
+def run(
+    pipe: Any, size: tuple[int, int], *, guidance: float = 0.0, seed: int = 7, steps: int = 3, **named: Any
+) -> Tensor:
+    """Latents after the last step."""
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        **({"prompt": PROMPT, "negative_prompt": NEGATIVE} | named),
+        height=16 * size[0],
+        width=16 * size[1],
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="latent",
+    ).images
+
+
+CASES: list[dict[str, Any]] = [
+    {"size": PADDED},
+    {"size": WHOLE},
+    {"size": PADDED, "guidance": 3.0},
+    {"size": WHOLE, "guidance": 3.0},
+]
+
+
+def on_stripes(group: Group, settings: list[dict[str, Any]]) -> list[list[Tensor]]:
+    """Of each of the settings, latents of each case, all with one pipeline."""
+    pipe, drawn = make_tiny_z_image(), []
+    for options in settings:
+        handle = parallelize(pipe, group=group, **options)
+        drawn.append([run(pipe, **case) for case in CASES])
+        handle.undo()
+    assert torch.equal(run(pipe, PADDED), stock()[0]), "stock again"
+    return drawn
+
+
+@cache
+def stock() -> list[Tensor]:
+    pipe = make_tiny_z_image()
+    return [run(pipe, **case) for case in CASES]
+
+
+@cache
+def oracle(radius: int, ranks: int | None = None) -> list[Tensor]:
+    """From the unmodified transformer; `ranks`: of Eq. 7, None: exact text attention."""
+    pipe, drawn = make_tiny_z_image(), []
+    for case in CASES:
+        put(pipe, Dense, *case["size"], radius, None if ranks is None else stripes_of(case["size"][0], ranks))
+        drawn.append(run(pipe, **case))
+    return drawn
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_full_attention_is_the_stock_pipeline(size: int) -> None:
+    settings = [{"window": "full"}, {"window": "full", "text_tokens": "sharded"}]
+    for ranks in run_ranks(on_stripes, size, settings):
+        for latents in ranks:
+            for found, expected in zip(latents, stock(), strict=True):
+                assert relative_error(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_windows_do_not_depend_on_the_number_of_ranks(size: int) -> None:
+    radii = (1, 4, 1000)
+    settings = [{"window": radius, "text_attention": "exact"} for radius in radii]
+    settings.append({"window": 4, "text_attention": "exact", "text_tokens": "sharded"})
+    for ranks in run_ranks(on_stripes, size, settings):
+        for radius, latents in zip((*radii, 4), ranks, strict=True):
+            for found, expected in zip(latents, oracle(radius), strict=True):
+                assert relative_error(found, expected) < 1e-4
+    assert relative_error(oracle(4)[0], stock()[0]) > 1e-2, "the window matters"
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_average_is_equation_7(size: int) -> None:
+    for (latents,) in run_ranks(on_stripes, size, [{"window": 4}]):
+        for found, expected, exact in zip(latents, oracle(4, size), oracle(4), strict=True):
+            assert relative_error(found, expected) < 1e-4
+            assert size == 1 or relative_error(found, exact) > 1e-3
