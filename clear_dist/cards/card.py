@@ -20,6 +20,7 @@ class Defaults:
 
     takes_guidance: bool = True
     takes_negative_prompts: bool = True
+    has_rotary_positions: bool = True
     sampling: Sampling = field(default_factory=Sampling)
     upscaling: Upscaling = field(default_factory=Upscaling)
     """All but its steps, which follow from those of `sampling`."""

@@ -164,8 +164,11 @@ def _without_effect(flags: PictureFlags, request: Request, facts: ModelFacts) ->
     is_guided = max(request.sampling.true_cfg_scale, request.upscaling.true_cfg_scale) > 1
     lacks_prompt = (flags.true_cfg_scale or 1) > 1 and request.negative_prompt is None
     unguidable = flags.guidance_scale is not None and not facts.takes_guidance
+    instead = "; nearest: --true-cfg-scale" if facts.sampling.true_cfg_scale > 1 else ""
+    absolute = flags.ntk_factor is not None and not facts.has_rotary_positions
     for applies, line in (
-        (unguidable, "--guidance-scale has no effect: this model was not distilled with guidance"),
+        (unguidable, f"--guidance-scale has no effect: this model was not distilled with guidance{instead}"),
+        (absolute, "--ntk-factor has no effect: this model has no rotary positions"),
         (flags.negative_prompt is not None and not is_guided,
          "--negative-prompt has no effect without --true-cfg-scale above 1"),
         (lacks_prompt, "--true-cfg-scale has no effect without --negative-prompt"),

@@ -130,6 +130,7 @@ def guided(*, steps: int, scale: float) -> Defaults:
     """Classifier-free guidance with an empty negative prompt; a scale of 1: none."""
     return Defaults(
         takes_guidance=False,
+        has_rotary_positions=False,
         sampling=Sampling(steps=steps, guidance_scale=0.0, true_cfg_scale=scale),
         upscaling=Upscaling(guidance_scale=0.0, true_cfg_scale=scale),
         negative_prompt="",

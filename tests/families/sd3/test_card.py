@@ -11,7 +11,10 @@ from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoi
 from clear_dist.families.cards import CARDS
 from clear_dist.families.sd3.card import CARD, SD3Shape
 from clear_dist.families.sd3.names import original_layers
+from clear_dist.launch.env import Place
 from clear_dist.options import Refusal
+from clear_dist.request.flags import GenerateFlags
+from clear_dist.request.settle import settle
 from tests.families.sd3.tiny import KINDS, Kind, make_tiny_transformer
 
 BILLIONS = {"sd3.5-large": 8.06, "sd3.5-large-turbo": 8.06, "sd3.5-medium": 2.24, "sd3-medium": 2.03}
@@ -85,7 +88,7 @@ def test_wrong_configurations_are_refused(config: dict[str, Any], message: str) 
 
 
 def test_guidance_is_by_the_model() -> None:
-    chosen = {known.short: known.defaults for _, known in map(CARDS.on_hub, CARD_NAMES)}  # type: ignore[misc]
+    chosen = {known.short: known.defaults for _, known in map(CARDS.on_hub, BILLIONS)}  # type: ignore[misc]
     found = {name: (each.sampling.steps, each.sampling.true_cfg_scale) for name, each in chosen.items()}
     assert found == {
         "sd3.5-large": (28, 3.5),
@@ -96,4 +99,12 @@ def test_guidance_is_by_the_model() -> None:
     assert {(each.negative_prompt, each.takes_guidance) for each in chosen.values()} == {("", False)}
 
 
-CARD_NAMES = tuple(BILLIONS)
+def test_flags_of_other_families_are_told_of() -> None:
+    flags = GenerateFlags(model="sd3.5-large", device="cpu", guidance_scale=4.0, ntk_factor=3.0, res=2048)
+    lines = settle(flags, Place(), CARDS)[2]
+    told = [line for line in lines if line.startswith("warning: --")]
+    assert told == [
+        "warning: --guidance-scale has no effect: this model was not distilled with guidance; nearest: --true-cfg-scale",
+        "warning: --ntk-factor has no effect: this model has no rotary positions",
+    ]
+    assert f"window: full ({CARD.hub_models[0].id} without CLEAR weights)" in lines
