@@ -20,7 +20,7 @@ class SD3Sample:
         transformer = SD3Transformer2DModel(
             sample_size=32, num_layers=2, num_attention_heads=HEADS, attention_head_dim=HEAD_DIM,
             joint_attention_dim=TEXT_WIDTH, caption_projection_dim=HEADS * HEAD_DIM, pooled_projection_dim=POOLED_WIDTH,
-            pos_embed_max_size=16, dual_attention_layers=(0,), qk_norm="rms_norm",
+            pos_embed_max_size=256, dual_attention_layers=(0,), qk_norm="rms_norm",
         )  # fmt: skip
         generator = torch.Generator().manual_seed(SEED)
         for name, parameter in transformer.named_parameters():
