@@ -150,9 +150,11 @@ class Flux2PipelineAdapter:
     def _tokens_of(self, prompt: str) -> list[int]:
         """All tokens of a prompt, in the words that the pipeline puts around it."""
         if self._is_klein:
-            said = [{"role": "user", "content": prompt}]
             wrapped = self._tokenizer.apply_chat_template(
-                said, tokenize=False, add_generation_prompt=True, enable_thinking=False
+                [{"role": "user", "content": prompt}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,
             )
             return self._tokenizer(wrapped, truncation=False, verbose=False).input_ids
         words = {"system": self._pipe.system_message, "user": prompt}

@@ -18,14 +18,17 @@ from clear_dist.families.cards import CARDS
 from clear_dist.families.flux2.card import DEV, KLEIN, Flux2Shape
 from clear_dist.families.flux2.transformer import Flux2
 from clear_dist.parallelize import parallelize
+from clear_dist.plan.allocated import Allocated
 from clear_dist.request.request import Lora
 from clear_dist.weights.lora import load_loras
+from tests.families.flux.test_blocks import attention_that_only_makes_its_output
 from tests.families.flux2.oracle import in_parallel, put_oracle
 from tests.families.flux2.test_transformer import BASE, make, run
 from tests.families.flux2.test_transformer import DEV as DEV_NAME
 from tests.families.flux2.test_transformer import KLEIN as KLEIN_NAME
 from tests.families.flux2.tiny import make_tiny_transformer
 from tests.pooled_oracle import pool_keys
+from tests.put_on import put_on
 from tests.ranks import run_ranks
 from tests.stale_oracle import emulate
 from tests.test_parallelize import relative_error
@@ -229,3 +232,17 @@ def test_every_tensor_of_the_true_size_is_known(model: Any) -> None:
         model.short.removeprefix("flux2-").replace("base-", "")
     ]
     assert sum(x.numel() for x in transformer.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+@pytest.mark.parametrize(("pixels", "most"), [(4096, 13.0), (8192, 7.0), (16384, 6.5)])
+def test_memory_of_a_step(pixels: int, most: float) -> None:
+    """Klein 4B in bfloat16 on one GPU, counted in tensors of all tokens; diffusers' own blocks take 21.3 of them."""
+    tokens = (pixels // 16) ** 2
+    with torch.device("meta"):
+        transformer = Flux2Transformer2DModel.from_config(KLEIN.hub_models[0].configs["transformer"])
+    family = Flux2(transformer.to(torch.bfloat16))
+    put_on(family, attention_that_only_makes_its_output())
+    call = family.empty_inputs((pixels // 16, pixels // 16), images=1, text_tokens=512)
+    with torch.no_grad(), Allocated() as allocated:
+        transformer(**call)
+    assert 5 < allocated.peak / (2 * (tokens + 512) * 3072) < most
