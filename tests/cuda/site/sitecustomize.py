@@ -11,13 +11,12 @@ GRIDS: dict[int, tuple[int, int]] = {}
 
 
 def _grid(family: Any, inputs: Any) -> tuple[int, int]:
-    from clear_dist.families.flux.transformer import flat_ids
-
-    return GRIDS[len(flat_ids(inputs["img_ids"]))]
+    return GRIDS[inputs["img_ids"].shape[-2]]
 
 
 REPLACED: dict[str, dict[str, Any]] = {
     "clear_dist.families.flux.transformer": {"Flux.grid_of": _grid},
+    "clear_dist.families.flux2.transformer": {"Flux2.grid_of": _grid},
     "clear_dist.weights.hoisted": {"Table.find": lambda table, embedding: 0},
     "clear_dist.engine.agreement": {
         "sampled": lambda tensors: iter(()),
@@ -50,10 +49,22 @@ def _positions(module: Any) -> None:
         pipeline._prepare_latent_image_ids = staticmethod(noted)
 
 
+def _latent_positions(module: Any) -> None:
+    stock = module.Flux2Pipeline._prepare_latent_ids
+
+    def noted(latents: Any) -> Any:
+        height, width = latents.shape[2:]
+        GRIDS[height * width] = (height, width)
+        return stock(latents)
+
+    module.Flux2Pipeline._prepare_latent_ids = staticmethod(noted)
+
+
 AFTER = dict.fromkeys(REPLACED, _ours) | {
     "torch": _cudnn,
     "diffusers.pipelines.flux.pipeline_flux": _positions,
     "diffusers.pipelines.flux.pipeline_flux_img2img": _positions,
+    "diffusers.pipelines.flux2.pipeline_flux2": _latent_positions,
 }
 
 
