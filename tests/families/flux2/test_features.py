@@ -34,6 +34,7 @@ from tests.stale_oracle import emulate
 from tests.test_parallelize import relative_error
 from tests.tiny import draw_weights
 from tests.tiny_lora import add_lora, changes, make_lora, require_equal, save_lora
+from tests.weights.test_int8 import single
 
 HEIGHT, WIDTH, RADIUS, STEPS = 12, 8, 3, 3
 """Three units of 4 rows."""
@@ -185,12 +186,12 @@ def test_original_names_of_lora_are_diffusers_names(tmp_path: Path) -> None:
 
 
 def rounded(model: nn.Module) -> None:
-    """Weights of the blocks' products in 256 steps a row, 127.5 steps the largest, in float64."""
+    """Weights of the blocks' products in 256 steps a row, 127.5 steps the largest: a tie, so rounded as float32 does."""
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and "blocks." in name:
             weight = layer.weight.double()
-            step = weight.abs().amax(dim=1, keepdim=True) / 127.5
-            layer.weight.copy_(((weight / step).round().clamp(-128, 127) * step).float())
+            step = single(weight.abs().amax(dim=1, keepdim=True) / 127.5)
+            layer.weight.copy_(single(weight * single(1 / step)).round().clamp(-128, 127) * step)
 
 
 @torch.no_grad()
