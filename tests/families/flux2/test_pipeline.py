@@ -14,16 +14,21 @@ from PIL import Image
 from torch import Tensor
 
 import clear_dist
+from clear_dist.cards.folder import read_folder
 from clear_dist.cli import main
 from clear_dist.comm.group import Group
 from clear_dist.drawing.cascade import SEED_STRIDE, Cascade
 from clear_dist.drawing.prompts import encode_prompts
 from clear_dist.engine.striped import require_striped
+from clear_dist.families.cards import CARDS
+from clear_dist.families.flux2.card import DEV
 from clear_dist.families.transformers import adapter_of
 from clear_dist.geometry import cut_in_stripes
+from clear_dist.plan import model
 from clear_dist.stages import Sampling, Stage, Upscaling
 from clear_dist.vae import decode_stripes, encode_stripes
 from tests.families.flux2.tiny import draw_statistics, make_tiny_dev, make_tiny_folder, make_tiny_klein, make_tiny_vae
+from tests.families.tiny import save_pipeline
 from tests.ranks import run_ranks
 from tests.test_parallelize import relative_error
 from tests.tiny import draw_weights
@@ -192,3 +197,22 @@ def test_dev_draws_what_its_pipeline_draws() -> None:
         pixels = pipe.vae.decode(adapter.for_vae(adapter.unpacked(latents, slice(None), (64, 48)))).sample
     found = (pixels / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0).numpy()
     assert np.abs(found - expected[0]).max() < 1e-4
+
+
+def test_what_dev_cuts_off_is_told() -> None:
+    pipe = make_tiny_dev()
+    adapter = adapter_of(pipe)
+    whole = pipe.encode_prompt("a hill", max_sequence_length=2000)[0]
+    counted = next(number for number in range(1, 2000) if not adapter.too_long("a hill", number))
+    assert relative_error(pipe.encode_prompt("a hill", max_sequence_length=counted)[0], whole[:, :counted]) < 1e-5
+    (line,) = adapter.too_long("a hill", counted - 3)
+    assert line.startswith(f"longer than the {counted - 3} tokens that Mistral takes here; cut off: ")
+
+
+def test_a_folder_of_dev_is_known(tmp_path: Path) -> None:
+    facts = read_folder(save_pipeline(make_tiny_dev(), tmp_path), CARDS)
+    assert facts.card is DEV and facts.takes_guidance and not facts.takes_negative_prompts
+    assert (facts.sampling.steps, facts.sampling.guidance_scale, facts.token_size) == (50, 4.0, 16)
+    planned = model.find(facts)
+    assert planned is not None
+    assert (planned.text.channels, planned.text.hidden, planned.text.heads) == (8, 16, 2)

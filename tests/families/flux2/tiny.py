@@ -11,12 +11,18 @@ from diffusers import (
     Flux2Pipeline,
     Flux2Transformer2DModel,
 )
+from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
 from tests.families.tiny import make_qwen3, make_qwen_tokenizer, save_pipeline
 from tests.tiny import draw_weights
 
 TEXT_WIDTH = 8
 """Of the text encoder; three of its layers are 24 channels of a text token."""
+OF_PARTS = (
+    "{% for message in messages %}<|im_start|>{% for part in message['content'] %}{{ part['text'] }}{% endfor %}"
+    "<|im_end|>{% endfor %}"
+)
+"""Messages that are lists of words and pictures."""
 TEXT_LAYERS = 27
 """The pipeline takes the outputs of the 9th, 18th and 27th."""
 
@@ -60,15 +66,26 @@ def make_tiny_klein(*, seed: int = 0, is_distilled: bool = True, sample_size: in
 
 
 def make_tiny_dev(*, seed: int = 0) -> Flux2Pipeline:
-    """Without text encoder: Mistral 3's processor is a hundred files of settings."""
+    """With a tokenizer in the place of Mistral's processor for words and pictures, which needs torchvision."""
     generator = torch.Generator().manual_seed(seed)
+    tokenizer = make_qwen_tokenizer()
+    tokenizer.chat_template = OF_PARTS
     return Flux2Pipeline(
         transformer=draw_weights(make_tiny_transformer(guidance=True), generator),
         vae=draw_statistics(draw_weights(make_tiny_vae(), generator), generator),
-        text_encoder=None,
-        tokenizer=None,
+        text_encoder=draw_weights(make_mistral3(len(tokenizer)), generator),
+        tokenizer=tokenizer,
         scheduler=make_scheduler(),
     )
+
+
+def make_mistral3(vocabulary: int) -> Mistral3ForConditionalGeneration:
+    """Sees words, and pictures, by 30 layers; the pipeline takes the outputs of three."""
+    small = {"hidden_size": TEXT_WIDTH, "intermediate_size": 16, "num_attention_heads": 2}
+    text = {**small, "model_type": "mistral", "num_hidden_layers": 30, "num_key_value_heads": 1, "head_dim": 8}
+    sight = {**small, "model_type": "pixtral", "num_hidden_layers": 1, "head_dim": 4, "image_size": 28}
+    config = Mistral3Config(text_config={**text, "vocab_size": vocabulary}, vision_config={**sight, "patch_size": 14})
+    return Mistral3ForConditionalGeneration(config)
 
 
 def make_tiny_folder(folder: Path | str, **options: Any) -> Path:
