@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import clear_dist
 from clear_dist.comm.group import Group
 from clear_dist.engine.striped import require_striped
-from clear_dist.families.flux.transformer import Flux, raster_ids
+from clear_dist.families.flux.references import raster_ids
+from clear_dist.families.flux.transformer import Flux
 from clear_dist.parallelize import parallelize
 from clear_dist.stages import Upscaling
 from clear_dist.weights.hoisted import HoistedLinear, HoistedModulation

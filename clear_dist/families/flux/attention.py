@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from clear_dist.engine.family import StripeProcessor, Stripes
 from clear_dist.engine.heads import Heads
 from clear_dist.engine.parts import chunks_of
+from clear_dist.families.flux.references import come_with_image
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines of all positions, text first, [L, D] each."""
@@ -43,12 +44,15 @@ class FluxStripeAttnProcessor:
         heads = heads_of(attn, hidden_states, text_tokens + hidden_states.shape[1], attention_mask)
         if encoder_hidden_states is not None:
             fill(heads, of_text(attn), image_rotary_emb, encoder_hidden_states)
+        late = encoder_hidden_states is None or come_with_image(heads, text_tokens)
+        if not late:
             heads.start_text()
         fill(heads, of_image(attn), image_rotary_emb, hidden_states, first=text_tokens)
-        if encoder_hidden_states is None:
+        if late:
             heads.start_text()
-            return heads.attend()
         output = heads.attend()
+        if encoder_hidden_states is None:
+            return output
         image = attn.to_out[1](attn.to_out[0](output[:, text_tokens:]))
         return image, attn.to_add_out(output[:, :text_tokens])
 

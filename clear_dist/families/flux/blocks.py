@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from clear_dist.engine.parts import Parts, chunks_of, joined
 from clear_dist.families.flux.attention import Rotary, fill, heads_of, of_image, of_text
+from clear_dist.families.flux.references import come_with_image
 
 LARGEST_FLOAT16 = 65_504
 
@@ -47,9 +48,12 @@ class StripedDoubleBlock(FluxTransformerBlock):
 
         modulated = partial(parts.modulate, self.norm1_context.norm, shift_BC=text_shift, scale_BC=text_scale)
         fill(heads, of_text(attn), image_rotary_emb, text, modulated)
-        heads.start_text()
+        if not (late := come_with_image(heads, text_tokens)):
+            heads.start_text()
         modulated = partial(parts.modulate, self.norm1.norm, shift_BC=shift, scale_BC=scale)
         fill(heads, of_image(attn), image_rotary_emb, image, modulated, first=text_tokens)
+        if late:
+            heads.start_text()
         attended = heads.attend()
 
         out = image.new_empty(len(image), tokens, image.shape[2])

@@ -19,6 +19,7 @@ from clear_dist.engine.stock import attention_layers
 from clear_dist.families.flux.attention import Adaptive, FluxStripeAttnProcessor
 from clear_dist.families.flux.blocks import StripedBlock
 from clear_dist.families.flux.pipeline import FluxPipelineAdapter
+from clear_dist.families.flux.references import References, flat_ids, own_rows, raster_ids
 from clear_dist.geometry import TextPlan
 
 PRODUCTS = re.compile(
@@ -34,6 +35,7 @@ class Flux:
 
     transformer: Any
     adaptive: Adaptive = field(default_factory=Adaptive, compare=False)
+    references: References = field(default_factory=References, compare=False)
 
     @property
     def head_dim(self) -> int:
@@ -74,19 +76,13 @@ class Flux:
         return (scaled.to(like.device) * 1000, *inputs[1:])
 
     def grid_of(self, inputs: Inputs) -> tuple[int, int]:
-        """Height and width from `img_ids` (waits for the GPU); raises ValueError for ids of reference images."""
-        ids = flat_ids(inputs["img_ids"])
-        width = int((ids[:, 1] == 0).sum())
-        height = len(ids) // max(width, 1)
-        if len(ids) != height * width or not torch.equal(raster_ids(height, width, ids.device).to(ids.dtype), ids):
-            raise ValueError(
-                f"`img_ids` must be those of one image in raster order, got {len(ids)} ids that are not; "
-                "reference images (FLUX.1 Kontext) add tokens of their own, and cannot be parallelised"
-            )
-        return height, width
+        """Height and width of the picture from `img_ids` (waits for the GPU); raises as `References.grid`."""
+        return self.references.grid(flat_ids(inputs["img_ids"]))
 
     def text_tokens(self, inputs: Inputs) -> int:
-        return inputs["encoder_hidden_states"].shape[1]
+        """Tokens of the text, and of reference images (Kontext), which are treated alike."""
+        references = self.references.count(inputs["hidden_states"].shape[1])
+        return inputs["encoder_hidden_states"].shape[1] + references
 
     def cut(self, inputs: Inputs, cut: Cut, text: TextPlan) -> Inputs:
         """Inputs with the image's tokens, ids and ControlNet residuals cut, and the text's where it is shared.
@@ -94,21 +90,24 @@ class Flux:
         Ids are made anew in float32: pipelines cast them to the prompt's dtype, and bfloat16 has no 257.
         """
         self.adaptive.forget()
-        mine = cut.tokens
+        mine, hidden = cut.tokens, inputs["hidden_states"]
         residuals = {
             name: [own_tokens(name, sample, cut) for sample in inputs[name]]
             for name in ("controlnet_block_samples", "controlnet_single_block_samples")
             if inputs.get(name) is not None
         }
+        references = self.references.own(cut, text, inputs["encoder_hidden_states"].shape[1])
+        if residuals and self.references.count(hidden.shape[1]):
+            raise ValueError("ControlNets cannot be combined with reference images on stripes; leave out either")
         ids = raster_ids(cut.height, cut.width, inputs["img_ids"].device)[mine]
         if cut.extrapolation is not None:
             ids = ids * cut.extrapolation.position_scale
         return {
             **inputs,
             **residuals,
-            "hidden_states": inputs["hidden_states"][:, mine].contiguous(),
+            "hidden_states": torch.cat([hidden[:, references], hidden[:, mine]], dim=1),
             "encoder_hidden_states": inputs["encoder_hidden_states"][:, text.own],
-            "img_ids": ids,
+            "img_ids": torch.cat([flat_ids(inputs["img_ids"])[references].float(), ids]),
             "txt_ids": flat_ids(inputs["txt_ids"])[text.own].float(),
         }
 
@@ -163,8 +162,8 @@ class Flux:
     def joined(self, output: Any, cut: Cut) -> Any:
         """Output of the forward's own type: a tuple or an object."""
         if isinstance(output, tuple):
-            return cut.join.join(output[0]), *output[1:]
-        return Transformer2DModelOutput(sample=cut.join.join(output.sample))
+            return cut.join.join(own_rows(output[0], cut)), *output[1:]
+        return Transformer2DModelOutput(sample=cut.join.join(own_rows(output.sample, cut)))
 
 
 def own_tokens(name: str, x_BLC: Tensor, cut: Cut) -> Tensor:
@@ -173,15 +172,3 @@ def own_tokens(name: str, x_BLC: Tensor, cut: Cut) -> Tensor:
     if x_BLC.shape[1] not in (own, whole):
         raise ValueError(f"`{name}` must have a token for each of the {whole} latents, got {x_BLC.shape[1]}")
     return x_BLC if x_BLC.shape[1] == own else x_BLC[:, cut.tokens]
-
-
-def flat_ids(ids: Tensor) -> Tensor:
-    """Ids [tokens, 3], without the batch dimension that diffusers still takes."""
-    return ids[0] if ids.ndim == 3 else ids
-
-
-def raster_ids(height: int, width: int, device: torch.device) -> Tensor:
-    """Position ids (0, y, x) of a grid in raster order, float32 [height x width, 3]."""
-    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
-    zeros = torch.zeros(height, width, device=device)
-    return torch.stack([zeros, *torch.meshgrid(rows.float(), columns.float(), indexing="ij")], dim=-1).flatten(0, 1)

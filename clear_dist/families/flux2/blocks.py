@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from clear_dist.engine.parts import Parts, chunks_of, joined
 from clear_dist.families.flux.attention import Rotary, fill, heads_of, of_image, of_text
 from clear_dist.families.flux.blocks import finite
+from clear_dist.families.flux.references import come_with_image
 from clear_dist.families.flux2.attention import fill_beside, pieces_of, room_beside
 
 
@@ -41,9 +42,12 @@ class StripedDoubleBlock(Flux2TransformerBlock):
 
         modulated = partial(parts.modulate, self.norm1_context, shift_BC=text_shift, scale_BC=text_scale)
         fill(heads, of_text(attn), image_rotary_emb, text, modulated)
-        heads.start_text()
+        if not (late := come_with_image(heads, text_tokens)):
+            heads.start_text()
         modulated = partial(parts.modulate, self.norm1, shift_BC=shift, scale_BC=scale)
         fill(heads, of_image(attn), image_rotary_emb, image, modulated, first=text_tokens)
+        if late:
+            heads.start_text()
         attended = heads.attend()
 
         out = image.new_empty(len(image), tokens, image.shape[2])

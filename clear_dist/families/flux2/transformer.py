@@ -4,7 +4,7 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from clear_dist.engine.family import Inputs, Removable, StripeProcessor, Stripes
 from clear_dist.engine.stock import attention_layers
 from clear_dist.families.flux.attention import FluxStripeAttnProcessor
 from clear_dist.families.flux.blocks import StripedBlock
+from clear_dist.families.flux.references import References, flat_ids, own_rows, raster_ids
 from clear_dist.families.flux2.attention import Flux2ParallelStripeProcessor
 from clear_dist.families.flux2.blocks import STRIPED
 from clear_dist.families.flux2.card import MODULATION, ROPE_AXES
@@ -35,6 +36,7 @@ class Flux2:
     """A Flux2Transformer2DModel, its inputs cut to this rank's rows and its output joined."""
 
     transformer: Any
+    references: References = field(default_factory=References, compare=False)
 
     @property
     def head_dim(self) -> int:
@@ -79,36 +81,31 @@ class Flux2:
         return (scaled.to(like.device) * 1000, *inputs[1:])
 
     def grid_of(self, inputs: Inputs) -> tuple[int, int]:
-        """Height and width from `img_ids` (waits for the GPU); raises ValueError for ids of reference images."""
+        """Height and width of the picture from `img_ids` (waits for the GPU); raises as `References.grid`."""
         if any(inputs.get(name) is not None for name in CACHED):
             raise ValueError("cached keys of reference images (Flux2KleinKVPipeline) cannot be parallelised")
-        ids = flat_ids(inputs["img_ids"])
-        width = int((ids[:, 1] == 0).sum())
-        height = len(ids) // max(width, 1)
-        if len(ids) != height * width or not torch.equal(raster_ids(height, width, ids.device).to(ids.dtype), ids):
-            raise ValueError(
-                f"`img_ids` must be those of one image in raster order, got {len(ids)} ids that are not; "
-                "reference images (editing) add tokens of their own, and cannot be parallelised"
-            )
-        return height, width
+        return self.references.grid(flat_ids(inputs["img_ids"]))
 
     def text_tokens(self, inputs: Inputs) -> int:
-        return inputs["encoder_hidden_states"].shape[1]
+        """Tokens of the text, and of reference images, which are treated alike."""
+        references = self.references.count(inputs["hidden_states"].shape[1])
+        return inputs["encoder_hidden_states"].shape[1] + references
 
     def cut(self, inputs: Inputs, cut: Cut, text: TextPlan) -> Inputs:
         """Inputs with the image's tokens and ids cut, and the text's where it is shared.
 
         Ids are made anew in float32: bfloat16 has no 257.
         """
-        mine = cut.tokens
-        ids = raster_ids(cut.height, cut.width, inputs["img_ids"].device)[mine]
+        mine, hidden = cut.tokens, inputs["hidden_states"]
+        references = self.references.own(cut, text, inputs["encoder_hidden_states"].shape[1])
+        ids = raster_ids(cut.height, cut.width, inputs["img_ids"].device, axes=len(ROPE_AXES))[mine]
         if cut.extrapolation is not None:
             ids = ids * cut.extrapolation.position_scale
         return {
             **inputs,
-            "hidden_states": inputs["hidden_states"][:, mine].contiguous(),
+            "hidden_states": torch.cat([hidden[:, references], hidden[:, mine]], dim=1),
             "encoder_hidden_states": inputs["encoder_hidden_states"][:, text.own],
-            "img_ids": ids,
+            "img_ids": torch.cat([flat_ids(inputs["img_ids"])[references].float(), ids]),
             "txt_ids": flat_ids(inputs["txt_ids"])[text.own].float(),
         }
 
@@ -145,8 +142,8 @@ class Flux2:
     def named_inputs(self, args: tuple[Any, ...], kwargs: Inputs) -> Inputs:
         return dict(inspect.signature(self.transformer.forward).bind(*args, **kwargs).arguments)
 
-    def generation(self, inputs: Inputs) -> object:
-        return inputs["img_ids"]
+    def generation(self, inputs: Inputs) -> None:
+        """None: with reference images the ids are made anew in each step."""
 
     def latents(self, inputs: Inputs) -> Tensor:
         return inputs["hidden_states"]
@@ -160,18 +157,5 @@ class Flux2:
     def joined(self, output: Any, cut: Cut) -> Any:
         """Output of the forward's own type: a tuple or an object."""
         if isinstance(output, tuple):
-            return cut.join.join(output[0]), *output[1:]
-        return Flux2Transformer2DModelOutput(sample=cut.join.join(output.sample))
-
-
-def flat_ids(ids: Tensor) -> Tensor:
-    """Ids [tokens, 4], without the batch dimension."""
-    return ids[0] if ids.ndim == 3 else ids
-
-
-def raster_ids(height: int, width: int, device: torch.device) -> Tensor:
-    """Position ids (0, y, x, 0) of a grid in raster order, float32 [height x width, 4]."""
-    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
-    zeros = torch.zeros(height, width, device=device)
-    y, x = torch.meshgrid(rows.float(), columns.float(), indexing="ij")
-    return torch.stack([zeros, y, x, zeros], dim=-1).flatten(0, 1)
+            return cut.join.join(own_rows(output[0], cut)), *output[1:]
+        return Flux2Transformer2DModelOutput(sample=cut.join.join(own_rows(output.sample, cut)))
