@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxKontextPipeline
+from diffusers import Flux2KleinInpaintPipeline, FluxKontextPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -120,3 +120,24 @@ def test_a_pipeline_takes_references_or_none() -> None:
     for plain, again, first, second in run_ranks(with_and_without, 2):
         assert torch.equal(plain, again) and torch.equal(first, second)
         assert relative_error(first, expected(KLEIN, False)) < 1e-4
+
+
+def test_inpainting_takes_references_too() -> None:
+    pipe = Flux2KleinInpaintPipeline(**make_tiny_klein().components)
+    pipe.set_progress_bar_config(disable=True)
+    picture = Image.fromarray(torch.randint(0, 256, (112, 80, 3)).byte().numpy())
+    mask = Image.fromarray((255 * torch.randint(0, 2, (112, 80))).byte().numpy())
+    embeddings = torch.randn(1, TEXT, 24)
+
+    def edited() -> Tensor:
+        return pipe(
+            prompt_embeds=embeddings, image=picture, image_reference=picture, mask_image=mask, height=112, width=80,
+            num_inference_steps=4, strength=0.8, guidance_scale=1.0, generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).images  # fmt: skip
+
+    expected = edited()
+    handle = parallelize(pipe, window="full")
+    found = edited()
+    handle.undo()
+    assert relative_error(found, expected) < 1e-4
