@@ -6,7 +6,7 @@ chunks of tokens, as long as channels lie together (`takes`); any of them may ha
 Shapes: B batch, L tokens, C channels, N heads, D head dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,13 +30,13 @@ def takes(*tensors: Tensor) -> bool:
 def modulate(x_BLC: Tensor, shift_BC: Tensor, scale_BC: Tensor, eps: float) -> Tensor:
     """Layer norm, times 1 + scale, plus shift."""
     out_BLC = x_BLC.new_empty(x_BLC.shape)
-    _launch("modulate_kernel", (x_BLC, shift_BC, scale_BC), (out_BLC,), *_whole(x_BLC), eps)
+    _launch("modulate_kernel", (x_BLC, *_each(x_BLC, shift_BC, scale_BC)), (out_BLC,), *_whole(x_BLC), eps)
     return out_BLC
 
 
 def add_gated(x_BLC: Tensor, gate_BC: Tensor, y_BLC: Tensor, out_BLC: Tensor) -> None:
     """x + gate * y; `out_BLC` may be `x_BLC`."""
-    _launch("add_gated_kernel", (x_BLC, gate_BC, y_BLC), (out_BLC,), *_whole(x_BLC))
+    _launch("add_gated_kernel", (x_BLC, *_each(x_BLC, gate_BC), y_BLC), (out_BLC,), *_whole(x_BLC))
 
 
 def add_and_modulate(
@@ -44,6 +44,7 @@ def add_and_modulate(
 ) -> Tensor:
     """x + gate * y, written to `total_BLC`; returns `modulate` of it."""
     out_BLC = x_BLC.new_empty(x_BLC.shape)
+    gate_BC, shift_BC, scale_BC = _each(x_BLC, gate_BC, shift_BC, scale_BC)
     read = x_BLC, gate_BC, y_BLC, shift_BC, scale_BC
     _launch("add_and_modulate_kernel", read, (total_BLC, out_BLC), *_whole(x_BLC), eps)
     return out_BLC
@@ -61,6 +62,11 @@ def rotate(x_BLND: Tensor, weight_D: Tensor, cos_LD: Tensor, sin_LD: Tensor, out
     block = power_of_two(head_dim)
     sizes = {"HEAD_DIM": head_dim, "HEADS": max(1, min(TILE // block, power_of_two(heads))), "BLOCK": block}
     _launch("rotate_kernel", (x_BLND, weight_D, cos_LD, sin_LD), (out_BLND,), sizes, heads, eps)
+
+
+def _each(x_BLC: Tensor, *modulation: Tensor) -> Iterator[Tensor]:
+    """Modulation of each picture, which may be one for all, [1, C]."""
+    return (each.expand(len(x_BLC), -1) for each in modulation)
 
 
 def _whole(x_BLC: Tensor) -> tuple[dict[str, int], int]:

@@ -97,6 +97,20 @@ def test_modulate(batch: int, channels: int, dtype: torch.dtype) -> None:
     compare("modulate", layer_norm(channels), x, *modulation(dtype, batch, channels, 2), dtype=dtype)
 
 
+def test_one_modulation_for_all_pictures() -> None:
+    """What lies behind it is no modulation of the second one."""
+    batch, channels = 2, 48
+    x, y = (chunk(torch.float32, batch, channels) for _ in range(2))
+    shift, scale, gate = (
+        torch.cat([torch.randn(1, channels), torch.full((1, channels), torch.nan)])[:1] for _ in "123"
+    )
+    compare("modulate", layer_norm(channels), x, shift, scale, dtype=torch.float32)
+    compare("add_gated", PRODUCT, x, y, gate, dtype=torch.float32, out=(batch, channels))
+    layers = PRODUCT, layer_norm(channels), PRODUCT
+    arguments = layers, x, y, (gate, shift, scale, gate)
+    compare("add_attention_and_mlp", *arguments, dtype=torch.float32, out=(batch, channels))
+
+
 @by_dtype
 @by_size
 def test_project(batch: int, channels: int, dtype: torch.dtype) -> None:
