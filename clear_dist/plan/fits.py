@@ -225,13 +225,17 @@ def _each(first: Change, group: Sequence[Change]) -> Sequence[Change]:
 def _other_ranks(asked: PlanRequest, most: int) -> Iterator[Change]:
     """Twice as many, and so on, on GPUs of their own; on a CPU, whose memory they share, half as many."""
     if not asked.on_cuda:
-        halves = (asked.ranks >> shift for shift in range(1, asked.ranks.bit_length()))
-        yield from (Change(flags=f"--nproc {ranks}", fields={"world_size": ranks}) for ranks in halves)
+        yield from (Change(flags=f"--nproc {ranks}", fields={"world_size": ranks}) for ranks in halves(asked.ranks))
         return
     ranks, height = 1 << asked.ranks.bit_length(), asked.request.size[0]
     while ranks <= min(most, height // asked.request.unit):
         yield Change(flags=f"--nproc {ranks}", fields={"world_size": ranks})
         ranks *= 2
+
+
+def halves(ranks: int) -> Iterator[int]:
+    """Half of `ranks`, a quarter and so on, rounded down, to 1."""
+    return (ranks >> shift for shift in range(1, ranks.bit_length()))
 
 
 def _savings(asked: PlanRequest) -> Iterator[Change]:
