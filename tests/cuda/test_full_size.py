@@ -22,7 +22,7 @@ class Case:
     ranks: int
     side: int
     launches: int
-    """At most, as `calls` and `groups`: what they are now."""
+    """The most, as `calls` and `groups`: what they are now."""
     calls: int = 0
     """Calls of NCCL."""
     groups: int = 0

@@ -75,7 +75,6 @@ class Drawn:
 
 
 def drawn(group: Group, cases: list[dict[str, Any]], guided: bool = True) -> list[Drawn]:
-    """On a rank."""
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
     results = []
     for case in cases:
@@ -175,7 +174,7 @@ def test_messages_bytes_and_buffers(folder: Path, size: int) -> None:
 
 
 def halo_bytes(size: int, rank: int) -> int:
-    """Of what the stale schedule keeps besides: halos of two rows, and the average of 9 text tokens."""
+    """Bytes the stale schedule keeps besides: halos of two rows, and the average of 9 text tokens."""
     mine = stripes(HEIGHT, size, 4)[rank]
     rows = [row for row in range(HEIGHT) if row not in mine and min(abs(row - own) for own in mine) < RADIUS]
     return 2 * (len(rows) * 2 * WIDTH * 32 * 4 + 9 * 32 * 4)
@@ -233,7 +232,7 @@ class Stop(Exception):
 
 
 def stopped_in_the_middle(group: Group, file: Path, schedule: str) -> Tensor:
-    """In the second step; pooled rows of that layer were sent and are not waited for."""
+    """Stops in the second step; pooled rows of that layer were sent and are not waited for."""
     pipe = make_tiny_pipeline()
     parallelized = parallelize(pipe, clear_weights=file, schedule=schedule, warmup_steps=1, group=group, **EXACT)
     striped = require_striped(pipe)

@@ -63,7 +63,7 @@ class Stop(Exception):
 
 
 def stop_by_interrupt(pipe: Any) -> None:
-    """After two steps, decided on one rank."""
+    """Stops after two steps, decided on one rank."""
 
     def at_step_1(pipe: Any, step: int, _: Any, __: Any) -> dict[str, Any]:
         interrupt(pipe, when=require_striped(pipe).group.rank == 1 and step == 1)
@@ -73,7 +73,7 @@ def stop_by_interrupt(pipe: Any) -> None:
 
 
 def stop_between_layers(pipe: Any) -> None:
-    """In the middle of the third step: some layers have sent what is for the fourth."""
+    """Stops amid the third step: some layers have sent what is for the fourth."""
     calls = 0
 
     def stop(*_: Any) -> None:

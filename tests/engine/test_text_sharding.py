@@ -43,7 +43,7 @@ def prompt_of(tokens: int) -> dict[str, Any]:
 
 
 def striped_latents(group: Group, cases: list[dict[str, Any]], tokens: list[int]) -> list[Tensor]:
-    """Of each case with each number of text tokens; what is uninitialised is NaN."""
+    """Latents of each case with each number of text tokens; uninitialised memory is NaN."""
     torch.use_deterministic_algorithms(True)
     pipe = make_pipeline()
     results = []
@@ -56,7 +56,7 @@ def striped_latents(group: Group, cases: list[dict[str, Any]], tokens: list[int]
 
 @cache
 def one_process(kind: str, tokens: int, ranks: int) -> Tensor:
-    """From unmodified diffusers, `full` with its own attention; `ranks`: of Eq. 7."""
+    """Unmodified diffusers, `full` with its own attention; `ranks`: those of Eq. 7."""
     pipe = make_pipeline()
     if kind != "full":
         heights = [HEIGHT // ranks + (rank < HEIGHT % ranks) for rank in range(ranks)]
@@ -186,7 +186,7 @@ class Stop(Exception):
 
 
 def stopped(group: Group) -> Tensor:
-    """Between the text's start and its end, on all ranks; then once more."""
+    """Stops between the text's start and its end, on all ranks; then once more."""
     pipe = make_pipeline()
     parallelize(pipe, group=group, **EXACT, **SHARDED)
 

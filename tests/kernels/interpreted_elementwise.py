@@ -22,9 +22,9 @@ SIZES = ((1, 32), (2, 48), (1, 3072))
 HEADS = ((1, 2, 16), (2, 3, 24), (1, 24, 128), (1, 5, 256), (2, 1, 2))
 """Pictures, heads and head dims."""
 PRODUCT = nn.Identity()
-"""In place of layers, whose rounding would be larger than that of what is around them."""
+"""Stands in for layers, whose rounding would be larger than that of what is around them."""
 WITHIN = 2e-6
-"""Of the largest number, in float32."""
+"""Error over the largest number, in float32."""
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 by_size = pytest.mark.parametrize(("batch", "channels"), SIZES)
@@ -32,7 +32,7 @@ by_size = pytest.mark.parametrize(("batch", "channels"), SIZES)
 
 @pytest.fixture(autouse=True)
 def as_drawn() -> Iterator[None]:
-    """Without gradients, nor a way back to torch's forms."""
+    """No gradients, and no way back to torch's forms."""
     torch.manual_seed(0)
     with torch.no_grad(), mock.patch.object(fused, "parts", None):
         yield

@@ -61,7 +61,7 @@ def rotate(channels: int, dtype: torch.dtype) -> None:
 
 KERNELS = (modulate, add_gated, add_and_modulate, gelu, rotate)
 WIDEST = elementwise.MOST_CHANNELS // 4
-"""Of a token in float32; then its MLP's channels are the most that the kernels take."""
+"""Channels of a token in float32; its MLP's are then the most that the kernels take."""
 
 
 @pytest.mark.parametrize("capability", MEMORY)

@@ -34,7 +34,7 @@ def test_work_of_a_decode_at_8192_pixels(engine: Engine) -> None:
 
 @pytest.mark.parametrize(("radius", "share"), [(8, 0.171), (16, 0.419), (32, 0.568)])
 def test_visited_pairs_of_the_image(radius: int, share: float, engine: Engine) -> None:
-    """Of tiles of 8x16 by 8x16 tokens, counted one by one at 512 x 512 tokens; ours has some more at the border."""
+    """Tiles of 8x16 by 8x16 tokens, counted one by one at 512 x 512 tokens; ours has some more at the border."""
     asked = flux_request(window=radius, max_sequence_length=1, world_size=1, cascade=False)
     visited = engine.step(asked, asked.stages[0], asked.parts[0][0]).operations["visited"] / 57
     wanted = circle_pairs(Rows(0, 512), (512, 512), radius)
