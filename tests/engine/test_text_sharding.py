@@ -15,6 +15,7 @@ from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.striped import require_striped
 from clear_dist.parallelize import parallelize
 from tests.engine import test_extrapolation
+from tests.engine.stopping import Stop
 from tests.families.flux.test_blocks import blocks_of, raster
 from tests.oracle import DenseClearProcessor
 from tests.ranks import run_ranks
@@ -179,10 +180,6 @@ def test_linear_layers_see_a_share_and_what_leaves_is_computed_first() -> None:
     for rank, (seen, events) in enumerate(run_ranks(watched, 2)):
         assert seen == {5 - rank}
         assert events == ["keys of the image: True, False", "queries of the image: True, True"]
-
-
-class Stop(Exception):
-    pass
 
 
 def stopped(group: Group) -> Tensor:
