@@ -29,10 +29,13 @@ def project(linear: nn.Module, x_BLC: Tensor, out_BLND: Tensor) -> None:
     out_BLND.copy_(linear(x_BLC).unflatten(-1, out_BLND.shape[-2:]))
 
 
-def rotate(linear: nn.Module, norm: nn.Module, x_BLC: Tensor, cos_LD: Tensor, sin_LD: Tensor, out_BLND: Tensor) -> None:
-    """Queries or keys, rotated in float32."""
-    heads_BLND = norm(linear(x_BLC).unflatten(-1, out_BLND.shape[-2:]))
-    out_BLND.copy_(apply_rotary_emb(heads_BLND, (cos_LD, sin_LD), sequence_dim=1))
+def rotate(
+    layers: Sequence[tuple[nn.Module, nn.Module]], x_BLC: Tensor, cos_LD: Tensor, sin_LD: Tensor, *outs_BLND: Tensor
+) -> None:
+    """Queries, keys or both, rotated in float32: for each a linear layer, a norm and where it goes."""
+    for (linear, norm), out_BLND in zip(layers, outs_BLND, strict=True):
+        heads_BLND = norm(linear(x_BLC).unflatten(-1, out_BLND.shape[-2:]))
+        out_BLND.copy_(apply_rotary_emb(heads_BLND, (cos_LD, sin_LD), sequence_dim=1))
 
 
 def widen(linear: nn.Module, activation: nn.Module, x_BLC: Tensor, out_BLH: Tensor) -> None:

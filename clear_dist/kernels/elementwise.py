@@ -56,12 +56,20 @@ def gelu(x_BLC: Tensor, out_BLC: Tensor) -> None:
     _launch("gelu_kernel", (x_BLC,), (out_BLC,), {"BLOCK": min(TILE, power_of_two(channels))}, channels)
 
 
-def rotate(x_BLND: Tensor, weight_D: Tensor, cos_LD: Tensor, sin_LD: Tensor, out_BLND: Tensor, eps: float) -> None:
-    """RMS norm of each head, then rotation of neighbouring pairs."""
-    heads, head_dim = x_BLND.shape[2:]
-    block = power_of_two(head_dim)
+def rotate(
+    xs_BLND: Sequence[Tensor],
+    weights_D: Sequence[Tensor],
+    cos_LD: Tensor,
+    sin_LD: Tensor,
+    outs_BLND: Sequence[Tensor],
+    eps: float,
+) -> None:
+    """RMS norm of each head, then rotation of neighbouring pairs; of one tensor, or of two with equal shapes."""
+    heads, head_dim = xs_BLND[0].shape[2:]
+    block, count = power_of_two(head_dim), len(xs_BLND)
     sizes = {"HEAD_DIM": head_dim, "HEADS": max(1, min(TILE // block, power_of_two(heads))), "BLOCK": block}
-    _launch("rotate_kernel", (x_BLND, weight_D, cos_LD, sin_LD), (out_BLND,), sizes, heads, eps)
+    kernel = ("rotate_kernel", "rotate_both_kernel")[count - 1]
+    _launch(kernel, (*xs_BLND, *weights_D, cos_LD, sin_LD), outs_BLND, sizes, heads, eps, count=count)
 
 
 def _each(x_BLC: Tensor, *modulation: Tensor) -> Iterator[Tensor]:
@@ -76,16 +84,22 @@ def _whole(x_BLC: Tensor) -> tuple[dict[str, int], int]:
 
 
 def _launch(
-    kernel: str, read: Sequence[Tensor], written: Sequence[Tensor], sizes: dict[str, int], across: int, *numbers: float
+    kernel: str,
+    read: Sequence[Tensor],
+    written: Sequence[Tensor],
+    sizes: dict[str, int],
+    across: int,
+    *numbers: float,
+    count: int = 1,
 ) -> None:
-    """Programs for all tokens, as many across as cover channels, or heads."""
+    """Programs for all tokens of `count` tensors, as many across as cover channels, or heads."""
     out, tensors = written[0], (*read, *written)
     if out.is_meta or not out.numel():
         return
     from clear_dist.kernels import elementwise_kernel
 
     tile, step = sizes["BLOCK"] * sizes.get("HEADS", 1), sizes.get("HEADS", sizes["BLOCK"])
-    grid = (out.shape[1], -(-across // step), out.shape[0])
+    grid = (out.shape[1], -(-across // step), out.shape[0] * count)
     strides = (tensor.stride() for tensor in tensors)
     warps = min(16, max(1, tile // NUMBERS_OF_A_WARP))
     with torch.cuda.device_of(out):

@@ -59,24 +59,27 @@ def in_double(x: Any) -> Any:
     return deepcopy(x).double()
 
 
-def written(part: Any, arguments: Any, dtype: torch.dtype, shape: tuple[int, ...] | None) -> Tensor:
-    """What a part returns, or writes [B, L, *shape] to: a place in a larger tensor, where nothing else changes."""
+def written(part: Any, arguments: Any, dtype: torch.dtype, shape: tuple[int, ...] | None, count: int = 1) -> Tensor:
+    """What a part returns, or writes [B, L, *shape] to: a place in a larger tensor, where nothing else changes.
+
+    `count`: as so many tensors, each with its share of the third dimension.
+    """
     if shape is None:
         return part(*arguments)
     batch, channels = shape[0], shape[-1]
     whole = torch.full((batch, TOKENS, *shape[1:-1], channels + 5), torch.nan, dtype=dtype)
     out = whole[:, CHUNK, ..., 5:]
-    part(*arguments, out)
+    part(*arguments, *out.chunk(count, dim=2))
     found = out.clone()
     out.fill_(torch.nan)
     assert whole.isnan().all()
     return found
 
 
-def compare(name: str, *arguments: Any, dtype: torch.dtype, out: tuple[int, ...] | None = None) -> None:
+def compare(name: str, *arguments: Any, dtype: torch.dtype, out: tuple[int, ...] | None = None, count: int = 1) -> None:
     """Both forms with the same arguments, beside torch's in float64."""
-    ours, theirs = (written(getattr(form, name), arguments, dtype, out) for form in (Fused().parts, Parts()))
-    exact = written(getattr(Parts(), name), in_double(arguments), torch.float64, out)
+    ours, theirs = (written(getattr(form, name), arguments, dtype, out, count) for form in (Fused().parts, Parts()))
+    exact = written(getattr(Parts(), name), in_double(arguments), torch.float64, out, count)
     assert ours.dtype == theirs.dtype == dtype and exact.isfinite().all()
     errors, most = [(x.double() - exact).abs() for x in (ours, theirs)], exact.abs().max()
     if dtype == torch.float32:
@@ -129,8 +132,24 @@ def test_rotate(batch: int, heads: int, head_dim: int, dtype: torch.dtype) -> No
     angle = 9 * torch.rand(TOKENS, head_dim // 2).repeat_interleave(2, dim=1)[CHUNK]
     for kind in (nn.RMSNorm, RMSNorm):
         norm, x = drawn(kind(head_dim, eps=1e-6), dtype), 2 * chunk(dtype, batch, heads * head_dim)
-        arguments = PRODUCT, norm, x, angle.cos(), angle.sin()
+        arguments = [(PRODUCT, norm)], x, angle.cos(), angle.sin()
         compare("rotate", *arguments, dtype=dtype, out=(batch, heads, head_dim))
+
+
+class Reversed(nn.Module):
+    """Stands in for another layer, exactly."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flip(-1)
+
+
+@by_dtype
+@pytest.mark.parametrize(("batch", "heads", "head_dim"), HEADS)
+def test_rotate_keys_and_queries_at_once(batch: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    angle = 9 * torch.rand(TOKENS, head_dim // 2).repeat_interleave(2, dim=1)[CHUNK]
+    norms, x = [drawn(nn.RMSNorm(head_dim, eps=1e-6), dtype) for _ in range(2)], chunk(dtype, batch, heads * head_dim)
+    arguments = list(zip((PRODUCT, Reversed()), norms, strict=True)), x, angle.cos(), angle.sin()
+    compare("rotate", *arguments, dtype=dtype, out=(batch, 2 * heads, head_dim), count=2)
 
 
 @by_dtype
@@ -173,7 +192,7 @@ def test_no_tokens() -> None:
     parts, per_picture = Fused().parts, modulation(torch.float32, 1, 32, 4)
     assert parts.modulate(norm, empty, *per_picture[:2]).shape == (1, 0, 32)
     parts.project(linear, empty, torch.empty(1, 0, 2, 16))
-    parts.rotate(linear, rms_norm, empty, turns, turns, torch.empty(1, 0, 2, 16))
+    parts.rotate([(linear, rms_norm)], empty, turns, turns, torch.empty(1, 0, 2, 16))
     parts.widen(linear, nn.GELU(approximate="tanh"), empty, torch.empty(1, 0, 32))
     parts.add_gated(linear, empty, empty, per_picture[0], torch.empty(1, 0, 32))
     parts.add_attention_and_mlp((linear, norm, linear), empty, empty, per_picture, torch.empty(1, 0, 32))

@@ -14,11 +14,16 @@ from typing import Any
 
 import torch
 from diffusers.hooks._helpers import TransformerBlockRegistry
-from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from diffusers.models.transformers.transformer_flux import (
+    FluxPosEmbed,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
 from torch import Tensor, nn
 
 from clear_dist.engine.parts import Parts, chunks_of, joined
 from clear_dist.families.flux.attention import Rotary, fill, heads_of, of_image, of_text
+from clear_dist.families.flux.positions import StripedPosEmbed
 
 LARGEST_FLOAT16 = 65_504
 
@@ -106,26 +111,30 @@ class StripedSingleBlock(FluxSingleTransformerBlock):
         return both
 
 
-STRIPED: dict[type, type] = {FluxTransformerBlock: StripedDoubleBlock, FluxSingleTransformerBlock: StripedSingleBlock}
-for stock_class, striped_class in STRIPED.items():  # or its step caches would refuse them by a class nobody knows
-    TransformerBlockRegistry.register(striped_class, replace(TransformerBlockRegistry.get(stock_class)))
+STRIPED: dict[type, type] = {
+    FluxTransformerBlock: StripedDoubleBlock,
+    FluxSingleTransformerBlock: StripedSingleBlock,
+    FluxPosEmbed: StripedPosEmbed,
+}
+for block in (FluxTransformerBlock, FluxSingleTransformerBlock):  # or its step caches would refuse a class nobody knows
+    TransformerBlockRegistry.register(STRIPED[block], replace(TransformerBlockRegistry.get(block)))
 
 
 @dataclass(frozen=True)
-class StripedBlock:
-    """A block whose class has been changed; `remove` changes it back."""
+class Striped:
+    """A block or rotary embedding whose class has been changed; `remove` changes it back."""
 
-    block: nn.Module
+    module: nn.Module
 
     @classmethod
-    def of(cls, block: nn.Module) -> "StripedBlock":
-        """Change the class, as FSDP does: the block stays the same object."""
-        block.__class__ = STRIPED.get(type(block), type(block))
-        return cls(block)
+    def of(cls, module: nn.Module) -> "Striped":
+        """Change the class, as FSDP does: the module stays the same object."""
+        module.__class__ = STRIPED.get(type(module), type(module))
+        return cls(module)
 
     def remove(self) -> None:
         stock = {ours: theirs for theirs, ours in STRIPED.items()}
-        self.block.__class__ = stock.get(type(self.block), type(self.block))
+        self.module.__class__ = stock.get(type(self.module), type(self.module))
 
 
 def finite(x: Tensor) -> Tensor:

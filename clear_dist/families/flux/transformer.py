@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor, nn
 
 from clear_dist.engine.cut import Cut
@@ -17,8 +16,9 @@ from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.family import Inputs, Removable, Stripes
 from clear_dist.engine.stock import attention_layers
 from clear_dist.families.flux.attention import Adaptive, FluxStripeAttnProcessor
-from clear_dist.families.flux.blocks import StripedBlock
+from clear_dist.families.flux.blocks import Striped
 from clear_dist.families.flux.pipeline import FluxPipelineAdapter
+from clear_dist.families.flux.positions import Positions, StripedPosEmbed, flat_ids, raster_ids
 from clear_dist.geometry import TextPlan
 
 PRODUCTS = re.compile(
@@ -34,6 +34,7 @@ class Flux:
 
     transformer: Any
     adaptive: Adaptive = field(default_factory=Adaptive, compare=False)
+    positions: Positions = field(default_factory=Positions, compare=False)
 
     @property
     def head_dim(self) -> int:
@@ -56,8 +57,8 @@ class Flux:
         return {name: FluxStripeAttnProcessor(striped, layer, self.adaptive) for layer, name in enumerate(names)}
 
     def hooks(self, striped: Stripes) -> Sequence[Removable]:
-        """All blocks, their class changed until `remove`."""
-        return [StripedBlock.of(block) for block in self.blocks]
+        """All blocks and the rotary embedding, their class changed until `remove`."""
+        return [Striped.of(module) for module in (*self.blocks, self.transformer.pos_embed)]
 
     @property
     def embedder(self) -> nn.Module:
@@ -89,10 +90,7 @@ class Flux:
         return inputs["encoder_hidden_states"].shape[1]
 
     def cut(self, inputs: Inputs, cut: Cut, text: TextPlan) -> Inputs:
-        """Inputs with the image's tokens, ids and ControlNet residuals cut, and the text's where it is shared.
-
-        Ids are made anew in float32: pipelines cast them to the prompt's dtype, and bfloat16 has no 257.
-        """
+        """Inputs with the image's tokens, ids and ControlNet residuals cut, and the text's where it is shared."""
         self.adaptive.forget()
         mine = cut.tokens
         residuals = {
@@ -100,16 +98,14 @@ class Flux:
             for name in ("controlnet_block_samples", "controlnet_single_block_samples")
             if inputs.get(name) is not None
         }
-        ids = raster_ids(cut.height, cut.width, inputs["img_ids"].device)[mine]
-        if cut.extrapolation is not None:
-            ids = ids * cut.extrapolation.position_scale
+        text_ids, ids = self.positions(self.transformer.pos_embed, inputs["txt_ids"], text.own, cut)
         return {
             **inputs,
             **residuals,
             "hidden_states": inputs["hidden_states"][:, mine].contiguous(),
             "encoder_hidden_states": inputs["encoder_hidden_states"][:, text.own],
             "img_ids": ids,
-            "txt_ids": flat_ids(inputs["txt_ids"])[text.own].float(),
+            "txt_ids": text_ids,
         }
 
     @contextmanager
@@ -117,7 +113,9 @@ class Flux:
         """Context in which the rotary embedding's base is `ntk_factor` times the stock one's."""
         stock = self.transformer.pos_embed
         # Another module, not a hook on the stock one: a compiled transformer does not look for new hooks.
-        self.transformer.pos_embed = FluxPosEmbed(theta=stock.theta * extrapolation.ntk_factor, axes_dim=stock.axes_dim)
+        self.transformer.pos_embed = StripedPosEmbed(
+            theta=stock.theta * extrapolation.ntk_factor, axes_dim=stock.axes_dim
+        )
         try:
             yield
         finally:
@@ -173,15 +171,3 @@ def own_tokens(name: str, x_BLC: Tensor, cut: Cut) -> Tensor:
     if x_BLC.shape[1] not in (own, whole):
         raise ValueError(f"`{name}` must have a token for each of the {whole} latents, got {x_BLC.shape[1]}")
     return x_BLC if x_BLC.shape[1] == own else x_BLC[:, cut.tokens]
-
-
-def flat_ids(ids: Tensor) -> Tensor:
-    """Ids [tokens, 3], without the batch dimension that diffusers still takes."""
-    return ids[0] if ids.ndim == 3 else ids
-
-
-def raster_ids(height: int, width: int, device: torch.device) -> Tensor:
-    """Position ids (0, y, x) of a grid in raster order, float32 [height x width, 3]."""
-    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
-    zeros = torch.zeros(height, width, device=device)
-    return torch.stack([zeros, *torch.meshgrid(rows.float(), columns.float(), indexing="ij")], dim=-1).flatten(0, 1)

@@ -170,6 +170,7 @@ def attention_that_only_makes_its_output() -> Any:
     """Stands in for a StripedModel: nothing but what every attention needs."""
     return SimpleNamespace(
         parts=Parts(),
+        running_cut=SimpleNamespace(group=SimpleNamespace(size=1)),
         text_plan=plan_text(512, 1, 0),
         start_text=lambda layer, *qkv: None,
         start_halos=lambda layer, key, value, alone=False: object(),
