@@ -37,13 +37,13 @@ PASSES = 19
 run; counted (tests/cuda/test_passes.py)."""
 LAUNCH = 5e-6
 """Seconds of the host to start a kernel, a product of matrices or a group of messages from Python: assumed."""
-LAUNCHES = 22
+LAUNCHES = 19
 """Such starts in a block of a pass on one rank; counted, as the next two, on GPUs that are not there (figures.md)."""
-LAUNCHES_OF_MESSAGES = 9
+LAUNCHES_OF_MESSAGES = 11
 """More on each of several ranks: parts of attention and their merging, messages, shares of text."""
 LAUNCHES_IN_8_BITS = {"int8": (16, 10), "float8": (60, 8)}
 """More for weights in 8 bits, as they are and compiled, which changes nothing for others."""
-LAUNCHES_REPLAYED = 16
+LAUNCHES_REPLAYED = 10
 """Starts in a whole pass that is a CUDA graph."""
 LAUNCHED = 2
 """Passes before a graph is replayed: the first compiles kernels, the second captures the graph."""

@@ -35,7 +35,7 @@ class Positions:
         """Rows for my text and image tokens, of which `embed`, the transformer's own, makes cosines and sines."""
         if not is_stock(embed, StripedPosEmbed) or len(cut.plan.own) * cut.width > MOST_REMEMBERED:
             return own_ids(text_ids, text, cut)
-        version = None if text_ids.is_inference() else text_ids._version
+        version = None if text_ids.is_inference() else text_ids._version  # others do not tell that they were changed
         made_for = cut.height, cut.width, cut.plan.own, cut.extrapolation, text, version
         known_for, rows = self._known.get(text_ids, (None, None))
         if known_for != made_for:
