@@ -41,7 +41,7 @@ LAUNCHES = 19
 """Such starts in a block of a pass on one rank; counted, as the next two, on GPUs that are not there (figures.md)."""
 LAUNCHES_OF_MESSAGES = 11
 """More on each of several ranks: parts of attention and their merging, messages, shares of text."""
-LAUNCHES_IN_8_BITS = {"int8": (16, 10), "float8": (60, 8)}
+LAUNCHES_IN_8_BITS = {"int8": (15, 7), "float8": (59, 7)}
 """More for weights in 8 bits, as they are and compiled, which changes nothing for others."""
 LAUNCHES_REPLAYED = 10
 """Starts in a whole pass that is a CUDA graph."""

@@ -120,11 +120,13 @@ def test_gpus_are_known_by_their_drivers_names() -> None:
 @pytest.mark.parametrize(
     ("ranks", "settings", "starts"),
     [
-        (1, {}, 743 + 504),
-        (8, {}, 1_090 + 504 + 172),
-        (1, {"compile": True}, 743 + 504),
-        (1, {"int8": True}, 1_655 + 504),
-        (1, {"float8": True, "compile": True}, 1_199 + 504),
+        (1, {}, 597 + 504),
+        (8, {}, 1_016 + 504 + 172),
+        (1, {"compile": True}, 597 + 504),
+        (1, {"int8": True}, 1_433 + 504),
+        (1, {"int8": True, "compile": True}, 1_015 + 504),
+        (1, {"float8": True}, 3_941 + 504),
+        (1, {"float8": True, "compile": True}, 977 + 504),
     ],
 )
 def test_the_host_starts_what_was_counted(ranks: int, settings: Any, starts: int, engine: Engine) -> None:
