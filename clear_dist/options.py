@@ -22,7 +22,7 @@ ATTENTION_BACKENDS = ("auto", "reference", "masked", "tiled", "flex", "flash", "
 WARMUP_STEPS = 4
 MOST_REPLAYED = 8_192
 """Tokens up to which steps are replayed as CUDA graphs. A projection: with 12 billion parameters, a token takes 24 us
-of an H100 at 990 TFLOP/s, and a step's 1,200 to 1,800 launches 6 to 9 ms of the host, 23 in float8, which rule below
+of an H100 at 990 TFLOP/s, and a step's 1,100 to 1,700 launches 6 to 9 ms of the host, 23 in float8, which rule below
 1,000 tokens. Eight times as many, for hosts that are slower or have else to do: a graph costs little but its capture.
 """
 FEWEST_REPLAYED = 4

@@ -13,7 +13,7 @@ from tests.ranks import server
 
 
 class Forked:
-    """As much of a `subprocess.Popen` as tests use; its process group is its own."""
+    """What tests use of a `subprocess.Popen`; its process group is its own."""
 
     def __init__(self, process: BaseProcess, folder: "tempfile.TemporaryDirectory[str]") -> None:
         assert process.pid is not None

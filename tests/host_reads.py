@@ -35,7 +35,7 @@ class _Operations(TorchDispatchMode):
 
 
 class HostReads(TorchFunctionMode):
-    """While inside, `found` counts them by name."""
+    """Counts reads by name in `found`."""
 
     def __init__(self) -> None:
         super().__init__()

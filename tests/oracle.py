@@ -87,7 +87,7 @@ class DenseClearProcessor:
         return attn.to_out[0](output[:, text:]), attn.to_add_out(output[:, :text])
 
     def attend_image(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
-        """Of image queries [B, L, N, D] to text and image; `seen` [L, T + H x W]."""
+        """Image queries [B, L, N, D] to text and image; `seen` [L, T + H x W]."""
         return softmax_attention(query, key, value, seen)
 
     def _text_output(self, query: Tensor, key: Tensor, value: Tensor, text: int) -> Tensor:

@@ -30,7 +30,7 @@ class Pooled(DenseClearProcessor):
     counted = 10
     height: int
     weight: Tensor
-    """Of this layer, [1, 1, 1, d, 1, d, 1]."""
+    """This layer's, [1, 1, 1, d, 1, d, 1]."""
 
     def attend_image(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
         text = key.shape[1] - len(self.seen)
@@ -41,7 +41,7 @@ class Pooled(DenseClearProcessor):
 
 
 class LatePooled(Pooled, StaleProcessor):
-    """In the stale schedule: what other stripes pooled in the step before."""
+    """The stale schedule's: other stripes' keys were pooled in the step before."""
 
 
 def stripes(height: int, ranks: int, factor: int) -> list[range]:

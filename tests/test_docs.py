@@ -15,7 +15,7 @@ FOREIGN = {
     *("--help", "--version", "--install-completion", "--nproc-per-node", "--no-python", "--table", "--check"),
     *("--rm", "--gpus", "--ipc", "--shm-size", "--pid", "--oldest", "--newest", "--cuda", "--cuda-all"),
 }
-"""Not of our records: typer's, ours without a command, torchrun's, a benchmark's, ruff's, Docker's, py-spy's and CI's."""
+"""Not in our records: typer's, ours without a command, torchrun's, a benchmark's, ruff's, Docker's, py-spy's and CI's."""
 FLAGS = {
     name.strip(" /")
     for command in COMMANDS.values()
@@ -74,7 +74,7 @@ def test_the_example_for_a_cpu_draws(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def anchors(file: Path) -> set[str]:
-    """As GitHub makes them from headings."""
+    """What GitHub makes of headings."""
     headings = re.findall(r"^#+ (.*)$", file.read_text(), flags=re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -70,7 +70,7 @@ def test_shares_of_the_text_are_all_of_it_in_order_and_differ_by_one(tokens: int
 
 @pytest.mark.parametrize(("pixels", "fewest"), [(1024, 2), (2048, 4), (4096, 15), (8192, 57)])
 def test_sharing_flux_s_text_pays_from_so_many_ranks_on(pixels: int, fewest: int) -> None:
-    """Where 512 tokens on each are a tenth of a rank's: at 2048 px they are 6 % on 2 ranks, 11 % on 4."""
+    """It pays where 512 tokens are a tenth of a rank's: at 2048 px they are 6 % on 2 ranks, 11 % on 4."""
     tokens = (pixels // 16) ** 2
     assert [ranks for ranks in range(2, 65) if sharing_text_pays(512, tokens, ranks)] == list(range(fewest, 65))
 

@@ -54,7 +54,7 @@ def stock_latents() -> Tensor:
 
 @cache
 def oracle_latents(radius: int, ranks: int | None) -> Tensor:
-    """From the unmodified transformer with a dense processor; `ranks`: of Eq. 7, None: exact text attention."""
+    """The unmodified transformer with a dense processor; `ranks`: those of Eq. 7, None: exact text attention."""
     pipe = make_tiny_pipeline()
     parts = None
     if ranks is not None:

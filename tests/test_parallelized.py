@@ -19,7 +19,7 @@ class Watched(Recorder):
 
 
 def test_no_graph_is_left_when_the_group_is_closed() -> None:
-    """Not even of a generation that was stopped: NCCL would wait for it for ever."""
+    """A stopped generation's goes, too: NCCL would wait for it for ever."""
     pipe, recorder = make_tiny_pipeline(), Watched()
     striped = on_stripes(pipe, Group.create("cpu"), EXACT, recorder)
     run(pipe, steps=STEPS, callback_on_step_end=stop)

@@ -100,5 +100,5 @@ def test_nothing_is_left_to_do_at_the_size_itself(size: Size) -> None:
 
 
 def test_a_refinement_takes_the_steps_of_the_notebook() -> None:
-    """Which asks diffusers for 20 at a strength of 0.7."""
+    """The notebook asks diffusers for 20 at a strength of 0.7."""
     assert (Upscaling().steps, Upscaling().strength, Upscaling().guidance_scale) == (14, 0.7, 7.5)

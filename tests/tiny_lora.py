@@ -57,7 +57,7 @@ def draw(*shape: int) -> Tensor:
 def put_on(
     pipe: FluxPipeline, model: Path, tensors: dict[str, Tensor], file: Path, weight: float = 1.0, **metadata: str
 ) -> None:
-    """As a job does: compared with the model's files, then loaded."""
+    """Compare with the model's files, then load, as a job does."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)
     lora = Lora(source=str(file), weight=weight)
     compare_loras([lora], read_folder(model, CARDS), CARDS, Options())

@@ -35,7 +35,7 @@ TOKEN = re.compile(r"\bhf_\w{8,}|(?<=://)[^\s/@]+(?=@)")
 ESCAPED = re.compile(r"(?<!\\)(?:\\u(?!00[0-7])[0-9a-fA-F]{4})+")
 """Letters beyond ASCII, as JSON has them."""
 FOLDER = re.compile(r"https?://\S+|(?<![\w.<>-])(?:~|<path>|/[\w.@+~-]+)(?:/[\w.@+~-]*)+")
-"""From the root, of at least two names, or from someone's home; and, to be left, addresses of the web."""
+"""Paths of two names or more from the root, or from someone's home; and web addresses, to be left alone."""
 GIGA = 1e9
 
 

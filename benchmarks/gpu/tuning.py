@@ -33,7 +33,7 @@ from clear_dist.vae.stripe_ops import FUSED
 SIDE, SMALL_SIDE = 1024, 128
 """Pixels: where launches rule."""
 STEPS_BEFORE = 5
-"""Of a generation, the timed one aside: its second step is captured where four are to come."""
+"""Untimed steps of a generation: the second is captured where four are to come."""
 VAE_HEAD, VAE_SCALE = 512, 8
 
 

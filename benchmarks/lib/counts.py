@@ -60,7 +60,7 @@ class Part:
     rank: int
     window: Window
     factor: int = 1
-    """So many tokens are a side of what one down-sampled key stands for; 1: there are no such keys."""
+    """Down-sampling factor of the extra keys; 1: there are none."""
 
     @property
     def stripes(self) -> tuple[Rows, ...]:
@@ -90,7 +90,7 @@ class Part:
 
 
 def shares_of_text(tokens: int, image_tokens: int, ranks: int, schedule: Schedule, asked: TextTokens) -> int:
-    """In how many shares ranks take the text, as the engine chooses; 1: all of them take all of it.
+    """Number of shares of the text, as the engine chooses; 1: every rank takes all of it.
 
     Args:
         image_tokens: of the whole image.
@@ -155,7 +155,7 @@ def traffic(
     text_attention: TextAttention = "average",
     asked: TextTokens = "auto",
 ) -> Traffic:
-    """Of one pass of a step after the warm-up; full attention reduces text by `exact`, and where it lags only."""
+    """One pass of a step after the warm-up; full attention reduces text by `exact`, and only where it lags."""
     plan, pooled, columns = part.plan, part.pooled_plan, part.grid[1]
     row = 2 * columns * model.channels * model.itemsize * model.layers
     text = model.text_tokens * model.channels * model.itemsize

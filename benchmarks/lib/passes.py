@@ -38,9 +38,9 @@ class Passes(TorchDispatchMode):
     def counting(self) -> Iterator[None]:
         launch = elementwise._launch
 
-        def launched(kernel: str, read: Sequence[Tensor], written: Sequence[Tensor], *arguments: Any) -> None:
+        def launched(kernel: str, read: Sequence[Tensor], written: Sequence[Tensor], *rest: Any, **named: Any) -> None:
             self._count(map(held, (*read, *written)))
-            launch(kernel, read, written, *arguments)
+            launch(kernel, read, written, *rest, **named)
 
         with mock.patch.object(elementwise, "_launch", launched), self:
             yield

@@ -91,9 +91,8 @@ def extend_attention(
         raise ValueError(f"log-sum-exp must be float32 {out_BRWND.shape[:-1]}, got {lse_BRWN.dtype} {lse_BRWN.shape}")
     mine, visible = _cut_down(call)
     if visible.query.numel():
-        assert visible.out is not None
         _require(backend, visible.shape)
-        backend.extend(visible, visible.out, lse_BRWN[:, mine])
+        backend.extend(visible, lse_BRWN[:, mine])
 
 
 def choose_backend(

@@ -112,8 +112,8 @@ class Backend:
     """Device types where `auto` may choose it unmeasured."""
     lacks: Callable[[CallShape], str | None] = nothing
     """What this machine lacks for it; None: nothing."""
-    extend: Callable[[WindowCall, Tensor, Tensor], None] | None = None
-    """Adds the call's keys to attention over others, in place: (out [B, R, W, N, D], lse [B, R, W, N] in float32).
+    extend: Callable[[WindowCall, Tensor], None] | None = None
+    """Adds the call's keys to attention over others, in place: the call's `out`, and lse [B, R, W, N] in float32.
 
     An lse of -inf means no key yet, whatever the output. None: the backend cannot, its results are to be merged.
     """

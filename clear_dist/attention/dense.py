@@ -40,7 +40,7 @@ def attend(
 def attend_masked(
     query_BLND: Tensor, key_BSND: Tensor, value_BSND: Tensor, scale: float | None, mask_BS: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As `attend`, where keys at False of the mask count for nothing."""
+    """`attend` without the keys at False of the mask."""
     batch, keys = mask_BS.shape
     if query_BLND.numel() == 0 or keys == 0:
         return attend(query_BLND, key_BSND, value_BSND, scale)

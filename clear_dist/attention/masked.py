@@ -21,7 +21,7 @@ from clear_dist.attention.dense import BIAS_ALIGNMENT, fused, heads_last
 from clear_dist.geometry import Rows, reach
 
 BAND_QUERIES = 256
-"""Its mask stays in the cache, and from 192 queries on the CPU's kernel takes larger blocks."""
+"""A band's mask stays in the cache, and from 192 queries on the CPU's kernel takes larger blocks."""
 MOST_MASK_BYTES = 2**27
 """Limit of one mask; that of all 64 x 64 image tokens and 512 text tokens takes 75 MB in float32."""
 MASKS_KEPT = 3

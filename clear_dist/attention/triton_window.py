@@ -50,8 +50,9 @@ def run(call: WindowCall) -> tuple[Tensor, Tensor]:
     return out_BRWND, lse_BRWN
 
 
-def extend(call: WindowCall, out_BRWND: Tensor, lse_BRWN: Tensor) -> None:
-    _launch(call, out_BRWND, lse_BRWN, extends=True)
+def extend(call: WindowCall, lse_BRWN: Tensor) -> None:
+    assert call.out is not None, "nothing to extend"
+    _launch(call, call.out, lse_BRWN, extends=True)
 
 
 def _launch(call: WindowCall, out_BRWND: Tensor, lse_BRWN: Tensor, *, extends: bool) -> None:

@@ -151,7 +151,7 @@ def _check_parts(folder: Path, card: Card, nearest: str) -> None:
 
 
 def _classes(folder: Path, part: str) -> set[str]:
-    """Of a part, by the pipeline's index and by its own configuration."""
+    """A part's class by the pipeline's index, and by its own configuration."""
     listed = read_json(folder / INDEX).get(part)
     by_index = listed[1] if isinstance(listed, list) and len(listed) == 2 else None
     file = "scheduler_config.json" if part == "scheduler" else "config.json"

@@ -48,7 +48,7 @@ class Pair:
     """Names in the file, by kind."""
     rank: int
     alpha: float
-    """By the file's settings; a tensor `alpha` comes first."""
+    """From the file's settings; a tensor `alpha` comes first."""
 
 
 def read_pairs(file: Path, parts: Mapping[str, Layers | None]) -> list[Pair]:
@@ -161,7 +161,7 @@ class _Reader:
         return down[0]
 
     def _alpha(self, part: str, module: str, rank: int) -> float:
-        """As peft reads its settings."""
+        """Alpha by peft's settings."""
         start = f"{part}."
         own = {name.removeprefix(start): value for name, value in self.settings.items() if name.startswith(start)}
         try:

@@ -222,7 +222,7 @@ class Group:
 
     @labelled("comm: agree")
     def start_equal(self, values: Sequence[int]) -> Callable[[], bool]:
-        """As `equal`; returns a function that waits for the answer."""
+        """Start `equal`; returns a function that waits for the answer."""
         # Through gloo, as in `agree`. 62 bits of each: their negatives exist.
         mine = torch.tensor([value & (2**62 - 1) for value in values])
         extremes = torch.cat([mine, -mine])

@@ -109,7 +109,7 @@ def _message(error: Exception, arguments: Sequence[str]) -> str | None:
 
 
 def _elsewhere(option: str, command: str) -> str | None:
-    """Where there is what a flag unknown to `command` asks for; None where nobody knows it."""
+    """Where to find what a flag unknown to `command` asks for; None: nobody knows."""
     name = f"clear-dist {command}".rstrip()
     if option in ELSEWHERE:
         return f"{name} has no {option}; {ELSEWHERE[option]}"

@@ -35,7 +35,7 @@ class Saving:
     files: Sequence[Path]
     """Names of the last stage's pictures."""
     alpha: Alpha | None
-    """On rank 0, the picture's to start from."""
+    """The start picture's, on rank 0."""
     began: float
     """By `time.perf_counter`."""
 

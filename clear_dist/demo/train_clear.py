@@ -26,8 +26,8 @@ from clear_dist.demo.train_transformer import (
     Batch,
     LatentSet,
     draw_batch,
-    draw_sigmas,
     held_out_loss,
+    noised,
     predict,
 )
 from clear_dist.demo.training import Figures, Recipe, fit
@@ -58,14 +58,12 @@ def recorded_attention(transformer: Any) -> Iterator[list[torch.Tensor]]:
 
 
 def distillation_loss(student: nn.ModuleDict, teacher: nn.ModuleDict, batch: Batch) -> torch.Tensor:
-    noise = torch.randn_like(batch.latents)
-    sigmas = draw_sigmas(len(noise), batch.most_noise)
-    noisy = (1 - sigmas) * batch.latents + sigmas * noise
+    noisy, sigmas, velocity = noised(batch)
     with torch.no_grad(), recorded_attention(teacher["transformer"]) as wanted:
         wanted_prediction = predict(teacher, noisy, sigmas, batch, T5_LENGTH, window=False)
     with recorded_attention(student["transformer"]) as outputs:
         prediction = predict(student, noisy, sigmas, batch, T5_LENGTH, window=True)
-    flow = F.mse_loss(prediction, noise - batch.latents)
+    flow = F.mse_loss(prediction, velocity)
     attention = torch.stack([F.mse_loss(a, b) for a, b in zip(outputs, wanted, strict=True)]).mean()
     return flow + PREDICTION_WEIGHT * F.mse_loss(prediction, wanted_prediction) + ATTENTION_WEIGHT * attention
 

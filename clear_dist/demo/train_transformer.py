@@ -103,6 +103,13 @@ def draw_sigmas(count: int, most: float) -> torch.Tensor:
     return most * shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
+def noised(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents with fresh noise, its share of them (sigmas [B, 1, 1]), and the velocity noise - latents."""
+    noise = torch.randn_like(batch.latents)
+    sigmas = draw_sigmas(len(noise), batch.most_noise)
+    return (1 - sigmas) * batch.latents + sigmas * noise, sigmas, noise - batch.latents
+
+
 def predict(
     models: nn.ModuleDict, noisy: torch.Tensor, sigmas: torch.Tensor, batch: Batch, text_length: int, window: bool
 ) -> torch.Tensor:
@@ -119,10 +126,8 @@ def predict(
 
 def flow_loss(models: nn.ModuleDict, batch: Batch, text_length: int, window: bool) -> torch.Tensor:
     """Rectified flow: mean squared error to noise - latents."""
-    noise = torch.randn_like(batch.latents)
-    sigmas = draw_sigmas(len(noise), batch.most_noise)
-    noisy = (1 - sigmas) * batch.latents + sigmas * noise
-    return F.mse_loss(predict(models, noisy, sigmas, batch, text_length, window), noise - batch.latents)
+    noisy, sigmas, velocity = noised(batch)
+    return F.mse_loss(predict(models, noisy, sigmas, batch, text_length, window), velocity)
 
 
 @torch.no_grad()

@@ -67,13 +67,16 @@ class Fused:
             product(linear, x_LC, out_LND.view(len(x_LC), linear.out_features))
 
     def rotate(
-        self, linear: nn.Module, norm: Any, x_BLC: Tensor, cos_LD: Tensor, sin_LD: Tensor, out_BLND: Tensor
+        self, layers: Sequence[tuple[Any, Any]], x_BLC: Tensor, cos_LD: Tensor, sin_LD: Tensor, *outs_BLND: Tensor
     ) -> None:
-        if not (is_rms_norm(norm, out_BLND) and elementwise.takes(x_BLC, cos_LD, sin_LD, out_BLND)):
-            parts.rotate(linear, norm, x_BLC, cos_LD, sin_LD, out_BLND)
+        turned = [(norm, out_BLND) for (_, norm), out_BLND in zip(layers, outs_BLND, strict=True)]
+        is_known = all(is_rms_norm(*each) for each in turned) and len({norm.eps for norm, _ in turned}) == 1
+        if not (is_known and elementwise.takes(x_BLC, cos_LD, sin_LD, *outs_BLND)):
+            parts.rotate(layers, x_BLC, cos_LD, sin_LD, *outs_BLND)
             return
-        heads_BLND = self.call(linear, x_BLC).unflatten(-1, out_BLND.shape[-2:])
-        elementwise.rotate(heads_BLND, norm.weight, cos_LD, sin_LD, out_BLND, norm.eps)
+        heads_BLND = [self.call(linear, x_BLC).unflatten(-1, outs_BLND[0].shape[-2:]) for linear, _ in layers]
+        weights_D = [norm.weight for norm, _ in turned]
+        elementwise.rotate(heads_BLND, weights_D, cos_LD, sin_LD, outs_BLND, turned[0][0].eps)
 
     def widen(self, linear: nn.Module, activation: nn.Module, x_BLC: Tensor, out_BLH: Tensor) -> None:
         is_gelu = is_stock(activation, nn.GELU) and activation.approximate == "tanh"

@@ -40,6 +40,11 @@ class Heads:
         self._halos: PendingHalos | None = None
 
     @property
+    def has_others(self) -> bool:
+        """Whether other ranks wait for border rows."""
+        return self.striped.running_cut.group.size > 1
+
+    @property
     def own(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of my tokens, [B, L, N, D] each, to write to."""
         query, key, value = (x[:, self._elsewhere :] for x in self._qkv_BLND)

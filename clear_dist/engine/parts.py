@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 MOST_TOKENS = 40_960
 """Largest chunk, all pictures together; cutting 8192 px on 8 ranks would lower no peak, and hide fewer messages."""
+LARGEST_FLOAT16 = 65_504
 
 
 def modulate(norm: nn.Module, x_BLC: Tensor, shift_BC: Tensor, scale_BC: Tensor) -> Tensor:
@@ -29,10 +30,13 @@ def project(linear: nn.Module, x_BLC: Tensor, out_BLND: Tensor) -> None:
     out_BLND.copy_(linear(x_BLC).unflatten(-1, out_BLND.shape[-2:]))
 
 
-def rotate(linear: nn.Module, norm: nn.Module, x_BLC: Tensor, cos_LD: Tensor, sin_LD: Tensor, out_BLND: Tensor) -> None:
-    """Queries or keys, rotated in float32."""
-    heads_BLND = norm(linear(x_BLC).unflatten(-1, out_BLND.shape[-2:]))
-    out_BLND.copy_(apply_rotary_emb(heads_BLND, (cos_LD, sin_LD), sequence_dim=1))
+def rotate(
+    layers: Sequence[tuple[nn.Module, nn.Module]], x_BLC: Tensor, cos_LD: Tensor, sin_LD: Tensor, *outs_BLND: Tensor
+) -> None:
+    """Queries, keys or both, rotated in float32: for each a linear layer, a norm and where it goes."""
+    for (linear, norm), out_BLND in zip(layers, outs_BLND, strict=True):
+        heads_BLND = norm(linear(x_BLC).unflatten(-1, out_BLND.shape[-2:]))
+        out_BLND.copy_(apply_rotary_emb(heads_BLND, (cos_LD, sin_LD), sequence_dim=1))
 
 
 def widen(linear: nn.Module, activation: nn.Module, x_BLC: Tensor, out_BLH: Tensor) -> None:
@@ -108,3 +112,8 @@ def joined(first_BLC: Tensor, second_BLC: Tensor) -> Tensor:
     if adjacent:
         return first_BLC.as_strided((batch, tokens, channels), strides)
     return torch.cat([first_BLC, second_BLC], dim=1)
+
+
+def finite(x: Tensor) -> Tensor:
+    """`x`, clipped in place where it is float16, as in diffusers."""
+    return x.clip_(-LARGEST_FLOAT16, LARGEST_FLOAT16) if x.dtype == torch.float16 else x

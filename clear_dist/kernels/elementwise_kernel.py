@@ -95,12 +95,12 @@ def gelu_kernel(x, out, x_strides, out_strides, channels, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def rotate_kernel(
-    x, weight, cos, sin, out, x_strides, weight_strides, cos_strides, sin_strides, out_strides, heads, eps,
+def rotated(
+    x, weight, cos, sin, out, x_strides, cos_strides, sin_strides, out_strides, batch, heads, eps,
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK: HEAD_DIM rounded up to a power of two."""
-    token, batch = tl.program_id(0), tl.program_id(2)
+    token = tl.program_id(0)
     head_N, dim_D = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, BLOCK)
     in_head_D = dim_D < HEAD_DIM
     inside_ND = (head_N < heads)[:, None] & in_head_D
@@ -116,3 +116,35 @@ def rotate_kernel(
     sin_D = tl.load(sin + position * sin_strides[0] + dim_D, mask=in_head_D, other=0.0)
     place_ND = row(out, out_strides, token, batch) + (head_N * out_strides[2])[:, None] + dim_D
     write(place_ND, x_ND * cos_D + turned_ND * sin_D, inside_ND)
+
+
+@triton.jit
+def rotate_kernel(
+    x, weight, cos, sin, out, x_strides, weight_strides, cos_strides, sin_strides, out_strides, heads, eps,
+    HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(2)
+    rotated(
+        x, weight, cos, sin, out, x_strides, cos_strides, sin_strides, out_strides, batch, heads, eps,
+        HEAD_DIM, HEADS, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def rotate_both_kernel(
+    x, y, x_weight, y_weight, cos, sin, x_out, y_out,
+    x_strides, y_strides, x_weight_strides, y_weight_strides, cos_strides, sin_strides, x_out_strides, y_out_strides,
+    heads, eps, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Each program for one of two tensors."""
+    batch = tl.program_id(2) // 2
+    if tl.program_id(2) % 2 == 0:
+        rotated(
+            x, x_weight, cos, sin, x_out, x_strides, cos_strides, sin_strides, x_out_strides, batch, heads, eps,
+            HEAD_DIM, HEADS, BLOCK,
+        )  # fmt: skip
+    else:
+        rotated(
+            y, y_weight, cos, sin, y_out, y_strides, cos_strides, sin_strides, y_out_strides, batch, heads, eps,
+            HEAD_DIM, HEADS, BLOCK,
+        )  # fmt: skip

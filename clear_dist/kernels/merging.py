@@ -34,8 +34,8 @@ def merge(parts: Sequence[Part], merged: Tensor, lse: Tensor | None = None) -> N
     whole, whole_lse = _rows(merged), None if lse is None else _rows(lse, last="N")
     _compute(
         "merge_kernel",
-        [whole, whole_lse],
         [tuple(outs), tuple(lses)],
+        [whole, whole_lse],
         *(firsts, stops),
         PARTS=len(parts),
         WITH_LSE=lse is not None,
@@ -48,8 +48,8 @@ def merge_stacked(outs_PBLND: Tensor, lses_PBLN: Tensor | None, merged_BLND: Ten
     first_lse = None if lses_PBLN is None else _rows(lses_PBLN[0], last="N")
     _compute(
         "merge_stacked_kernel",
-        [_rows(merged_BLND)],
         [_rows(outs_PBLND[0]), first_lse],
+        [_rows(merged_BLND)],
         *(outs_PBLND.stride(0), 0 if lses_PBLN is None else lses_PBLN.stride(0), len(outs_PBLND)),
         WEIGHED=lses_PBLN is not None,
     )
@@ -57,20 +57,20 @@ def merge_stacked(outs_PBLND: Tensor, lses_PBLN: Tensor | None, merged_BLND: Ten
 
 def weigh(out_BLND: Tensor, lse_BLN: Tensor, maximum_BLN: Tensor, weighed_BLND1: Tensor) -> None:
     lses = _rows(lse_BLN, last="N"), _rows(maximum_BLN, last="N")
-    _compute("weigh_kernel", [_rows(weighed_BLND1)], [_rows(out_BLND), *lses], head_dim=out_BLND.shape[-1])
+    _compute("weigh_kernel", [_rows(out_BLND), *lses], [_rows(weighed_BLND1)], head_dim=out_BLND.shape[-1])
 
 
 def unweigh(summed_BLND1: Tensor, out_BLND: Tensor) -> None:
-    _compute("unweigh_kernel", [_rows(out_BLND)], [_rows(summed_BLND1)])
+    _compute("unweigh_kernel", [_rows(summed_BLND1)], [_rows(out_BLND)])
 
 
 def relay(
     summed_BLND1: Tensor, reference_BLN: Tensor, out_BLND: Tensor, lse_BLN: Tensor, before_BLND: Tensor, most: float
 ) -> None:
     """Turn a sum of terms into `before_BLND`, and itself and its reference into the terms of the next, in place."""
-    written = [_rows(summed_BLND1), _rows(reference_BLN, last="N"), _rows(before_BLND)]
     read = [_rows(out_BLND), _rows(lse_BLN, last="N")]
-    _compute("relay_kernel", written, read, most, head_dim=out_BLND.shape[-1])
+    written = [_rows(summed_BLND1), _rows(reference_BLN, last="N"), _rows(before_BLND)]
+    _compute("relay_kernel", read, written, most, head_dim=out_BLND.shape[-1])
 
 
 def pack(
@@ -79,7 +79,7 @@ def pack(
     """Copy, with the tokens from `first` on moved to `to`, before others."""
     lses = [None if x is None else _rows(x, last="N") for x in (packed_BLN, lse_BLN)]
     packed, out = [_rows(packed_BLND), lses[0]], [_rows(out_BLND), lses[1]]
-    _compute("pack_kernel", packed, out, first, to, WITH_LSE=lse_BLN is not None)
+    _compute("pack_kernel", out, packed, first, to, WITH_LSE=lse_BLN is not None)
 
 
 def spread(arrived_PSKBND: Tensor, counts: Sequence[int], own: int, tensors_BLND: Sequence[Tensor]) -> None:
@@ -97,9 +97,9 @@ def spread(arrived_PSKBND: Tensor, counts: Sequence[int], own: int, tensors_BLND
     numbers = {"padded": arrived_PSKBND.shape[1], "share": share, "larger": larger}
     _launch(
         "spread_kernel",
-        (elsewhere, len(first)),
-        [tuple(tensors_BLND)],
         [arrived_PSKBND],
+        [tuple(tensors_BLND)],
+        (elsewhere, len(first)),
         *first.stride()[:2],
         **numbers,
         before=sum(counts[:own]),
@@ -115,9 +115,9 @@ def _rows(x: Tensor, last: str = "D") -> Tensor:
 
 
 def _compute(
-    kernel: str, written: list[Any], read: list[Any], *numbers: Any, head_dim: int | None = None, **constants: Any
+    kernel: str, read: list[Any], written: list[Any], *numbers: Any, head_dim: int | None = None, **constants: Any
 ) -> None:
-    """Launch a kernel on the items of the first tensor, [B, R, W, N, D] as all are, or [B, R, W, N]."""
+    """Launch a kernel on the items of the first tensor that it writes, [B, R, W, N, D] as all are, or [B, R, W, N]."""
     batch, rows, columns, heads, dim = written[0].shape
     dim = dim if head_dim is None else head_dim
     items = batch * rows * columns * heads
@@ -127,13 +127,13 @@ def _compute(
     sizes = {"items": items, "rows": rows, "columns": columns, "heads": heads}
     dims = {"HEAD_DIM": dim, "DIMS": power_of_two(dim)}
     strides = map(_strides, [*written, *read])
-    _launch(kernel, (-(-items // ITEMS),), written, read, *strides, *numbers, **sizes, **dims, ITEMS=ITEMS, **constants)
+    _launch(kernel, read, written, (-(-items // ITEMS),), *strides, *numbers, **sizes, **dims, ITEMS=ITEMS, **constants)
 
 
 def _launch(
-    kernel: str, grid: tuple[int, ...], written: list[Any], read: list[Any], *numbers: Any, **named: Any
+    kernel: str, read: list[Any], written: list[Any], grid: tuple[int, ...], *numbers: Any, **named: Any
 ) -> None:
-    """Launch a kernel, whose arguments begin with the tensors, or tuples of them, that it writes and that it reads."""
+    """Launch a kernel; its arguments begin with the tensors, or tuples of them, that it writes, then those it reads."""
     from clear_dist.kernels import merging_kernels
 
     with torch.cuda.device_of(written[0][0]):

@@ -28,7 +28,7 @@ GUESSES = {
 }
 """abort() may follow from another rank's end, so that a cause that is told goes before it."""
 NO_GPU_MEMORY = r"CUDA (error: )?out of memory|CU\w+_STATUS_ALLOC_FAILED"
-"""In errors of torch, of its allocator, whose advice on itself is left out, of CUDA, and of cuBLAS and cuDNN."""
+"""Found in errors of torch, its allocator (whose advice on itself is left out), CUDA, cuBLAS and cuDNN."""
 LESS_MEMORY = "clear-dist plan names settings that take less (a smaller --res, --offload, --int8)"
 SHOW_CURSOR = "\x1b[?25h"
 HOW_TO_SEE_MORE = "(for the traceback: --traceback)"

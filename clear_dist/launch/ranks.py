@@ -163,7 +163,7 @@ def _share_of_threads(size: int) -> int | None:
 def _wait(
     processes: list[BaseProcess], inboxes: list[Connection], causes: list[ends.Cause], call: Call
 ) -> BaseException | None:
-    """Until all ranks have ended or one has failed, or until `call` has raised what is returned; adds to `causes`."""
+    """Wait until all ranks have ended, one has failed or `call` has raised what is returned; adds to `causes`."""
     running = {process.sentinel: process for process in processes}
     deadline: float | None = None
     while running and call.raised is None:

@@ -78,7 +78,7 @@ def decode(file: Path) -> Decoded:
 
 
 def decoded(image: Image.Image) -> Decoded:
-    """As `decode`, of a picture that is open."""
+    """`decode` for a picture that is open."""
     found: list[str] = []
     prompt, orientation = None, 1
     with _warnings_told(found):

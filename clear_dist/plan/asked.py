@@ -66,7 +66,7 @@ class PlanRequest:
     """Ranks of stages that not all draw, by size."""
 
     def changed(self, **fields: Any) -> "PlanRequest":
-        """With other fields of the request, and all ranks in every stage."""
+        """A copy with other fields of the request, and all ranks in every stage."""
         return replace(self, request=replace(self.request, **fields), stage_ranks={})
 
     @property
@@ -119,7 +119,7 @@ class PlanRequest:
 
     @property
     def options(self) -> Options:
-        """As the engine is given them."""
+        """What the engine is given."""
         given = {each.name: getattr(self.request, each.name) for each in fields(Options)}
         return Options(**given | {"hoist_modulation": self.hoists, "offload": False})
 

@@ -3,10 +3,10 @@
 A pure function of the request and the kind of GPU: the memory that happens to be free does not change the picture.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from clear_dist.plan.fits import ERROR, Plan
+from clear_dist.plan.fits import ERROR, Plan, halves
 from clear_dist.plan.phases import Memory
 from clear_dist.plan.timing import StageTime, stage_time
 from clear_dist.request.request import Request
@@ -74,17 +74,13 @@ def _of_stage(plan: Plan, number: int) -> Fewer | None:
     # On fewer ranks computing takes no less: then there is nothing to be gained, nor to ask the engine.
     if on_most is None or on_most.computing >= (1 - GAIN) * on_most.step:
         return None
-    times = {ranks: time.total for ranks in _halves(most) if (time := _time(plan, number, ranks)) is not None}
+    times = {ranks: time.total for ranks in halves(most) if (time := _time(plan, number, ranks)) is not None}
     for ranks in sorted(times, key=lambda each: (times[each], -each)):
         if times[ranks] > min((1 - GAIN) * on_most.total, on_most.total - LEAST_SAVED):
             return None
         if _fits(plan, number, ranks):
             return Fewer(size=size, ranks=ranks, most=most, seconds=times[ranks], on_most=on_most.total)
     return None
-
-
-def _halves(most: int) -> Iterator[int]:
-    return (most >> shift for shift in range(1, most.bit_length()))
 
 
 def _on(plan: Plan, number: int, ranks: int) -> Plan:

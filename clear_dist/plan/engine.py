@@ -90,7 +90,7 @@ class Engine:
         return self.ask(question)
 
     def vae(self, asked: PlanRequest, part: Part | None = None, *, encode: bool = False) -> VaePass:
-        """Of a part's stripe; without one, its weights alone."""
+        """A pass over a part's stripe; no part: weights alone."""
         question = VaeQuestion(module=asked.model.vae, ranks=1, **asked.kind)
         if part is not None:
             question = replace(

@@ -130,18 +130,18 @@ class Plan:
 
     @cached_property
     def times(self) -> tuple[StageTime, ...]:
-        """Of each stage; none on a CPU."""
+        """One a stage; none without known rates."""
         times = (stage_time(self.engine, self.asked, number) for number in range(len(self.asked.stages)))
         return tuple(time for time in times if time is not None)
 
     @property
     def seconds(self) -> float | None:
-        """Of all stages."""
+        """All stages together."""
         return sum(time.total for time in self.times) if self.times else None
 
     @cached_property
     def traffic(self) -> Traffic:
-        """Of a step of the last stage, on the rank that sends most."""
+        """A step of the last stage, on the rank that sends most."""
         part = max(self.asked.parts[-1], key=lambda part: part.sent)
         return step_traffic(self.engine, self.asked, self.asked.stages[-1], part)
 
@@ -160,9 +160,9 @@ class Change:
     """Other settings."""
 
     flags: str
-    """That ask for them."""
+    """On the command line."""
     fields: Mapping[str, Any]
-    """Of a Request."""
+    """In a Request."""
 
     def of(self, asked: PlanRequest) -> PlanRequest:
         return asked.changed(**self.fields)
@@ -178,7 +178,7 @@ def nearest(plan: Plan, *, most_ranks: int = MOST_RANKS) -> Change | None:
 
 
 def _first_that_fits(plan: Plan, group: Sequence[Change]) -> Change | None:
-    """By bisection: each takes less than the one before."""
+    """Bisects the group: each takes less than the one before."""
     if not group or not fits_with(plan, group[-1]):
         return None
     low, high = 0, len(group) - 1
@@ -193,7 +193,7 @@ def fits_with(plan: Plan, change: Change) -> bool:
 
 
 def groups(asked: PlanRequest, most_ranks: int) -> Iterator[Sequence[Change]]:
-    """In the order in which they are tried: what makes another picture comes after what does not, sizes come last.
+    """Changes in the order they are tried: what makes another picture comes after what does not, sizes come last.
 
     Each change of a group takes less memory than the one before.
     """
@@ -225,13 +225,17 @@ def _each(first: Change, group: Sequence[Change]) -> Sequence[Change]:
 def _other_ranks(asked: PlanRequest, most: int) -> Iterator[Change]:
     """Twice as many, and so on, on GPUs of their own; on a CPU, whose memory they share, half as many."""
     if not asked.on_cuda:
-        halves = (asked.ranks >> shift for shift in range(1, asked.ranks.bit_length()))
-        yield from (Change(flags=f"--nproc {ranks}", fields={"world_size": ranks}) for ranks in halves)
+        yield from (Change(flags=f"--nproc {ranks}", fields={"world_size": ranks}) for ranks in halves(asked.ranks))
         return
     ranks, height = 1 << asked.ranks.bit_length(), asked.request.size[0]
     while ranks <= min(most, height // asked.request.unit):
         yield Change(flags=f"--nproc {ranks}", fields={"world_size": ranks})
         ranks *= 2
+
+
+def halves(ranks: int) -> Iterator[int]:
+    """Half of `ranks`, a quarter and so on, rounded down, to 1."""
+    return (ranks >> shift for shift in range(1, ranks.bit_length()))
 
 
 def _savings(asked: PlanRequest) -> Iterator[Change]:

@@ -26,7 +26,7 @@ from clear_dist.vae.stripe_ops import BYTES_PER_VALUE
 ATTENDING = ("_attention", "StripeOps.attend", "StripeOps._gather", "StripeJoin.join")
 """Functions that hold rows of the whole picture."""
 CHUNKS = 3
-"""From so many on, what the VAE holds grows by the same with each row."""
+"""From this many on, each row adds the same to what the VAE holds."""
 
 
 def main() -> None:

@@ -9,14 +9,14 @@ from clear_dist.plan.questions import Step
 from clear_dist.stages import Stage
 
 CONTEXT = 600_000_000
-"""Of CUDA, cuBLAS and cuDNN on a GPU: assumed, not measured."""
+"""Bytes of CUDA, cuBLAS and cuDNN on a GPU: assumed, not measured."""
 CHANNELS_OF_NCCL = 400_000_000
-"""Of NCCL's groups, where there are several ranks: assumed, not measured."""
+"""Bytes of NCCL's groups where there are several ranks: assumed, not measured."""
 LIBRARIES, FORKED = 630_000_000, 450_000_000
-"""Of Python, torch, diffusers and transformers in a process on a CPU, and in one of several forked ranks, which
+"""Bytes of Python, torch, diffusers and transformers in a process on a CPU, and in one of several forked ranks, which
 touch less of them: measured, benchmarks/memory/plan.py."""
 SHARED = 370_000_000
-"""Of these, what forked ranks have in common: pages of files, and of the process that they come from."""
+"""Bytes of FORKED that ranks have in common: pages of files, and of the process that they come from."""
 PICTURE_CHANNELS, FLOAT32 = 3, 4
 Items = Mapping[str, int]
 
@@ -27,13 +27,13 @@ class Phase:
 
     name: str
     stage: int
-    """Its number; -1: before all stages."""
+    """Number; -1: before all stages."""
     items: Items
     """Bytes by name: weights first."""
     where: str = ""
     """Function at work when most is alive."""
     as_stored: int = 0
-    """Of weights on a CPU, what ranks may have in common: the files' pages, if those have the dtype asked for."""
+    """Bytes of weights on a CPU that ranks may share: the files' pages, if those have the dtype asked for."""
 
     @property
     def total(self) -> int:
@@ -66,7 +66,7 @@ class RankMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Of all ranks of a request."""
+    """What each rank of a request takes."""
 
     asked: PlanRequest
     engine: Engine
@@ -91,7 +91,7 @@ class Memory:
             yield self._phase("load", -1, self._loaded(rank, weights.loading) | self._surroundings())
 
     def of_stage(self, rank: int, number: int) -> Iterator[Phase]:
-        """Of one stage; where a rank takes no part it idles."""
+        """Phases of one stage; a rank without a part idles."""
         asked, stage = self.asked, self.asked.stages[number]
         held, parts = self.held(rank), asked.parts[number]
         if rank >= len(parts):
@@ -142,7 +142,7 @@ class Memory:
         return {"libraries": FORKED if self.asked.forked and several else LIBRARIES}
 
     def _with_vae(self, items: Items) -> Items:
-        """While it is used it is there in any case."""
+        """A VAE in use is there, offloaded or not."""
         return {**items, "VAE": self.engine.vae(self.asked).weights}
 
     def _text_activations(self) -> int:
@@ -171,7 +171,7 @@ class Memory:
         return {name: amount for name, amount in rows.items() if amount}
 
     def _masks(self, rank: int, number: int) -> Items:
-        """Of attention after stage `number`; several ranks have up to three in one, which take the places of others."""
+        """Masks kept after stage `number`; several ranks have up to three in one, which take the places of others."""
         masks = 0
         for earlier in range(max(0, number) if self.asked.on_cuda else 0, number + 1):
             if rank < len(self.asked.parts[earlier]):
@@ -180,7 +180,7 @@ class Memory:
         return {"masks": masks} if masks else {}
 
     def _tables(self, stage: Stage) -> int:
-        """Of hoisted modulation: what it is in all steps."""
+        """Bytes of hoisted modulation for all steps."""
         steps, images = max(each.sampling.steps for each in self.asked.stages), self.asked.request.num_images
         numbers = steps * stage.sampling.passes * images * self.engine.weights(self.asked).modulation_outputs
         return numbers * self.asked.itemsize * self.asked.hoists

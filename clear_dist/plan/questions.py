@@ -36,7 +36,7 @@ class Weights:
     """The transformer's on one rank, in bytes but for the last three."""
 
     whole: int
-    """As they are stored."""
+    """All of them, in the dtype asked for."""
     held: int
     """All the time."""
     loading: int
@@ -44,7 +44,7 @@ class Weights:
     sent: int
     """In one pass: a rank's share of all that is in shards, once."""
     as_stored: int
-    """Of what is held, what may still be the pages of the files that it came from."""
+    """The part of `held` that may still be pages of the files it came from."""
     modulation: int
     """What `--hoist-modulation` keeps in host memory."""
     modulation_outputs: int
@@ -69,7 +69,7 @@ class StepQuestion(Question):
     down_factor: int
     has_lora: bool
     steps: int
-    """Of the stage where halos lag; else 1."""
+    """The stage's where halos lag; else 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class Step:
     """Handed over, by the engine's own counters."""
     operations: Amounts
     tokens: int
-    """That go through the blocks, for one picture and pass."""
+    """Tokens in the blocks, for one picture and pass."""
     channels: int
 
 
@@ -96,7 +96,7 @@ class VaeQuestion(Question):
 
     encode: bool = False
     rows: int = 0
-    """Of latents, as columns."""
+    """In latents, as `columns`."""
     columns: int = 0
     images: int = 1
 

@@ -41,7 +41,7 @@ def of_plan(plan: Plan, nearest: Change | None) -> dict[str, Any]:
 
 
 def of_request(asked: PlanRequest) -> dict[str, Any]:
-    """Its settings, models and hardware by name."""
+    """Settings, models and hardware by name."""
     request = asked.request
     return {name: getattr(request, name) for name in SAME} | {
         "model": asked.model.name,

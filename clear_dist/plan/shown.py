@@ -67,7 +67,7 @@ def _title(asked: PlanRequest) -> Iterator[str]:
 
 
 def _heights(asked: PlanRequest) -> list[int]:
-    """Of the stripes of the last stage, in rows of tokens."""
+    """Rows of tokens in each stripe of the last stage."""
     return [len(stripe) for stripe in asked.stripes(asked.stages[-1])]
 
 
@@ -82,7 +82,7 @@ def _request(asked: PlanRequest) -> Iterator[str]:
 
 
 def _memory(plan: Plan) -> Table:
-    """Of the rank that needs most: its phases before anything is drawn, and in the stage in which it needs most."""
+    """The rank that needs most: its phases before anything is drawn, and in the stage where it needs most."""
     memory = plan.largest
     phases = [phase for phase in memory.phases if phase.stage in (-1, memory.drawing.stage)]
     title = f"rank {memory.rank}, GB{_of_stage(plan, memory)}"
@@ -148,7 +148,7 @@ def _assumptions(asked: PlanRequest) -> Iterator[str]:
 
 
 def _verdict(plan: Plan, nearest: Change | None) -> tuple[str, str]:
-    """In words, and their colour."""
+    """Words and their colour."""
     ranks = f" for {plan.room.sharing} ranks" if plan.room.sharing > 1 else ""
     amounts = f"{plan.needed / GB:.1f} of the {plan.room.bytes / GB:.1f} GB of {plan.room.where}{ranks}"
     if not plan.fits:

@@ -20,14 +20,14 @@ from clear_dist.stages import Stage
 TILE = (8, 16)
 """Tokens of FlexAttention's tiles, for people."""
 PRODUCTS = 0.7
-"""Of a GPU's peak, that large products of matrices reach: 700 of an H100's 989 TFLOP/s."""
+"""Share of a GPU's peak that large products of matrices reach: 700 of an H100's 989 TFLOP/s."""
 WINDOW_KERNEL = 0.27
-"""Of the peak, on the pairs that are visited: FlexAttention's 267 TFLOP/s, which explain CLEAR's published times."""
+"""Share of the peak on visited pairs: FlexAttention's 267 TFLOP/s, which explain CLEAR's published times."""
 FULL_KERNEL = 0.55
-"""Of the peak, as FlashAttention reaches it on an H100."""
+"""Share of the peak that FlashAttention reaches on an H100."""
 CONVOLUTIONS = 0.3
 MEMORY = 0.8
-"""Of the bandwidth of a GPU's memory."""
+"""Share of a GPU's memory bandwidth."""
 EIGHT_BITS = 1.6
 """How many times as fast products in float8 are; their peak is twice as high."""
 UNPACKING = 11
@@ -37,16 +37,16 @@ PASSES = 19
 run; counted (tests/cuda/test_passes.py)."""
 LAUNCH = 5e-6
 """Seconds of the host to start a kernel, a product of matrices or a group of messages from Python: assumed."""
-LAUNCHES = 22
-"""All of these in a block of a pass on one rank, as the next two counted on GPUs that are not there (figures.md)."""
-LAUNCHES_OF_MESSAGES = 9
-"""And besides among several ranks: parts of attention and their merging, messages, shares of text."""
-LAUNCHES_IN_8_BITS = {"int8": (16, 10), "float8": (60, 8)}
-"""And for weights in 8 bits, as they are and compiled, which changes nothing for others."""
-LAUNCHES_REPLAYED = 16
-"""In all of a pass that is a CUDA graph."""
+LAUNCHES = 19
+"""Such starts in a block of a pass on one rank; counted, as the next two, on GPUs that are not there (figures.md)."""
+LAUNCHES_OF_MESSAGES = 11
+"""More on each of several ranks: parts of attention and their merging, messages, shares of text."""
+LAUNCHES_IN_8_BITS = {"int8": (15, 7), "float8": (59, 7)}
+"""More for weights in 8 bits, as they are and compiled, which changes nothing for others."""
+LAUNCHES_REPLAYED = 10
+"""Starts in a whole pass that is a CUDA graph."""
 LAUNCHED = 2
-"""Passes before: in the first one kernels are compiled, in the second one the graph is captured."""
+"""Passes before a graph is replayed: the first compiles kernels, the second captures the graph."""
 HIDDEN = {"sync": 0.5, "stale": 1.0}
 """Share of a step's computing behind which its messages can hide."""
 
@@ -77,7 +77,7 @@ class StageTime:
 
 
 def stage_time(engine: Engine, asked: PlanRequest, number: int) -> StageTime | None:
-    """Of one stage; None: on a CPU or a GPU whose rates are not known."""
+    """Times of one stage; None: on a CPU or a GPU of unknown rates."""
     gpu, stage = asked.gpu, asked.stages[number]
     if gpu is None or not gpu.flops:
         return None

@@ -9,7 +9,7 @@ from clear_dist.stages import Stage
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Of all passes and pictures of a step, each kind as the report of a run counts it."""
+    """All passes and pictures of a step together, each kind as a run's report counts it."""
 
     ranks: int
     halos_sent: int
@@ -49,7 +49,7 @@ class Traffic:
 
 
 def step_traffic(engine: Engine, asked: PlanRequest, stage: Stage, part: Part) -> Traffic:
-    """Of one rank; what it receives follows from the rows that it sends, which are as long."""
+    """One rank's; what it receives follows from the rows that it sends, which are as long."""
     sent = engine.step(asked, stage, part).bytes
     rows = sum(len(stripe) for stripe in asked.stripes(stage))
     halos, pooled = sent.get("halo_bytes_sent", 0), sent.get("pooled_bytes_sent", 0)

@@ -57,7 +57,7 @@ GPUS: dict[str, Gpu] = {
         _gpu("RTX3090", 23.6, 71, 936, "pcie4", float8=False),
     )
 }
-"""By the word for `--gpu`; the first is planned for where none is named or found."""
+"""Kinds by the word for `--gpu`; the first is planned for where none is named or found."""
 
 LINKS: dict[str, Link] = {
     name: Link(name=name, bytes_per_second=gb_per_second * GB)
@@ -77,7 +77,7 @@ LINKS: dict[str, Link] = {
         "memory": 2,
     }.items()
 }
-"""By the word for `--link`. nvlink: of Hopper; 3: of Ampere; 5: of Blackwell; memory: ranks on one machine's CPU."""
+"""Kinds by the word for `--link`. nvlink: Hopper's; 3: Ampere's; 5: Blackwell's; memory: ranks on one machine's CPU."""
 
 
 def named_like(device: str) -> Gpu | None:

@@ -25,7 +25,6 @@ class Start:
     """Fields of the request that `generate` and `upscale` choose each in their own way; sizes in pixels."""
 
     prompts: tuple[str, ...]
-    """As given."""
     height: int | None
     """None: a hub model's native size."""
     width: int | None

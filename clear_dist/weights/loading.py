@@ -81,7 +81,7 @@ def _load_part(folder: Path, card: Card, name: str, dtype: torch.dtype, device: 
 
 
 def _load_stock(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
-    """By the part's own library, which knows the names that its tensors had in earlier versions."""
+    """Load with the part's own library, which knows the names its tensors had in earlier versions."""
     with _refusing(folder / name, kind.__name__):
         part, info = kind.from_pretrained(
             folder,

@@ -47,7 +47,7 @@ def load_loras(pipe: Any, loras: Iterable[Lora], cards: Cards) -> None:
 
 
 def _layers_of(part: Any, cards: Cards) -> Layers:
-    """By the family's card, or by the weights of a text encoder, which may have adapters already."""
+    """Layers by the family's card, or by a text encoder's weights, which may have adapters already."""
     card = cards.of_transformer(type(part).__name__)
     if card is not None:
         return card.shape_of(part.config, "config.json").lora_layers()

@@ -87,7 +87,7 @@ def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_float8(transformer: Any, names: list[str]) -> None:
-    """As `to_int8`."""
+    """Like `to_int8`."""
     for name, layer in plain_layers(transformer, names, "float8").items():
         transformer.set_submodule(name, Float8Linear(layer))
 

@@ -118,7 +118,7 @@ def test_tall_tiles_of_queries_compute_the_same(query_rows: int) -> None:
 
 @pytest.fixture
 def with_flash(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on Hopper with FlashAttention 4, and with a torch that is new enough."""
+    """Pretend Hopper, FlashAttention 4 and a torch that is new enough."""
     monkeypatch.setattr(flex, "find_spec", lambda _: object())
     monkeypatch.setattr(flex, "capability", lambda: 9)
     monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")

@@ -44,7 +44,7 @@ def test_the_check_knows_the_largest_mask(device: str, radius: int, elements: in
 
 
 def test_bands_read_only_rows_within_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By pairs of query and key that the kernel is given."""
+    """Counts pairs of query and key that the kernel is given."""
     pairs = []
     fused = masked.fused
 

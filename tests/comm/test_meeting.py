@@ -45,7 +45,7 @@ def be_rank(function: partial[None], variables: dict[str, str]) -> None:
 
 
 def meet_again_and_again(rounds: int, latest: float) -> None:
-    """As `parallelize` and `undo` do, sometimes two pipelines at once."""
+    """Groups come and go as with `parallelize` and `undo`, sometimes two at once."""
     late = random.Random(os.environ["RANK"])
     for number in range(rounds):
         time.sleep(late.random() * latest)

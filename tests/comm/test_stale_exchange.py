@@ -93,7 +93,7 @@ def test_text_is_of_the_step_before_and_the_same_on_all_ranks(size: int, mode: s
 
 
 def test_scores_that_leap_do_no_lasting_harm() -> None:
-    """By more than float32 has exponents for: weights are cut off, which is wrong for some steps and never NaN."""
+    """Leaps beyond float32's exponents: weights are cut off, which is wrong for some steps and never NaN."""
     leaps = [0.0, 500.0, 500.0, -3000.0, *[-3000.0] * 60]
     for results in run_ranks(reduce, 2, "exact", [1.0] * len(leaps), leaps, 0):
         assert all(result.isfinite().all() for result in results)

@@ -75,7 +75,7 @@ def with_lora_before(group: Group, pipe: Any, shard: bool) -> Tensor:
 
 
 def with_lora_fused(group: Group, pipe: Any, shard: bool) -> Tensor:
-    """After sharding, what came before it: into this rank's share. Twice: other shards on other process groups."""
+    """An older LoRA is fused into this rank's share. Twice: other shards on other process groups."""
     adapt(pipe, targets=["to_q", "norm.linear"])
     latents = []
     for _ in range(2):
@@ -113,7 +113,7 @@ def through_host_memory(group: Group, pipe: Any, shard: bool) -> Tensor:
 
 
 def after_an_error(group: Group, pipe: Any, shard: bool) -> Tensor:
-    """In the midst of a forward, on all ranks: one block's weights are there and another's under way."""
+    """Fails amid a forward, on all ranks: one block's weights are there and another's under way."""
     parallelize(pipe, group=group, shard_weights=shard, **EXACT)
 
     def fail(*_: Any) -> None:
@@ -169,7 +169,7 @@ def test_together_with_all_else() -> None:
 
 
 def plain_bytes(block: nn.Module) -> int:
-    """Of weights that are whole on this rank."""
+    """Bytes of weights that are whole on this rank."""
     return sum(weight.nbytes for weight in block.parameters() if not hasattr(weight, "to_local"))
 
 

@@ -28,7 +28,7 @@ from tests.tiny import make_clear_weights, make_tiny_flux
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "clear-dist")
 SECONDS_AT_IMPORT = 0.8
-"""Of a rank: by then it has loaded the model and is in the midst of steps."""
+"""A rank's: by then it has loaded the model and is in the midst of steps."""
 QUICK = ("--res", "64", "--steps", "2", "--seed", "5", "--device", "cpu", "--max_sequence_length", "16", "--quiet")
 
 
@@ -46,14 +46,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def generate(model: Path, *arguments: str) -> int:
-    """In this process; the exit status."""
+    """Exit status, of a run in this process."""
     with pytest.raises(SystemExit) as ending:
         main(["generate", "--model", str(model), *QUICK, *arguments])
     return int(ending.value.code or 0)
 
 
 def launch(model: Path, *arguments: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen[str]:
-    """As a user would, in a session of its own; ranks share the cores, whatever these tests have."""
+    """Run `generate` as a user would, in its own session; ranks share the cores, whatever these tests have."""
     command = [*launcher, SCRIPT, "generate", "--model", str(model), *QUICK, *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -61,7 +61,7 @@ def launch(model: Path, *arguments: str, launcher: tuple[str, ...] = (sys.execut
 
 
 def start_on_ranks(model: Path, *arguments: str) -> Forked:
-    """As `launch`, without the seconds of imports."""
+    """`launch` without the seconds of imports."""
     return forked(partial(main, ["generate", "--model", str(model), *QUICK, *arguments]))
 
 
@@ -188,7 +188,7 @@ def test_an_interrupt_while_libraries_are_imported(model: Path, here: Path, libr
 
 
 def processor_seconds(pid: int) -> float:
-    """In user mode; 0 once it has ended."""
+    """Seconds in user mode; 0 once it has ended."""
     with suppress(FileNotFoundError):
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11]) / os.sysconf("SC_CLK_TCK")
     return 0.0

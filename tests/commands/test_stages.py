@@ -27,7 +27,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(model: Path, *arguments: str) -> int:
-    """In this process; the exit status."""
+    """Exit status, of a run in this process."""
     with pytest.raises(SystemExit) as ending:
         main([*arguments, "--model", str(model), *QUICK])
     return int(ending.value.code or 0)

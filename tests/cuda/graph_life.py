@@ -41,7 +41,7 @@ class Life:
         self.counts = Counts()
 
     def launches(self, pictures: int = 1, **arguments: Any) -> list[int]:
-        """Of graphs, in each step of a generation."""
+        """Graph launches in each step of a generation."""
         steps: list[int] = []
 
         def end_step(pipe: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class Machine:
 
     gpus: int = 2
     capability: int = 90
-    """As in sm_90."""
+    """90 is sm_90."""
     gib: float = 79.1
     used_gib: float = 0.5
     """Memory of each, taken by others, as NVML tells."""
@@ -81,7 +81,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class NullGpus:
-    """Where the stubs are."""
+    """Runs programs over stub drivers."""
 
     stubs: Path
 

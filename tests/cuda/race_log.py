@@ -11,6 +11,7 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -61,10 +62,13 @@ class Log(TorchDispatchMode):
             self._write(function.name(), reads, [*writes, *places(fresh)])
         return out
 
-    def launched(self, launch: Any, kernel: str, read: Any, written: Any, *rest: Any) -> None:
-        """In place of `elementwise._launch`."""
+    def launches_of(self, kernels: ModuleType) -> AbstractContextManager[Any]:
+        """Our own kernels in the log, which torch does not dispatch."""
+        return patch.object(kernels, "_launch", partial(self._launched, kernels._launch))
+
+    def _launched(self, launch: Any, kernel: str, read: Any, written: Any, *rest: Any, **named: Any) -> None:
         self._write(kernel, places(read), places(written))
-        launch(kernel, read, written, *rest)
+        launch(kernel, read, written, *rest, **named)
 
     def _write(self, name: str, reads: list[str], writes: list[str]) -> None:
         stream = torch.cuda.current_stream().cuda_stream
@@ -82,15 +86,6 @@ def places(tree: Any) -> list[str]:
     return [f"{x.data_ptr()},{(last + 1) * x.element_size()}" for x, last in zip(on_gpu, lasts, strict=True)]
 
 
-def noted(
-    note: Any, launch: Any, kernel: str, grid: Any, written: list[Any], read: list[Any], *numbers: Any, **named: Any
-) -> None:
-    """`launch`, in the log."""
-    launch(kernel, grid, written, read, *numbers, **named)
-    stream = torch.cuda.current_stream().cuda_stream
-    note(f"op {kernel} stream {stream} R {';'.join(places(read))} W {';'.join(places(written))}".encode())
-
-
 class LongerSample(FluxSample):
     steps = 5
 
@@ -101,16 +96,15 @@ def work(folder: Path, runs: dict[str, dict[str, Any]]) -> None:
     stubs.nullcuda_log(str(folder / f"connecting.{place.rank}").encode())
     group = Group.create(torch.device("cuda", place.local_rank))
     stubs.nullcuda_log(None)
-    kernels = patch.object(merging, "_launch", partial(noted, stubs.nullcuda_note, merging._launch))
     for name, options in runs.items():
         file = folder / f"{name}.{place.rank}"
-        with FAULTS[options.pop("fault", None)], kernels, torch.inference_mode():
+        with FAULTS[options.pop("fault", None)], torch.inference_mode():
             pipe = sample.pipeline(group.device, torch.bfloat16)
             handle = parallelize(pipe, group=group, cuda_graphs="off", **options)  # a replay tells nobody what it does
             sample.draw(pipe, GRID)  # buffers are made
             stubs.nullcuda_log(str(file).encode())
             log = Log(stubs.nullcuda_note)
-            with log, patch.object(elementwise, "_launch", partial(log.launched, elementwise._launch)):
+            with log, log.launches_of(elementwise), log.launches_of(merging):
                 sample.draw(pipe, GRID)
                 sample.draw(pipe, GRID)
             handle.drain()

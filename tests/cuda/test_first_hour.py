@@ -22,7 +22,7 @@ NOT_DONE = {"verify": "failed", "suite": "failed"}
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """In the official layout, in a folder whose name has a space."""
+    """The official layout, in a folder whose name has a space."""
     folder, pipe = tmp_path / "my models" / "FLUX.1-dev", make_tiny_pipeline(head_dim=32)
     pipe.save_pretrained(folder)
     make_clear_weights(pipe.transformer, folder / "clear_local_4.safetensors")

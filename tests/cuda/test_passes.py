@@ -11,7 +11,7 @@ from tests.cuda.null_gpu import NullGpus
 
 SIDE = 1024
 MOST = 25
-"""Per channel, token and block of the whole model; torch's own operations take four times as many."""
+"""Numbers per channel, token and block of the whole model; torch's own operations take four times as many."""
 
 
 def test_few_numbers_pass_through_memory(null_gpus: NullGpus, tmp_path: Path) -> None:

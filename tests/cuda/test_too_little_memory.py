@@ -17,7 +17,7 @@ def test_what_is_known_before_is_refused(machine: Machine, null_gpus: NullGpus, 
 
 
 def test_what_is_taken_later_ends_with_advice(null_gpus: NullGpus, tmp_path: Path) -> None:
-    """By a program that started after the check."""
+    """A program takes it that started after the check."""
     ended = null_gpus.command(*GENERATE, machine=Machine(unseen_gib=78.52), folder=tmp_path)
     assert ended.status == 1
     assert "out of memory" in ended.last_line and "clear-dist plan" in ended.last_line

@@ -13,7 +13,7 @@ from tests.plan.asked import flux_request
 WITHIN = 0.03
 """Share of the planned memory."""
 QUERIES, KEYS = 8192, 4096
-"""Of a block of scores."""
+"""Sides of a block of scores."""
 
 
 @pytest.mark.parametrize("side", [4096, pytest.param(8192, marks=pytest.mark.full)])

@@ -33,7 +33,7 @@ SIZE = (192, 160)
 STAGES = plan_cascade(SIZE, native=NATIVE, token=16, sampling=SAMPLING, upscaling=UPSCALING)
 PROMPTS = ["a hill", "a lake"]
 ROUNDED = 5e-4
-"""Between stages, where a value near the middle of two bytes may become either."""
+"""Error from bytes between stages: a value near the middle of two may become either."""
 PICTURE = np.random.default_rng(5).integers(0, 256, (76, 62, 3), dtype=np.uint8)
 
 

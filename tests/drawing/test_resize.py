@@ -19,7 +19,7 @@ def picture(height: int, width: int) -> np.ndarray:
 
 
 def whole(pixels: np.ndarray, new_size: Size) -> np.ndarray:
-    """By Pillow alone; where a side shrinks it would not always begin with the columns."""
+    """Pillow alone; where a side shrinks it would not always begin with the columns."""
     image, (height, width) = Image.fromarray(pixels), new_size
     if height < image.height or width < image.width:
         image = image.resize((width, image.height))

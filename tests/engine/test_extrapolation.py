@@ -38,7 +38,7 @@ def striped_latents(group: Group, cases: list[tuple[dict[str, Any], Extrapolatio
 
 @cache
 def stock_latents(ntk_factor: float) -> Tensor:
-    """From diffusers' own processors: rotation and scores are linear in queries, so their norms' weights scale them."""
+    """Diffusers' own processors: rotation and scores are linear in queries, so their norms' weights scale them."""
     pipe = make_tiny_pipeline()
     transformer = pipe.transformer
     transformer.pos_embed = FluxPosEmbed(theta=10_000 * ntk_factor, axes_dim=transformer.config.axes_dims_rope)

@@ -71,7 +71,7 @@ def test_a_layer_under_autocast_is_called() -> None:
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is made for Linux only")
 def test_kernels_need_a_c_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Which Triton builds what launches them with, and slim containers do not have."""
+    """Triton builds their launchers with it; slim containers have none."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -146,7 +146,7 @@ def changed(group: Group, change: Callable[..., dict[str, Any]]) -> tuple[bool, 
 def test_a_model_that_changes_is_drawn_as_it_is(
     change: Callable[..., dict[str, Any]], captures: int, replays: int
 ) -> None:
-    """Without graphs until the generation ends; and while others' hooks are on it."""
+    """No graphs until the generation ends, nor while others' hooks are on it."""
     assert run_ranks(changed, 2, change) == [(True, captures, replays)] * 2
 
 

@@ -24,7 +24,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 def reads(group: Group, settings: dict[str, Any]) -> list[dict[str, int]]:
-    """Of each forward, two passes a step."""
+    """Host reads of each forward, two a step."""
     forwards: list[HostReads] = []
     pipe = make_tiny_pipeline()
 

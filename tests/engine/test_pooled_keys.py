@@ -1,8 +1,7 @@
 """Down-sampled keys: N ranks against an oracle in an unmodified transformer."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clear_dist.attention import Backend
 from clear_dist.comm.group import Group
 from clear_dist.drawing.generation import generate
 from clear_dist.engine import parts
@@ -21,6 +19,7 @@ from clear_dist.engine.pooled_keys import pool
 from clear_dist.engine.striped import require_striped
 from clear_dist.parallelize import parallelize
 from clear_dist.weights.clear import load_clear_weights
+from tests.engine.stopping import Stop, stop_in_attention
 from tests.oracle import DenseClearProcessor, Rotary
 from tests.pooled_oracle import pool_keys, stripes
 from tests.ranks import run_ranks
@@ -75,7 +74,6 @@ class Drawn:
 
 
 def drawn(group: Group, cases: list[dict[str, Any]], guided: bool = True) -> list[Drawn]:
-    """On a rank."""
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
     results = []
     for case in cases:
@@ -175,7 +173,7 @@ def test_messages_bytes_and_buffers(folder: Path, size: int) -> None:
 
 
 def halo_bytes(size: int, rank: int) -> int:
-    """Of what the stale schedule keeps besides: halos of two rows, and the average of 9 text tokens."""
+    """Bytes the stale schedule keeps besides: halos of two rows, and the average of 9 text tokens."""
     mine = stripes(HEIGHT, size, 4)[rank]
     rows = [row for row in range(HEIGHT) if row not in mine and min(abs(row - own) for own in mine) < RADIUS]
     return 2 * (len(rows) * 2 * WIDTH * 32 * 4 + 9 * 32 * 4)
@@ -228,28 +226,11 @@ def test_compiled_in_chunks_and_in_a_batch(folder: Path, monkeypatch: pytest.Mon
     assert relative_error(latents, run(oracle, prompt=prompts, **SIZE)) < 1e-4
 
 
-class Stop(Exception):
-    pass
-
-
 def stopped_in_the_middle(group: Group, file: Path, schedule: str) -> Tensor:
-    """In the second step; pooled rows of that layer were sent and are not waited for."""
+    """Stops in the second step; pooled rows of that layer were sent and are not waited for."""
     pipe = make_tiny_pipeline()
     parallelized = parallelize(pipe, clear_weights=file, schedule=schedule, warmup_steps=1, group=group, **EXACT)
-    striped = require_striped(pipe)
-    choose, calls = striped.settings.choose_backend, []
-
-    def stop_once(attend: Callable[[Any], Any], call: Any) -> Any:
-        calls.append(call)
-        if len(calls) == 8:
-            raise Stop
-        return attend(call)
-
-    def choose_stopping(**sizes: int) -> Backend:
-        backend = choose(**sizes)
-        return replace(backend, run=partial(stop_once, backend.run))
-
-    striped.settings = replace(striped.settings, choose_backend=choose_stopping)
+    stop_in_attention(pipe, 8)
     steps = {"sync": 3, "stale": 4}[schedule]
     with pytest.raises(Stop):
         run(pipe, steps=steps, **SIZE)

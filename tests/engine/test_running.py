@@ -1,8 +1,5 @@
 """A model runs on another group, with another scheduler or above its native size for a while, and then as before."""
 
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,11 +8,11 @@ import torch
 from diffusers import FluxPipeline
 from torch import distributed as dist
 
-from clear_dist.attention import Backend
 from clear_dist.comm.group import Group
 from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.striped import require_striped
 from clear_dist.parallelize import parallelize
+from tests.engine.stopping import Stop, stop_in_attention
 from tests.engine.test_extrapolation import PAPER, SEED, TEXT, oracle_latents
 from tests.ranks import run_ranks
 from tests.test_parallelize import HEIGHT, WIDTH, relative_error, run
@@ -89,10 +86,6 @@ def test_a_cut_is_made_anew_only_where_something_has_changed() -> None:
         parallelized.undo()
 
 
-class Stop(Exception):
-    pass
-
-
 def stopped_in_the_middle(group: Group) -> list[float]:
     """An exception between two layers on the subgroup, then all ranks as ever."""
     pipe = make_tiny_pipeline()
@@ -127,24 +120,9 @@ def test_everything_is_restored_after_an_exception() -> None:
 
 def stopped_in_a_layer(group: Group) -> float:
     """Its halos were sent and are not waited for."""
-    calls = 0
-
-    def stop_once(attend: Callable[[Any], Any], call: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise Stop
-        return attend(call)
-
-    def choose_stopping(**sizes: int) -> Backend:
-        backend = choose(**sizes)
-        return replace(backend, run=partial(stop_once, backend.run))
-
     pipe = make_tiny_pipeline()
     parallelized = parallelize(pipe, group=group, **EXACT)
-    striped = require_striped(pipe)
-    choose = striped.settings.choose_backend
-    striped.settings = replace(striped.settings, choose_backend=choose_stopping)
+    stop_in_attention(pipe, 3)
     with pytest.raises(Stop):
         run(pipe)
     latents = run(pipe, seed=SEED)

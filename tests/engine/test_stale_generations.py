@@ -1,8 +1,6 @@
 """One pipeline object, one generation after another in the stale schedule: each equals that of a fresh process."""
 
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -10,11 +8,11 @@ import torch
 from torch import Tensor
 
 import clear_dist
-from clear_dist.attention import Backend
 from clear_dist.comm.group import Group
 from clear_dist.engine.striped import require_striped
 from clear_dist.parallelize import interrupt, parallelize
 from clear_dist.stages import Upscaling
+from tests.engine.stopping import Stop, stop_in_attention
 from tests.engine.test_stale import ATTENTION, GUIDED, STEPS, edited
 from tests.ranks import run_ranks
 from tests.test_parallelize import relative_error, run
@@ -58,12 +56,8 @@ def test_no_generation_sees_anything_of_the_one_before(attention: dict[str, Any]
     assert torch.equal(ours[0][0], ours[0][-1])
 
 
-class Stop(Exception):
-    pass
-
-
 def stop_by_interrupt(pipe: Any) -> None:
-    """After two steps, decided on one rank."""
+    """Stops after two steps, decided on one rank."""
 
     def at_step_1(pipe: Any, step: int, _: Any, __: Any) -> dict[str, Any]:
         interrupt(pipe, when=require_striped(pipe).group.rank == 1 and step == 1)
@@ -73,7 +67,7 @@ def stop_by_interrupt(pipe: Any) -> None:
 
 
 def stop_between_layers(pipe: Any) -> None:
-    """In the middle of the third step: some layers have sent what is for the fourth."""
+    """Stops amid the third step: some layers have sent what is for the fourth."""
     calls = 0
 
     def stop(*_: Any) -> None:
@@ -122,24 +116,9 @@ def first_afresh(group: Group, attention: dict[str, Any]) -> Tensor:
 
 def stopped_in_a_layer(group: Group, call_that_stops: int) -> Tensor:
     """Its halos arrive, and its own were not sent yet; or, in the warm-up, were sent and not waited for."""
-    calls = 0
-
-    def stop_once(attend: Callable[[Any], Any], call: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call_that_stops:
-            raise Stop
-        return attend(call)
-
-    def choose_stopping(**sizes: int) -> Backend:
-        backend = choose(**sizes)
-        return replace(backend, run=partial(stop_once, backend.run))
-
     pipe = make_tiny_pipeline()
     parallelize(pipe, group=group, window=4, **STALE)
-    striped = require_striped(pipe)
-    choose = striped.settings.choose_backend
-    striped.settings = replace(striped.settings, choose_backend=choose_stopping)
+    stop_in_attention(pipe, call_that_stops)
     with pytest.raises(Stop):
         run(pipe, steps=STEPS, seed=3)
     return run(pipe, steps=STEPS)

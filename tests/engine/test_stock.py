@@ -39,7 +39,7 @@ def first_block_cache(pipe: FluxPipeline) -> None:
 
 
 def broadcast(pipe: FluxPipeline) -> None:
-    """By a function of diffusers, which tells the model nothing."""
+    """Uses a function of diffusers that tells the model nothing."""
     skipping = PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=2,
         spatial_attention_timestep_skip_range=(0, 1000),

@@ -15,6 +15,7 @@ from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.striped import require_striped
 from clear_dist.parallelize import parallelize
 from tests.engine import test_extrapolation
+from tests.engine.stopping import Stop
 from tests.families.flux.test_blocks import blocks_of, raster
 from tests.oracle import DenseClearProcessor
 from tests.ranks import run_ranks
@@ -43,7 +44,7 @@ def prompt_of(tokens: int) -> dict[str, Any]:
 
 
 def striped_latents(group: Group, cases: list[dict[str, Any]], tokens: list[int]) -> list[Tensor]:
-    """Of each case with each number of text tokens; what is uninitialised is NaN."""
+    """Latents of each case with each number of text tokens; uninitialised memory is NaN."""
     torch.use_deterministic_algorithms(True)
     pipe = make_pipeline()
     results = []
@@ -56,7 +57,7 @@ def striped_latents(group: Group, cases: list[dict[str, Any]], tokens: list[int]
 
 @cache
 def one_process(kind: str, tokens: int, ranks: int) -> Tensor:
-    """From unmodified diffusers, `full` with its own attention; `ranks`: of Eq. 7."""
+    """Unmodified diffusers, `full` with its own attention; `ranks`: those of Eq. 7."""
     pipe = make_pipeline()
     if kind != "full":
         heights = [HEIGHT // ranks + (rank < HEIGHT % ranks) for rank in range(ranks)]
@@ -181,12 +182,8 @@ def test_linear_layers_see_a_share_and_what_leaves_is_computed_first() -> None:
         assert events == ["keys of the image: True, False", "queries of the image: True, True"]
 
 
-class Stop(Exception):
-    pass
-
-
 def stopped(group: Group) -> Tensor:
-    """Between the text's start and its end, on all ranks; then once more."""
+    """Stops between the text's start and its end, on all ranks; then once more."""
     pipe = make_pipeline()
     parallelize(pipe, group=group, **EXACT, **SHARDED)
 

@@ -45,7 +45,7 @@ def upside_down(pipe: Any, step: int, _: Any, tensors: dict[str, Tensor]) -> dic
 
 
 def with_channels(count: int) -> FluxTransformer2DModel:
-    """That takes a condition beside the latents' 64 channels."""
+    """Takes a condition beside the latents' 64 channels."""
     config = {name: value for name, value in make_tiny_pipeline().transformer.config.items() if name[0] != "_"}
     transformer = FluxTransformer2DModel(**{**config, "in_channels": count, "out_channels": 64})
     return draw_weights(transformer, torch.Generator().manual_seed(3))
@@ -137,7 +137,7 @@ def striped_latents(group: Group, settings: dict[str, Any]) -> dict[str, Tensor]
 
 @cache
 def expected(name: str, radius: int | None) -> Tensor:
-    """From the unmodified pipeline; a radius: with a dense processor in place of full attention."""
+    """The unmodified pipeline; a radius: with a dense processor in place of full attention."""
     make, arguments = CASES[name]
     pipe = make()
     stock = dict(pipe.transformer.attn_processors)
@@ -164,7 +164,7 @@ def test_full_attention_is_the_stock_pipeline(size: int) -> None:
 
 
 def test_each_argument_matters() -> None:
-    """Or it would not be seen to be lost."""
+    """Else nobody would see it lost."""
     texts = [name for name, (make, _) in CASES.items() if make is TEXT]
     plain = draw(TEXT())
     assert all(len(expected(name, None)) > 1 or relative_error(expected(name, None), plain) > 1e-3 for name in texts)

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SECONDS_OF_SLOWNESS = 0.5
-"""Of each download."""
+"""Per download."""
 TOKEN = "hf_valid"
 
 

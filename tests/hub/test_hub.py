@@ -85,7 +85,7 @@ def generate(hub: Hub, home: Path, *arguments: str, **more: str) -> tuple[int | 
 
 @pytest.fixture
 def refusing() -> Iterator[str]:
-    """Where nobody listens, and nobody else can while a test runs."""
+    """An address where nobody listens, nor can while a test runs."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{taken.getsockname()[1]}"

@@ -17,7 +17,7 @@ from tests.ranks import RanksFailedError, run_ranks
 
 @dataclass(frozen=True)
 class FromTheHub:
-    """Of a request, what `locate` looks at."""
+    """What `locate` reads of a request."""
 
     model: str = "folder"
     clear_weights: str = "owner/name:file"

@@ -70,9 +70,14 @@ def test_what_the_kernels_do_not_know_is_left_to_torch() -> None:
             assert torch.equal(ours.modulate(norm, x, shift, scale), theirs.modulate(norm, x, shift, scale))
         for norm in (Shifted(16), nn.RMSNorm(16), nn.Identity(), nn.LayerNorm(16)):
             found, expected = torch.empty(2, 1, 3, 2, 16)
-            ours.rotate(nn.Identity(), norm, x, *turns, found)
-            theirs.rotate(nn.Identity(), norm, x, *turns, expected)
+            ours.rotate([(nn.Identity(), norm)], x, *turns, found)
+            theirs.rotate([(nn.Identity(), norm)], x, *turns, expected)
             assert torch.equal(found, expected)
+        pair = [(nn.Identity(), nn.RMSNorm(16, eps=eps)) for eps in (1e-6, 1e-1)]
+        (found, other), (expected, theirs_other) = torch.empty(2, 2, 1, 3, 2, 16)
+        ours.rotate(pair, x, *turns, found, other)
+        theirs.rotate(pair, x, *turns, expected, theirs_other)
+        assert torch.equal(found, expected) and torch.equal(other, theirs_other), "norms that are not alike"
         found, expected = torch.empty(2, 1, 3, 32)
         ours.widen(nn.Identity(), nn.GELU(), x, found)
         theirs.widen(nn.Identity(), nn.GELU(), x, expected)

@@ -22,9 +22,9 @@ SIZES = ((1, 32), (2, 48), (1, 3072))
 HEADS = ((1, 2, 16), (2, 3, 24), (1, 24, 128), (1, 5, 256), (2, 1, 2))
 """Pictures, heads and head dims."""
 PRODUCT = nn.Identity()
-"""In place of layers, whose rounding would be larger than that of what is around them."""
+"""Stands in for layers, whose rounding would be larger than that of what is around them."""
 WITHIN = 2e-6
-"""Of the largest number, in float32."""
+"""Error over the largest number, in float32."""
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 by_size = pytest.mark.parametrize(("batch", "channels"), SIZES)
@@ -32,7 +32,7 @@ by_size = pytest.mark.parametrize(("batch", "channels"), SIZES)
 
 @pytest.fixture(autouse=True)
 def as_drawn() -> Iterator[None]:
-    """Without gradients, nor a way back to torch's forms."""
+    """No gradients, and no way back to torch's forms."""
     torch.manual_seed(0)
     with torch.no_grad(), mock.patch.object(fused, "parts", None):
         yield
@@ -59,24 +59,27 @@ def in_double(x: Any) -> Any:
     return deepcopy(x).double()
 
 
-def written(part: Any, arguments: Any, dtype: torch.dtype, shape: tuple[int, ...] | None) -> Tensor:
-    """What a part returns, or writes [B, L, *shape] to: a place in a larger tensor, where nothing else changes."""
+def written(part: Any, arguments: Any, dtype: torch.dtype, shape: tuple[int, ...] | None, count: int = 1) -> Tensor:
+    """What a part returns, or writes [B, L, *shape] to: a place in a larger tensor, where nothing else changes.
+
+    `count`: as so many tensors, each with its share of the third dimension.
+    """
     if shape is None:
         return part(*arguments)
     batch, channels = shape[0], shape[-1]
     whole = torch.full((batch, TOKENS, *shape[1:-1], channels + 5), torch.nan, dtype=dtype)
     out = whole[:, CHUNK, ..., 5:]
-    part(*arguments, out)
+    part(*arguments, *out.chunk(count, dim=2))
     found = out.clone()
     out.fill_(torch.nan)
     assert whole.isnan().all()
     return found
 
 
-def compare(name: str, *arguments: Any, dtype: torch.dtype, out: tuple[int, ...] | None = None) -> None:
+def compare(name: str, *arguments: Any, dtype: torch.dtype, out: tuple[int, ...] | None = None, count: int = 1) -> None:
     """Both forms with the same arguments, beside torch's in float64."""
-    ours, theirs = (written(getattr(form, name), arguments, dtype, out) for form in (Fused().parts, Parts()))
-    exact = written(getattr(Parts(), name), in_double(arguments), torch.float64, out)
+    ours, theirs = (written(getattr(form, name), arguments, dtype, out, count) for form in (Fused().parts, Parts()))
+    exact = written(getattr(Parts(), name), in_double(arguments), torch.float64, out, count)
     assert ours.dtype == theirs.dtype == dtype and exact.isfinite().all()
     errors, most = [(x.double() - exact).abs() for x in (ours, theirs)], exact.abs().max()
     if dtype == torch.float32:
@@ -97,6 +100,20 @@ def test_modulate(batch: int, channels: int, dtype: torch.dtype) -> None:
     compare("modulate", layer_norm(channels), x, *modulation(dtype, batch, channels, 2), dtype=dtype)
 
 
+def test_one_modulation_for_all_pictures() -> None:
+    """What lies behind it is no modulation of the second one."""
+    batch, channels = 2, 48
+    x, y = (chunk(torch.float32, batch, channels) for _ in range(2))
+    shift, scale, gate = (
+        torch.cat([torch.randn(1, channels), torch.full((1, channels), torch.nan)])[:1] for _ in "123"
+    )
+    compare("modulate", layer_norm(channels), x, shift, scale, dtype=torch.float32)
+    compare("add_gated", PRODUCT, x, y, gate, dtype=torch.float32, out=(batch, channels))
+    layers = PRODUCT, layer_norm(channels), PRODUCT
+    arguments = layers, x, y, (gate, shift, scale, gate)
+    compare("add_attention_and_mlp", *arguments, dtype=torch.float32, out=(batch, channels))
+
+
 @by_dtype
 @by_size
 def test_project(batch: int, channels: int, dtype: torch.dtype) -> None:
@@ -115,8 +132,24 @@ def test_rotate(batch: int, heads: int, head_dim: int, dtype: torch.dtype) -> No
     angle = 9 * torch.rand(TOKENS, head_dim // 2).repeat_interleave(2, dim=1)[CHUNK]
     for kind in (nn.RMSNorm, RMSNorm):
         norm, x = drawn(kind(head_dim, eps=1e-6), dtype), 2 * chunk(dtype, batch, heads * head_dim)
-        arguments = PRODUCT, norm, x, angle.cos(), angle.sin()
+        arguments = [(PRODUCT, norm)], x, angle.cos(), angle.sin()
         compare("rotate", *arguments, dtype=dtype, out=(batch, heads, head_dim))
+
+
+class Reversed(nn.Module):
+    """Stands in for another layer, exactly."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flip(-1)
+
+
+@by_dtype
+@pytest.mark.parametrize(("batch", "heads", "head_dim"), HEADS)
+def test_rotate_keys_and_queries_at_once(batch: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    angle = 9 * torch.rand(TOKENS, head_dim // 2).repeat_interleave(2, dim=1)[CHUNK]
+    norms, x = [drawn(nn.RMSNorm(head_dim, eps=1e-6), dtype) for _ in range(2)], chunk(dtype, batch, heads * head_dim)
+    arguments = list(zip((PRODUCT, Reversed()), norms, strict=True)), x, angle.cos(), angle.sin()
+    compare("rotate", *arguments, dtype=dtype, out=(batch, 2 * heads, head_dim), count=2)
 
 
 @by_dtype
@@ -159,7 +192,7 @@ def test_no_tokens() -> None:
     parts, per_picture = Fused().parts, modulation(torch.float32, 1, 32, 4)
     assert parts.modulate(norm, empty, *per_picture[:2]).shape == (1, 0, 32)
     parts.project(linear, empty, torch.empty(1, 0, 2, 16))
-    parts.rotate(linear, rms_norm, empty, turns, turns, torch.empty(1, 0, 2, 16))
+    parts.rotate([(linear, rms_norm)], empty, turns, turns, torch.empty(1, 0, 2, 16))
     parts.widen(linear, nn.GELU(approximate="tanh"), empty, torch.empty(1, 0, 32))
     parts.add_gated(linear, empty, empty, per_picture[0], torch.empty(1, 0, 32))
     parts.add_attention_and_mlp((linear, norm, linear), empty, empty, per_picture, torch.empty(1, 0, 32))

@@ -20,7 +20,7 @@ TOLERANCE = {
     torch.bfloat16: {"atol": 1e-6, "rtol": 2**-7},
     torch.float16: {"atol": 1e-6, "rtol": 2**-11},
 }
-"""Of float32's sums; of one rounding to 16 bits, which the interpreter cuts off where a GPU rounds, to bfloat16."""
+"""Errors of float32's sums; of one rounding to 16 bits: the interpreter cuts off where a GPU rounds, to bfloat16."""
 
 
 def test_kernels_run_here() -> None:

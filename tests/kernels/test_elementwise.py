@@ -56,12 +56,17 @@ def gelu(channels: int, dtype: torch.dtype) -> None:
 
 def rotate(channels: int, dtype: torch.dtype) -> None:
     x, out, turns = *(tokens(channels // 128, 128, dtype=dtype) for _ in range(2)), torch.empty(2, 128)
-    elementwise.rotate(x, torch.empty(128, dtype=dtype), turns, turns, out, 1e-6)
+    elementwise.rotate([x], [torch.empty(128, dtype=dtype)], turns, turns, [out], 1e-6)
 
 
-KERNELS = (modulate, add_gated, add_and_modulate, gelu, rotate)
+def rotate_both(channels: int, dtype: torch.dtype) -> None:
+    xs, outs = ([tokens(channels // 128, 128, dtype=dtype) for _ in range(2)] for _ in range(2))
+    elementwise.rotate(xs, [torch.empty(128, dtype=dtype)] * 2, torch.empty(2, 128), torch.empty(2, 128), outs, 1e-6)
+
+
+KERNELS = (modulate, add_gated, add_and_modulate, gelu, rotate, rotate_both)
 WIDEST = elementwise.MOST_CHANNELS // 4
-"""Of a token in float32; then its MLP's channels are the most that the kernels take."""
+"""Channels of a token in float32; its MLP's are then the most that the kernels take."""
 
 
 @pytest.mark.parametrize("capability", MEMORY)

@@ -39,7 +39,7 @@ if __name__ == "__main__":
 """
 READY_AND_REST = f"ready()\n{REST}"
 ONCE_TOLD = "os.read(0, 1)\n"
-"""Until the test closes this process's stdin, as `finish` does."""
+"""Waits until the test closes this process's stdin, as `finish` does."""
 REFUSE = "raise Refusal('it does not fit; nearest: 3')"
 REFUSED = (2, ["clear-dist: it does not fit; nearest: 3"])
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}

@@ -19,7 +19,7 @@ from tests.test_parallelize import run
 from tests.tiny import make_clear_weights, make_tiny_flux, make_tiny_pipeline
 
 LAYERS, STEPS = 2, 3
-"""Of the tiny model, and recorded."""
+"""The tiny model's, and those recorded."""
 Slice = tuple[float, float]
 """Begin and end, in microseconds."""
 
@@ -38,7 +38,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def slices(trace: dict[str, Any], name: str) -> list[Slice]:
-    """Those of a name, or whose name begins with it and a number, in order."""
+    """Slices of this name, or of it and a number, in order."""
     events = trace["traceEvents"]
     whole = [
         (event["ts"], event["ts"] + event["dur"]) for event in events if event["ph"] == "X" and is_one(event, name)
@@ -57,7 +57,7 @@ def inside(outer: Slice, found: list[Slice]) -> list[Slice]:
 
 
 def counts(trace: dict[str, Any]) -> Counter[str]:
-    """Of slices by label; layers and steps without their numbers."""
+    """Slices by label; layers and steps without their numbers."""
     names = (event["name"].rstrip("0123456789") for event in trace["traceEvents"] if event["ph"] == "X")
     return Counter(name for name in names if name.startswith(("layer ", "comm: ", "compute: ", "ProfilerStep#")))
 

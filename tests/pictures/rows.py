@@ -14,7 +14,7 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def split(picture: np.ndarray, seed: int = 0) -> Iterator[np.ndarray]:
-    """In parts of random heights, some of them empty."""
+    """Parts of random heights, some of them empty."""
     rng = np.random.default_rng(seed)
     top = 0
     while top < len(picture):

@@ -42,7 +42,7 @@ def test_every_neighbourhood_of_a_few_values_is_filtered_right(tmp_path: Path) -
 
 
 def paeth(a: int, b: int, c: int) -> int:
-    """As in the specification."""
+    """The specification's predictor."""
     p = a + b - c
     if abs(p - a) <= abs(p - b) and abs(p - a) <= abs(p - c):
         return a

@@ -29,7 +29,7 @@ ALONE = Place()
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """So many GPUs with so much of their memory free, in GB."""
+    """Sets up GPUs, given the free GB of each."""
 
     def have(*free: float, name: str = "NVIDIA H100 80GB HBM3", capability: float = 9.0) -> None:
         kind = {"name": name, "capability": capability, "total": 85 * 10**9}
@@ -143,7 +143,7 @@ def test_text_encoders_that_stay_are_known(gpus: Any, tmp_path: Path, monkeypatc
 
 
 def test_lora_are_known(gpus: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of rank 512 in a single block's three attention layers: 9.4 million numbers."""
+    """Rank 512 in a single block's three attention layers: 9.4 million numbers."""
     monkeypatch.chdir(tmp_path)
     layers = {f"transformer.single_transformer_blocks.0.attn.to_{letter}": (3072, 3072) for letter in "qkv"}
     shapes = {f"{name}.lora_A.weight": (512, inputs) for name, (_, inputs) in layers.items()}

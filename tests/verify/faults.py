@@ -34,7 +34,7 @@ class NothingWritten(HaloExchange):
 
 
 class RowsOfTheExchangeBefore(HaloExchange):
-    """As if everything were stale."""
+    """Every exchange is stale."""
 
     def _finish(self) -> Halos:
         halos = super()._finish()

@@ -1,4 +1,4 @@
-"""That each check can fail: something faulty is put in the place of what it verifies, and the check names it."""
+"""Each check can fail: something faulty is put in the place of what it verifies, and the check names it."""
 
 from typing import Any
 

@@ -17,7 +17,7 @@ EXACT: dict[str, Any] = {"window": 4, "text_attention": "exact"}
 
 
 def rounded(rows: Tensor) -> Tensor:
-    """To 4 significant bits, of a row whose largest number is 448; subnormal below 2^-6."""
+    """4 significant bits, once a row's largest number is 448; subnormal below 2^-6."""
     scale = rows.double().abs().amax(dim=-1, keepdim=True).clamp_min(1e-30) / 448
     x = rows.double() / scale
     exponent = torch.floor(torch.log2(x.abs().clamp_min(2.0**-6)))

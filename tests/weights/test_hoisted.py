@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import clear_dist
 from clear_dist.comm.group import Group
+from clear_dist.engine.references import raster_ids
 from clear_dist.engine.striped import require_striped
-from clear_dist.families.flux.references import raster_ids
 from clear_dist.families.flux.transformer import Flux
 from clear_dist.parallelize import parallelize
 from clear_dist.stages import Upscaling
@@ -31,7 +31,7 @@ MORE: dict[str, Callable[[Any], Tensor]] = {
     "other guidance": lambda pipe: run(pipe, guidance_scale=7.5),
 }
 LAYERS = 4
-"""Of modulation in the tiny model: two in its double block, one in its single block, one before its output."""
+"""Modulation layers of the tiny model: two in its double block, one in its single block, one before its output."""
 
 
 def compared(group: Group, settings: dict[str, Any]) -> dict[str, bool]:
@@ -75,7 +75,7 @@ def test_stages_of_a_cascade() -> None:
 
 
 class Reads(TorchDispatchMode):
-    """Which modulation layers' weights are read in each forward."""
+    """Names of the modulation layers whose weights each forward reads."""
 
     def __init__(self, transformer: Any) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def test_weights_are_read_once_a_pass(
 
 
 def inputs(timestep: float, seed: int = 0) -> dict[str, Tensor]:
-    """Of a transformer called by hand."""
+    """For a transformer called by hand."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "hidden_states": torch.randn(1, 6 * 5, 64, generator=generator),

@@ -24,7 +24,7 @@ def adapt(pipe: FluxPipeline, name: str = "a", *, targets: Sequence[str] = TARGE
 
 
 def switched(pipe: FluxPipeline) -> Tensor:
-    """From one adapter to another after the first step."""
+    """Adapter b in the second step, a in later ones."""
 
     def switch(pipe: Any, step: int, _: Any, __: Any) -> dict[str, Any]:
         pipe.transformer.set_adapters("b" if step == 0 else "a")

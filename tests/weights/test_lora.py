@@ -35,7 +35,7 @@ def made(name: str) -> dict[str, Tensor]:
 
 
 def expected(*, a: float = 0.0, b: float = 0.0, clear: Path | None = None) -> Tensor:
-    """From the unmodified pipeline with a dense processor."""
+    """The unmodified pipeline with a dense processor."""
     pipe = make_tiny_pipeline()
     if clear is not None:
         load_clear_weights(pipe.transformer, clear)

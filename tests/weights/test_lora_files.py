@@ -106,7 +106,7 @@ def pipe(model: Path) -> FluxPipeline:
 
 
 def split(modules: Modules, pipe: FluxPipeline, change: Tensor) -> Tensors:
-    """By the outputs of the modules; the two halves of the last modulation are in the other order in diffusers."""
+    """Cut by the modules' outputs; the two halves of the last modulation are in the other order in diffusers."""
     if modules == ("norm_out.linear",):
         return {modules[0]: torch.cat(change.chunk(2)[::-1])}
     sizes = [pipe.transformer.get_submodule(module).out_features for module in modules]

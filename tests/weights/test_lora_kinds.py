@@ -85,7 +85,7 @@ def test_settings_of_peft_scale(model: Path, pipe: FluxPipeline, tmp_path: Path,
 
 @pytest.mark.parametrize("alpha", ["NaN", "1e999", None])
 def test_scales_that_are_none(model: Path, pipe: FluxPipeline, tmp_path: Path, alpha: str | None) -> None:
-    """Or settings that are missing: peft's files have their scale there alone."""
+    """Settings may be missing, too: peft's files have their scale there alone."""
     if alpha is not None:
         (tmp_path / "adapter_config.json").write_text(f'{{"lora_alpha": {alpha}}}')
     why = (

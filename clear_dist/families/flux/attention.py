@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from clear_dist.engine.family import StripeProcessor, Stripes
 from clear_dist.engine.heads import Heads
 from clear_dist.engine.parts import chunks_of
-from clear_dist.families.flux.references import come_with_image
+from clear_dist.engine.references import come_with_image
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines of all positions, text first, [L, D] each."""
@@ -107,16 +107,21 @@ def fill(
     Without `modulated`, the stock block has modulated `x_BLC` already.
     """
     to_q, to_k, to_v, norm_q, norm_k = projections
-    parts = heads.striped.parts
+    parts, keys, queries = heads.striped.parts, (to_k, norm_k), (to_q, norm_q)
     query, key, value = heads.own
     normed = x_BLC  # returned where there are no tokens: an empty share of the text
     for chunk in chunks_of(x_BLC):
         place = slice(first + chunk.start, first + chunk.stop)
         turns = rotary[0][place], rotary[1][place]
         normed = x_BLC[:, chunk] if modulated is None else modulated(x_BLC[:, chunk])
-        parts.rotate(to_k, norm_k, normed, *turns, key[:, place])
+        is_last = place.stop == key.shape[1]
+        if is_last and heads.has_others:  # queries follow what leaves
+            parts.rotate([keys], normed, *turns, key[:, place])
+        else:
+            parts.rotate([keys, queries], normed, *turns, key[:, place], query[:, place])
         parts.project(to_v, normed, value[:, place])
-        if place.stop == key.shape[1]:
+        if is_last:
             heads.start_halos()
-        parts.rotate(to_q, norm_q, normed, *turns, query[:, place])
+            if heads.has_others:
+                parts.rotate([queries], normed, *turns, query[:, place])
     return normed

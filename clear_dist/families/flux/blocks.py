@@ -8,21 +8,22 @@ input, queries, keys, values and the attention's output.
 Shapes: B batch, L tokens, T text tokens and R image tokens of this rank, C channels, N heads, D head dim.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers.hooks._helpers import TransformerBlockRegistry
-from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
-from torch import Tensor, nn
+from diffusers.models.transformers.transformer_flux import (
+    FluxPosEmbed,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
+from torch import Tensor
 
-from clear_dist.engine.parts import Parts, chunks_of, joined
+from clear_dist.engine.parts import Parts, chunks_of, finite, joined
+from clear_dist.engine.reclassed import Classes, register_blocks
+from clear_dist.engine.references import come_with_image
 from clear_dist.families.flux.attention import Rotary, fill, heads_of, of_image, of_text
-from clear_dist.families.flux.references import come_with_image
-
-LARGEST_FLOAT16 = 65_504
+from clear_dist.families.flux.positions import StripedPosEmbed
 
 
 class StripedDoubleBlock(FluxTransformerBlock):
@@ -111,29 +112,6 @@ class StripedSingleBlock(FluxSingleTransformerBlock):
         return both
 
 
-STRIPED: dict[type, type] = {FluxTransformerBlock: StripedDoubleBlock, FluxSingleTransformerBlock: StripedSingleBlock}
-for stock_class, striped_class in STRIPED.items():  # or its step caches would refuse them by a class nobody knows
-    TransformerBlockRegistry.register(striped_class, replace(TransformerBlockRegistry.get(stock_class)))
-
-
-@dataclass(frozen=True)
-class StripedBlock:
-    """A block whose class has been changed; `remove` changes it back."""
-
-    block: nn.Module
-    striped: Mapping[type, type]
-
-    @classmethod
-    def of(cls, block: nn.Module, striped: Mapping[type, type] = STRIPED) -> "StripedBlock":
-        """Change the class, as FSDP does, to what `striped` has for it: the block stays the same object."""
-        block.__class__ = striped.get(type(block), type(block))
-        return cls(block, striped)
-
-    def remove(self) -> None:
-        stock = {ours: theirs for theirs, ours in self.striped.items()}
-        self.block.__class__ = stock.get(type(self.block), type(self.block))
-
-
-def finite(x: Tensor) -> Tensor:
-    """`x`, clipped in place where it is float16, as in diffusers."""
-    return x.clip_(-LARGEST_FLOAT16, LARGEST_FLOAT16) if x.dtype == torch.float16 else x
+BLOCKS = {FluxTransformerBlock: StripedDoubleBlock, FluxSingleTransformerBlock: StripedSingleBlock}
+register_blocks(BLOCKS)
+STRIPED: Classes = {**BLOCKS, FluxPosEmbed: StripedPosEmbed}

@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor, nn
 
 from clear_dist.engine.cut import Cut
 from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.family import Inputs, Removable, Stripes
+from clear_dist.engine.reclassed import Reclassed
+from clear_dist.engine.references import References, flat_ids, own_rows
 from clear_dist.engine.stock import attention_layers
 from clear_dist.families.flux.attention import Adaptive, FluxStripeAttnProcessor
-from clear_dist.families.flux.blocks import StripedBlock
+from clear_dist.families.flux.blocks import STRIPED
 from clear_dist.families.flux.pipeline import FluxPipelineAdapter
-from clear_dist.families.flux.references import References, flat_ids, own_rows, raster_ids
+from clear_dist.families.flux.positions import Positions, StripedPosEmbed
 from clear_dist.geometry import TextPlan
 
 PRODUCTS = re.compile(
@@ -36,6 +37,7 @@ class Flux:
     transformer: Any
     adaptive: Adaptive = field(default_factory=Adaptive, compare=False)
     references: References = field(default_factory=References, compare=False)
+    positions: Positions = field(default_factory=Positions, compare=False)
 
     @property
     def head_dim(self) -> int:
@@ -58,8 +60,8 @@ class Flux:
         return {name: FluxStripeAttnProcessor(striped, layer, self.adaptive) for layer, name in enumerate(names)}
 
     def hooks(self, striped: Stripes) -> Sequence[Removable]:
-        """All blocks, their class changed until `remove`."""
-        return [StripedBlock.of(block) for block in self.blocks]
+        """All blocks and the rotary embedding, their class changed until `remove`."""
+        return [Reclassed.of(module, STRIPED) for module in (*self.blocks, self.transformer.pos_embed)]
 
     @property
     def embedder(self) -> nn.Module:
@@ -85,10 +87,7 @@ class Flux:
         return inputs["encoder_hidden_states"].shape[1] + references
 
     def cut(self, inputs: Inputs, cut: Cut, text: TextPlan) -> Inputs:
-        """Inputs with the image's tokens, ids and ControlNet residuals cut, and the text's where it is shared.
-
-        Ids are made anew in float32: pipelines cast them to the prompt's dtype, and bfloat16 has no 257.
-        """
+        """Inputs with the image's tokens, ids and ControlNet residuals cut, and the text's where it is shared."""
         self.adaptive.forget()
         mine, hidden = cut.tokens, inputs["hidden_states"]
         residuals = {
@@ -99,16 +98,15 @@ class Flux:
         references = self.references.own(cut, text, inputs["encoder_hidden_states"].shape[1])
         if residuals and self.references.count(hidden.shape[1]):
             raise ValueError("ControlNets cannot be combined with reference images on stripes; leave out either")
-        ids = raster_ids(cut.height, cut.width, inputs["img_ids"].device)[mine]
-        if cut.extrapolation is not None:
-            ids = ids * cut.extrapolation.position_scale
+        reference_ids = flat_ids(inputs["img_ids"])[references]
+        text_ids, ids = self.positions(self.transformer.pos_embed, inputs["txt_ids"], text.own, cut, reference_ids)
         return {
             **inputs,
             **residuals,
             "hidden_states": torch.cat([hidden[:, references], hidden[:, mine]], dim=1),
             "encoder_hidden_states": inputs["encoder_hidden_states"][:, text.own],
-            "img_ids": torch.cat([flat_ids(inputs["img_ids"])[references].float(), ids]),
-            "txt_ids": flat_ids(inputs["txt_ids"])[text.own].float(),
+            "img_ids": ids,
+            "txt_ids": text_ids,
         }
 
     @contextmanager
@@ -116,7 +114,9 @@ class Flux:
         """Context in which the rotary embedding's base is `ntk_factor` times the stock one's."""
         stock = self.transformer.pos_embed
         # Another module, not a hook on the stock one: a compiled transformer does not look for new hooks.
-        self.transformer.pos_embed = FluxPosEmbed(theta=stock.theta * extrapolation.ntk_factor, axes_dim=stock.axes_dim)
+        self.transformer.pos_embed = StripedPosEmbed(
+            theta=stock.theta * extrapolation.ntk_factor, axes_dim=stock.axes_dim
+        )
         try:
             yield
         finally:

@@ -3,19 +3,17 @@
 Shapes: B batch, L tokens, T text tokens and R image tokens of this rank, C channels, H hidden channels of the MLP.
 """
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock, Flux2TransformerBlock
 from torch import Tensor, nn
 
-from clear_dist.engine.parts import Parts, chunks_of, joined
+from clear_dist.engine.parts import Parts, chunks_of, finite, joined
+from clear_dist.engine.reclassed import Classes, register_blocks
+from clear_dist.engine.references import come_with_image
 from clear_dist.families.flux.attention import Rotary, fill, heads_of, of_image, of_text
-from clear_dist.families.flux.blocks import finite
-from clear_dist.families.flux.references import come_with_image
 from clear_dist.families.flux2.attention import fill_beside, pieces_of, room_beside
 
 
@@ -117,9 +115,5 @@ def _with_mlp(parts: Parts, attn: Any, to_mlp: nn.Module, normed_BLC: Tensor) ->
     return both
 
 
-STRIPED: dict[type, type] = {
-    Flux2TransformerBlock: StripedDoubleBlock,
-    Flux2SingleTransformerBlock: StripedSingleBlock,
-}
-for stock_class, striped_class in STRIPED.items():  # or its step caches would refuse them by a class nobody knows
-    TransformerBlockRegistry.register(striped_class, replace(TransformerBlockRegistry.get(stock_class)))
+STRIPED: Classes = {Flux2TransformerBlock: StripedDoubleBlock, Flux2SingleTransformerBlock: StripedSingleBlock}
+register_blocks(STRIPED)

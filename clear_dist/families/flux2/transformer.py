@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from clear_dist.engine.cut import Cut
 from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.family import Inputs, Removable, StripeProcessor, Stripes
+from clear_dist.engine.reclassed import Reclassed
+from clear_dist.engine.references import References, flat_ids, own_rows, raster_ids
 from clear_dist.engine.stock import attention_layers
 from clear_dist.families.flux.attention import FluxStripeAttnProcessor
-from clear_dist.families.flux.blocks import StripedBlock
-from clear_dist.families.flux.references import References, flat_ids, own_rows, raster_ids
 from clear_dist.families.flux2.attention import Flux2ParallelStripeProcessor
 from clear_dist.families.flux2.blocks import STRIPED
 from clear_dist.families.flux2.card import MODULATION, ROPE_AXES
@@ -64,7 +64,7 @@ class Flux2:
 
     def hooks(self, striped: Stripes) -> Sequence[Removable]:
         """All blocks, their class changed until `remove`."""
-        return [StripedBlock.of(block, STRIPED) for block in self.blocks]
+        return [Reclassed.of(block, STRIPED) for block in self.blocks]
 
     @property
     def embedder(self) -> nn.Module:

@@ -93,4 +93,4 @@ def project(parts: Any, linear: nn.Module, norm: nn.Module | None, x_BLC: Tensor
         parts.project(linear, x_BLC, out_BLND)
         return
     zeros_LD = x_BLC.new_zeros(x_BLC.shape[1], out_BLND.shape[-1], dtype=torch.float32)
-    parts.rotate(linear, norm, x_BLC, zeros_LD + 1, zeros_LD, out_BLND)
+    parts.rotate([(linear, norm)], x_BLC, zeros_LD + 1, zeros_LD, out_BLND)

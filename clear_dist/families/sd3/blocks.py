@@ -7,16 +7,15 @@ Shapes: B batch, L tokens, T text tokens and R image tokens of this rank, C chan
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.attention import JointTransformerBlock
 from torch import Tensor, nn
 
 from clear_dist.engine.parts import Parts, chunks_of
+from clear_dist.engine.reclassed import Classes, register_blocks
 from clear_dist.families.sd3.attention import fill, heads_of, of_image, of_text
 
 Modulation = Sequence[Tensor]
@@ -84,24 +83,5 @@ class StripedJointBlock(JointTransformerBlock):
         return self._with_mlp(parts, self.attn2.to_out[0], out, heads.attend(), (second_gate, *mlp))
 
 
-TransformerBlockRegistry.register(  # or its step caches would refuse it by a class nobody knows
-    StripedJointBlock, replace(TransformerBlockRegistry.get(JointTransformerBlock))
-)
-
-
-@dataclass(frozen=True)
-class StripedBlock:
-    """A block whose class has been changed; `remove` changes it back."""
-
-    block: nn.Module
-
-    @classmethod
-    def of(cls, block: nn.Module) -> "StripedBlock":
-        """Change the class, as FSDP does: the block stays the same object."""
-        if type(block) is JointTransformerBlock:
-            block.__class__ = StripedJointBlock
-        return cls(block)
-
-    def remove(self) -> None:
-        if type(self.block) is StripedJointBlock:
-            self.block.__class__ = JointTransformerBlock
+STRIPED: Classes = {JointTransformerBlock: StripedJointBlock}
+register_blocks(STRIPED)

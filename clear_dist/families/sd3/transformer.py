@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from clear_dist.engine.cut import Cut
 from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.family import Inputs, Removable, Stripes
+from clear_dist.engine.reclassed import Reclassed
 from clear_dist.engine.stock import attention_layers, others
 from clear_dist.families.sd3.attention import SD3StripeAttnProcessor
-from clear_dist.families.sd3.blocks import StripedBlock
+from clear_dist.families.sd3.blocks import STRIPED
 from clear_dist.families.sd3.card import PACKING
 from clear_dist.families.sd3.pipeline import SD3PipelineAdapter
 from clear_dist.families.sd3.positions import StripePositions
@@ -67,7 +68,7 @@ class SD3:
     def hooks(self, striped: Stripes) -> Sequence[Removable]:
         """All blocks, their class changed until `remove`, and the positions."""
         positions = StripePositions(self.transformer.pos_embed, striped)
-        return [positions, *(StripedBlock.of(block) for block in self.blocks)]
+        return [positions, *(Reclassed.of(block, STRIPED) for block in self.blocks)]
 
     @property
     def embedder(self) -> nn.Module:

@@ -97,4 +97,4 @@ def rotate(
 ) -> None:
     """Queries or keys of the tokens at `place`, by the turns of each picture."""
     for pictures, cos_LD, sin_LD in turned:
-        parts.rotate(linear, norm, x_BLC[pictures], cos_LD[place], sin_LD[place], out_BLND[pictures, place])
+        parts.rotate([(linear, norm)], x_BLC[pictures], cos_LD[place], sin_LD[place], out_BLND[pictures, place])

@@ -7,15 +7,14 @@ runs chunk by chunk, together with the attention's output.
 Shapes: B batch, L tokens of this rank, text first, C channels, F complex numbers of a position.
 """
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
-from torch import Tensor, nn
+from torch import Tensor
 
 from clear_dist.engine.parts import chunks_of
+from clear_dist.engine.reclassed import Classes, register_blocks
 from clear_dist.families.z_image.attention import fill, heads_of
 
 
@@ -45,23 +44,5 @@ class StripedZImageBlock(ZImageTransformerBlock):
         return out
 
 
-# Or its step caches would refuse them by a class nobody knows.
-TransformerBlockRegistry.register(StripedZImageBlock, replace(TransformerBlockRegistry.get(ZImageTransformerBlock)))
-
-
-@dataclass(frozen=True)
-class StripedBlock:
-    """A block whose class has been changed; `remove` changes it back."""
-
-    block: nn.Module
-
-    @classmethod
-    def of(cls, block: nn.Module) -> "StripedBlock":
-        """Change the class: the block stays the same object."""
-        if type(block) is ZImageTransformerBlock:
-            block.__class__ = StripedZImageBlock
-        return cls(block)
-
-    def remove(self) -> None:
-        if type(self.block) is StripedZImageBlock:
-            self.block.__class__ = ZImageTransformerBlock
+STRIPED: Classes = {ZImageTransformerBlock: StripedZImageBlock}
+register_blocks(STRIPED)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from clear_dist.engine.cut import Cut
 from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.family import Inputs, Removable, Stripes
+from clear_dist.engine.reclassed import Reclassed
 from clear_dist.families.z_image.attention import Turns, ZImageStripeAttnProcessor
-from clear_dist.families.z_image.blocks import StripedBlock
+from clear_dist.families.z_image.blocks import STRIPED
 from clear_dist.families.z_image.card import PACKING, check_positions
 from clear_dist.families.z_image.pipeline import ZImagePipelineAdapter
 from clear_dist.families.z_image.sequence import ScaledRope, Sequencing, padding
@@ -74,7 +75,7 @@ class ZImage:
     def hooks(self, striped: Stripes) -> Sequence[Removable]:
         model = self.transformer
         seeing = [*model.noise_refiner, *model.layers]
-        return [Sequencing(model, striped), *(StripedBlock.of(block) for block in seeing)]
+        return [Sequencing(model, striped), *(Reclassed.of(block, STRIPED) for block in seeing)]
 
     @property
     def embedder(self) -> nn.Module:

@@ -167,9 +167,10 @@ def test_neighbours_in_memory_are_joined_without_a_copy(batch: int) -> None:
 
 
 def attention_that_only_makes_its_output() -> Any:
-    """In place of a StripedModel: nothing but what every attention needs."""
+    """Stands in for a StripedModel: nothing but what every attention needs."""
     return SimpleNamespace(
         parts=Parts(),
+        running_cut=SimpleNamespace(group=SimpleNamespace(size=1)),
         text_plan=plan_text(512, 1, 0),
         start_text=lambda layer, *qkv: None,
         start_halos=lambda layer, key, value, **kind: object(),

@@ -70,7 +70,7 @@ def nets_of(pipe: Any) -> list[Any]:
 
 
 def striped_latents(group: Group, names: list[str], settings: dict[str, Any]) -> list[Tensor]:
-    """On a rank, what torch.empty returns filled with NaN."""
+    """A rank's latents; uninitialised memory is NaN."""
     torch.use_deterministic_algorithms(True)
     results = []
     for name in names:
@@ -83,7 +83,7 @@ def striped_latents(group: Group, names: list[str], settings: dict[str, Any]) ->
 
 @cache
 def expected(name: str, radius: int | None, net_radius: int | None) -> Tensor:
-    """From the unmodified pipeline; a radius: with a dense processor in place of full attention."""
+    """The unmodified pipeline; a radius: with a dense processor in place of full attention."""
     make, arguments = CASES[name]
     pipe = make()
     for model, of_model in ((pipe.transformer, radius), *((net, net_radius) for net in nets_of(pipe))):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from clear_dist.families.flux.references import raster_ids
+from clear_dist.engine.references import raster_ids
 from clear_dist.families.flux.transformer import Flux
 from tests.tiny import make_tiny_pipeline
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clear_dist.comm.group import Group
-from clear_dist.families.flux.references import raster_ids
+from clear_dist.engine.references import raster_ids
 from clear_dist.families.flux2.transformer import Flux2
 from clear_dist.parallelize import parallelize
 from tests.families.flux2.oracle import put_oracle

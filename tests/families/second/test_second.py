@@ -50,7 +50,7 @@ def draw(pipe: SecondPipeline) -> Tensor:
 
 @cache
 def unsplit(radius: int | None) -> Tensor:
-    """By the stock processors, under a dense mask where there is a window."""
+    """The stock processors, under a dense mask where there is a window."""
     pipe, hidden = pipeline(), None
     if radius is not None:
         row, column = torch.meshgrid(torch.arange(ROWS), torch.arange(COLUMNS), indexing="ij")

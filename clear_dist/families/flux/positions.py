@@ -1,0 +1,62 @@
+"""Where a rank's tokens are, and FLUX's rotary embedding of that: computed once a generation where tokens are few.
+
+Shapes: L tokens of this rank, text first; D head dim.
+"""
+
+import torch
+from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from clear_dist.engine.cut import Cut
+from clear_dist.engine.fused import is_stock
+from clear_dist.engine.references import flat_ids, raster_ids
+from clear_dist.families.flux.attention import Rotary
+
+MOST_REMEMBERED = 8_192
+"""Image tokens of a rank whose embedding, 1 KB each, is kept from step to step; with more, launches do not rule."""
+
+
+class StripedPosEmbed(FluxPosEmbed):
+    def forward(self, ids: Tensor) -> Rotary:
+        """Cosines and sines [L, D] for ids [L, 3], or from rows [L, 2 x D] that hold them already."""
+        if ids.shape[-1] == len(self.axes_dim):
+            return FluxPosEmbed.forward(self, ids)
+        cos_LD, sin_LD = ids.chunk(2, dim=-1)
+        return cos_LD, sin_LD
+
+
+class Positions:
+    """A transformer's ids, cut to this rank; or their embedding, kept as long as the text's ids: for a generation."""
+
+    def __init__(self) -> None:
+        self._known = WeakTensorKeyDictionary()
+
+    def __call__(
+        self, embed: nn.Module, text_ids: Tensor, text: slice, cut: Cut, references: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rows for my text tokens, and for my reference and image tokens; `embed`, the transformer's own, turns them
+        into cosines and sines."""
+        few = len(cut.plan.own) * cut.width <= MOST_REMEMBERED and not len(references)
+        if not few or not is_stock(embed, StripedPosEmbed):
+            return own_ids(text_ids, text, cut, references)
+        version = None if text_ids.is_inference() else text_ids._version  # others do not tell that they were changed
+        made_for = cut.height, cut.width, cut.plan.own, cut.extrapolation, text, version
+        known_for, rows = self._known.get(text_ids, (None, None))
+        if known_for != made_for:
+            with torch.inference_mode(False):  # a later forward may be outside of it
+                ids = own_ids(text_ids, text, cut, references)
+                rows = torch.cat(embed(torch.cat(ids)), dim=-1).split([len(each) for each in ids])
+            self._known[text_ids] = made_for, rows
+        return rows
+
+
+def own_ids(text_ids: Tensor, text: slice, cut: Cut, references: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids [tokens, 3] of my text tokens, and of my reference and image tokens.
+
+    The image's are made anew in float32: pipelines cast them to the prompt's dtype, and bfloat16 has no 257.
+    """
+    ids = raster_ids(cut.height, cut.width, text_ids.device)[cut.tokens]
+    if cut.extrapolation is not None:
+        ids = ids * cut.extrapolation.position_scale
+    return flat_ids(text_ids)[text].float(), torch.cat([references.float(), ids])
