@@ -1,5 +1,6 @@
 """Pictures of the stock pipelines on any number of ranks, stage by stage, and what is refused."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from clear_dist import generate, upscale
+from clear_dist.cli import main
 from clear_dist.comm.group import Group
 from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.striped import require_striped
@@ -18,8 +20,9 @@ from clear_dist.families.z_image.sequence import ScaledRope
 from clear_dist.families.z_image.transformer import ZImage
 from clear_dist.parallelize import parallelize
 from clear_dist.stages import Stage, Upscaling
+from tests.families.tiny import save_pipeline
 from tests.families.z_image.test_transformer import NEGATIVE, PROMPT
-from tests.families.z_image.tiny import TURBO_SHIFT, make_tiny_z_image
+from tests.families.z_image.tiny import BASE_SHIFT, TURBO_SHIFT, make_tiny_z_image
 from tests.ranks import run_ranks
 from tests.test_parallelize import relative_error
 
@@ -36,8 +39,8 @@ def drawn(group: Group, options: dict[str, Any], settings: dict[str, Any]) -> li
     return [np.asarray(picture) for picture in pictures]
 
 
-def stock(guidance: float) -> np.ndarray:
-    (picture,) = make_tiny_z_image()(
+def stock(guidance: float, shift: float = TURBO_SHIFT) -> np.ndarray:
+    (picture,) = make_tiny_z_image(shift=shift)(
         PROMPT,
         negative_prompt=NEGATIVE,
         height=NATIVE[0],
@@ -164,3 +167,16 @@ def test_rows_and_columns_turn_as_extrapolated_and_captions_do_not() -> None:
             angle = torch.tensor(0.5 * place / (256 * 10.0) ** (2 * pair / 6))
             found = scaled[1, 2 + 3 * (axis - 1) + pair]
             torch.testing.assert_close(found, torch.polar(torch.ones(()), angle))
+
+
+def test_from_the_command_to_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaded, encoded ahead, drawn on two ranks, guided: the stock pipeline's picture."""
+    monkeypatch.chdir(tmp_path)
+    save_pipeline(make_tiny_z_image(shift=BASE_SHIFT), tmp_path / "model")
+    words = "generate", PROMPT, "--negative-prompt", NEGATIVE, "--true-cfg-scale", "3", "--model", "model"
+    size = "--height", str(NATIVE[0]), "--width", str(NATIVE[1]), "--steps", "2", "--seed", "5"
+    with pytest.raises(SystemExit) as ending:
+        main([*words, *size, "--device", "cpu", "--nproc", "2", "--cascade", "off", "--quiet"])
+    assert not ending.value.code
+    found = np.asarray(Image.open("clear-dist.png")).astype(int)
+    assert np.abs(found - stock(3.0, BASE_SHIFT)).max() <= 1
