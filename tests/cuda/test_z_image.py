@@ -1,4 +1,4 @@
-"""True-size transformers of families beside FLUX.1 on null GPUs: waits of a steady step, memory beside the plan."""
+"""Z-Image's true size on null GPUs: waits of a steady step, memory beside the plan."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from clear_dist.families.cards import CARDS
 from clear_dist.options import Options
 from clear_dist.plan.questions import Module, StepQuestion, WeightsQuestion
 from tests.cuda.null_gpu import Machine, NullGpus
-from tests.cuda.true_size import TEXT
+from tests.cuda.z_image import TEXT
 
 WITHIN = 0.03
 """Share of the planned memory."""
@@ -31,7 +31,7 @@ def test_a_step_takes_what_was_planned(
     model: str, ranks: int, side: int, options: dict[str, Any], null_gpus: NullGpus, tmp_path: Path
 ) -> None:
     arguments = tmp_path, model, str(ranks), str(side), json.dumps(options)
-    ended = null_gpus.run("-m", "tests.cuda.true_size", *arguments, machine=Machine(gpus=ranks), folder=tmp_path)
+    ended = null_gpus.run("-m", "tests.cuda.z_image", *arguments, machine=Machine(gpus=ranks), folder=tmp_path)
     assert ended.status == 0, ended.err
     found = json.loads((tmp_path / str(ranks // 2)).read_text())
     print(found)

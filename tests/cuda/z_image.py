@@ -1,6 +1,6 @@
-"""A program: a hub model's true-size transformer on null GPUs, its weights never filled; each rank writes what it took.
+"""A program: Z-Image's true size on null GPUs, its weights never filled; each rank writes what it took.
 
-    true_size.py FOLDER MODEL RANKS SIDE OPTIONS     short name; side in tokens; JSON: options of `parallelize`
+    z_image.py FOLDER MODEL RANKS SIDE OPTIONS     short name; side in tokens; JSON: options of `parallelize`
 
 The transformer is called as its family's plan calls it. Results are FOLDER/rank, of the last of three steps.
 """
