@@ -68,9 +68,6 @@ def parallelize(
     choose = partial(choose_backend, options.attention_backend, device=device, dtype=dtype, head_dim=family.head_dim)
     choose()  # raises where there is no such backend for any image
     require_quantisable(family, *nets, options=options)
-    if options.hoist_modulation and not family.modulated:
-        kind = type(family.transformer).__name__
-        raise ValueError(f"hoist_modulation must be False for {kind}, whose modulation is small; nearest: False")
     with on_refusal() as undo:
         offloaded = Offloaded(pipe, device, offloaded_parts(pipe.components)) if options.offload else None
         undo += [] if offloaded is None else [offloaded.remove]

@@ -129,6 +129,8 @@ class Card:
     """Tokens that each tokenizer encodes where its own configuration says nothing."""
     schedule: Mapping[str, float]
     """Positive numbers of the scheduler's configuration, with their usual values."""
+    needs: tuple[str, ...] = ()
+    """Packages that its tokenizer is not made without, beside those of every family."""
     hub_models: tuple[HubModel, ...] = ()
     clear: Published | None = None
 

@@ -14,8 +14,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj")
 """Image side of an attention layer, which a checkpoint replaces; some layers have no to_out, some only the last."""
-JOINT, ALONE = ".attn.", ".attn2."
-"""In names of layers whose image tokens see the text, or each other alone, without down-sampled keys."""
+JOINT = re.compile(r"(.+\.attn|layers\.\d+\.attention)\.")
+ALONE = re.compile(r"(.+\.attn2|noise_refiner\.\d+\.attention)\.")
+"""Names of layers whose image tokens see the text, or each other alone, without down-sampled keys."""
 SPATIAL_WEIGHT = "processor.spatial_weight"
 """Weights that pool d x d tokens in an attention layer, [1, 1, 1, d, 1, d, 1]."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -55,8 +56,8 @@ def spatial_shape(factor: int) -> tuple[int, ...]:
 
 def with_spatial_weights(tensors: Shapes, factor: int) -> Shapes:
     """The tensors and, where the factor is above 1, a spatial weight per attention layer."""
-    layers = dict.fromkeys(name.partition(JOINT)[0] for name in tensors if JOINT in name) if factor > 1 else {}
-    return {**tensors, **{f"{layer}.attn.{SPATIAL_WEIGHT}": spatial_shape(factor) for layer in layers}}
+    layers = dict.fromkeys(found[1] for found in map(JOINT.match, tensors) if found) if factor > 1 else {}
+    return {**tensors, **{f"{layer}.{SPATIAL_WEIGHT}": spatial_shape(factor) for layer in layers}}
 
 
 def refuse_pickled(file: str | Path) -> None:
@@ -75,7 +76,8 @@ def refuse_other_radius(checkpoint: str | Path, window: Window | None) -> None:
 
 def is_image_side(tensor: str) -> bool:
     """Whether a checkpoint replaces the transformer's tensor of that name."""
-    return any(f"{kind}{projection}." in tensor for kind in (JOINT, ALONE) for projection in PROJECTIONS)
+    layer = JOINT.match(tensor) or ALONE.match(tensor)
+    return layer is not None and any(tensor[layer.end() :].startswith(f"{projection}.") for projection in PROJECTIONS)
 
 
 def require_same_tensors(expected: Shapes, got: Shapes, where: Path | str) -> None:

@@ -53,6 +53,11 @@ def come_with_image(heads: Heads, text_tokens: int) -> bool:
     return share.stop - share.start > text_tokens
 
 
+def after_references(references: Tensor, mine: Tensor, dim: int) -> Tensor:
+    """Mine behind mine of the references; no copy where there are none."""
+    return torch.cat([references, mine], dim=dim) if references.shape[dim] else mine.contiguous()
+
+
 def own_rows(x_BLC: Tensor, cut: Cut) -> Tensor:
     """My rows of a forward's output, without the references before them."""
     return x_BLC[:, -len(cut.plan.own) * cut.width :].contiguous()
@@ -66,6 +71,6 @@ def flat_ids(ids: Tensor) -> Tensor:
 def raster_ids(height: int, width: int, device: torch.device, *, axes: int = 3) -> Tensor:
     """Position ids (0, y, x, ...) of a grid in raster order, float32 [height x width, axes], the others 0."""
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
-    ids = torch.zeros(height, width, axes, device=device)
-    ids[..., 1], ids[..., 2] = rows[:, None].float(), columns.float()
-    return ids.flatten(0, 1)
+    zeros = torch.zeros(height, width, device=device)
+    y, x = torch.meshgrid(rows.float(), columns.float(), indexing="ij")
+    return torch.stack([zeros, y, x, *[zeros] * (axes - 3)], dim=-1).flatten(0, 1)

@@ -61,7 +61,9 @@ class Kept(Options):
     metadata: bool = flag(
         True, "no prompt, seed and settings in the picture", WRITTEN, names=(" /--no-metadata",), planned=False
     )
-    latents_out: Path | None = flag(None, "packed latents, safetensors", WRITTEN, metavar="FILE", planned=False)
+    latents_out: Path | None = flag(
+        None, "latents as the pipeline has them, safetensors", WRITTEN, metavar="FILE", planned=False
+    )
     report: Path | None = flag(None, "times, memory and communication, JSON", WRITTEN, metavar="FILE", planned=False)
     quiet: bool = flag(False, "no progress: no display, and in a log no lines for stages and every 30 s", planned=False)
     profile: Path | None = flag(
@@ -85,7 +87,10 @@ class PictureFlags(Kept):
     )
     negative_prompt: str | None = flag(None, "what to keep out; with --true-cfg-scale", DRAWN, planned=False)
     true_cfg_scale: float | None = flag(
-        None, "classifier-free guidance; above 1: on (1; demo 3, at its native size)", DRAWN, bounds=(1.0, 100.0)
+        None,
+        "classifier-free guidance; above 1: on (as the model asks; demo 3, at its native size)",
+        DRAWN,
+        bounds=(1.0, 100.0),
     )
     max_sequence_length: int | None = flag(None, "text tokens (as many as the model asks for)", DRAWN, bounds=(1, 512))
     strength: float | None = flag(

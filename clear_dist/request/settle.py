@@ -5,6 +5,7 @@ Those that need the files of a hub's model follow in `located`, once they are he
 
 from collections.abc import Iterable
 from dataclasses import fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,10 @@ def settle(flags: PictureFlags, place: Place, cards: Cards) -> tuple[Request, Mo
     if flags.float8:
         _require_capability(used, FLOAT8_CAPABILITY, "--float8", nearest="without --float8")
     request, facts, begin = choose(flags, place, cards, device=device, gpus=used)
+    for package in () if facts.card is None else facts.card.needs:
+        if find_spec(package) is None:
+            rule = f"{facts.name} needs the package {package}, which is not installed"
+            raise Refusal(f"{rule}; nearest: pip install {package}")
     if request.height is not None:
         check_outputs(request)
     ranks = place.local_world_size if place.launcher else request.world_size

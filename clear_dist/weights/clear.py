@@ -65,7 +65,7 @@ def load_clear_weights(transformer: Any, path: str | Path, device: torch.device 
         if clear.is_image_side(f"{name}.") and getattr(module, "merged", False):
             raise ValueError(f"CLEAR weights replace {name}, a fused LoRA included; call pipe.unfuse_lora() first")
     parameters = dict(image_attention_parameters(transformer))
-    layers = [name for name in attention_layers(transformer) if f"{name}.".endswith(clear.JOINT)]
+    layers = [name for name in attention_layers(transformer) if clear.JOINT.fullmatch(f"{name}.")]
     clear.refuse_pickled(path)
     try:
         with safe_open(path, framework="pt") as file, torch.no_grad():

@@ -111,7 +111,9 @@ class HoistedModulation:
     """A model's modulation in host memory, until `undo`."""
 
     def __init__(self, model: Modulated, device: torch.device) -> None:
-        """`device` computes. Raises ValueError, before any change, where a layer is not plain, or has no weights."""
+        """`device` computes. Raises ValueError, before any change, where a layer is not plain, or none is worth it."""
+        if not model.modulated:
+            raise ValueError("hoist_modulation must be False for a model whose modulation is small; nearest: False")
         self._model = model
         self._is_pinned = device.type == "cuda"
         self._places = [HoistedPlace.of(name, norm) for name, norm in model.modulated.items()]

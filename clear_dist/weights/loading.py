@@ -74,7 +74,8 @@ def _load_part(folder: Path, card: Card, name: str, dtype: torch.dtype, device: 
         if name != "transformer":
             return _load_stock(stock, folder, name, dtype).to(device)
         # By ourselves: it is the largest part, and all ranks have it.
-        with _refusing(folder / name, kind), init_empty_weights():
+        # Buffers too: a table of positions is in the files, and takes seconds and gigabytes to make.
+        with _refusing(folder / name, kind), init_empty_weights(include_buffers=True):
             transformer = stock.from_config(stock.load_config(folder / name))
         load_mapped(transformer, files, dtype=dtype, device=device, advance=advance)
         return transformer.eval()

@@ -21,6 +21,7 @@ from tests.stand_in import write_safetensors
 
 def test_short_names_stand_for_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("clear_dist.request.settle.find_spec", lambda package: object())
     assert len(CARDS.short_names) == len(set(CARDS.short_names)) == len(CARDS.hub_ids), "each model has one"
     for name, hub_id in zip(CARDS.short_names, CARDS.hub_ids, strict=True):
         request, facts, _ = settle(GenerateFlags(model=name, device="cpu", clear_weights="none"), Place(), CARDS)

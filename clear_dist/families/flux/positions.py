@@ -10,7 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from clear_dist.engine.cut import Cut
 from clear_dist.engine.fused import is_stock
-from clear_dist.engine.references import flat_ids, raster_ids
+from clear_dist.engine.references import after_references, flat_ids, raster_ids
 from clear_dist.families.flux.attention import Rotary
 
 MOST_REMEMBERED = 8_192
@@ -59,4 +59,4 @@ def own_ids(text_ids: Tensor, text: slice, cut: Cut, references: Tensor) -> tupl
     ids = raster_ids(cut.height, cut.width, text_ids.device)[cut.tokens]
     if cut.extrapolation is not None:
         ids = ids * cut.extrapolation.position_scale
-    return flat_ids(text_ids)[text].float(), torch.cat([references.float(), ids])
+    return flat_ids(text_ids)[text].float(), after_references(references.float(), ids, 0)

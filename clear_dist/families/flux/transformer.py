@@ -15,7 +15,7 @@ from clear_dist.engine.cut import Cut
 from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.family import Inputs, Removable, Stripes
 from clear_dist.engine.reclassed import Reclassed
-from clear_dist.engine.references import References, flat_ids, own_rows
+from clear_dist.engine.references import References, after_references, flat_ids, own_rows
 from clear_dist.engine.stock import attention_layers
 from clear_dist.families.flux.attention import Adaptive, FluxStripeAttnProcessor
 from clear_dist.families.flux.blocks import STRIPED
@@ -103,7 +103,7 @@ class Flux:
         return {
             **inputs,
             **residuals,
-            "hidden_states": torch.cat([hidden[:, references], hidden[:, mine]], dim=1),
+            "hidden_states": after_references(hidden[:, references], hidden[:, mine], 1),
             "encoder_hidden_states": inputs["encoder_hidden_states"][:, text.own],
             "img_ids": ids,
             "txt_ids": text_ids,

@@ -71,8 +71,11 @@ def pieces_of(attn: Any) -> Pieces | None:
 
 
 def _rows(weight_OI: Tensor, rows: slice) -> nn.Linear:
-    layer = nn.Linear(weight_OI.shape[1], rows.stop - rows.start, bias=False, device="meta")
+    layer = nn.Linear.__new__(nn.Linear)  # once a block and forward: its own constructor would draw a weight
+    nn.Module.__init__(layer)
+    layer.out_features, layer.in_features = rows.stop - rows.start, weight_OI.shape[1]
     layer.weight = nn.Parameter(weight_OI[rows], requires_grad=False)
+    layer.register_parameter("bias", None)
     return layer
 
 

@@ -234,6 +234,7 @@ KLEIN = Card(
 DEV = Card(
     pipeline="Flux2Pipeline",
     parts=_parts("transformers.Mistral3ForConditionalGeneration"),
+    needs=("torchvision",),
     hub_models=(_hub_model("dev", Flux2Shape(), _MISTRAL3),),
     **_SHARED,
 )

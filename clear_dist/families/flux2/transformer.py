@@ -15,7 +15,7 @@ from clear_dist.engine.cut import Cut
 from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.family import Inputs, Removable, StripeProcessor, Stripes
 from clear_dist.engine.reclassed import Reclassed
-from clear_dist.engine.references import References, flat_ids, own_rows, raster_ids
+from clear_dist.engine.references import References, after_references, flat_ids, own_rows, raster_ids
 from clear_dist.engine.stock import attention_layers
 from clear_dist.families.flux.attention import FluxStripeAttnProcessor
 from clear_dist.families.flux2.attention import Flux2ParallelStripeProcessor
@@ -103,9 +103,9 @@ class Flux2:
             ids = ids * cut.extrapolation.position_scale
         return {
             **inputs,
-            "hidden_states": torch.cat([hidden[:, references], hidden[:, mine]], dim=1),
+            "hidden_states": after_references(hidden[:, references], hidden[:, mine], 1),
             "encoder_hidden_states": inputs["encoder_hidden_states"][:, text.own],
-            "img_ids": torch.cat([flat_ids(inputs["img_ids"])[references].float(), ids]),
+            "img_ids": after_references(flat_ids(inputs["img_ids"])[references].float(), ids, 0),
             "txt_ids": flat_ids(inputs["txt_ids"])[text.own].float(),
         }
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clear_dist.engine.family import StripeProcessor, Stripes
 from clear_dist.engine.heads import Heads
-from clear_dist.engine.parts import chunks_of
+from clear_dist.engine.parts import Parts, chunks_of
 
 Projections = tuple[nn.Module, nn.Module, nn.Module, nn.Module | None, nn.Module | None]
 """Projections to queries, keys and values; norms of queries and keys, if any."""
@@ -20,9 +20,10 @@ Projections = tuple[nn.Module, nn.Module, nn.Module, nn.Module | None, nn.Module
 class SD3StripeAttnProcessor:
     """Recipe of `blocks.py` for blocks whose forward others have replaced: mostly hooks that bring weights."""
 
-    def __init__(self, striped: Stripes, layer: int) -> None:
+    def __init__(self, striped: Stripes, layer: int, still: "Still") -> None:
         self.striped = striped
         self.layer = layer
+        self.still = still
 
     def __call__(
         self,
@@ -34,17 +35,32 @@ class SD3StripeAttnProcessor:
         """Image and text to both; without text, the second attention of some blocks, the image alone."""
         if encoder_hidden_states is None:
             heads = heads_of(attn, hidden_states, hidden_states.shape[1], attention_mask, alone=True)
-            fill(heads, of_image(attn), hidden_states)
+            fill(heads, of_image(attn), self.still, hidden_states)
             return attn.to_out[1](attn.to_out[0](heads.attend()))
         text_tokens = encoder_hidden_states.shape[1]
         heads = heads_of(attn, hidden_states, text_tokens + hidden_states.shape[1], attention_mask)
-        fill(heads, of_text(attn), encoder_hidden_states)
+        fill(heads, of_text(attn), self.still, encoder_hidden_states)
         heads.start_text()
-        fill(heads, of_image(attn), hidden_states, first=text_tokens)
+        fill(heads, of_image(attn), self.still, hidden_states, first=text_tokens)
         output = heads.attend()
         text = output[:, :text_tokens]
         image = attn.to_out[1](attn.to_out[0](output[:, text_tokens:]))
         return image, text if attn.context_pre_only else attn.to_add_out(text)
+
+
+class Still:
+    """Cosines and sines of angles of zero, which leave heads as they are, in the kernel that norms them."""
+
+    def __init__(self) -> None:
+        self._made: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, out_BLND: Tensor) -> tuple[Tensor, Tensor]:
+        """For these tokens, [L, D] each: views of one row, made once."""
+        tokens, head_dim, device = out_BLND.shape[1], out_BLND.shape[3], out_BLND.device
+        if self._made is None or self._made[0].device != device:
+            self._made = torch.ones(1, head_dim, device=device), torch.zeros(1, head_dim, device=device)
+        cos_1D, sin_1D = self._made
+        return cos_1D.expand(tokens, head_dim), sin_1D.expand(tokens, head_dim)
 
 
 def heads_of(attn: Any, like_BLC: Tensor, tokens: int, mask: Tensor | None = None, *, alone: bool = False) -> Heads:
@@ -68,6 +84,7 @@ def of_text(attn: Any) -> Projections:
 def fill(
     heads: Heads,
     projections: Projections,
+    still: Still,
     x_BLC: Tensor,
     modulated: Callable[[Tensor], Tensor] | None = None,
     *,
@@ -80,17 +97,18 @@ def fill(
     for chunk in chunks_of(x_BLC):
         place = slice(first + chunk.start, first + chunk.stop)
         normed = x_BLC[:, chunk] if modulated is None else modulated(x_BLC[:, chunk])
-        project(parts, to_k, norm_k, normed, key[:, place])
+        project(parts, to_k, norm_k, still, normed, key[:, place])
         parts.project(to_v, normed, value[:, place])
         if place.stop == key.shape[1]:
             heads.start_halos()
-        project(parts, to_q, norm_q, normed, query[:, place])
+        project(parts, to_q, norm_q, still, normed, query[:, place])
 
 
-def project(parts: Any, linear: nn.Module, norm: nn.Module | None, x_BLC: Tensor, out_BLND: Tensor) -> None:
-    """Queries or keys: turned by angles of zero, which leaves them as they are, in the kernel that norms heads."""
+def project(
+    parts: Parts, linear: nn.Module, norm: nn.Module | None, still: Still, x_BLC: Tensor, out_BLND: Tensor
+) -> None:
+    """Queries or keys."""
     if norm is None:
         parts.project(linear, x_BLC, out_BLND)
-        return
-    zeros_LD = x_BLC.new_zeros(x_BLC.shape[1], out_BLND.shape[-1], dtype=torch.float32)
-    parts.rotate([(linear, norm)], x_BLC, zeros_LD + 1, zeros_LD, out_BLND)
+    else:
+        parts.rotate([(linear, norm)], x_BLC, *still(out_BLND), out_BLND)

@@ -37,17 +37,17 @@ class StripedJointBlock(JointTransformerBlock):
         image, text, attn = hidden_states, encoder_hidden_states, self.attn
         text_tokens = text.shape[1]
         heads = heads_of(attn, image, text_tokens + image.shape[1])
-        parts, activated = heads.striped.parts, self.norm1.silu(temb)
+        parts, still, activated = heads.striped.parts, attn.processor.still, self.norm1.silu(temb)
         shift, scale, gate, *mlp = self.norm1.linear(activated).chunk(9 if self.use_dual_attention else 6, dim=1)
         mlp, second = mlp[:3], mlp[3:]
         of_my_text = self.norm1_context.linear(activated).chunk(2 if self.context_pre_only else 6, dim=1)
         text_shift, text_scale = of_my_text[1::-1] if self.context_pre_only else of_my_text[:2]
 
         modulated = partial(parts.modulate, self.norm1_context.norm, shift_BC=text_shift, scale_BC=text_scale)
-        fill(heads, of_text(attn), text, modulated)
+        fill(heads, of_text(attn), still, text, modulated)
         heads.start_text()
         modulated = partial(parts.modulate, self.norm1.norm, shift_BC=shift, scale_BC=scale)
-        fill(heads, of_image(attn), image, modulated, first=text_tokens)
+        fill(heads, of_image(attn), still, image, modulated, first=text_tokens)
         attended = heads.attend()
 
         if self.use_dual_attention:
@@ -76,7 +76,7 @@ class StripedJointBlock(JointTransformerBlock):
         shift, scale, second_gate = second
         heads = heads_of(self.attn2, x_BRC, x_BRC.shape[1], alone=True)
         modulated = partial(parts.modulate, self.norm1.norm, shift_BC=shift, scale_BC=scale)
-        fill(heads, of_image(self.attn2), x_BRC, modulated)
+        fill(heads, of_image(self.attn2), self.attn2.processor.still, x_BRC, modulated)
         out = torch.empty_like(x_BRC)
         for place in chunks_of(x_BRC):
             parts.add_gated(self.attn.to_out[0], x_BRC[:, place], attended_BRC[:, place], gate_BC, out[:, place])

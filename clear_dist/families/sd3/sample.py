@@ -29,7 +29,8 @@ class SD3Sample:
             ("vae", *(f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")))
         )
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-        pipe = StableDiffusion3Pipeline(transformer=transformer.eval().to(device, dtype), scheduler=scheduler, **parts)
+        torch.nn.Module.to(transformer, device, dtype)  # diffusers' own warns where there is nothing to warn of
+        pipe = StableDiffusion3Pipeline(transformer=transformer.eval(), scheduler=scheduler, **parts)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

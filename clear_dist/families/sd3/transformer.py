@@ -17,7 +17,7 @@ from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.family import Inputs, Removable, Stripes
 from clear_dist.engine.reclassed import Reclassed
 from clear_dist.engine.stock import attention_layers, others
-from clear_dist.families.sd3.attention import SD3StripeAttnProcessor
+from clear_dist.families.sd3.attention import SD3StripeAttnProcessor, Still
 from clear_dist.families.sd3.blocks import STRIPED
 from clear_dist.families.sd3.card import PACKING
 from clear_dist.families.sd3.pipeline import SD3PipelineAdapter
@@ -62,8 +62,8 @@ class SD3:
                     f"the processor of {name} must be JointAttnProcessor2_0, got {others(layer.processor)}"
                 )
         counted = sorted(layers, key=lambda name: name.endswith("attn2"))
-        numbers = {name: number for number, name in enumerate(counted)}
-        return {name: SD3StripeAttnProcessor(striped, numbers[name]) for name in layers}
+        numbers, still = {name: number for number, name in enumerate(counted)}, Still()
+        return {name: SD3StripeAttnProcessor(striped, numbers[name], still) for name in layers}
 
     def hooks(self, striped: Stripes) -> Sequence[Removable]:
         """All blocks, their class changed until `remove`, and the positions."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from clear_dist.cards.card import Card, Defaults, HubModel, LoraLayer, TextEncoders
-from clear_dist.cards.clear import SPATIAL_WEIGHT, Shapes, spatial_shape
+from clear_dist.cards.clear import Shapes, is_image_side, with_spatial_weights
 from clear_dist.cards.headers import whole_number, whole_numbers
 from clear_dist.options import Refusal, shortened
 from clear_dist.stages import Sampling, Upscaling
@@ -64,11 +64,8 @@ class ZImageShape:
 
     def clear_tensors(self, down_factor: int = 1) -> Shapes:
         """Attention's projections of all blocks that see the image; pooling weights of those that see text too."""
-        blocks = (*self._blocks("noise_refiner"), *self._blocks("layers"))
-        names = [f"{block}.attention.{projection}.weight" for block in blocks for projection in PROJECTIONS]
-        pooled = self._blocks("layers") if down_factor > 1 else ()
-        weights = {f"{block}.attention.{SPATIAL_WEIGHT}": spatial_shape(down_factor) for block in pooled}
-        return {**dict.fromkeys(names, (self.dim, self.dim)), **weights}
+        replaced = {name: shape for name, shape in self._tensors() if is_image_side(name)}
+        return with_spatial_weights(replaced, down_factor)
 
     def lora_layers(self) -> dict[str, LoraLayer]:
         """Linear layers by diffusers' and the original names, which ComfyUI's and kohya's files share."""
@@ -163,7 +160,6 @@ _VAE = {
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
-"""FLUX.1's."""
 _LENGTHS = (1536, 512, 512)
 _TEXT = TextEncoders(numbers=4_022_468_096, heads=32, channels=2560, hidden=9728)
 """Qwen3-4B."""

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZSingleStreamAttnProcessor
 from torch import Tensor, nn
 
 from clear_dist.engine.cut import Cut
 from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.family import Inputs, Removable, Stripes
 from clear_dist.engine.reclassed import Reclassed
+from clear_dist.engine.stock import attention_layers, others
 from clear_dist.families.z_image.attention import Turns, ZImageStripeAttnProcessor
 from clear_dist.families.z_image.blocks import STRIPED
 from clear_dist.families.z_image.card import PACKING, check_positions
@@ -64,12 +65,18 @@ class ZImage:
         return [*model.noise_refiner, *model.context_refiner, *model.layers]
 
     def processors(self, striped: Stripes) -> dict[str, ZImageStripeAttnProcessor]:
+        """Those that see the caption count first, as CLEAR's spatial weights do; ValueError for others' processors."""
         model = self.transformer
-        refiners = [f"noise_refiner.{index}.attention" for index in range(len(model.noise_refiner))]
-        names = [*refiners, *(f"layers.{index}.attention" for index in range(len(model.layers)))]
+        joint, alone = len(model.layers), len(model.noise_refiner)
+        numbers = {f"noise_refiner.{index}.attention": joint + index for index in range(alone)}
+        numbers |= {f"layers.{index}.attention": index for index in range(joint)}
+        for name, layer in attention_layers(model).items():
+            if type(layer.processor) is not ZSingleStreamAttnProcessor:
+                got = others(layer.processor)
+                raise ValueError(f"the processor of {name} must be {ZSingleStreamAttnProcessor.__name__}, got {got}")
         return {
-            name: ZImageStripeAttnProcessor(striped, layer, self.turns, sees_caption=name not in refiners)
-            for layer, name in enumerate(names)
+            name: ZImageStripeAttnProcessor(striped, layer, self.turns, sees_caption=layer < joint)
+            for name, layer in numbers.items()
         }
 
     def hooks(self, striped: Stripes) -> Sequence[Removable]:

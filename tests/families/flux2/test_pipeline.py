@@ -24,7 +24,11 @@ from clear_dist.families.cards import CARDS
 from clear_dist.families.flux2.card import DEV
 from clear_dist.families.transformers import adapter_of
 from clear_dist.geometry import cut_in_stripes
+from clear_dist.launch.env import Place
+from clear_dist.options import Refusal
 from clear_dist.plan import model
+from clear_dist.request.flags import GenerateFlags
+from clear_dist.request.settle import settle
 from clear_dist.stages import Sampling, Stage, Upscaling
 from clear_dist.vae import decode_stripes, encode_stripes
 from tests.families.flux2.tiny import draw_statistics, make_tiny_dev, make_tiny_folder, make_tiny_klein, make_tiny_vae
@@ -216,3 +220,12 @@ def test_a_folder_of_dev_is_known(tmp_path: Path) -> None:
     planned = model.find(facts)
     assert planned is not None
     assert (planned.text.channels, planned.text.hidden, planned.text.heads) == (8, 16, 2)
+
+
+def test_dev_needs_a_package_for_its_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clear_dist.request.settle.find_spec", lambda package: None)
+    with pytest.raises(
+        Refusal, match=r"FLUX\.2-dev needs the package torchvision, .*; nearest: pip install torchvision"
+    ):
+        settle(GenerateFlags(model="flux2-dev", device="cpu"), Place(), CARDS)
+    assert settle(GenerateFlags(model="flux2-klein-4b", device="cpu"), Place(), CARDS)[0].window == "full"

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Flux2KleinInpaintPipeline, FluxKontextPipeline
+from diffusers import Flux2KleinInpaintPipeline, Flux2KleinKVPipeline, FluxKontextPipeline
 from PIL import Image
 from torch import Tensor
 
 from clear_dist.comm.group import Group
 from clear_dist.engine import parts
+from clear_dist.families.flux2.transformer import Flux2
 from clear_dist.parallelize import parallelize
 from tests.families.flux2.oracle import in_parallel
 from tests.families.flux2.tiny import make_tiny_dev, make_tiny_klein
@@ -141,3 +142,11 @@ def test_inpainting_takes_references_too() -> None:
     found = edited()
     handle.undo()
     assert relative_error(found, expected) < 1e-4
+
+
+def test_references_that_are_kept_from_the_first_step_are_refused() -> None:
+    pipe = Flux2KleinKVPipeline(**make_tiny_klein().components)
+    with pytest.raises(ValueError, match="must be Flux2AttnProcessor, got Flux2KVAttnProcessor"):
+        parallelize(pipe, window="full")
+    with pytest.raises(ValueError, match=r"cached keys of reference images .* cannot be parallelised"):
+        Flux2(pipe.transformer).grid_of({"kv_cache_mode": "extract"})

@@ -1,20 +1,29 @@
 """SD3's pipelines on stripes: prompts, pictures, refinement, and what is refused, against stock diffusers."""
 
+from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline
+from diffusers.models.attention import JointTransformerBlock
 from PIL.Image import fromarray
 from torch import Tensor
 
 import clear_dist
 from clear_dist.comm.group import Group
+from clear_dist.families.cards import CARDS
+from clear_dist.families.sd3.card import CARD
 from clear_dist.families.sd3.pipeline import SD3PipelineAdapter
+from clear_dist.launch.env import Place
+from clear_dist.request.flags import GenerateFlags
+from clear_dist.request.settle import settle
 from clear_dist.stages import Stage, Upscaling
-from tests.families.sd3.test_stripes import draw
-from tests.families.sd3.tiny import make_tiny_pipeline
+from clear_dist.weights.loading import load_pipeline
+from tests.families.sd3.test_stripes import draw, unsplit
+from tests.families.sd3.tiny import make_tiny_pipeline, make_tiny_sd3
 from tests.ranks import run_ranks
 from tests.test_parallelize import relative_error
 
@@ -202,3 +211,34 @@ def test_prompts_that_are_cut_off_are_told() -> None:
         "longer than the 77 tokens that CLIP",
         "longer than the 64 tokens that T5",
     ]
+
+
+def test_a_folder_is_settled_and_loaded(tmp_path: Path) -> None:
+    folder = make_tiny_sd3(tmp_path / "model", "medium")
+    settled = settle(GenerateFlags(model=str(folder), device="cpu"), Place(), CARDS)[0]
+    assert (settled.size, settled.token_size, settled.window) == ((128, 128), 16, "full")
+    assert (settled.sampling.steps, settled.sampling.true_cfg_scale, settled.max_sequence_length) == (40, 4.5, 256)
+    where: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
+    pipe = load_pipeline(folder, CARD, with_text_encoders=True, **where)
+    saved = make_tiny_pipeline("medium")
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
+        expected = getattr(saved, name).state_dict()
+        found = getattr(pipe, name).state_dict()
+        assert all(torch.equal(found[key], x) for key, x in expected.items()), name
+
+
+def by_stock_blocks(group: Group) -> Tensor:
+    """Hooks of others, which bring weights, keep a block's forward as it was before `parallelize`."""
+    pipe = make_tiny_pipeline("medium")
+    for block in pipe.transformer.transformer_blocks:
+        block.forward = MethodType(JointTransformerBlock.forward, block)
+    handle = clear_dist.parallelize(pipe, window=3, text_attention="exact", text_tokens="sharded", group=group)
+    found = draw(pipe)
+    handle.undo()
+    assert {type(block) for block in pipe.transformer.transformer_blocks} == {JointTransformerBlock}
+    return found
+
+
+def test_blocks_whose_forward_others_keep_draw_the_same() -> None:
+    for found in run_ranks(by_stock_blocks, 2):
+        assert relative_error(found, unsplit("medium", 3)) < 1e-4
