@@ -92,10 +92,10 @@ def alone(x: Tensor) -> Tensor:
     return torch.from_dlpack(x[0][None] if len(x) == 1 else x)
 
 
-def chunks_of(x_BLC: Tensor) -> list[slice]:
-    """Slices of nearly equal length, as few as MOST_TOKENS allows; none without tokens."""
+def chunks_of(x_BLC: Tensor, *, states: int = 1) -> list[slice]:
+    """Slices of nearly equal length, as few as MOST_TOKENS allows where `states` are alive; none without tokens."""
     batch, tokens = x_BLC.shape[:2]
-    count = ceil(batch * tokens / MOST_TOKENS)
+    count = ceil(states * batch * tokens / MOST_TOKENS)
     return [slice(tokens * i // count, tokens * (i + 1) // count) for i in range(count)]
 
 

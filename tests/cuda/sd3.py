@@ -32,33 +32,47 @@ def work(folder: Path, runs: dict[str, tuple[str, int, dict[str, Any]]]) -> None
     group.close()
 
 
-def drawn(group: Any, model: str, side: int, options: dict[str, Any]) -> dict[str, Any]:
+def full_size(model: str, device: Any) -> Any:
+    """The pipeline of a hub's model without text encoders and VAE."""
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     from clear_dist.families.cards import CARDS
+
+    class FromTheStart(FlowMatchEulerDiscreteScheduler):
+        """Does not look its first step up on the GPU, where there are no values."""
+
+        def set_timesteps(self, *args: Any, **named: Any) -> None:
+            super().set_timesteps(*args, **named)
+            self.set_begin_index(0)
+
+    found = CARDS.on_hub(model)
+    assert found is not None, model
+    torch.set_default_dtype(torch.bfloat16)
+    with device:
+        transformer = SD3Transformer2DModel(**found[1].configs["transformer"]).to(torch.bfloat16)
+    torch.set_default_dtype(torch.float32)
+    names = ("vae", *(f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")))
+    transformer.eval().requires_grad_(False)
+    pipe = StableDiffusion3Pipeline(transformer=transformer, scheduler=FromTheStart(shift=3.0), **dict.fromkeys(names))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def drawn(group: Any, model: str, side: int, options: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
     from clear_dist.parallelize import parallelize
     from tests.cuda.null_gpu import Counts
 
-    _, known = CARDS.on_hub(model) or ()
-    torch.set_default_dtype(torch.bfloat16)
-    with group.device:
-        transformer = SD3Transformer2DModel(**known.configs["transformer"]).to(torch.bfloat16)
-    torch.set_default_dtype(torch.float32)
-    names = ("vae", *(f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")))
-    pipe = StableDiffusion3Pipeline(
-        transformer=transformer.eval().requires_grad_(False),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        **dict.fromkeys(names),
-    )
-    pipe.set_progress_bar_config(disable=True)
+    pipe = full_size(model, group.device)
     gc.collect()
     handle = parallelize(pipe, group=group, **options)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    counts, steps = Counts(), []
-    text = torch.randn(1, TEXT_TOKENS, transformer.config.joint_attention_dim).to(group.device, torch.bfloat16)
-    pooled = torch.randn(1, transformer.config.pooled_projection_dim).to(group.device, torch.bfloat16)
+    counts, steps, config = Counts(), [], pipe.transformer.config
+    text = torch.randn(1, TEXT_TOKENS, config.joint_attention_dim).to(group.device, torch.bfloat16)
+    pooled = torch.randn(1, config.pooled_projection_dim).to(group.device, torch.bfloat16)
 
     def end_step(*_: Any) -> dict[str, Any]:
         steps.append(counts.since_last())

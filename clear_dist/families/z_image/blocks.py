@@ -1,8 +1,8 @@
 """Z-Image's blocks that see the image, on stripes: diffusers' arithmetic, in chunks where there are many tokens.
 
 Only a block's class changes, and changes back; layers, names and hooks stay. Halos leave as soon as keys and values are
-there. The feed-forward layer's three hidden states, 2.7 times as wide as a token each, would be the peak of memory: it
-runs chunk by chunk, together with the attention's output.
+there. The feed-forward layer's hidden states, of which four are alive at once, each 2.7 times as wide as a token, would
+be the peak of memory: it runs chunk by chunk.
 
 Shapes: B batch, L tokens of this rank, text first, C channels, F complex numbers of a position.
 """
@@ -16,6 +16,9 @@ from torch import Tensor
 from clear_dist.engine.parts import chunks_of
 from clear_dist.engine.reclassed import Classes, register_blocks
 from clear_dist.families.z_image.attention import fill, heads_of
+
+STATES = 4
+"""Hidden states of a feed-forward layer that are alive at once."""
 
 
 class StripedZImageBlock(ZImageTransformerBlock):
@@ -38,9 +41,11 @@ class StripedZImageBlock(ZImageTransformerBlock):
         attended = heads.attend()
         out = torch.empty_like(x)
         for place in chunks_of(x):
-            mine = x[:, place] + gate * self.attention_norm2(self.attention.to_out[0](attended[:, place]))
-            mlp = self.ffn_norm2(self.feed_forward(self.ffn_norm1(mine) * mlp_scale))
-            out[:, place] = mine + mlp_gate * mlp
+            out[:, place] = x[:, place] + gate * self.attention_norm2(self.attention.to_out[0](attended[:, place]))
+        del attended
+        for place in chunks_of(x, states=STATES):
+            mlp = self.ffn_norm2(self.feed_forward(self.ffn_norm1(out[:, place]) * mlp_scale))
+            out[:, place] = out[:, place] + mlp_gate * mlp
         return out
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import ZImageImg2ImgPipeline
 from torch import Tensor
 
 from clear_dist.comm.group import Group
@@ -99,3 +100,32 @@ def test_average_is_equation_7(size: int) -> None:
         for found, expected, exact in zip(latents, oracle(4, size), oracle(4), strict=True):
             assert relative_error(found, expected) < 1e-4
             assert size == 1 or relative_error(found, exact) > 1e-3
+
+
+def features(group: Group | None) -> list[Tensor]:
+    """A batch of prompts of two lengths, the same embeddings at two sizes, image-to-image: one pipeline."""
+    pipe = make_tiny_z_image()
+    if group is not None:
+        parallelize(pipe, group=group, window="full")
+    batch = run(pipe, PADDED, prompt=[PROMPT, "fog"], negative_prompt=None, num_images_per_prompt=2)
+    given = {"prompt": None, "negative_prompt": None, "prompt_embeds": pipe.encode_prompt(PROMPT)[0]}
+    again = [run(pipe, size, **given) for size in (WHOLE, PADDED)]
+    from_picture = ZImageImg2ImgPipeline.from_pipe(pipe)
+    from_picture.set_progress_bar_config(disable=True)
+    edited = from_picture(
+        PROMPT,
+        image=torch.rand(1, 3, 16 * PADDED[0], 16 * PADDED[1], generator=torch.Generator().manual_seed(0)),
+        strength=0.7,
+        num_inference_steps=4,
+        guidance_scale=2.0,
+        generator=torch.Generator().manual_seed(1),
+        output_type="latent",
+    ).images
+    return [batch, *again, edited]
+
+
+def test_stock_features_on_one_pipeline_object() -> None:
+    expected = features(None)
+    for results in run_ranks(features, 3):
+        for found, stock_latents in zip(results, expected, strict=True):
+            assert relative_error(found, stock_latents) < 1e-4

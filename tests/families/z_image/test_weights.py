@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from safetensors.torch import save_file
 from torch import Tensor
 
 from clear_dist.comm.group import Group
+from clear_dist.engine import parts
 from clear_dist.families.z_image.card import ZImageShape
 from clear_dist.options import Options
 from clear_dist.parallelize import parallelize
@@ -112,8 +114,8 @@ def test_lora_of_each_spelling(spelling: str, tmp_path: Path) -> None:
     block, width = "layers.1", 32
     down, up = torch.randn(2, width, generator=generator), torch.randn(3 * width, 2, generator=generator)
     names = [f"transformer.{block}.attention.{name}" for name in ("to_q", "to_k", "to_v")]
-    plain = {f"{name}.lora_A.weight": down for name in names}
-    plain |= {f"{name}.lora_B.weight": part for name, part in zip(names, 0.5 * up.split(width), strict=True)}
+    plain = {f"{name}.lora_A.weight": down.clone() for name in names}
+    plain |= {f"{name}.lora_B.weight": part for name, part in zip(names, (0.5 * up).split(width), strict=True)}
     files: dict[str, dict[str, Tensor]] = {
         "diffusers": plain,
         "comfy": {
@@ -174,3 +176,26 @@ def test_a_plan_counts_what_is_sent(settings: dict[str, Any], size: tuple[int, i
     assert {name: planned["bytes"].get(name, 0) for name in COUNTED} == run_ranks(counted, 2, settings, size)[0]
     adapted = run_steps(StepQuestion(**vars(question) | {"has_lora": True}), built.copy())
     assert adapted["peak"]["activations"] >= planned["peak"]["activations"] > 0
+
+
+@pytest.mark.parametrize("most_tokens", [100, 30])
+def test_chunks_change_no_more_than_the_last_bits(most_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of projections, which stop between text and image too, and of the wider states between them."""
+    pipe = make_tiny_z_image()
+    handle = parallelize(pipe, **EXACT)
+    whole = run(pipe, PADDED, guidance=3.0)
+    monkeypatch.setattr(parts, "MOST_TOKENS", most_tokens)
+    assert relative_error(run(pipe, PADDED, guidance=3.0), whole) < 1e-5
+    handle.undo()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_compute_what_diffusers_blocks_do(dtype: torch.dtype) -> None:
+    """To the bit. Hooks that were on a block before hold diffusers' forward, which calls the processor."""
+    ours, theirs = (make_tiny_z_image().to(dtype) for _ in range(2))
+    for block in (*theirs.transformer.noise_refiner, *theirs.transformer.layers):
+        add_hook_to_module(block, ModelHook())
+    handles = [parallelize(pipe, **EXACT) for pipe in (ours, theirs)]
+    assert torch.equal(run(ours, PADDED), run(theirs, PADDED))
+    for handle in handles:
+        handle.undo()
