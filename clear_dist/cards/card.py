@@ -28,6 +28,8 @@ class Defaults:
     max_sequence_length: int = 512
     positions: tuple[int, int] | None = None
     """Most rows and columns of tokens that have positions; None: any number."""
+    interpolated_above: int | None = None
+    """Side in tokens of a table that the positions of larger pictures are spread over."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,6 +137,10 @@ def _warnings(request: Request, facts: ModelFacts, texts: Iterable[str], ranks: 
     side = max(request.stages[0].size) if request.stages else 0
     if facts.native_size is not None and side > FAR_ABOVE_NATIVE * facts.native_size:
         yield f"{WARNING}{side} px in one stage is far above the model's {facts.native_size}: expect repetition or blur"
+    largest = max((max(stage.size) for stage in request.stages), default=0)
+    if facts.interpolated_above is not None and largest > (most := facts.interpolated_above * facts.token_size):
+        beyond = f"{largest} px is beyond the model's {most} px of positions"
+        yield f"{WARNING}{beyond}: they are interpolated, which is untried"
     # Where ranks on CPUs each cast weights that they could share.
     if request.device != "cpu" or ranks == 1 or facts.folder is None:
         return

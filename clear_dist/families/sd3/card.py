@@ -90,8 +90,20 @@ class SD3Shape:
     def defaults(self, scheduler: Mapping[str, Any], pipeline: Mapping[str, Any]) -> Defaults:
         """By the model cards of 3.5-Large, 3.5-Medium (with dual attention) and 3-Medium (without norms of heads)."""
         if not self.norms_heads:
-            return guided(steps=28, scale=7.0)
-        return guided(steps=40, scale=4.5) if self.dual_attention_layers else guided(steps=28, scale=3.5)
+            return self.guided(steps=28, scale=7.0)
+        return self.guided(steps=40, scale=4.5) if self.dual_attention_layers else self.guided(steps=28, scale=3.5)
+
+    def guided(self, *, steps: int, scale: float) -> Defaults:
+        """Classifier-free guidance with an empty negative prompt; a scale of 1: none."""
+        return Defaults(
+            takes_guidance=False,
+            has_rotary_positions=False,
+            interpolated_above=self.pos_embed_max_size,
+            sampling=Sampling(steps=steps, guidance_scale=0.0, true_cfg_scale=scale),
+            upscaling=Upscaling(guidance_scale=0.0, true_cfg_scale=scale),
+            negative_prompt="",
+            max_sequence_length=256,
+        )
 
     def _tensors(self) -> Tensors:
         width = self.channels
@@ -124,18 +136,6 @@ class SD3Shape:
         for name in ("ff",) if is_last else ("ff", "ff_context"):
             yield from _linear(f"{block}.{name}.net.0.proj", width, MLP_RATIO * width)
             yield from _linear(f"{block}.{name}.net.2", MLP_RATIO * width, width)
-
-
-def guided(*, steps: int, scale: float) -> Defaults:
-    """Classifier-free guidance with an empty negative prompt; a scale of 1: none."""
-    return Defaults(
-        takes_guidance=False,
-        has_rotary_positions=False,
-        sampling=Sampling(steps=steps, guidance_scale=0.0, true_cfg_scale=scale),
-        upscaling=Upscaling(guidance_scale=0.0, true_cfg_scale=scale),
-        negative_prompt="",
-        max_sequence_length=256,
-    )
 
 
 def _linear(name: str, inputs: int, outputs: int) -> Tensors:
@@ -173,14 +173,14 @@ _3_5_MEDIUM = _3_MEDIUM | {
 }
 
 
-def _hub_model(name: str, short: str, config: Mapping[str, Any], defaults: Defaults | None = None) -> HubModel:
+def _hub_model(name: str, short: str, config: Mapping[str, Any], **guidance: Any) -> HubModel:
     shape = SD3Shape.of(config, name)
     return HubModel(
         id=name,
         short=short,
         native_size=1024,
         shape=shape,
-        defaults=defaults or shape.defaults({}, {}),
+        defaults=shape.guided(**guidance) if guidance else shape.defaults({}, {}),
         configs={"transformer": config, "vae": _VAE},
         text=_TEXT,
     )
@@ -212,7 +212,7 @@ CARD = Card(
     schedule={"shift": 3.0},
     hub_models=(
         _hub_model(LARGE, "sd3.5-large", _LARGE),
-        _hub_model(f"{LARGE}-turbo", "sd3.5-large-turbo", _LARGE, guided(steps=4, scale=1.0)),
+        _hub_model(f"{LARGE}-turbo", "sd3.5-large-turbo", _LARGE, steps=4, scale=1.0),
         _hub_model("stabilityai/stable-diffusion-3.5-medium", "sd3.5-medium", _3_5_MEDIUM),
         _hub_model("stabilityai/stable-diffusion-3-medium-diffusers", "sd3-medium", _3_MEDIUM),
     ),

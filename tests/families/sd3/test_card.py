@@ -100,11 +100,16 @@ def test_guidance_is_by_the_model() -> None:
 
 
 def test_flags_of_other_families_are_told_of() -> None:
-    flags = GenerateFlags(model="sd3.5-large", device="cpu", guidance_scale=4.0, ntk_factor=3.0, res=2048)
+    flags = GenerateFlags(model="sd3.5-large", device="cpu", guidance_scale=4.0, ntk_factor=3.0, res=3072)
     lines = settle(flags, Place(), CARDS)[2]
     told = [line for line in lines if line.startswith("warning: --")]
     assert told == [
         "warning: --guidance-scale has no effect: this model was not distilled with guidance; nearest: --true-cfg-scale",
         "warning: --ntk-factor has no effect: this model has no rotary positions",
     ]
+    larger = settle(GenerateFlags(model="sd3.5-large", device="cpu", res=3088), Place(), CARDS)[2]
+    assert [line for line in larger if "positions" in line] == [
+        "warning: 3088 px is beyond the model's 3072 px of positions: they are interpolated, which is untried"
+    ]
+    assert not any("positions:" in line for line in lines)
     assert f"window: full ({CARD.hub_models[0].id} without CLEAR weights)" in lines
