@@ -22,6 +22,8 @@ OPTIONS: dict[str, Any] = {
     "text_tokens": "replicated",
 }
 RANKS, SIDE = 2, 2048
+LAUNCHES = {"sd3.5-large": 871, "sd3.5-medium": 654}
+"""At most: what they are now."""
 MESSAGES = {"sd3.5-large": 38, "sd3.5-medium": 24 + 13}
 """Layers, each with halos; those of the image alone reduce no text."""
 
@@ -62,7 +64,8 @@ def test_a_step_waits_for_nothing_and_takes_what_was_planned(model: str, results
         assert found["transport"] == "nccl" and found["retries"] == 0
         assert [name for name in NOT_IN_A_STEP if step[name]] == []
         layers = MESSAGES[model]
+        assert step["launches"] <= LAUNCHES[model]
         alone = layers - 24 if model == "sd3.5-medium" else 0
-        # Halos of every layer, the text's reduction in those that see it, the join.
-        assert step["nccl_groups"] == layers + (layers - alone) + 1
+        # Halos of every layer, the exact reduction's two where the text is seen, the join.
+        assert step["nccl_groups"] == layers + 2 * (layers - alone) + 1
         assert found["allocated"] == pytest.approx(planned_bytes(model, rank), rel=WITHIN)
