@@ -1,4 +1,4 @@
-"""Reference images (FLUX.1 Kontext, FLUX.2): tokens after the picture's, which are cut and attended to like text.
+"""Reference images, of models that edit: tokens after the picture's, which are cut and attended to like text.
 
 All ranks have all of them, or each its share, as of the text, which they follow; windows and halos are the picture's.
 """
