@@ -67,6 +67,11 @@ class HaloExchange:
         return False
 
     @property
+    def batch(self) -> int | None:
+        """Pictures of the halos that are here or on their way; None before the first."""
+        return self._received[0].shape[2] if self._received else None
+
+    @property
     def received_bytes(self) -> int:
         return sum(buffer.nbytes for buffer in self._received)
 

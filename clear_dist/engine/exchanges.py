@@ -62,6 +62,10 @@ class Exchanges:
     def has_begun(self, turn: int) -> bool:
         return any(made == turn for made, _ in self._halos)
 
+    def fit(self, batch: int) -> bool:
+        """Whether halos that are held, if any, are of `batch` pictures."""
+        return all(halos.batch in (batch, None) for halos in self._halos.values())
+
     def drain(self) -> None:
         """Wait for all messages and drop all buffers; all ranks call this."""
         rows = *self._halos.values(), *(pooled.exchange for pooled in self._pooled.values())

@@ -198,10 +198,11 @@ class StripedModel:
         if self._clock.begins:
             self._same_call.require()
             self._begin_generation(inputs)
-        cut = self.running_cut
+        cut, batch = self.running_cut, len(self.family.latents(inputs))
+        if cut.stale and not cut.exchanges.fit(batch):
+            self.drain()  # guidance has ended (`cfg_truncation`): this step is synchronous
         if cut.stale and not cut.exchanges.has_begun(self._clock.turn):
             self._same_call.require()
-            batch = len(self.family.latents(inputs))
             self.require_room((cut.height, cut.width), batch=batch, passes=1, steps=self._steps)
         if self.modulation is not None:
             self.modulation.begin(self._clock.turn, self.scheduler, generation=self._clock.begins)

@@ -129,3 +129,25 @@ def test_stock_features_on_one_pipeline_object() -> None:
     for results in run_ranks(features, 3):
         for found, stock_latents in zip(results, expected, strict=True):
             assert relative_error(found, stock_latents) < 1e-4
+
+
+TRUNCATED = {"size": PADDED, "guidance": 3.0, "steps": 4, "cfg_truncation": 0.3}
+"""Guidance, and with it half of the batch, ends before the last step."""
+
+
+def truncated(group: Group, warmup_steps: int) -> Tensor:
+    pipe = make_tiny_z_image()
+    parallelize(pipe, group=group, window=4, text_attention="exact", schedule="stale", warmup_steps=warmup_steps)
+    return run(pipe, **TRUNCATED)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_step_after_the_end_of_guidance_has_halos_of_its_own(size: int) -> None:
+    """Those of the step before are of a batch of two; only the last step would lag, or two before it, too."""
+    pipe = make_tiny_z_image()
+    put(pipe, Dense, *PADDED, 4, None)
+    expected = run(pipe, **TRUNCATED)
+    for latents in run_ranks(truncated, size, 3):
+        assert relative_error(latents, expected) < 1e-4
+    for latents in run_ranks(truncated, size, 1):
+        assert relative_error(latents, expected) > 1e-3
