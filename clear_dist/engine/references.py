@@ -30,7 +30,7 @@ class References:
         width = int((mine[:, 1] == 0).sum())
         height = count // max(width, 1)
         expected = raster_ids(height, width, ids.device, axes=ids.shape[1]).to(ids.dtype)
-        if count != height * width or not torch.equal(expected, mine):
+        if not count or count != height * width or not torch.equal(expected, mine):
             raise ValueError(
                 f"`img_ids` must be those of one image in raster order, then those of references, with another number "
                 f"of their own in front, got {len(ids)} ids that are not"

@@ -24,11 +24,12 @@ def test_ids_are_exact_where_bfloat16_is_not() -> None:
     assert len(raster_ids(512, 1, torch.device("cpu"))[:, 1].unique()) == 512
 
 
-@pytest.mark.parametrize("change", ["reference image first", "shuffled", "cut"])
+@pytest.mark.parametrize("change", ["reference image first", "references alone", "shuffled", "cut"])
 def test_other_ids_are_refused(family: Flux, change: str) -> None:
     ids = raster_ids(4, 5, torch.device("cpu"))
     changed = {
         "reference image first": torch.cat([ids + torch.tensor([1.0, 0.0, 0.0]), ids]),
+        "references alone": ids + torch.tensor([1.0, 0.0, 0.0]),
         "shuffled": ids.flip(0),
         "cut": ids[:-1],
     }[change]

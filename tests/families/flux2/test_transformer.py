@@ -118,11 +118,12 @@ def test_the_grid_is_read_from_ids(family: Flux2, height: int, width: int) -> No
     assert family.grid_of({"img_ids": ids[0].bfloat16()}) == (height, width)
 
 
-@pytest.mark.parametrize("change", ["reference image first", "shuffled", "cut"])
+@pytest.mark.parametrize("change", ["reference image first", "references alone", "shuffled", "cut"])
 def test_other_ids_are_refused(family: Flux2, change: str) -> None:
     ids = raster_ids(4, 5, torch.device("cpu"), axes=4)
     changed = {
         "reference image first": torch.cat([ids + torch.tensor([10.0, 0.0, 0.0, 0.0]), ids]),
+        "references alone": ids + torch.tensor([10.0, 0.0, 0.0, 0.0]),
         "shuffled": ids.flip(0),
         "cut": ids[:-1],
     }[change]
