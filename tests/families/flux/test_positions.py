@@ -61,11 +61,12 @@ class Pair:
         self.errors: list[float] = []
         self.embedded: list[int] = []
 
-    def step(self, given: dict[str, Any]) -> None:
+    def step(self, given: dict[str, Any], tokens: int | None = None) -> None:
+        """`tokens` of the picture: less than all, where references follow."""
         (expected,) = self.stock(**given)
         with mock.patch.object(FluxPosEmbed, "forward", autospec=True, side_effect=FluxPosEmbed.forward) as spy:
             (found,) = self.pipe.transformer(**given)
-        self.errors.append(relative_error(found, expected))
+        self.errors.append(relative_error(found, expected[:, :tokens]))
         self.embedded.append(spy.call_count)
 
     @property
@@ -105,6 +106,31 @@ def test_generations_of_other_sizes_and_texts_are_the_stock_transformer_s(size: 
         in_turns, texts, changed, shared = [1, 0, 1, 0, 0, 0, 0], [0, 1, 0, 0, 1], [1], [1, 1]
         assert embedded == in_turns + texts + changed + shared
         assert known[1] == 0 < known[0], "a generation that has ended leaves nothing"
+
+
+def with_references(group: Group) -> list[float]:
+    """Errors of generations with the same text ids: references, others of as many, none, and another width.
+
+    Ranks share text and references out: rank 0 of 3 has only text, and another part of it without references.
+    """
+    pair, generation = Pair(group, text_tokens="sharded"), Generation(5, 8, 7)
+    whole, tokens = generation.image_ids, generation.tokens
+    with torch.no_grad():
+        for count, place in ((TEXT, 0), (TEXT, 20), (0, 0), (2 * TEXT, 5)):
+            references = torch.tensor([1.0, place, place]) + torch.arange(count)[:, None] * torch.tensor([0, 0, 1])
+            generation.image_ids, generation.tokens = torch.cat([whole, references]), tokens + count
+            pair.step(generation.step(), tokens)
+        wider = Generation(6, 8, 9)
+        wider.text_ids = generation.text_ids
+        for each in (wider, generation):
+            pair.step(each.step(), each.tokens if each is wider else tokens)
+    return pair.errors
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_references_and_shares_of_the_same_text_have_their_own_positions(size: int) -> None:
+    for errors in run_ranks(with_references, size):
+        assert max(errors) < WITHIN
 
 
 def extrapolated(group: Group) -> tuple[list[float], list[float]]:
