@@ -11,6 +11,8 @@ from torch import Tensor
 
 from clear_dist.comm.group import Group
 from clear_dist.engine import parts
+from clear_dist.engine.references import raster_ids
+from clear_dist.families.flux.transformer import Flux
 from clear_dist.families.flux2.transformer import Flux2
 from clear_dist.parallelize import parallelize
 from tests.families.flux2.oracle import in_parallel
@@ -150,3 +152,19 @@ def test_references_that_are_kept_from_the_first_step_are_refused() -> None:
         parallelize(pipe, window="full")
     with pytest.raises(ValueError, match=r"cached keys of reference images .* cannot be parallelised"):
         Flux2(pipe.transformer).grid_of({"kv_cache_mode": "extract"})
+
+
+def test_references_beside_controlnets_are_refused() -> None:
+    pipe, tokens = make_tiny_pipeline(), HEIGHT * WIDTH
+    pipe.scheduler.set_timesteps(2, mu=1.0)
+    ids = raster_ids(HEIGHT, WIDTH, torch.device("cpu"))
+    inputs = Flux(pipe.transformer).empty_inputs((HEIGHT, 2 * WIDTH), images=1, text_tokens=TEXT)
+    inputs = {name: torch.zeros_like(x) for name, x in inputs.items()}
+    inputs["img_ids"] = torch.cat([ids, ids + torch.tensor([1.0, 0.0, 0.0])])
+    residuals = [torch.zeros(1, tokens, pipe.transformer.inner_dim)]
+    handle = parallelize(pipe, window="full")
+    with torch.no_grad(), pytest.raises(ValueError, match="ControlNets cannot be combined with reference images"):
+        pipe.transformer(**inputs, controlnet_block_samples=residuals)
+    with torch.no_grad():
+        assert pipe.transformer(**inputs).sample.shape[1] == tokens, "alone they are taken"
+    handle.undo()
