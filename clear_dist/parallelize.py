@@ -15,7 +15,13 @@ from clear_dist.attention import choose_backend
 from clear_dist.cards.clear import refuse_other_radius
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
-from clear_dist.engine.agreement import adapters_of, fingerprint, require_equal_parts, require_equal_settings
+from clear_dist.engine.agreement import (
+    CurrentScheduler,
+    adapters_of,
+    fingerprint,
+    require_equal_parts,
+    require_equal_settings,
+)
 from clear_dist.engine.capture import as_cuda_graph
 from clear_dist.engine.family import Family
 from clear_dist.engine.settings import Settings
@@ -168,7 +174,7 @@ def put_on_stripes(
         striped = []
         for net, window in ((family, None), *zip(nets, windows, strict=True)):
             own = settings if window is None else of_controlnet(settings, net, window)
-            striped.append(put_model_on_stripes(net, pipe.scheduler, group, own))
+            striped.append(put_model_on_stripes(net, CurrentScheduler(pipe), group, own))
             undo.append(striped[-1].remove)
     return striped, replaced
 

@@ -134,13 +134,28 @@ def adapters_of(model: nn.Module) -> str:
     return f"{shown} ({crc32(repr(states).encode()):08x})"
 
 
+class CurrentScheduler:
+    """Whatever scheduler a pipeline has now: users replace it after `parallelize`."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+
+    @property
+    def name(self) -> str:
+        return type(self._pipe.scheduler).__name__
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipe.scheduler, name)
+
+
 def schedule_of(scheduler: Any) -> str:
     """A scheduler's steps, in words that differ where any noise level or setting does."""
     levels = [torch.as_tensor(getattr(scheduler, name, ())).tolist() for name in ("timesteps", "sigmas")]
     config = getattr(scheduler, "config", {})
     # diffusers' own entries, such as a set as a list, are in another order in each process.
     settings = sorted((name, str(value)) for name, value in config.items() if not name.startswith("_"))
-    return f"{type(scheduler).__name__} ({crc32(repr((levels, settings)).encode()):08x})"
+    kind = scheduler.name if isinstance(scheduler, CurrentScheduler) else type(scheduler).__name__
+    return f"{kind} ({crc32(repr((levels, settings)).encode()):08x})"
 
 
 def fingerprint(model: nn.Module) -> str:

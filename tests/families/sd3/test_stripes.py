@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from clear_dist.comm.group import Group
@@ -74,3 +75,33 @@ def test_n_ranks_draw_what_the_unsplit_model_draws(kind: Kind, size: int) -> Non
             expected = unsplit(kind, None if options["window"] == "full" else RADIUS)
             assert relative_error(found, expected) < 1e-4, options
     assert relative_error(unsplit(kind, RADIUS), unsplit(kind, None)) > 1e-2, "the window matters"
+
+
+def with_a_scheduler_of_the_users(group: Group | None, options: dict[str, Any]) -> list[Tensor]:
+    """One picture, the same again, and one of another size, the scheduler replaced after `parallelize`."""
+    pipe = make_tiny_pipeline()
+    if group is not None:
+        parallelize(pipe, group=group, **options)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
+    return [
+        pipe(
+            "a hill",
+            height=height,
+            width=96,
+            num_inference_steps=3,
+            guidance_scale=2.0,
+            generator=torch.Generator().manual_seed(1),
+            output_type="latent",
+        ).images
+        for height in (112, 112, 144)
+    ]
+
+
+def test_generations_are_told_apart_by_the_scheduler_that_the_pipeline_has_now() -> None:
+    expected = with_a_scheduler_of_the_users(None, {})
+    for latents in run_ranks(with_a_scheduler_of_the_users, 2, {"window": "full"}):
+        for found, stock in zip(latents, expected, strict=True):
+            assert relative_error(found, stock) < 1e-4
+    stale = {"window": 3, "schedule": "stale", "warmup_steps": 1}
+    for first, again, _ in run_ranks(with_a_scheduler_of_the_users, 2, stale):
+        assert torch.equal(first, again)
