@@ -77,7 +77,7 @@ def _given(word: str, window: Window | None, model: ModelFacts, cards: Cards) ->
     if ":" not in word and path.suffix in (".safetensors", *clear.PICKLED):
         named = (HubFile(each.repository, None, path.name) for each in cards.published if path.name in each.files)
         raise Refusal(f"--clear-weights: there is no {shortened(str(path))}; nearest: {next(named, 'auto')}")
-    likely = next(iter(cards.published), None) if model.card is None else model.card.clear
+    likely = (model.card and model.card.clear) or next(iter(cards.published), None)
     usual = "" if likely is None else _plain(likely.radius)
     found = HubFile.of(word, default=usual if window in (None, "full") else _plain(window))
     if found is not None:

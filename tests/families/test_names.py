@@ -52,7 +52,7 @@ def test_clear_weights_of_another_family_are_refused(tmp_path: Path) -> None:
     assert flux_dev is not None
     file = tmp_path / "clear_local_8.safetensors"
     write_safetensors(file, flux_dev[1].shape.clear_tensors(), torch.bfloat16)
-    for word in (str(file), "Huage001/CLEAR:clear_local_8.safetensors"):
+    for word in (str(file), "Huage001/CLEAR:clear_local_8.safetensors", "Huage001/CLEAR"):
         flags = GenerateFlags(model="someone/second", clear_weights=word, device="cpu")
         with pytest.raises(Refusal, match=r"must be for someone/second, got .*, which is for black-forest-labs/FLUX"):
             settle(flags, Place(), BOTH)
