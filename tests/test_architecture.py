@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "clear_dist"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (
-    ("options", "geometry", "stages", "pictures", "demo", "kernels"),
+    ("options", "geometry", "stages", "pictures", "demo", "kernels", "products"),
     ("merge", "cards", "launch", "observe"),
     ("attention", "comm", "request"),
     ("engine", "hub"),

@@ -21,12 +21,14 @@ from benchmarks.lib.flags import Parser, whole_number
 from benchmarks.lib.layer import Layer, full, interleaved, make_layer, row_major, window
 from benchmarks.lib.machine import machine, save
 from clear_dist.attention import Backend, choose_backend
+from clear_dist.observe.peaks import keep_for_the_next_layer
 
 
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    keep_for_the_next_layer(torch.device(options.device))
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     backend = choose_backend(options.backend, device=device, dtype=dtype, head_dim=options.head_dim)
     report: dict[str, Any] = {"machine": machine(device), "settings": vars(options) | {"backend": backend.name}}

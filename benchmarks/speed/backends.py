@@ -26,6 +26,7 @@ from benchmarks.lib.machine import machine, save
 from clear_dist.attention import BACKENDS, window_attention
 from clear_dist.attention.backend import CallShape
 from clear_dist.attention.measured import TABLE
+from clear_dist.observe.peaks import keep_for_the_next_layer
 
 RESULTS = Path(__file__).parents[1] / "results"
 FILES = ("backends.json", "kernels.json")
@@ -46,6 +47,7 @@ def main() -> None:
         return
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    keep_for_the_next_layer(torch.device(options.device))
     sizes = product(options.shapes, options.radii, options.texts, options.head_dims)
     report: dict[str, Any] = {"machine": machine(torch.device(options.device)), "rows": []}
     shown = Table("tokens", "radius", "text", "head dim", "ms")

@@ -9,6 +9,7 @@ Shape suffixes: B batch, L queries, S keys, N heads, D head dim.
 import torch
 from torch import Tensor
 
+from clear_dist.attention import onednn
 from clear_dist.attention.backend import is_before_ampere
 from clear_dist.merge import merge
 
@@ -99,6 +100,8 @@ def fused(
     """
     aten = torch.ops.aten
     device_type, dtype = query_BNLD.device.type, query_BNLD.dtype
+    if onednn.takes(query_BNLD, key_BNSD):
+        return onednn.attend(query_BNLD, key_BNSD, value_BNSD, scale, bias_LS)
     if device_type in ("cpu", "meta"):
         return aten._scaled_dot_product_flash_attention_for_cpu(
             query_BNLD, key_BNSD, value_BNSD, attn_mask=bias_LS, scale=scale

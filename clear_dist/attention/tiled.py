@@ -54,7 +54,7 @@ class Span:
 
 def cpu_tiling(radius: int) -> Tiling:
     """The fastest on 2 cores by `benchmarks/speed/tiles.py`; 8 MiB stay in the cache."""
-    return Tiling(side=8 if radius <= 16 else 16, bytes_per_call=8 * 2**20, text_apart=128)
+    return Tiling(side=8 if radius < 16 else 16, bytes_per_call=8 * 2**20, text_apart=128)
 
 
 def run(call: WindowCall) -> tuple[Tensor, Tensor]:
@@ -167,7 +167,8 @@ def _buffers(call: WindowCall, row_span: Span, column_span: Span, tiling: Tiling
     tiles = max(1, tiling.bytes_per_call // bytes_per_tile)
     across = min(column_span.tiles, tiles)
     down = min(row_span.tiles, max(1, tiles // across))
-    keys, values = (call.key.new_empty(batch, down, across, length, heads, head_dim) for _ in range(2))
+    shape = batch, down, across, heads, length, head_dim  # oneDNN wants a head's keys side by side
+    keys, values = (call.key.new_empty(shape).transpose(3, 4) for _ in range(2))
     keys[:, :, :, :text] = call.key_text[:, None, None]
     values[:, :, :, :text] = call.value_text[:, None, None]
     return keys, values

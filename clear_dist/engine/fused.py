@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from clear_dist import kernels
 from clear_dist.engine import parts
+from clear_dist.engine.on_cpu import ON_CPU
 from clear_dist.engine.parts import Parts
 from clear_dist.kernels import elementwise
 
@@ -24,7 +25,9 @@ def choose_parts(device_type: str, *, compile: bool) -> Parts:
     """Our kernels where they run; else torch's, compiled or as they are. Compiled beside ours: layers of others."""
     if kernels.usable(device_type):
         return Fused(unless_plain(parts.as_graph(called)) if compile else called).parts
-    return Parts.compiled() if compile else Parts()
+    if compile:
+        return Parts.compiled()
+    return ON_CPU if device_type == "cpu" else Parts()
 
 
 def called(layer: nn.Module, x: Tensor) -> Tensor:

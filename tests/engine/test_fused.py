@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clear_dist import kernels
 from clear_dist.engine.fused import Fused, called, choose_parts, is_plain, unless_plain
-from clear_dist.engine.parts import Parts
+from clear_dist.engine.on_cpu import ON_CPU
 from clear_dist.weights.quantised import to_int8
 
 
@@ -91,7 +91,7 @@ def test_kernels_need_a_c_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_kernels_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "usable", lambda device_type: device_type == "cuda")
-    assert choose_parts("cpu", compile=False) == Parts()
+    assert choose_parts("cpu", compile=False) is ON_CPU
     for compile in (False, True):
         fused = choose_parts("cuda", compile=compile).modulate.__self__
         assert isinstance(fused, Fused) and (fused.call is called) != compile

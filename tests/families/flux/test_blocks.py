@@ -67,13 +67,15 @@ def drawn_once(group: Group) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_blocks_compute_what_diffusers_blocks_do(dtype: torch.dtype) -> None:
-    """To the bit. Hooks that were on a block before hold diffusers' forward, which calls the processor."""
+    """To the bit by the same products. Hooks that were on a block before hold diffusers' forward with the processor."""
     ours, theirs = (make_tiny_pipeline(double_blocks=2, single_blocks=2).to(dtype) for _ in range(2))
     for block in blocks_of(theirs):
         add_hook_to_module(block, ModelHook())
     handles = [parallelize(pipe, **EXACT) for pipe in (ours, theirs)]
     try:
-        assert torch.equal(run(ours), run(theirs))
+        with torch.backends.mkldnn.flags(enabled=dtype != torch.float32):
+            assert torch.equal(run(ours), run(theirs))
+        assert relative_error(run(ours), run(theirs)) < 1e-6
     finally:
         for handle in handles:
             handle.undo()
