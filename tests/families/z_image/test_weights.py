@@ -191,11 +191,13 @@ def test_chunks_change_no_more_than_the_last_bits(most_tokens: int, monkeypatch:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blocks_compute_what_diffusers_blocks_do(dtype: torch.dtype) -> None:
-    """To the bit. Hooks that were on a block before hold diffusers' forward, which calls the processor."""
+    """To the bit by the same products. Hooks that were on a block before hold diffusers' forward with the processor."""
     ours, theirs = (make_tiny_z_image().to(dtype) for _ in range(2))
     for block in (*theirs.transformer.noise_refiner, *theirs.transformer.layers):
         add_hook_to_module(block, ModelHook())
     handles = [parallelize(pipe, **EXACT) for pipe in (ours, theirs)]
-    assert torch.equal(run(ours, PADDED), run(theirs, PADDED))
+    with torch.backends.mkldnn.flags(enabled=dtype != torch.float32):
+        assert torch.equal(run(ours, PADDED), run(theirs, PADDED))
+    assert relative_error(run(ours, PADDED), run(theirs, PADDED)) < 1e-6
     for handle in handles:
         handle.undo()
