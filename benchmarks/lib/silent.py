@@ -138,8 +138,11 @@ class Wrapped:
     exchanges: Exchanges
     wrap: Callable[[Exchange], Exchange]
 
-    def of(self, turn: int, layer: int, text: TextPlan) -> Exchange:
-        return self.wrap(self.exchanges.of(turn, layer, text))
+    def of(self, turn: int, layer: int, text: TextPlan, *, has_pooled: bool = True) -> Exchange:
+        return self.wrap(self.exchanges.of(turn, layer, text, has_pooled=has_pooled))
+
+    def fit(self, batch: int) -> bool:
+        return self.exchanges.fit(batch)
 
     def has_begun(self, turn: int) -> bool:
         return self.exchanges.has_begun(turn)

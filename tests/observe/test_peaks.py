@@ -20,9 +20,11 @@ def test_peak_memory_sees_what_was_freed_since_the_reset() -> None:
 
 
 REUSED = """
-import resource, sys, torch
+import ctypes, resource, sys, torch
 from clear_dist.observe.peaks import keep_for_the_next_layer
 
+PR_SET_THP_DISABLE = 41  # a huge page would count as one
+ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 if sys.argv[1] == "kept":
     keep_for_the_next_layer(torch.device('cpu'))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
