@@ -174,7 +174,8 @@ def _without_effect(flags: PictureFlags, request: Request, facts: ModelFacts) ->
         (unguidable, f"--guidance-scale has no effect: this model was not distilled with guidance{instead}"),
         (absolute, "--ntk-factor has no effect: this model has no rotary positions"),
         (flags.negative_prompt is not None and not is_guided,
-         "--negative-prompt has no effect without --true-cfg-scale above 1"),
+         "--negative-prompt has no effect" + (" without --true-cfg-scale above 1" if facts.takes_negative_prompts
+         else ": this model takes none")),
         (lacks_prompt, "--true-cfg-scale has no effect without --negative-prompt"),
         (flags.revision is not None and facts.folder, f"--revision has no effect: {flags.model} is not a hub id"),
         (flags.text_attention is not None and alone and not is_full, "--text-attention has no effect on one rank"),

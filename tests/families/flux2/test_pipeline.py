@@ -153,8 +153,10 @@ def test_generate_and_upscale(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     common = ("--model", str(folder), "--device", "cpu", "--quiet", "--max-sequence-length", "16")
-    assert command("generate", "a hill", "--res", "192", *common) == 0
-    assert "longer than the 16 tokens that Qwen3 takes here; cut off" in capsys.readouterr().err
+    assert command("generate", "a hill", "--res", "192", "--negative-prompt", "fog", *common) == 0
+    said = capsys.readouterr().err
+    assert "longer than the 16 tokens that Qwen3 takes here; cut off" in said
+    assert "--negative-prompt has no effect: this model takes none" in said
     with Image.open("clear-dist.png") as picture:
         assert picture.size == (192, 192)
     assert command("upscale", "clear-dist.png", "--res", "256", *common) == 0
