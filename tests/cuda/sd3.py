@@ -39,13 +39,6 @@ def full_size(model: str, device: Any) -> Any:
 
     from clear_dist.families.cards import CARDS
 
-    class FromTheStart(FlowMatchEulerDiscreteScheduler):
-        """Does not look its first step up on the GPU, where there are no values."""
-
-        def set_timesteps(self, *args: Any, **named: Any) -> None:
-            super().set_timesteps(*args, **named)
-            self.set_begin_index(0)
-
     found = CARDS.on_hub(model)
     assert found is not None, model
     torch.set_default_dtype(torch.bfloat16)
@@ -54,7 +47,8 @@ def full_size(model: str, device: Any) -> Any:
     torch.set_default_dtype(torch.float32)
     names = ("vae", *(f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")))
     transformer.eval().requires_grad_(False)
-    pipe = StableDiffusion3Pipeline(transformer=transformer, scheduler=FromTheStart(shift=3.0), **dict.fromkeys(names))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, **dict.fromkeys(names))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

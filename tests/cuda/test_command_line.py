@@ -69,6 +69,7 @@ def test_verify_checks_all_that_needs_no_numbers(
         "verify", "--nproc", "2", "--device", "cuda", "--json", "-", machine=Machine(gpus=gpus), folder=tmp_path
     )
     assert ended.status == 1, ended.err
+    assert ended.out, ended.err
     found = json.loads(ended.out)
     assert transport in json.dumps(found)
 

@@ -60,8 +60,14 @@ def _latent_positions(module: Any) -> None:
     module.Flux2Pipeline._prepare_latent_ids = staticmethod(noted)
 
 
+def _first_step(module: Any) -> None:
+    """Pipelines that do not say which step is the first have it looked up among timesteps on the GPU."""
+    module.FlowMatchEulerDiscreteScheduler.index_for_timestep = lambda *asked: 0
+
+
 AFTER = dict.fromkeys(REPLACED, _ours) | {
     "torch": _cudnn,
+    "diffusers.schedulers.scheduling_flow_match_euler_discrete": _first_step,
     "diffusers.pipelines.flux.pipeline_flux": _positions,
     "diffusers.pipelines.flux.pipeline_flux_img2img": _positions,
     "diffusers.pipelines.flux2.pipeline_flux2": _latent_positions,
