@@ -23,10 +23,11 @@ REUSED = """
 import ctypes, resource, sys, torch
 from clear_dist.observe.peaks import keep_for_the_next_layer
 
-PR_SET_THP_DISABLE = 41  # a huge page would count as one
-ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 if sys.argv[1] == "kept":
     keep_for_the_next_layer(torch.device('cpu'))
+else:  # glibc's first threshold, which it may raise as it likes
+    M_MMAP_THRESHOLD = -3
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
     layer = [torch.zeros(24 * 2**20, dtype=torch.uint8) for _ in range(3)]
