@@ -13,7 +13,7 @@ from clear_dist.products import product, usable
 FEWEST_QUERIES = 128
 """Fewer do not pay for packing the keys."""
 FEWEST_MULTIPLICATIONS = 2**22
-"""Of a head's queries by its keys, from which torch's kernel takes longer; by `benchmarks/speed/products.py`."""
+"""A head's queries times its keys, from which torch's kernel takes longer; by `benchmarks/speed/products.py`."""
 MOST_SCORES = 2**20
 """Held at once, so that they stay in the cache, unless those of FEWEST_QUERIES are more."""
 

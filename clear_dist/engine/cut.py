@@ -127,3 +127,10 @@ def choose_text_plan(asked: TextTokens, text_tokens: int, cut: Cut) -> TextPlan:
     if asked == "sharded" or (asked == "auto" and pays):
         return geometry.plan_text(text_tokens, group.size, group.rank)
     return geometry.plan_text(text_tokens, 1, 0)
+
+
+def joined_rows(mine_BCRW: Tensor, cut: Cut, packing: int) -> Tensor:
+    """Latents of the whole image [B, C, H, W]; a row of tokens, `packing` of latents, travels in one piece."""
+    rows = mine_BCRW.unflatten(2, (-1, packing)).transpose(1, 2)
+    whole = cut.join.join(rows.flatten(2).contiguous())
+    return whole.unflatten(2, rows.shape[2:]).transpose(1, 2).flatten(2, 3)

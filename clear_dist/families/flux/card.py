@@ -1,13 +1,15 @@
 """FLUX without torch: hub models, parts of folders, and all tensors by the numbers of config.json."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
 from clear_dist.cards.card import Card, Defaults, HubModel, LoraLayer, Published, TextEncoders
-from clear_dist.cards.clear import Shapes, is_image_side, with_spatial_weights
+from clear_dist.cards.clear import Shapes
 from clear_dist.cards.headers import whole_number, whole_numbers
+from clear_dist.cards.tensors import AUTOENCODER_KL, Layers, Tensors, clear_tensors, linear, lora_layers
 from clear_dist.options import Refusal, shortened
 from clear_dist.stages import Sampling, Upscaling
 
@@ -16,6 +18,8 @@ FLUX_SCHNELL = "black-forest-labs/FLUX.1-schnell"
 CLEAR_REPOSITORY = "Huage001/CLEAR"
 PACKING = 2
 """Latents along the side of a token."""
+SWAPPED = ("final_layer.adaLN_modulation.1",)
+"""Original layers with shift, then scale."""
 TIME_CHANNELS = 256
 MLP_RATIO = 4
 ROPE_AXES = (16, 56, 56)
@@ -27,9 +31,6 @@ SIDES = {
     "txt": (("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out", "ff_context", "norm1_context"),
 }
 """Diffusers' names in a double block: attention's inputs and output, MLP, modulation."""
-
-Layers = Iterator[tuple[str, tuple[str, ...]]]
-"""Name of a layer, and diffusers' names of those that it consists of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,25 +65,12 @@ class FluxShape:
         return dict(self._tensors())
 
     def clear_tensors(self, down_factor: int = 1) -> Shapes:
-        replaced = {name: shape for name, shape in self._tensors() if is_image_side(name)}
-        return with_spatial_weights(replaced, down_factor)
+        return clear_tensors(self.tensors(), down_factor)
 
     def lora_layers(self) -> dict[str, LoraLayer]:
         """Linear layers by diffusers', the original and XLabs' names."""
-        shapes = {
-            name.removesuffix(".weight"): shape
-            for name, shape in self._tensors()
-            if name.endswith(".weight") and len(shape) == 2
-        }
-        names = {name: (name,) for name in shapes} | dict(self._original_layers()) | dict(self._xlabs_layers())
-        return {
-            name.replace(".", "_"): LoraLayer(
-                modules={module: shapes[module][0] for module in modules},
-                inputs=shapes[modules[0]][1],
-                is_swapped=name == "final_layer.adaLN_modulation.1",  # shift, then scale
-            )
-            for name, modules in names.items()
-        }
+        others = chain(self._original_layers(), self._xlabs_layers())
+        return lora_layers(self.tensors(), others, swapped=SWAPPED)
 
     def defaults(self, scheduler: Mapping[str, Any], pipeline: Mapping[str, Any]) -> Defaults:
         """FLUX.1-dev's, or FLUX.1-schnell's 4 steps where neither guidance is taken nor the schedule shifts."""
@@ -91,44 +79,44 @@ class FluxShape:
         sampling, upscaling = Sampling(steps=4, guidance_scale=0.0), Upscaling(guidance_scale=0.0)
         return Defaults(takes_guidance=False, sampling=sampling, upscaling=upscaling, max_sequence_length=256)
 
-    def _tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def _tensors(self) -> Tensors:
         width = self.channels
-        yield from _linear("x_embedder", self.in_channels, width)
-        yield from _linear("context_embedder", self.joint_attention_dim, width)
+        yield from linear("x_embedder", self.in_channels, width)
+        yield from linear("context_embedder", self.joint_attention_dim, width)
         embedders = {"timestep_embedder": TIME_CHANNELS, "text_embedder": self.pooled_projection_dim}
         if self.guidance_embeds:
             embedders["guidance_embedder"] = TIME_CHANNELS
         for name, channels in embedders.items():
-            yield from _linear(f"time_text_embed.{name}.linear_1", channels, width)
-            yield from _linear(f"time_text_embed.{name}.linear_2", width, width)
+            yield from linear(f"time_text_embed.{name}.linear_1", channels, width)
+            yield from linear(f"time_text_embed.{name}.linear_2", width, width)
         for index in range(self.num_layers):
             yield from self._double_block(f"transformer_blocks.{index}")
         for index in range(self.num_single_layers):
             yield from self._single_block(f"single_transformer_blocks.{index}")
-        yield from _linear("norm_out.linear", width, 2 * width)
-        yield from _linear("proj_out", width, self.out_channels or self.in_channels)
+        yield from linear("norm_out.linear", width, 2 * width)
+        yield from linear("proj_out", width, self.out_channels or self.in_channels)
 
-    def _double_block(self, block: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def _double_block(self, block: str) -> Tensors:
         width = self.channels
         for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"):
-            yield from _linear(f"{block}.attn.{name}", width, width)
+            yield from linear(f"{block}.attn.{name}", width, width)
         for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
             yield f"{block}.attn.{name}.weight", (self.attention_head_dim,)
         for name in ("norm1", "norm1_context"):
-            yield from _linear(f"{block}.{name}.linear", width, 6 * width)
+            yield from linear(f"{block}.{name}.linear", width, 6 * width)
         for name in ("ff", "ff_context"):
-            yield from _linear(f"{block}.{name}.net.0.proj", width, MLP_RATIO * width)
-            yield from _linear(f"{block}.{name}.net.2", MLP_RATIO * width, width)
+            yield from linear(f"{block}.{name}.net.0.proj", width, MLP_RATIO * width)
+            yield from linear(f"{block}.{name}.net.2", MLP_RATIO * width, width)
 
-    def _single_block(self, block: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def _single_block(self, block: str) -> Tensors:
         width = self.channels
         for name in ("to_q", "to_k", "to_v"):
-            yield from _linear(f"{block}.attn.{name}", width, width)
+            yield from linear(f"{block}.attn.{name}", width, width)
         for name in ("norm_q", "norm_k"):
             yield f"{block}.attn.{name}.weight", (self.attention_head_dim,)
-        yield from _linear(f"{block}.norm.linear", width, 3 * width)
-        yield from _linear(f"{block}.proj_mlp", width, MLP_RATIO * width)
-        yield from _linear(f"{block}.proj_out", (1 + MLP_RATIO) * width, width)
+        yield from linear(f"{block}.norm.linear", width, 3 * width)
+        yield from linear(f"{block}.proj_mlp", width, MLP_RATIO * width)
+        yield from linear(f"{block}.proj_out", (1 + MLP_RATIO) * width, width)
 
     def _original_layers(self) -> Layers:
         """Black Forest Labs' names, which kohya's scripts share; queries, keys and values are one layer."""
@@ -176,20 +164,6 @@ def _check_axes(axes: tuple[int, ...], head_dim: int, where: Path | str) -> None
         )
 
 
-def _linear(name: str, inputs: int, outputs: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{name}.weight", (outputs, inputs)
-    yield f"{name}.bias", (outputs,)
-
-
-_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
 _TEXT = TextEncoders(numbers=123_060_480 + 4_762_310_656, heads=64, channels=4096, hidden=10_240)
 """CLIP and T5-XXL."""
 _DEV, _SCHNELL = FluxShape(guidance_embeds=True), FluxShape()
@@ -202,7 +176,7 @@ def _hub_model(name: str, short: str, shape: FluxShape, scheduler: Mapping[str, 
         native_size=1024,
         shape=shape,
         defaults=shape.defaults(scheduler, {}),
-        configs={"transformer": {"guidance_embeds": shape.guidance_embeds}, "vae": _VAE},
+        configs={"transformer": {"guidance_embeds": shape.guidance_embeds}, "vae": AUTOENCODER_KL},
         text=_TEXT,
     )
 

@@ -1,18 +1,21 @@
 """FLUX.2 without torch: klein and dev, parts of folders, and all tensors by the numbers of config.json."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from clear_dist.cards.card import Card, Defaults, HubModel, LoraLayer, TextEncoders
-from clear_dist.cards.clear import Shapes, is_image_side, with_spatial_weights
+from clear_dist.cards.clear import Shapes
 from clear_dist.cards.headers import positive_number, whole_number, whole_numbers
+from clear_dist.cards.tensors import Layers, Tensors, clear_tensors, lora_layers
 from clear_dist.options import Refusal, shortened
 from clear_dist.stages import Sampling, Upscaling
 
 PACKING = 2
 """Latents along the side of a token."""
+SWAPPED = ("final_layer.adaLN_modulation.1",)
+"""Original layers with shift, then scale."""
 ROPE_AXES = (32, 32, 32, 32)
 """Channels of a head that tell apart pictures, rows, columns and words."""
 QKV = ("to_q", "to_k", "to_v")
@@ -23,9 +26,6 @@ SIDES = {
 """Diffusers' names in a double block: attention's inputs and output, MLP."""
 MODULATION = {"double_stream_modulation_img": 6, "double_stream_modulation_txt": 6, "single_stream_modulation": 3}
 """Shifts, scales and gates that all blocks of a kind share."""
-
-Layers = Iterator[tuple[str, tuple[str, ...]]]
-"""Name of a layer, and diffusers' names of those that it consists of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,21 +69,11 @@ class Flux2Shape:
         return dict(self._tensors())
 
     def clear_tensors(self, down_factor: int = 1) -> Shapes:
-        replaced = {name: shape for name, shape in self._tensors() if is_image_side(name)}
-        return with_spatial_weights(replaced, down_factor)
+        return clear_tensors(self.tensors(), down_factor)
 
     def lora_layers(self) -> dict[str, LoraLayer]:
         """Linear layers by diffusers' and the original names."""
-        shapes = {name.removesuffix(".weight"): shape for name, shape in self._tensors() if len(shape) == 2}
-        names = {name: (name,) for name in shapes} | dict(self._original_layers())
-        return {
-            name.replace(".", "_"): LoraLayer(
-                modules={module: shapes[module][0] for module in modules},
-                inputs=shapes[modules[0]][1],
-                is_swapped=name == "final_layer.adaLN_modulation.1",  # shift, then scale
-            )
-            for name, modules in names.items()
-        }
+        return lora_layers(self.tensors(), self._original_layers(), swapped=SWAPPED)
 
     def defaults(self, scheduler: Mapping[str, Any], pipeline: Mapping[str, Any]) -> Defaults:
         """Dev's where guidance is embedded, else klein's: 4 steps if distilled, else 50 guided by a negative prompt."""
@@ -107,7 +97,7 @@ class Flux2Shape:
             negative_prompt="",
         )
 
-    def _tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def _tensors(self) -> Tensors:
         width = self.channels
         for embedder in ("timestep", *(("guidance",) if self.guidance_embeds else ())):
             name = f"time_guidance_embed.{embedder}_embedder"
@@ -124,7 +114,7 @@ class Flux2Shape:
         yield "norm_out.linear.weight", (2 * width, width)
         yield "proj_out.weight", (self.patch_size**2 * (self.out_channels or self.in_channels), width)
 
-    def _double_block(self, block: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def _double_block(self, block: str) -> Tensors:
         width = self.channels
         for inputs, output, mlp in SIDES.values():
             for name in (*inputs, output):
@@ -134,7 +124,7 @@ class Flux2Shape:
         for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
             yield f"{block}.attn.{name}.weight", (self.attention_head_dim,)
 
-    def _single_block(self, attention: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def _single_block(self, attention: str) -> Tensors:
         width = self.channels
         yield f"{attention}.to_qkv_mlp_proj.weight", (3 * width + 2 * self.hidden, width)
         yield f"{attention}.to_out.weight", (width, width + self.hidden)

@@ -9,19 +9,19 @@ Shapes: B pictures, T text tokens, C channels, H rows of the picture, R of this 
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Pipeline
+from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from clear_dist.engine.family import Encoded, OnStep
+from clear_dist.engine.flow_match import FlowMatchAdapter, cut_off, sigmas_of
 from clear_dist.families.flux2.card import PACKING
-from clear_dist.options import shortened
-from clear_dist.stages import Size, Stage, Upscaling
+from clear_dist.stages import Size, Stage
 
 
-class Flux2PipelineAdapter:
+class Flux2PipelineAdapter(FlowMatchAdapter):
+    packing = PACKING
     arguments: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")
 
     def __init__(self, pipe: Any) -> None:
@@ -31,15 +31,7 @@ class Flux2PipelineAdapter:
                 f"a Flux2Pipeline or a Flux2KleinPipeline draws pictures of any size, got {type(pipe).__name__}; "
                 "nearest: one of the same parts, or a call of the pipeline itself"
             )
-        self._pipe = pipe
-
-    @property
-    def token_size(self) -> int:
-        return self._pipe.vae_scale_factor * PACKING
-
-    @property
-    def native_size(self) -> int:
-        return self._pipe.vae.config.sample_size
+        super().__init__(pipe)
 
     @torch.no_grad()
     def encode(self, texts: list[str], max_sequence_length: int) -> Encoded:
@@ -47,23 +39,12 @@ class Flux2PipelineAdapter:
         return [self._pipe.encode_prompt(prompt=texts, max_sequence_length=max_sequence_length)[0]]
 
     def too_long(self, prompt: str, max_sequence_length: int) -> list[str]:
-        ids, kept = self._tokens_of(prompt), max_sequence_length
-        if len(ids) <= kept:
-            return []
-        rest = shortened(self._tokenizer.decode(ids[kept:], skip_special_tokens=True).strip())
-        return [f"longer than the {kept} tokens that {self._encoder} takes here; cut off: {rest!r}"]
+        return cut_off(self._encoder, self._tokenizer, self._tokens_of(prompt), max_sequence_length)
 
     def refining(self) -> Any:
-        """The same pipeline with the scheduler's static shift.
-
-        The dynamic shift grows with the size, until every step is taken in pure noise (mu = 11.5 at 4096 px).
-        """
-        pipe = self._pipe
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, use_dynamic_shifting=False)
-        own = {"is_distilled": pipe.config.is_distilled} if self._is_klein else {}
-        refining = type(pipe)(**{**pipe.components, **own, "scheduler": scheduler})
-        refining.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
-        return refining
+        """The same pipeline with the scheduler's static shift (with the dynamic one mu is 11.5 at 4096 px)."""
+        own = {"is_distilled": self._pipe.config.is_distilled} if self._is_klein else {}
+        return self._statically_shifted(type(self._pipe), **own)
 
     def denoise(
         self,
@@ -76,41 +57,21 @@ class Flux2PipelineAdapter:
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Packed latents [B, tokens, 128]; raises ValueError for negative prompts that the model does not take."""
-        sampling, generator, refined, held = stage.sampling, torch.Generator().manual_seed(seed), {}, {}
-        is_guided = "negative_prompt_embeds" in embeddings
-        if is_guided and not (self._is_klein and not pipe.config.is_distilled):
-            raise ValueError("this model takes no negative prompts: its guidance is distilled; nearest: none")
+        generator, given = torch.Generator().manual_seed(seed), dict(self._guided(embeddings, stage))
         if start is not None:
-            assert isinstance(sampling, Upscaling), sampling
-            sigmas = np.linspace(sampling.strength, sampling.strength / sampling.steps, sampling.steps).tolist()
+            sigmas = sigmas_of(stage)
             noisy = with_noise(pipe.scheduler, start.to(embeddings["prompt_embeds"]), sigmas, generator)
-            refined = {"latents": noisy, "sigmas": sigmas}
+            given |= {"latents": noisy, "sigmas": sigmas}
+        return self._drawn(pipe, stage, generator, on_step, given)
 
-        def end_step(pipeline: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            held["latents"] = tensors["latents"]
-            if on_step is not None:
-                on_step(pipeline, stage, step + 1, tensors["latents"])
-            return {}
-
-        guidance = sampling.guidance_scale
+    def _guided(self, embeddings: Mapping[str, Tensor], stage: Stage) -> dict[str, Any]:
+        is_guided = "negative_prompt_embeds" in embeddings
+        if is_guided and not (self._is_klein and not self._pipe.config.is_distilled):
+            raise ValueError("this model takes no negative prompts: its guidance is distilled; nearest: none")
+        guidance = stage.sampling.guidance_scale
         if self._is_klein:
-            guidance = sampling.true_cfg_scale if is_guided else 1.0
-        pipe(
-            **embeddings,
-            **refined,
-            height=stage.height,
-            width=stage.width,
-            num_inference_steps=sampling.steps,
-            guidance_scale=guidance,
-            generator=generator,
-            output_type="latent",
-            callback_on_step_end=end_step,
-            callback_on_step_end_tensor_inputs=["latents"],
-        )
-        latents = held["latents"]  # what klein returns is unpacked already
-        if not latents.isfinite().all():
-            raise RuntimeError(f"the latents are not finite after {sampling.steps} steps in {latents.dtype}")
-        return latents
+            guidance = stage.sampling.true_cfg_scale if is_guided else 1.0
+        return {**embeddings, "guidance_scale": guidance}
 
     def unpacked(self, latents: Tensor, rows: slice, size: Size) -> Tensor:
         """Rows as the decoder takes them, the batch norm undone."""

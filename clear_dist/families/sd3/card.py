@@ -1,13 +1,14 @@
 """Stable Diffusion 3 and 3.5 without torch: hub models, and all tensors by the numbers of config.json."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from clear_dist.cards.card import Card, Defaults, HubModel, LoraLayer, TextEncoders
-from clear_dist.cards.clear import Shapes, is_image_side, with_spatial_weights
+from clear_dist.cards.clear import Shapes
 from clear_dist.cards.headers import LARGEST_NUMBER, whole_number
+from clear_dist.cards.tensors import AUTOENCODER_KL, Tensors, clear_tensors, linear, lora_layers
 from clear_dist.families.sd3.names import original_layers
 from clear_dist.options import Refusal, shortened
 from clear_dist.stages import Sampling, Upscaling
@@ -15,12 +16,12 @@ from clear_dist.stages import Sampling, Upscaling
 LARGE = "stabilityai/stable-diffusion-3.5-large"
 PACKING = 2
 """Latents along the side of a token."""
+SWAPPED = ("final_layer.adaLN_modulation.1",)
+"""Original layers with shift, then scale."""
 CLIP_TOKENS = 77
 """Text tokens of the CLIP encoders, before T5's."""
 TIME_CHANNELS = 256
 MLP_RATIO = 4
-
-Tensors = Iterator[tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,26 +67,13 @@ class SD3Shape:
         return dict(self._tensors())
 
     def clear_tensors(self, down_factor: int = 1) -> Shapes:
-        replaced = {name: shape for name, shape in self._tensors() if is_image_side(name)}
-        return with_spatial_weights(replaced, down_factor)
+        return clear_tensors(self.tensors(), down_factor)
 
     def lora_layers(self) -> dict[str, LoraLayer]:
         """Linear layers by diffusers' and the original names."""
-        shapes = {
-            name.removesuffix(".weight"): shape
-            for name, shape in self._tensors()
-            if name.endswith(".weight") and len(shape) == 2
-        }
-        last = f"joint_blocks.{self.num_layers - 1}.context_block.adaLN_modulation.1"
-        names = {name: (name,) for name in shapes} | dict(original_layers(shapes))
-        return {
-            name.replace(".", "_"): LoraLayer(
-                modules={module: shapes[module][0] for module in modules},
-                inputs=shapes[modules[0]][1],
-                is_swapped=name in ("final_layer.adaLN_modulation.1", last),  # shift, then scale
-            )
-            for name, modules in names.items()
-        }
+        tensors, last = self.tensors(), f"joint_blocks.{self.num_layers - 1}.context_block.adaLN_modulation.1"
+        layers = [name.removesuffix(".weight") for name, shape in tensors.items() if len(shape) == 2]
+        return lora_layers(tensors, original_layers(layers), swapped=(*SWAPPED, last))
 
     def defaults(self, scheduler: Mapping[str, Any], pipeline: Mapping[str, Any]) -> Defaults:
         """By the model cards of 3.5-Large, 3.5-Medium (with dual attention) and 3-Medium (without norms of heads)."""
@@ -111,51 +99,37 @@ class SD3Shape:
         yield "pos_embed.proj.weight", (width, self.in_channels, PACKING, PACKING)
         yield "pos_embed.proj.bias", (width,)
         for name, channels in (("timestep", TIME_CHANNELS), ("text", self.pooled_projection_dim)):
-            yield from _linear(f"time_text_embed.{name}_embedder.linear_1", channels, width)
-            yield from _linear(f"time_text_embed.{name}_embedder.linear_2", width, width)
-        yield from _linear("context_embedder", self.joint_attention_dim, self.caption_projection_dim)
+            yield from linear(f"time_text_embed.{name}_embedder.linear_1", channels, width)
+            yield from linear(f"time_text_embed.{name}_embedder.linear_2", width, width)
+        yield from linear("context_embedder", self.joint_attention_dim, self.caption_projection_dim)
         for index in range(self.num_layers):
             yield from self._block(index)
-        yield from _linear("norm_out.linear", width, 2 * width)
-        yield from _linear("proj_out", width, PACKING**2 * self.out_channels)
+        yield from linear("norm_out.linear", width, 2 * width)
+        yield from linear("proj_out", width, PACKING**2 * self.out_channels)
 
     def _block(self, index: int) -> Tensors:
         width, block = self.channels, f"transformer_blocks.{index}"
         is_last, is_dual = index == self.num_layers - 1, index in self.dual_attention_layers
-        yield from _linear(f"{block}.norm1.linear", width, (9 if is_dual else 6) * width)
-        yield from _linear(f"{block}.norm1_context.linear", width, (2 if is_last else 6) * width)
+        yield from linear(f"{block}.norm1.linear", width, (9 if is_dual else 6) * width)
+        yield from linear(f"{block}.norm1_context.linear", width, (2 if is_last else 6) * width)
         text_side = ("add_q_proj", "add_k_proj", "add_v_proj", *(() if is_last else ("to_add_out",)))
         image_side = ("to_q", "to_k", "to_v", "to_out.0")
         for name in (*image_side, *text_side):
-            yield from _linear(f"{block}.attn.{name}", width, width)
+            yield from linear(f"{block}.attn.{name}", width, width)
         for name in image_side if is_dual else ():
-            yield from _linear(f"{block}.attn2.{name}", width, width)
+            yield from linear(f"{block}.attn2.{name}", width, width)
         norms = ("attn.norm_q", "attn.norm_k", "attn.norm_added_q", "attn.norm_added_k")
         for name in (*norms, *(("attn2.norm_q", "attn2.norm_k") if is_dual else ())) if self.norms_heads else ():
             yield f"{block}.{name}.weight", (self.attention_head_dim,)
         for name in ("ff",) if is_last else ("ff", "ff_context"):
-            yield from _linear(f"{block}.{name}.net.0.proj", width, MLP_RATIO * width)
-            yield from _linear(f"{block}.{name}.net.2", MLP_RATIO * width, width)
-
-
-def _linear(name: str, inputs: int, outputs: int) -> Tensors:
-    yield f"{name}.weight", (outputs, inputs)
-    yield f"{name}.bias", (outputs,)
+            yield from linear(f"{block}.{name}.net.0.proj", width, MLP_RATIO * width)
+            yield from linear(f"{block}.{name}.net.2", MLP_RATIO * width, width)
 
 
 def _shown(value: object) -> str:
     return shortened(repr(value))
 
 
-_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
 _TEXT = TextEncoders(numbers=123_650_304 + 694_659_840 + 4_762_310_656, heads=64, channels=4096, hidden=10_240)
 """CLIP-L and CLIP-G with their projections, and T5-XXL."""
 _LARGE = {
@@ -181,7 +155,7 @@ def _hub_model(name: str, short: str, config: Mapping[str, Any], **guidance: Any
         native_size=1024,
         shape=shape,
         defaults=shape.guided(**guidance) if guidance else shape.defaults({}, {}),
-        configs={"transformer": config, "vae": _VAE},
+        configs={"transformer": config, "vae": AUTOENCODER_KL},
         text=_TEXT,
     )
 

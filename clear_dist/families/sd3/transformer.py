@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from clear_dist.engine.cut import Cut
+from clear_dist.engine.cut import Cut, joined_rows
 from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.family import Inputs, Removable, Stripes
 from clear_dist.engine.reclassed import Reclassed
@@ -142,12 +142,5 @@ class SD3:
     def joined(self, output: Any, cut: Cut) -> Any:
         """Output of the forward's own type: a tuple or an object."""
         if isinstance(output, tuple):
-            return joined_rows(output[0], cut), *output[1:]
-        return Transformer2DModelOutput(sample=joined_rows(output.sample, cut))
-
-
-def joined_rows(mine_BCRW: Tensor, cut: Cut) -> Tensor:
-    """Latents of the whole image [B, C, H, W]; a row of tokens travels in one piece."""
-    rows = mine_BCRW.unflatten(2, (-1, PACKING)).transpose(1, 2)
-    whole = cut.join.join(rows.flatten(2).contiguous())
-    return whole.unflatten(2, rows.shape[2:]).transpose(1, 2).flatten(2, 3)
+            return joined_rows(output[0], cut, PACKING), *output[1:]
+        return Transformer2DModelOutput(sample=joined_rows(output.sample, cut, PACKING))

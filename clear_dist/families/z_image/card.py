@@ -1,13 +1,14 @@
 """Z-Image without torch: hub models, parts of folders, and all tensors by the numbers of config.json."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from clear_dist.cards.card import Card, Defaults, HubModel, LoraLayer, TextEncoders
-from clear_dist.cards.clear import Shapes, is_image_side, with_spatial_weights
+from clear_dist.cards.clear import Shapes
 from clear_dist.cards.headers import whole_number, whole_numbers
+from clear_dist.cards.tensors import AUTOENCODER_KL, Layers, Tensors, clear_tensors, linear, lora_layers
 from clear_dist.options import Refusal, shortened
 from clear_dist.stages import Sampling, Upscaling
 
@@ -20,9 +21,7 @@ AXES_DIMS, AXES_LENS = (32, 48, 48), (1024, 512, 512)
 QKV = ("to_q", "to_k", "to_v")
 PROJECTIONS = (*QKV, "to_out.0")
 BASE_SHIFT = 6.0
-"""Of Z-Image's schedule; Turbo's, whose other files say the same, is 3."""
-
-Layers = Iterator[tuple[str, tuple[int, ...]]]
+"""Shift of Z-Image's schedule; Turbo's, whose other files say the same, is 3."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,23 +63,11 @@ class ZImageShape:
 
     def clear_tensors(self, down_factor: int = 1) -> Shapes:
         """Attention's projections of all blocks that see the image; pooling weights of those that see text too."""
-        replaced = {name: shape for name, shape in self._tensors() if is_image_side(name)}
-        return with_spatial_weights(replaced, down_factor)
+        return clear_tensors(self.tensors(), down_factor)
 
     def lora_layers(self) -> dict[str, LoraLayer]:
         """Linear layers by diffusers' and the original names, which ComfyUI's and kohya's files share."""
-        shapes = {
-            name.removesuffix(".weight"): shape
-            for name, shape in self._tensors()
-            if name.endswith(".weight") and len(shape) == 2
-        }
-        names = {name: (name,) for name in shapes} | dict(self._original_layers())
-        return {
-            name.replace(".", "_"): LoraLayer(
-                modules={module: shapes[module][0] for module in modules}, inputs=shapes[modules[0]][1]
-            )
-            for name, modules in names.items()
-        }
+        return lora_layers(self.tensors(), self._original_layers())
 
     def defaults(self, scheduler: Mapping[str, Any], pipeline: Mapping[str, Any]) -> Defaults:
         """Z-Image's 50 steps with guidance, or Turbo's 8 without, as on their cards; the shift tells which."""
@@ -98,25 +85,25 @@ class ZImageShape:
         count = self.n_layers if kind == "layers" else self.n_refiner_layers
         return [f"{kind}.{index}" for index in range(count)]
 
-    def _tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def _tensors(self) -> Tensors:
         width, time = self.dim, min(self.dim, EMBEDDING)
         numbers = PACKING**2 * self.in_channels
         yield "x_pad_token", (1, width)
         yield "cap_pad_token", (1, width)
-        yield from _linear("all_x_embedder.2-1", numbers, width)
-        yield from _linear("all_final_layer.2-1.linear", width, numbers)
-        yield from _linear("all_final_layer.2-1.adaLN_modulation.1", time, width)
-        yield from _linear("t_embedder.mlp.0", TIME_CHANNELS, TIME_HIDDEN)
-        yield from _linear("t_embedder.mlp.2", TIME_HIDDEN, time)
+        yield from linear("all_x_embedder.2-1", numbers, width)
+        yield from linear("all_final_layer.2-1.linear", width, numbers)
+        yield from linear("all_final_layer.2-1.adaLN_modulation.1", time, width)
+        yield from linear("t_embedder.mlp.0", TIME_CHANNELS, TIME_HIDDEN)
+        yield from linear("t_embedder.mlp.2", TIME_HIDDEN, time)
         yield "cap_embedder.0.weight", (self.cap_feat_dim,)
-        yield from _linear("cap_embedder.1", self.cap_feat_dim, width)
+        yield from linear("cap_embedder.1", self.cap_feat_dim, width)
         for kind in ("noise_refiner", "context_refiner", "layers"):
             for block in self._blocks(kind):
                 yield from self._block(block)
                 if kind != "context_refiner":
-                    yield from _linear(f"{block}.adaLN_modulation.0", time, 4 * width)
+                    yield from linear(f"{block}.adaLN_modulation.0", time, 4 * width)
 
-    def _block(self, block: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def _block(self, block: str) -> Tensors:
         width, hidden = self.dim, int(self.dim / 3 * 8)
         for name in PROJECTIONS:
             yield f"{block}.attention.{name}.weight", (width, width)
@@ -127,7 +114,7 @@ class ZImageShape:
         for name in ("attention_norm1", "ffn_norm1", "attention_norm2", "ffn_norm2"):
             yield f"{block}.{name}.weight", (width,)
 
-    def _original_layers(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+    def _original_layers(self) -> Layers:
         """Queries, keys and values are one layer; embedder and final layer have no patch size in their names."""
         for kind in ("noise_refiner", "context_refiner", "layers"):
             for block in self._blocks(kind):
@@ -146,20 +133,6 @@ def check_positions(size: tuple[int, int], axes_lens: Sequence[int]) -> None:
         )
 
 
-def _linear(name: str, inputs: int, outputs: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{name}.weight", (outputs, inputs)
-    yield f"{name}.bias", (outputs,)
-
-
-_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
 _LENGTHS = (1536, 512, 512)
 _TEXT = TextEncoders(numbers=4_022_468_096, heads=32, channels=2560, hidden=9728)
 """Qwen3-4B."""
@@ -173,7 +146,7 @@ def _hub_model(name: str, short: str, shift: float) -> HubModel:
         native_size=1024,
         shape=shape,
         defaults=shape.defaults({"shift": shift}, {}),
-        configs={"transformer": {"axes_lens": _LENGTHS}, "vae": _VAE},
+        configs={"transformer": {"axes_lens": _LENGTHS}, "vae": AUTOENCODER_KL},
         text=_TEXT,
     )
 

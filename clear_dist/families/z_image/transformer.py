@@ -17,7 +17,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZSingleStreamAttnProcessor
 from torch import Tensor, nn
 
-from clear_dist.engine.cut import Cut
+from clear_dist.engine.cut import Cut, joined_rows
 from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.family import Inputs, Removable, Stripes
 from clear_dist.engine.reclassed import Reclassed
@@ -167,10 +167,8 @@ class ZImage:
 
     def joined(self, output: Any, cut: Cut) -> Any:
         """Output of the forward's own type: a tuple or an object, of a list of pictures [C, 1, H, W]."""
-        mine = torch.stack(list(output[0])).squeeze(2)
-        rows = mine.unflatten(2, (-1, PACKING)).transpose(1, 2)
-        whole = cut.join.join(rows.flatten(2).contiguous()).unflatten(2, rows.shape[2:])
-        pictures = list(whole.transpose(1, 2).flatten(2, 3).unsqueeze(2).unbind())
+        whole = joined_rows(torch.stack(list(output[0])).squeeze(2), cut, PACKING)
+        pictures = list(whole.unsqueeze(2).unbind())
         return (pictures, *output[1:]) if isinstance(output, tuple) else Transformer2DModelOutput(sample=pictures)
 
     @contextmanager

@@ -1,0 +1,138 @@
+"""How pipelines with a flow-matching schedule draw: what adapters of all families have in common.
+
+Shapes: B pictures, C channels, H rows of the picture, R of this rank and W columns in the VAE's layout.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from clear_dist.engine.family import OnStep
+from clear_dist.options import shortened
+from clear_dist.stages import Stage, Upscaling
+
+
+class FlowMatchAdapter:
+    """A `PipelineAdapter` but for prompts, guidance and the layout of latents."""
+
+    packing: int
+    """Latents along the side of a token."""
+    stock: type
+    image_to_image: type
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+
+    @property
+    def token_size(self) -> int:
+        return self._pipe.vae_scale_factor * self.packing
+
+    @property
+    def native_size(self) -> int:
+        return self._pipe.vae.config.sample_size
+
+    def refining(self) -> Any:
+        """Image-to-image pipeline with the scheduler's static shift (paper, Sec. 4.3).
+
+        The dynamic shift grows with the size, until every step is taken in pure noise. Raises ValueError where it would
+        leave a part out.
+        """
+        name, parts = self.image_to_image.__name__, inspect.signature(self.image_to_image).parameters
+        if other := [part for part in self._pipe.components if part not in parts]:
+            raise ValueError(
+                f"a cascade refines with {name}, which has no {', '.join(other)}, got {type(self._pipe).__name__}; "
+                f"nearest: a {self.stock.__name__} of the same parts, or cascade=False"
+            )
+        return self._statically_shifted(self.image_to_image)
+
+    def denoise(
+        self,
+        pipe: Any,
+        embeddings: Mapping[str, Tensor],
+        stage: Stage,
+        *,
+        seed: int,
+        start: Tensor | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Latents as from the pipeline's `output_type="latent"`."""
+        given = dict(self._guided(embeddings, stage))
+        if start is not None:
+            given |= {"image": start, "strength": 1.0, "sigmas": sigmas_of(stage)}
+        return self._drawn(pipe, stage, torch.Generator().manual_seed(seed), on_step, given)
+
+    def for_vae(self, latents_BCRW: Tensor) -> Tensor:
+        config = self._pipe.vae.config
+        return latents_BCRW / config.scaling_factor + config.shift_factor
+
+    def from_vae(self, mean_BCHW: Tensor) -> Tensor:
+        config = self._pipe.vae.config
+        return (mean_BCHW - config.shift_factor) * config.scaling_factor
+
+    def _guided(self, embeddings: Mapping[str, Tensor], stage: Stage) -> Mapping[str, Any]:
+        """The pipeline's arguments for embeddings and guidance."""
+        raise NotImplementedError
+
+    def _statically_shifted(self, kind: type, **own: Any) -> Any:
+        """A pipeline of the same parts. Not `from_pipe`, which turns all parts, the given one's too, to float32."""
+        pipe = self._pipe
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, use_dynamic_shifting=False)
+        made = kind(**{**pipe.components, **own, "scheduler": scheduler})
+        made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+        return made
+
+    def _drawn(
+        self, pipe: Any, stage: Stage, generator: torch.Generator, on_step: OnStep | None, given: Mapping[str, Any]
+    ) -> Tensor:
+        """Latents after the last step; raises RuntimeError unless they are finite."""
+        steps, held = stage.sampling.steps, {}
+
+        def end_step(pipeline: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            held["latents"] = tensors["latents"]
+            if on_step is not None:
+                on_step(pipeline, stage, step + 1, tensors["latents"])
+            return {}
+
+        returned = pipe(
+            **given,
+            height=stage.height,
+            width=stage.width,
+            num_inference_steps=steps,
+            generator=generator,
+            output_type="latent",
+            callback_on_step_end=end_step,
+            callback_on_step_end_tensor_inputs=["latents"],
+        ).images
+        latents = held.get("latents", returned)  # some pipelines return them in another layout
+        if not latents.isfinite().all():
+            raise RuntimeError(f"the latents are not finite after {steps} steps in {pipe.transformer.dtype}")
+        return latents
+
+
+def sigmas_of(stage: Stage) -> list[float]:
+    """Levels of noise before the shift, from `strength` down; stated like this, every step counts."""
+    sampling = stage.sampling
+    assert isinstance(sampling, Upscaling), sampling
+    return np.linspace(sampling.strength, sampling.strength / sampling.steps, sampling.steps).tolist()
+
+
+def cut_off(encoder: str, tokenizer: Any, ids: list[int], most: int, *, kept: int | None = None) -> list[str]:
+    """A line where a prompt has more than `most` tokens, of which `kept` are seen; all by default."""
+    if len(ids) <= most:
+        return []
+    rest = shortened(tokenizer.decode(ids[most if kept is None else kept :], skip_special_tokens=True).strip())
+    return [f"longer than the {most} tokens that {encoder} takes here; cut off: {rest!r}"]
+
+
+def cut_off_by_t5_and_clip(pipe: Any, t5: Any, prompt: str, max_sequence_length: int) -> list[str]:
+    """`cut_off` where CLIP and T5 read a prompt; the last place goes to the token that ends it."""
+    lines = []
+    for name, tokenizer, most in (("CLIP", pipe.tokenizer, pipe.tokenizer_max_length), ("T5", t5, max_sequence_length)):
+        ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
+        lines += cut_off(name, tokenizer, ids, most, kept=most - 1)
+    return lines
