@@ -41,7 +41,7 @@ class StripePositions:
 
 
 def positions(patches: Any, cut: Cut) -> Tensor:
-    """Of a cut's rows, [L, C]."""
+    """Positions of a cut's rows, [L, C]."""
     own, side = cut.plan.own, patches.pos_embed_max_size
     scale = min(1.0, side / max(cut.height, cut.width))
     if cut.extrapolation is not None:

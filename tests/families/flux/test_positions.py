@@ -75,7 +75,7 @@ class Pair:
 
 
 def generations(group: Group, text_tokens: str) -> tuple[list[float], list[int], list[int]]:
-    """Of two sizes, one after the other and in turns; with other text ids in between; twice with the same text ids."""
+    """Latents of two sizes, one after the other and in turns; with other text ids in between; twice with the same text ids."""
     pair, known = Pair(group, text_tokens=text_tokens), []
     with torch.inference_mode():
         one, other = Generation(1, 13, 5), Generation(2, 8, 7)

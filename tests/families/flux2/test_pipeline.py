@@ -116,7 +116,7 @@ def test_stages_are_stock_diffusers_put_together(size: int, is_distilled: bool) 
 
 
 def coded(group: Group, rows: int) -> list[Tensor]:
-    """Of one rank: its rows of the decoded latents, and of the encoded pixels."""
+    """One rank's rows of the decoded latents, and of the encoded pixels."""
     generator = torch.Generator().manual_seed(0)
     vae = draw_statistics(draw_weights(make_tiny_vae(), generator), generator)
     latents, pixels = torch.randn(2, 32, 2 * rows, 6), torch.randn(2, 3, 16 * rows, 48)

@@ -25,7 +25,7 @@ from tests.tiny import make_tiny_pipeline
 HEIGHT, WIDTH, RADIUS, TEXT = 7, 5, 3, 9
 """In tokens: rows that 2, 3 and 5 ranks don't divide; on 5 stripes are thinner than a halo."""
 SIZES = ((4, 5), (6, 4))
-"""Of two references in tokens; Kontext takes the first."""
+"""Sizes of two references in tokens; Kontext takes the first."""
 EXACT: dict[str, Any] = {"window": RADIUS, "text_attention": "exact"}
 CASES: list[dict[str, Any]] = [
     {"window": "full", "text_tokens": "replicated"},

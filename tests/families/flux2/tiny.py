@@ -17,7 +17,7 @@ from tests.families.tiny import make_qwen3, make_qwen_tokenizer, save_pipeline
 from tests.tiny import draw_weights
 
 TEXT_WIDTH = 8
-"""Of the text encoder; three of its layers are 24 channels of a text token."""
+"""Channels of the text encoder; three of its layers are 24 channels of a text token."""
 OF_PARTS = (
     "{% for message in messages %}<|im_start|>{% for part in message['content'] %}{{ part['text'] }}{% endfor %}"
     "<|im_end|>{% endfor %}"

@@ -47,7 +47,7 @@ CASES: list[dict[str, Any]] = [
 
 
 def on_stripes(group: Group, settings: list[dict[str, Any]]) -> list[list[Tensor]]:
-    """Of each of the settings, latents of each case, all with one pipeline."""
+    """Latents of each case under each of the settings, all with one pipeline."""
     pipe, drawn = make_tiny_z_image(), []
     for options in settings:
         handle = parallelize(pipe, group=group, **options)

@@ -135,7 +135,7 @@ def test_lora_of_each_spelling(spelling: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("most_tokens", [100, 30])
 def test_chunks_change_no_more_than_the_last_bits(most_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of projections, which stop between text and image too, and of the wider states between them."""
+    """Chunks of projections, which stop between text and image too, and of the wider states between them."""
     pipe = make_tiny_z_image()
     handle = parallelize(pipe, **EXACT)
     whole = run(pipe, PADDED, guidance=3.0)
