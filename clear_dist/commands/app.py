@@ -27,7 +27,6 @@ COMMANDS = {
 }
 ELSEWHERE = {
     "--prompt": "the prompt stands by itself, in quotes; nearest: 'a lighthouse at dusk'",
-    "--image": "nearest: clear-dist upscale FILE, or diffusers' img2img pipelines from Python (docs/diffusers.md)",
     "--controlnet": "nearest: diffusers' ControlNet pipelines from Python (docs/diffusers.md)",
 }
 """Flags of other programs: what we have instead."""

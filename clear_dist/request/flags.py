@@ -10,9 +10,10 @@ from pathlib import Path
 
 from clear_dist.options import CUT, JOIN_SECONDS, MODEL, Flags, Options, Refusal, check_encoding, flag, shortened
 from clear_dist.request.hardware import GPUS, LINKS
+from clear_dist.request.picture_flags import PICTURES, InputFlags
 
 DRAWN, LARGE, WRITTEN = "What to draw", "Above the native size", "What is written"
-PANELS = (DRAWN, LARGE, MODEL, CUT, WRITTEN, None)
+PANELS = (DRAWN, PICTURES, LARGE, MODEL, CUT, WRITTEN, None)
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 SIDES, SQUARES, STEPS = (16, 32_768), (16, 16_384), (1, 1_000)
@@ -131,7 +132,7 @@ class PictureFlags(Kept):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateFlags(PictureFlags):
+class GenerateFlags(PictureFlags, InputFlags):
     prompt: str | None = flag(None, "what the picture shows; quote it", is_argument=True, planned=False)
     prompts: Path | None = flag(
         None, "one prompt a line; the model is loaded once", DRAWN, metavar="FILE", planned=False

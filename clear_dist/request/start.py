@@ -43,6 +43,8 @@ def find_start(flags: PictureFlags, facts: ModelFacts, place: Place, *, unit: in
         return _from_pictures(flags, facts, place, unit)
     assert isinstance(flags, GenerateFlags), flags
     height, width = flags.height or flags.res, flags.width or flags.res
+    if flags.image is not None:
+        raise Refusal(f"pictures are not drawn from others yet, got {flags.image}; nearest: clear-dist upscale FILE")
     return Start(
         prompts=_prompts(flags, facts, place),
         height=height or facts.native_size,
