@@ -17,6 +17,7 @@ TextAttention = Literal["average", "exact"]
 TextTokens = Literal["auto", "replicated", "sharded"]
 Schedule = Literal["sync", "stale"]
 CudaGraphs = Literal["auto", "off"]
+GuidanceRanks = Literal["auto", 1, 2]
 
 ATTENTION_BACKENDS = ("auto", "reference", "masked", "tiled", "flex", "flash", "triton")
 WARMUP_STEPS = 4
@@ -94,6 +95,11 @@ def read_window(text: str) -> Window | str:
     return int(digits) if text.isascii() and text.removeprefix("-").isdecimal() else text
 
 
+def read_guidance_ranks(text: str) -> int | str:
+    """Number where the text is one of the two; else the text, which `Options` refuses unless it is `auto`."""
+    return int(text) if text in ("1", "2") else text
+
+
 @dataclass(frozen=True, kw_only=True)
 class Flags:
     """A record whose fields are made by `flag`; raises a Refusal for values out of bounds or not among the choices."""
@@ -135,6 +141,10 @@ class Options(Flags):
         "auto", "text tokens' linear layers: on all ranks, or a share on each (auto: by size)", CUT,
         choices=get_args(TextTokens),
     )  # fmt: skip
+    guidance_ranks: GuidanceRanks = flag(
+        "auto", "2: each half of the ranks takes a pass of classifier-free guidance (auto: where sooner by the plan)",
+        CUT, metavar="1|2|auto", read=read_guidance_ranks,
+    )  # fmt: skip
     schedule: Schedule = flag(
         "sync", "sync: this step's halos; stale: the step before's, for slow links (sync)", CUT,
         choices=get_args(Schedule),
@@ -154,6 +164,7 @@ class Options(Flags):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_window(self.window)
+        check_choice("--guidance-ranks", self.guidance_ranks, get_args(GuidanceRanks))
         if self.text_tokens == "sharded" and self.schedule == "stale":
             raise Refusal(
                 "--text-tokens must be replicated where the schedule is stale, got sharded; nearest: replicated"
@@ -162,6 +173,12 @@ class Options(Flags):
             raise Refusal("either --float8 or --int8 can be given, got both; leave one out")
         if self.window == "full" and self.text_attention == "average":
             raise Refusal("--text-attention must be exact where the window is full, got average; nearest: exact")
+
+    def halves(self, ranks: int) -> bool:
+        """Whether so many ranks share the passes of guidance; raises a Refusal where there are no halves of them."""
+        if self.guidance_ranks != 2 or ranks % 2 == 0:
+            return self.guidance_ranks == 2
+        raise Refusal(f"--guidance-ranks 2 needs an even number of ranks for a picture, got {ranks}; nearest: 1")
 
     def lags_within(self, steps: int) -> bool:
         """Whether a run of `steps` steps has any stale step; the first one never is."""
@@ -216,11 +233,11 @@ def shortened(text: str) -> str:
     return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
 
 
-def check_choice(name: str, word: str, choices: Sequence[str]) -> None:
-    if word not in choices:
-        shown = shortened(str(word))
-        nearest = nearest_word(str(word), choices)
-        raise Refusal(f"{name} must be one of {', '.join(choices)}, got {shown!r}; nearest: {nearest}")
+def check_choice(name: str, word: object, choices: Sequence[object]) -> None:
+    if word not in choices or isinstance(word, bool):
+        shown, words = shortened(str(word)), list(map(str, choices))
+        nearest = nearest_word(str(word), words)
+        raise Refusal(f"{name} must be one of {', '.join(words)}, got {shown!r}; nearest: {nearest}")
 
 
 def check_whole_number(name: str, value: Any, least: int, most: int) -> None:

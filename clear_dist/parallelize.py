@@ -14,7 +14,7 @@ import torch
 from clear_dist.attention import choose_backend
 from clear_dist.cards.clear import refuse_other_radius
 from clear_dist.comm.counters import Counters
-from clear_dist.comm.group import Group
+from clear_dist.comm.group import Group, close
 from clear_dist.engine.agreement import (
     CurrentScheduler,
     adapters_of,
@@ -58,6 +58,7 @@ def parallelize(
         clear_weights: a CLEAR checkpoint; without one a window draws noise, unless `pipe` was trained with it.
         controlnet_window: window of ControlNets, which CLEAR has not distilled; by default the transformer's.
         group: ranks that share an image; by default all of torch.distributed's, or the launcher's, or this one alone.
+            With guidance_ranks=2 each half of them takes a pass of guidance.
 
     Raises:
         ValueError: an argument is wrong or differs between ranks, or the pipeline's transformer cannot be cut.
@@ -77,16 +78,29 @@ def parallelize(
     with on_refusal() as undo:
         offloaded = Offloaded(pipe, device, offloaded_parts(pipe.components)) if options.offload else None
         undo += [] if offloaded is None else [offloaded.remove]
-        with as_arguments():
-            used = group or Group.create(device, share_gpus=options.share_gpus)
-        undo += [used.close] if group is None else []
+        used, half, own = meet(device, group, options, undo)
         capture = as_cuda_graph if options.cuda_graphs == "auto" and device.type == "cuda" else None
         settings = Settings(options=options, choose_backend=choose, capture=capture)
-        models, replaced = put_on_stripes(pipe, family, nets, used, settings, clear_weights, controlnet_window)
+        models, replaced = put_on_stripes(pipe, family, nets, used, settings, clear_weights, controlnet_window, half)
     if group is None and used.rank == 0:  # the command line, which has a group, has said it
-        for line in (*averaging(options, used.size), *sharing(used.transport)):
+        for line in (*averaging(options, half.size), *sharing(used.transport)):
             warnings.warn(with_arguments(line), stacklevel=2)
-    return Parallelized(models[0], models[1:], group is None, replaced, offloaded)
+    return Parallelized(models[0], models[1:], own, replaced, offloaded)
+
+
+def meet(
+    device: torch.device, given: Group | None, options: Options, undo: list[Callable[[], None]]
+) -> tuple[Group, Group, list[Group]]:
+    """The group, its part that takes a pass of guidance with this rank, and those of the two that are made here."""
+    own: list[Group] = []
+    undo.append(partial(close, own))
+    with as_arguments():
+        group = given or Group.create(device, share_gpus=options.share_gpus)
+        own += [group] if given is None else []
+        require_equal_settings(group, guidance_ranks=options.guidance_ranks)
+        half = group.halves() if options.halves(group.size) else group
+    own += [half] if half is not group else []
+    return group, half, own
 
 
 def as_record(options: Options | None, chosen: dict[str, Any]) -> Options:
@@ -149,8 +163,12 @@ def put_on_stripes(
     settings: Settings,
     clear_weights: str | Path | None,
     net_window: Window | None,
+    stripes: Group,
 ) -> tuple[list[StripedModel], ReplacedWeights | None]:
-    """Put the transformer and its ControlNets on stripes, or none where one refuses; with CLEAR's weights."""
+    """Put the transformer and its ControlNets on stripes, or none where one refuses; with CLEAR's weights.
+
+    `stripes` as in `Guidance`.
+    """
     transformer, options = family.transformer, settings.options
     assert options.window is not None, "settled"
     windows, models = [net_window or options.window] * len(nets), [transformer, *(net.transformer for net in nets)]
@@ -174,12 +192,14 @@ def put_on_stripes(
         striped = []
         for net, window in ((family, None), *zip(nets, windows, strict=True)):
             own = settings if window is None else of_controlnet(settings, net, window)
-            striped.append(put_model_on_stripes(net, CurrentScheduler(pipe), group, own))
+            striped.append(put_model_on_stripes(net, CurrentScheduler(pipe), group, own, stripes))
             undo.append(striped[-1].remove)
     return striped, replaced
 
 
-def put_model_on_stripes(family: Family, scheduler: Any, group: Group, settings: Settings) -> StripedModel:
+def put_model_on_stripes(
+    family: Family, scheduler: Any, group: Group, settings: Settings, stripes: Group | None = None
+) -> StripedModel:
     """Put one transformer or ControlNet on stripes, its weights changed as the options say."""
     counters, options = Counters(), settings.options
     with on_refusal() as undo:
@@ -187,7 +207,8 @@ def put_model_on_stripes(family: Family, scheduler: Any, group: Group, settings:
         undo += [] if modulation is None else [modulation.undo]
         elsewhere = modulation.weights if modulation is not None else set()
         shards = quantise_and_shard(family, group, counters, options, elsewhere=elsewhere)
-        return StripedModel(family, scheduler, group, settings, counters=counters, modulation=modulation, shards=shards)
+        changed: dict[str, Any] = {"modulation": modulation, "shards": shards}
+        return StripedModel(family, scheduler, group, settings, counters=counters, stripes=stripes, **changed)
 
 
 def of_controlnet(settings: Settings, net: Family, window: Window) -> Settings:

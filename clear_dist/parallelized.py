@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from clear_dist.comm.counters import Counters
-from clear_dist.comm.group import Group
+from clear_dist.comm.group import Group, close
 from clear_dist.engine.striped import StripedModel
 from clear_dist.options import TextAttention
 from clear_dist.weights.blocks import tensors_of
@@ -19,7 +19,7 @@ class Parallelized:
 
     _striped: StripedModel
     _controlnets: Sequence[StripedModel]
-    _owns_group: bool
+    _own_groups: list[Group]
     replaced: ReplacedWeights | None
     _offloaded: Offloaded | None
 
@@ -66,7 +66,7 @@ class Parallelized:
 
     @property
     def stripes(self) -> list[tuple[int, int]]:
-        """Rows [start, stop) of each rank for the last image."""
+        """Rows [start, stop) of each rank for the last image; of each rank of a half, where they share guidance."""
         assert self._striped.cut is not None, "known once a forward has run"
         return [(rows.start, rows.stop) for rows in self._striped.cut.stripes]
 
@@ -89,9 +89,7 @@ class Parallelized:
             model.remove()
         if self._offloaded is not None:
             self._offloaded.remove()
-        if self._owns_group:
-            self.group.close()
-            self._owns_group = False
+        close(self._own_groups)
 
     def close(self) -> None:
         """End all that ranks share; the pipeline is of no use afterwards."""
@@ -99,5 +97,4 @@ class Parallelized:
             model.graphs.drop()  # of a generation that was stopped; NCCL waits for all that hold its messages
             for shards in model.shards:
                 shards.close()
-        if self._owns_group:
-            self.group.close()
+        close(self._own_groups)

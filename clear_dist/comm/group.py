@@ -137,6 +137,12 @@ class Group:
         parts = [part for part in (self.ranks[:count], self.ranks[count:]) if part]
         return self._of(parts, self.device, self.asked_transport, self.timeout)
 
+    def halves(self) -> "Group":
+        """New group of this rank's half, the first ranks or the last; all ranks call this. Raises as `create`."""
+        assert self.size % 2 == 0, f"half of {self.size} ranks"
+        middle = self.size // 2
+        return self._of([self.ranks[:middle], self.ranks[middle:]], self.device, self.asked_transport, self.timeout)
+
     @property
     def size(self) -> int:
         return len(self.ranks)
@@ -255,6 +261,12 @@ class Group:
         # Others may have been made since on what this one initialised.
         if self.closes_torch and len(dist.distributed_c10d._world.pg_map) == 1:
             dist.destroy_process_group()
+
+
+def close(groups: list[Group]) -> None:
+    """Close groups, the last one first, and empty the list."""
+    while groups:
+        groups.pop().close()
 
 
 @contextmanager

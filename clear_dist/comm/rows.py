@@ -27,7 +27,8 @@ class StripeJoin:
     """Join of token stripes into the whole grid, on all ranks; its buffers are kept as long as the shape stays."""
 
     def __init__(self, group: Group, stripes: tuple[Rows, ...], counters: Counters) -> None:
-        assert len(stripes) == group.size, f"{len(stripes)} stripes for {group.size} ranks"
+        """With several ranks to a stripe, each run of ranks that holds all stripes has pictures of its own."""
+        assert not group.size % len(stripes), f"{len(stripes)} stripes for {group.size} ranks"
         self._group = group
         self._stripes = stripes
         self._counters = counters
@@ -36,11 +37,15 @@ class StripeJoin:
 
     @torch.no_grad()
     def join(self, local: Tensor) -> Tensor:
-        """New tensor [B, H*W, C], equal on all ranks, from all [B, R*W, C] in raster order; all ranks call this."""
+        """New tensor [B, H*W, C], equal on all ranks, from all [B, R*W, C] in raster order; all ranks call this.
+
+        B is that of each run of ranks, and in the result that of all together.
+        """
         group, heights = self._group, [len(stripe) for stripe in self._stripes]
         batch, tokens, channels = local.shape
-        columns, rest = divmod(tokens, heights[group.rank])
-        assert not rest, f"{tokens} tokens for {heights[group.rank]} rows"
+        own = heights[group.rank % len(heights)]
+        columns, rest = divmod(tokens, own)
+        assert not rest, f"{tokens} tokens for {own} rows"
         # All messages must be of one length: shorter stripes are padded, by one unit at most, and cut again below.
         shape = (batch, max(heights) * columns, channels)
         self._mine = group.wire_buffer(shape, local.dtype, reuse=self._mine)
@@ -51,8 +56,9 @@ class StripeJoin:
         with self._counters.waiting("comm: join", group.wire), telling_lost_peers():
             # Not on the halos' communicator, behind those that are in flight in the stale schedule.
             all_gather(self._all.flatten(0, 1), self._mine, group=group.text)
-        whole = torch.cat([self._all[rank, :, : rows * columns] for rank, rows in enumerate(heights)], dim=1)
-        return whole.to(group.device)
+        received = self._all.unflatten(0, (-1, len(heights)))
+        stripes = [received[:, rank, :, : rows * columns] for rank, rows in enumerate(heights)]
+        return torch.cat(stripes, dim=2).flatten(0, 1).to(group.device)
 
 
 @torch.no_grad()

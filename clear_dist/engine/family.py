@@ -115,6 +115,10 @@ class Family(Modulated, Protocol):
     def products(self) -> Sequence[str]:
         """Names of the blocks' linear layers that all tokens go through."""
 
+    @property
+    def per_picture(self) -> Sequence[str]:
+        """Inputs with an entry per picture, where guidance is a batch of two; none: it takes two passes."""
+
     def processors(self, striped: Stripes) -> Mapping[str, StripeProcessor]:
         """Processors of attention layers that see the image, by layer name, in the order of calls."""
 

@@ -161,11 +161,16 @@ class Graphs:
             output = tree_map_only(Tensor, torch.clone, captured.output)  # the next replay overwrites it
         for name, amount in captured.amounts.items():
             self._counters.add(name, amount)
-        self._passes = max(self._passes, self._clock.turn + 1)
-        if (self._clock.step, self._clock.turn) == (self._steps - 1, self._passes - 1):
-            self.drop()  # what follows, such as the VAE, has the memory
-            cut.exchanges.drain()
+        self.pass_by()
         return output
+
+    def pass_by(self) -> None:
+        """End a pass that is replayed, or other ranks'; what follows the last one, such as the VAE, has the memory."""
+        self._passes = max(self._passes, self._clock.turn + 1)
+        if self._cut is not None and (self._clock.step, self._clock.turn) == (self._steps - 1, self._passes - 1):
+            exchanges = self._cut.exchanges
+            self.drop()
+            exchanges.drain()
 
 
 def kind_of(x: Any) -> Any:

@@ -11,16 +11,18 @@ from clear_dist.comm.counters import Counters, labelled
 from clear_dist.comm.group import Group
 from clear_dist.comm.halo_exchange import PendingHalos
 from clear_dist.comm.weight_shards import ShardedWeights
-from clear_dist.engine.agreement import SameCall, adapters_of, fingerprint, require_equal_on_all_ranks, schedule_of
+from clear_dist.engine.agreement import SameCall
+from clear_dist.engine.beginning import require_same_generation
 from clear_dist.engine.cut import Cut, choose_text_plan, cut_image, others_first, stale_bytes
 from clear_dist.engine.exchanges import Exchange
 from clear_dist.engine.extrapolation import Extrapolation
-from clear_dist.engine.family import Family, Modulation, Removable
+from clear_dist.engine.family import Family, Inputs, Modulation, Removable
 from clear_dist.engine.fused import choose_parts
 from clear_dist.engine.graphs import Graphs
+from clear_dist.engine.guidance import Guidance
 from clear_dist.engine.room import require_room
 from clear_dist.engine.settings import Settings
-from clear_dist.engine.stock import OnStripes, attention_layers, require_not_wrapped, require_supported
+from clear_dist.engine.stock import OnStripes, attention_layers, require_not_wrapped
 from clear_dist.geometry import plan_text
 
 
@@ -37,8 +39,9 @@ class StripedModel:
         counters: Counters,
         modulation: Modulation | None = None,
         shards: Sequence[ShardedWeights] = (),
+        stripes: Group | None = None,
     ) -> None:
-        """`counters` are shared with `shards`; `remove` undoes `shards` and `modulation`."""
+        """`counters` are shared with `shards`; `remove` undoes these and `modulation`; `stripes` as in `Guidance`."""
         self.family = family
         self.scheduler = scheduler
         self.group = group
@@ -55,9 +58,9 @@ class StripedModel:
         self._clock = Clock(warmup_steps=settings.warmup_steps)
         self._forward_is_under_way = False
         self._same_call = SameCall(counters)
-        self.graphs = Graphs(
-            family.transformer, settings, clock=self._clock, same_call=self._same_call, counters=counters
-        )
+        shared: dict[str, Any] = {"clock": self._clock, "counters": counters}
+        self.graphs = Graphs(family.transformer, settings, same_call=self._same_call, **shared)
+        self.guidance = Guidance(family, group, stripes or group, **shared)
         self._most_stale_bytes = 0
         self._given = group, scheduler
         self._extrapolated = ExitStack()
@@ -71,6 +74,7 @@ class StripedModel:
             *shards,
             *family.hooks(self),
             OnStripes(transformer),
+            self.guidance,
             self.graphs,
             transformer.register_forward_pre_hook(self._before, with_kwargs=True),
             transformer.register_forward_hook(self._after),
@@ -144,31 +148,38 @@ class StripedModel:
 
     @contextmanager
     def running(
-        self, *, group: Group | None = None, scheduler: Any = None, extrapolation: Extrapolation | None = None
+        self,
+        *,
+        group: Group | None = None,
+        scheduler: Any = None,
+        extrapolation: Extrapolation | None = None,
+        is_guided: bool = True,
     ) -> Iterator[None]:
         """Context in which the model runs on another group, with another scheduler, above its native size.
 
         The ranks of `group` enter together, with equal arguments; the others don't call the model meanwhile. None: as
-        before. The caller closes the group, and gives the scheduler to the pipeline.
+        before. The caller closes the group, and gives the scheduler to the pipeline. `is_guided` as in `Guidance`.
         """
         before = self.group, self.scheduler, self.extrapolation
         try:
-            self._run_on(group or self.group, scheduler or self.scheduler, extrapolation or self.extrapolation)
+            chosen = group or self.group, scheduler or self.scheduler, extrapolation or self.extrapolation
+            self._run_on(*chosen, is_guided)
             yield
         finally:
             self._run_on(*before)
 
-    def _run_on(self, group: Group, scheduler: Any, extrapolation: Extrapolation | None) -> None:
+    def _run_on(self, group: Group, scheduler: Any, beyond: Extrapolation | None, is_guided: bool = True) -> None:
         self.graphs.drop()
         if not self._forward_is_under_way:  # else messages in flight may never arrive
             self.drain()
-        self.group, self.scheduler, self.extrapolation = group, scheduler, extrapolation
+        self.group, self.scheduler, self.extrapolation = group, scheduler, beyond
+        self.guidance.run_on(group, is_guided=is_guided)
         self._clock.forget()
         if self.modulation is not None:
             self.modulation.forget()
         self._extrapolated.close()
-        if extrapolation is not None and self._hooks:  # none: taken off inside `running`
-            self._extrapolated.enter_context(self.family.extrapolated(extrapolation))
+        if beyond is not None and self._hooks:  # none: taken off inside `running`
+            self._extrapolated.enter_context(self.family.extrapolated(beyond))
 
     def remove(self) -> None:
         """Restore processors and take hooks off, unless others have taken their place; ends `running`."""
@@ -194,10 +205,16 @@ class StripedModel:
         else:
             self.counters.resume()
         drawn, encoded = self.family.replicated(inputs)
-        self._same_call.begin(self.group, self._clock, drawn + encoded)
+        mine = self.guidance.begin(inputs)
+        self._same_call.begin(self.guidance.checked, self._clock, drawn + encoded)
         if self._clock.begins:
             self._same_call.require()
-            self._begin_generation(inputs)
+            self._begin_generation(inputs, mine)
+        if not self.guidance.takes_part:
+            self._same_call.require()
+            self.graphs.pass_by()
+            return args, kwargs
+        inputs = mine
         cut, batch = self.running_cut, len(self.family.latents(inputs))
         if cut.stale and not cut.exchanges.fit(batch):
             self.drain()  # guidance has ended (`cfg_truncation`): this step is synchronous
@@ -214,7 +231,7 @@ class StripedModel:
         return (), self.family.cut(inputs, cut, self.text_plan)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        joined = self.family.joined(output, self.running_cut)
+        joined = self.guidance.end(output, self.running_cut)
         self.counters.pause()
         self._forward_is_under_way = False
         return joined
@@ -227,11 +244,12 @@ class StripedModel:
             self.drain()
         itemsize, layers = self.family.transformer.dtype.itemsize, passes * len(self._stock_processors)
         row_bytes = 2 * batch * size[1] * self.family.channels * itemsize
-        require_room(stale_bytes(size, self.group, self.settings, row_bytes=row_bytes, layers=layers), self.group)
+        stripes = self.guidance.stripes
+        require_room(stale_bytes(size, stripes, self.settings, row_bytes=row_bytes, layers=layers), self.group)
 
     def _is_stale(self, steps: int) -> bool:
         """Whether a run of `steps` steps has any stale step; a single rank waits for nobody."""
-        return self.group.size > 1 and self.settings.options.lags_within(steps)
+        return self.guidance.stripes.size > 1 and self.settings.options.lags_within(steps)
 
     @property
     def _steps(self) -> int:
@@ -245,38 +263,17 @@ class StripedModel:
             self._most_stale_bytes = self.stale_bytes
             self.cut.exchanges.drain()
 
-    def _refusal(self, inputs: dict[str, Any]) -> str | None:
-        """Why this rank cannot run the model as it is now; the others must know before they wait for it."""
-        try:
-            require_supported(self.family.transformer, self, self._stock_processors, inputs)
-        except ValueError as error:
-            return str(error)
-        if (found := self.family.latents(inputs).device) != self.group.device:
-            return (
-                f"the latents must be on {self.group.device}, where parallelize found the pipeline, "
-                f"got {found}; call parallelize after pipe.to(...)"
-            )
-        return None
-
-    def _begin_generation(self, inputs: dict[str, Any]) -> None:
-        """Check a generation's inputs, settings and model, and cut anew unless the last cut serves."""
-        transformer = self.family.transformer
-        drawn, encoded = self.family.replicated(inputs)
-        settings = {
-            "number of steps": self._steps,
-            "extrapolation": self.extrapolation,
-            "adapters": adapters_of(transformer),
-            "weights": fingerprint(transformer),
-            "schedule": schedule_of(self.scheduler),
-        }
-        require_equal_on_all_ranks(drawn, encoded, settings, self.group, refusal=self._refusal(inputs))
-        size = self.family.grid_of(inputs)
-        if self.cut is not None and self.cut.group is self.group:
+    def _begin_generation(self, given: Inputs, inputs: Inputs) -> None:
+        """Check what is given, the settings and the model, and cut anew unless the last cut serves these inputs."""
+        alike = {"number of steps": self._steps, "extrapolation": self.extrapolation}
+        require_same_generation(self, given, self._stock_processors, alike)
+        size, group = self.family.grid_of(inputs), self.guidance.stripes
+        if self.cut is not None and self.cut.group is group:
             self.drain()
         stale, text_tokens = self._is_stale(self._steps), self.family.text_tokens(inputs)
         wanted = size, self.extrapolation, text_tokens, stale
-        if self.cut is None or self.cut.group is not self.group or self.cut.made_for != wanted:
-            clock, image = self._clock if stale else None, (size, self.group, self.extrapolation, self.settings)
+        if self.cut is None or self.cut.group is not group or self.cut.made_for != wanted:
+            clock, image = self._clock if stale else None, (size, group, self.extrapolation, self.settings)
             self.cut = cut_image(*image, text_tokens=text_tokens, clock=clock, counters=self.counters)
         is_masked = self.family.text_mask(inputs) is not None
         tokens = len(self.family.latents(inputs)) * (max(map(len, self.cut.stripes)) * self.cut.width + text_tokens)

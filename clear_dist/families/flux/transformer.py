@@ -40,6 +40,10 @@ class Flux:
     positions: Positions = field(default_factory=Positions, compare=False)
 
     @property
+    def per_picture(self) -> tuple[str, ...]:
+        return ()
+
+    @property
     def head_dim(self) -> int:
         return self.transformer.config.attention_head_dim
 

@@ -39,6 +39,10 @@ class Flux2:
     references: References = field(default_factory=References, compare=False)
 
     @property
+    def per_picture(self) -> tuple[str, ...]:
+        return ()
+
+    @property
     def head_dim(self) -> int:
         return self.transformer.config.attention_head_dim
 

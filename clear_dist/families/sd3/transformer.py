@@ -38,6 +38,10 @@ class SD3:
     transformer: Any
 
     @property
+    def per_picture(self) -> tuple[str, ...]:
+        return ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
+
+    @property
     def head_dim(self) -> int:
         return self.transformer.config.attention_head_dim
 

@@ -48,6 +48,10 @@ class ZImage:
     turns: Turns = field(default_factory=Turns, compare=False)
 
     @property
+    def per_picture(self) -> tuple[str, ...]:
+        return ("x", "t", "cap_feats")
+
+    @property
     def head_dim(self) -> int:
         return self.channels // self.transformer.config.n_heads
 

@@ -54,6 +54,7 @@ class ImageStripes:
 class Second:
     transformer: Any
     head_dim = WIDTH // HEADS
+    per_picture = ()
     channels = WIDTH
 
     @property
