@@ -20,7 +20,7 @@ FLOORS = (
     ("vae",),
     ("parallelized",),
     ("parallelize", "drawing"),
-    ("plan", "verify"),
+    ("plan", "verify", "training"),
     ("commands",),
     ("cli",),
     ("__main__",),

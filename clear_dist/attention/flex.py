@@ -45,8 +45,13 @@ SHAPES_COMPILED = 64
 
 
 def run(
-    call: WindowCall, *, query_rows: int = TILE_ROWS, kernel_options: dict[str, Any] | None = None
+    call: WindowCall,
+    *,
+    query_rows: int = TILE_ROWS,
+    kernel_options: dict[str, Any] | None = None,
+    trains: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    """`trains`: with what the backward pass asks of the mask."""
     geometry, device = call.geometry, call.query.device
     attention: Callable[..., tuple[Tensor, AuxOutput]] = _without_values if device.type == "meta" else _unfused
     if device.type == "cuda":
@@ -56,7 +61,7 @@ def run(
             _tokens(call.key_text[:, :0], call.query, query_rows).transpose(1, 2),
             _tokens(call.key_text, call.key, TILE_ROWS).transpose(1, 2),
             _tokens(call.value_text, call.value, TILE_ROWS).transpose(1, 2),
-            block_mask=None if device.type == "meta" else block_mask(geometry, device, query_rows),
+            block_mask=None if device.type == "meta" else block_mask(geometry, device, query_rows, trains=trains),
             scale=call.scale,
             return_aux=AuxRequest(lse=True),
         )

@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import pad
 
 from clear_dist.attention.backend import Geometry
 
@@ -23,8 +24,13 @@ GEOMETRIES_KEPT = 16
 
 
 @lru_cache(maxsize=GEOMETRIES_KEPT)
-def block_mask(geometry: Geometry, device: torch.device, query_rows: int = TILE_ROWS) -> BlockMask:
-    """Blocks of keys that each tile of queries (of `query_rows`) visits, and which of them need no mask."""
+def block_mask(
+    geometry: Geometry, device: torch.device, query_rows: int = TILE_ROWS, *, trains: bool = False
+) -> BlockMask:
+    """Blocks of keys that each tile of queries (of `query_rows`) visits, and which of them need no mask.
+
+    With `trains` also the tiles of queries that visit each block, for which lists must have a place for every block.
+    """
     visited, distance, farthest = _image_blocks(geometry, query_rows)
     tiles, text_blocks = visited.shape[0], tiles_in(geometry.text, BLOCK)
     text = torch.arange(text_blocks).expand(tiles, -1)
@@ -36,6 +42,9 @@ def block_mask(geometry: Geometry, device: torch.device, query_rows: int = TILE_
     whole = torch.cat([~padded_text, farthest < reach], dim=1)
     query_block = query_rows * TILE_COLUMNS
     image_blocks = tiles_in(geometry.key_rows, TILE_ROWS) * tiles_in(geometry.columns, TILE_COLUMNS)
+    if trains:
+        padding = 0, text_blocks + image_blocks - blocks.shape[1]
+        blocks, partial, whole = pad(blocks, padding), pad(partial, padding), pad(whole, padding)
     partial_count, partial_blocks = _table(blocks, partial, device)
     whole_count, whole_blocks = _table(blocks, whole, device)
     return BlockMask.from_kv_blocks(
@@ -46,7 +55,7 @@ def block_mask(geometry: Geometry, device: torch.device, query_rows: int = TILE_
         BLOCK_SIZE=(query_block, BLOCK),
         mask_mod=mask_of(geometry, query_rows),
         seq_lengths=(tiles * query_block, (text_blocks + image_blocks) * BLOCK),
-        compute_q_blocks=False,
+        compute_q_blocks=trains,
     )
 
 

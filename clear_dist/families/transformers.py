@@ -5,18 +5,23 @@ from typing import Any
 
 from clear_dist.engine.family import Family, PipelineAdapter, Sample
 from clear_dist.engine.stock import require_not_wrapped
+from clear_dist.engine.trainable import Trainable
 from clear_dist.families.flux.controlnet import FluxControlNet
 from clear_dist.families.flux.pipeline import FluxPipelineAdapter
 from clear_dist.families.flux.sample import FluxSample
+from clear_dist.families.flux.training import FluxTraining
 from clear_dist.families.flux.transformer import Flux
 from clear_dist.families.flux2.pipeline import Flux2PipelineAdapter
 from clear_dist.families.flux2.sample import Flux2Sample
+from clear_dist.families.flux2.training import Flux2Training
 from clear_dist.families.flux2.transformer import Flux2
 from clear_dist.families.sd3.pipeline import SD3PipelineAdapter
 from clear_dist.families.sd3.sample import SD3Sample
+from clear_dist.families.sd3.training import SD3Training
 from clear_dist.families.sd3.transformer import SD3
 from clear_dist.families.z_image.pipeline import ZImagePipelineAdapter
 from clear_dist.families.z_image.sample import ZImageSample
+from clear_dist.families.z_image.training import ZImageTraining
 from clear_dist.families.z_image.transformer import ZImage
 
 PIPELINES: Mapping[str, Callable[[Any], PipelineAdapter]] = {
@@ -31,6 +36,12 @@ TRANSFORMERS: Mapping[str, Callable[[Any], Family]] = {
     "Flux2Transformer2DModel": Flux2,
     "SD3Transformer2DModel": SD3,
     "ZImageTransformer2DModel": ZImage,
+}
+TRAINABLE: Mapping[str, Callable[[Any], Trainable]] = {
+    "FluxTransformer2DModel": FluxTraining,
+    "Flux2Transformer2DModel": Flux2Training,
+    "SD3Transformer2DModel": SD3Training,
+    "ZImageTransformer2DModel": ZImageTraining,
 }
 CONTROLNETS: Mapping[str, Callable[[Any], Family]] = {"FluxControlNetModel": FluxControlNet}
 SAMPLES: tuple[Sample, ...] = (FluxSample(), Flux2Sample(), SD3Sample(), ZImageSample())
