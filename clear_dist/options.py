@@ -212,14 +212,14 @@ class Options(Flags):
         )
 
 
-def check_window(window: object) -> None:
+def check_window(window: object, name: str = "--window") -> None:
     """Raises a Refusal for a window that is neither None, nor a radius, nor `full`."""
     if window is None or window == "full":
         return
     if isinstance(window, bool | str) or not hasattr(window, "__index__"):
         shown = shortened(str(window))
-        raise Refusal(f"--window must be a radius in tokens, or full, got {shown!r}; nearest: 8 or full")
-    check_whole_number("--window", index(window), 1, 8_192)
+        raise Refusal(f"{name} must be a radius in tokens, or full, got {shown!r}; nearest: 8 or full")
+    check_whole_number(name, index(window), 1, 8_192)
 
 
 def nearest_word(word: str, choices: Sequence[str]) -> str:

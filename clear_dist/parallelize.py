@@ -56,7 +56,7 @@ def parallelize(
         pipe: a diffusers pipeline, on the device where it is to run.
         options, chosen: a `clear_dist.Options`, its fields by name (window=16, text_attention="exact"), or both.
         clear_weights: a CLEAR checkpoint; without one a window draws noise, unless `pipe` was trained with it.
-        controlnet_window: window of ControlNets, which CLEAR has not distilled; by default the transformer's.
+        controlnet_window: window of ControlNets, which CLEAR has not distilled; by default full, as in the paper.
         group: ranks that share an image; by default all of torch.distributed's, or the launcher's, or this one alone.
             With guidance_ranks=2 each half of them takes a pass of guidance.
 
@@ -68,7 +68,7 @@ def parallelize(
     require_stock(family.transformer, *(net.transformer for net in nets))
     with as_arguments():
         options = settled(as_record(options, chosen), clear_weights)
-        check_window(controlnet_window)
+        check_window(controlnet_window, "--controlnet-window")
     device = group.device if group is not None else pipe._execution_device  # also where its parts are on the host
     dtype = family.transformer.dtype
     require_machine(options, device, dtype)
@@ -171,7 +171,7 @@ def put_on_stripes(
     """
     transformer, options = family.transformer, settings.options
     assert options.window is not None, "settled"
-    windows, models = [net_window or options.window] * len(nets), [transformer, *(net.transformer for net in nets)]
+    windows, models = [net_window or "full"] * len(nets), [transformer, *(net.transformer for net in nets)]
     replaced = None if clear_weights is None else load_clear_weights(transformer, clear_weights, group.device)
     on_all = asdict(options) | {"attention_backend": settings.choose_backend().name}
     del on_all["offload"]  # concerns this rank's parts alone
@@ -230,7 +230,7 @@ def interrupt(pipe: Any, when: bool = True) -> bool:
     Called on every rank at the same step, from `callback_on_step_end`: ranks that decided alone would wait for each
     other for ever.
     """
-    striped = striped_of(pipe)
+    striped = striped_of(pipe.transformer)
     stop = striped.group.agree(when) if striped is not None else when
     if stop:  # the pipeline's loop asks for it before each step
         pipe._interrupt = True

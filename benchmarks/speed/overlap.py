@@ -154,7 +154,7 @@ def generate(pipe: Any, group: Any, way: Way, arguments: argparse.Namespace) -> 
 
     def end_step(pipeline: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if step == 0:
-            way.change(striped_of(pipeline))
+            way.change(striped_of(pipeline.transformer))
         ends.append(time.perf_counter())
         return {}
 

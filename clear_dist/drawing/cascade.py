@@ -5,8 +5,8 @@ Ranks hold the pixel rows of their stripes only, in bytes; latents are equal on 
 Shapes: B pictures, C channels, R my rows, E the rows that mine are interpolated from, W columns.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,17 +15,19 @@ import torch
 from torch import Tensor
 
 from clear_dist.comm.group import Group
-from clear_dist.comm.rows import StripeJoin, move_rows
+from clear_dist.comm.rows import move_rows
+from clear_dist.drawing.control import Control, conditions_of, controlled, striped_nets
+from clear_dist.drawing.encoding import encode_rows, join_rows
 from clear_dist.drawing.resize import resize_rows, rows_behind
 from clear_dist.engine.agreement import fingerprint, require_equal_settings
 from clear_dist.engine.extrapolation import Extrapolation
-from clear_dist.engine.family import OnStep
+from clear_dist.engine.family import Condition, OnStep
 from clear_dist.engine.striped import require_striped
 from clear_dist.geometry import Rows, cut_in_stripes
 from clear_dist.observe.peaks import give_back
 from clear_dist.observe.progress import Phases
 from clear_dist.stages import Size, Stage, Upscaling
-from clear_dist.vae import decode_stripes, encode_stripes
+from clear_dist.vae import decode_stripes
 
 SEED_STRIDE = 0x9E3779B97F4A7C15
 """Distance between the seeds of stages, so that none meets a nearby request's."""
@@ -58,10 +60,16 @@ class Cascade:
         seed: int,
         phases: Phases | None = None,
         on_step: OnStep | None = None,
+        controls: Sequence[Control] = (),
     ) -> None:
-        """`pipe` is parallelized, `embeddings` are from `encode_prompts`; raises ValueError where VAEs differ."""
+        """`pipe` is parallelized, `embeddings` are from `encode_prompts`, `controls` for its ControlNets, if any.
+
+        Raises ValueError where VAEs differ, or a ControlNet is not on stripes.
+        """
         self._pipe = pipe
         self._striped = require_striped(pipe)
+        self._models = (self._striped, *striped_nets(pipe))
+        self._controls = controls
         require_equal_settings(self._striped.group, vae=fingerprint(pipe.vae))
         self._adapter = self._striped.family.adapted(pipe)
         self._embeddings = embeddings
@@ -86,7 +94,9 @@ class Cascade:
         last, token = stages[-1], self._adapter.token_size
         batch = len(self._embeddings[self._adapter.arguments[0]])
         grid, sampling = (last.height // token, last.width // token), last.sampling
-        self._striped.require_room(grid, batch=batch, passes=sampling.passes, steps=sampling.steps)
+        for model in self._models:
+            passes = sampling.passes if model is self._striped else 1
+            model.require_room(grid, batch=batch, passes=passes, steps=sampling.steps)
         for number, stage in enumerate(stages):
             self._phases.begin_stage()
             with around(number):
@@ -112,15 +122,17 @@ class Cascade:
             with self._phase("encode", stage, detail):
                 start = self._encode(self._enlarge(before, stage, held), part, stripes)
         if group.rank < ranks:
+            conditions = self._conditions(stage, part, stripes, detail)
             with self._phase("denoise", stage, detail):
-                latents = self._denoise(stage, part, start, seed)
-            del start  # as large as the latents
+                latents = self._denoise(stage, part, start, seed, conditions)
+            del start, conditions  # as large as the latents
             with self._phase("decode", stage, detail):
                 pixels = self._decode(latents, stage, part, stripes)
         else:
-            for _ in range(stage.sampling.steps):  # the report has an entry per step for every rank
-                self._striped.counters.begin_step()
-            self._striped.counters.pause()
+            for counters in (model.counters for model in self._models):
+                for _ in range(stage.sampling.steps):  # the report has an entry per step for every rank
+                    counters.begin_step()
+                counters.pause()
         if part is not group:
             part.close()
         return Drawing(size=stage.size, rows=held, pixels=pixels, latents=latents)
@@ -130,11 +142,23 @@ class Cascade:
         steps = stage.sampling.steps if name == "denoise" else None
         return self._phases.phase(name, detail=detail, steps=steps, work=work_of(stage)[name])
 
-    def _denoise(self, stage: Stage, part: Group, start: Tensor | None, seed: int) -> Tensor:
+    def _conditions(self, stage: Stage, part: Group, stripes: tuple[Rows, ...], detail: str) -> tuple[Condition, ...]:
+        if not self._controls:
+            return ()
+        adapter, counters = controlled(self._adapter), self._striped.counters
+        with self._phase("encode", stage, f"{detail}, for the ControlNet"):
+            return conditions_of(self._controls, adapter, self._pipe.vae, stage, part, stripes, counters)
+
+    def _denoise(
+        self, stage: Stage, part: Group, start: Tensor | None, seed: int, conditions: tuple[Condition, ...]
+    ) -> Tensor:
         pipe = self._pipe if start is None else self._refining
-        extrapolation = self._extrapolation(stage)
-        with self._striped.running(group=part, scheduler=pipe.scheduler, extrapolation=extrapolation):
-            return self._adapter.denoise(pipe, self._embeddings, stage, seed=seed, start=start, on_step=self._on_step)
+        adapter = controlled(self._adapter).controlled(conditions) if conditions else self._adapter
+        with ExitStack() as running:
+            for model in self._models:  # a ControlNet, too, is above the size that it was trained at
+                context = model.running(group=part, scheduler=pipe.scheduler, extrapolation=self._extrapolation(stage))
+                running.enter_context(context)
+            return adapter.denoise(pipe, self._embeddings, stage, seed=seed, start=start, on_step=self._on_step)
 
     @cached_property
     def _refining(self) -> Any:
@@ -177,13 +201,9 @@ class Cascade:
         """Latents [B, C, H, W] of whole pictures: the means, so that ranks need not share any noise."""
         if pixels_BCRW is None:  # this rank idles
             return None
-        vae, counters = self._pipe.vae, self._striped.counters
-        scaled_BCRW = pixels_BCRW.float().div_(127.5).sub_(1).to(vae.dtype)
-        moments = encode_stripes(vae, scaled_BCRW, group, stripes, counters=counters)
-        mean_BCRW = moments.chunk(2, dim=1)[0]
-        tokens_BLC = mean_BCRW.flatten(2).transpose(1, 2).contiguous()
-        whole_BLC = StripeJoin(group, stripes, counters).join(tokens_BLC)
-        return self._adapter.from_vae(whole_BLC.transpose(1, 2).unflatten(2, (-1, mean_BCRW.shape[3])))
+        counters = self._striped.counters
+        mean_BCRW = encode_rows(self._pipe.vae, pixels_BCRW, group, stripes, counters).chunk(2, dim=1)[0]
+        return self._adapter.from_vae(join_rows(mean_BCRW, group, stripes, counters))
 
     @torch.no_grad()
     def _decode(self, latents: Tensor, stage: Stage, group: Group, stripes: tuple[Rows, ...]) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from clear_dist.comm.group import Group
 from clear_dist.comm.rows import collect_stripes
 from clear_dist.drawing.cascade import Cascade, Drawing, unit_size
+from clear_dist.drawing.control import Control, controlled
 from clear_dist.drawing.prompts import encode_prompts
 from clear_dist.engine.agreement import require_equal_settings
 from clear_dist.engine.striped import require_striped
@@ -39,6 +40,9 @@ def generate(
     cascade: bool = True,
     base_resolution: int | None = None,
     upscaling: Upscaling | None = None,
+    control_image: Image | list[Image] | None = None,
+    controlnet_conditioning_scale: float | list[float] = 1.0,
+    control_mode: int | list[int | None] | None = None,
 ) -> list[Image]:
     """Pictures of `prompt` on rank 0; the other ranks take part and get an empty list.
 
@@ -49,6 +53,8 @@ def generate(
         cascade: draw at the native size first, then enlarge and refine, about 2 times a stage (paper, Sec. 4.3).
         base_resolution: pixels along a square as large as the first stage; None: the native size.
         upscaling: of upper stages, guidance too; None: as in CLEAR's notebook, `num_inference_steps` x 0.7 steps.
+        control_image: for a pipeline with a ControlNet, on rank 0, stretched to each stage's size; as many as scales
+            and modes, in lists, where the pipeline takes several.
 
     Raises ValueError for an unsupported pipeline, a side not in whole tokens, or no room for stale buffers.
     """
@@ -65,8 +71,9 @@ def generate(
         cascade=cascade,
     )
     prompts = [prompt] if isinstance(prompt, str) else prompt
+    controls = controls_of(pipe, control_image, controlnet_conditioning_scale, control_mode)
     embeddings = _encoded(pipe, stages, seed, prompts, negative_prompt, max_sequence_length, num_images)
-    return _pictures(pipe, embeddings, stages, seed, None)
+    return _pictures(pipe, embeddings, stages, seed, None, controls)
 
 
 def upscale(
@@ -80,11 +87,15 @@ def upscale(
     max_sequence_length: int = 512,
     seed: int = 0,
     upscaling: Upscaling | None = None,
+    control_image: Image | list[Image] | None = None,
+    controlnet_conditioning_scale: float | list[float] = 1.0,
+    control_mode: int | list[int | None] | None = None,
 ) -> list[Image]:
     """`image` enlarged and refined, stage by stage; a list of one on rank 0, empty on the others.
 
     Only rank 0 reads the image, on white where it is transparent, stretched where `height` and `width`, in pixels, have
-    another shape. Raises ValueError for an unsupported pipeline, a side not in whole tokens, or a larger image.
+    another shape. A ControlNet, if the pipeline has one, is given the image itself where there is no `control_image`.
+    Raises ValueError for an unsupported pipeline, a side not in whole tokens, or a larger image.
     """
     striped = require_striped(pipe)
     require_whole_tokens(pipe, height=height, width=width)
@@ -96,10 +107,11 @@ def upscale(
         token=unit_size(pipe),
         upscaling=upscaling or Upscaling(),
     )
+    controls = controls_of(pipe, control_image, controlnet_conditioning_scale, control_mode, otherwise=image)
     embeddings = _encoded(pipe, stages, seed, [prompt], negative_prompt, max_sequence_length)
     if height * width < before.size[0] * before.size[1]:
         raise ValueError(f"upscale makes pictures larger, got {height} x {width} for one of {before.size} pixels")
-    return _pictures(pipe, embeddings, stages, seed, before)
+    return _pictures(pipe, embeddings, stages, seed, before, controls)
 
 
 def require_known_pipeline(pipe: Any) -> None:
@@ -121,10 +133,21 @@ def require_whole_tokens(pipe: Any, **sizes: int) -> None:
 def from_image(image: Image | None, group: Group) -> Drawing:
     """Rank 0's picture, upright, in sRGB and on white, to be enlarged; raises ValueError where it has none.
 
+    Raises as `read_image`.
+    """
+    drawn, size = read_image(image, group)
+    pixels = None if drawn is None else torch.from_numpy(np.array(drawn)).permute(2, 0, 1)[None].to(group.device)
+    rows = (Rows(0, size[0]), *(Rows(0, 0),) * (group.size - 1))
+    return Drawing(size=size, rows=rows, pixels=pixels)
+
+
+def read_image(image: Image | None, group: Group) -> tuple[Image | None, Size]:
+    """Rank 0's picture in RGB, on rank 0, and its size; raises ValueError where it has none.
+
     What is left out of it is a warning; on all ranks more than 8 bits a channel are an error.
     """
     size: Size | str | None = None
-    pixels = None
+    drawn = None
     if group.rank == 0 and image is not None:
         try:
             found = decoded(image)
@@ -135,12 +158,33 @@ def from_image(image: Image | None, group: Group) -> Drawing:
                 warnings.warn(f"of the picture, {note}", stacklevel=3)
             drawn = found.laid_on(WHITE)
             size = drawn.height, drawn.width
-            pixels = torch.from_numpy(np.array(drawn)).permute(2, 0, 1)[None].to(group.device)
     size = group.broadcast_object(size)
     if isinstance(size, str) or size is None:
         raise ValueError(size or "rank 0 must be given the picture, got None")
-    rows = (Rows(0, size[0]), *(Rows(0, 0),) * (group.size - 1))
-    return Drawing(size=size, rows=rows, pixels=pixels)
+    return drawn, size
+
+
+def controls_of(
+    pipe: Any, images: Any, scales: Any, modes: Any, *, otherwise: Image | None = None
+) -> tuple[Control, ...]:
+    """Control pictures with their scales and modes, one of each or lists; none for a pipeline without ControlNets.
+
+    Raises ValueError where they are not what the pipeline's ControlNets take, or as `read_image`.
+    """
+    striped = require_striped(pipe)
+    if getattr(pipe, "controlnet", None) is None:
+        if images is not None:
+            raise ValueError(f"control_image is for a pipeline with a ControlNet, got {type(pipe).__name__}")
+        return ()
+    given = otherwise if images is None else images
+    listed = given if isinstance(given, list) else [given]
+    count = striped.group.broadcast_object(len(listed))
+    drawn = [read_image(image, striped.group)[0] for image in (listed if striped.group.rank == 0 else [None] * count)]
+    spread = [each if isinstance(each, list) else [each] * count for each in (scales, modes)]
+    controlled(striped.family.adapted(pipe)).check(spread[1])
+    return tuple(
+        Control(image=image, scale=scale, mode=mode) for image, scale, mode in zip(drawn, *spread, strict=True)
+    )
 
 
 def picture_rows(drawing: Drawing, index: int, group: Group) -> Iterator[np.ndarray]:
@@ -179,9 +223,14 @@ def _encoded(
 
 
 def _pictures(
-    pipe: Any, embeddings: dict[str, Tensor], stages: tuple[Stage, ...], seed: int, drawing: Drawing | None
+    pipe: Any,
+    embeddings: dict[str, Tensor],
+    stages: tuple[Stage, ...],
+    seed: int,
+    drawing: Drawing | None,
+    controls: tuple[Control, ...],
 ) -> list[Image]:
-    for drawn in Cascade(pipe, embeddings, seed=seed).run(stages, drawing):
+    for drawn in Cascade(pipe, embeddings, seed=seed, controls=controls).run(stages, drawing):
         drawing = drawn
     assert drawing is not None, "there is at least one stage"
     count = len(next(iter(embeddings.values())))

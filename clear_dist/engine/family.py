@@ -15,6 +15,7 @@ Shapes: B batch, T text tokens, L tokens of one rank, C channels, N heads, D hea
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -214,6 +215,31 @@ class PipelineAdapter(Protocol):
 
     def from_vae(self, mean_BCHW: Tensor) -> Tensor:
         """Latents for image-to-image, from the means of the VAE's encoder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """A control picture at a stage's size, equal on all ranks that draw the stage."""
+
+    picture: Tensor
+    """Pixels from -1 to 1 [1, 3, H, W], or what the VAE's encoder returns, means first [1, 2 * C, H, W]."""
+    scale: float
+    mode: int | None
+
+
+@runtime_checkable
+class ControlledAdapter(PipelineAdapter, Protocol):
+    """How a pipeline with ControlNets draws."""
+
+    @property
+    def reads_pixels(self) -> bool:
+        """Whether its ControlNets read control pictures as they are, not encoded by the VAE."""
+
+    def check(self, modes: Sequence[int | None]) -> None:
+        """Raises ValueError where control pictures with these modes are not what the ControlNets take."""
+
+    def controlled(self, conditions: Sequence[Condition]) -> "PipelineAdapter":
+        """The adapter that draws with these conditions."""
 
 
 class Sample(Protocol):

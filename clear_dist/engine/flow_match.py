@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from clear_dist.engine.family import OnStep
@@ -119,6 +120,13 @@ def sigmas_of(stage: Stage) -> list[float]:
     sampling = stage.sampling
     assert isinstance(sampling, Upscaling), sampling
     return np.linspace(sampling.strength, sampling.strength / sampling.steps, sampling.steps).tolist()
+
+
+def with_noise(scheduler: Any, start: Tensor, sigmas: list[float], generator: torch.Generator) -> Tensor:
+    """A picture's latents with as much noise as the first step expects."""
+    scheduler.set_timesteps(sigmas=sigmas, device=start.device)
+    noise = randn_tensor(start.shape, generator=generator, device=start.device, dtype=start.dtype)
+    return scheduler.scale_noise(start, scheduler.timesteps[:1].expand(len(start)), noise)
 
 
 def cut_off(encoder: str, tokenizer: Any, ids: list[int], most: int, *, kept: int | None = None) -> list[str]:

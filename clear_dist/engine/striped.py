@@ -280,18 +280,18 @@ class StripedModel:
         self.graphs.begin(self.cut, steps=self._steps, tokens=tokens, is_masked=is_masked)
 
 
-def striped_of(pipe: Any) -> StripedModel | None:
-    """The model that `parallelize` put on stripes; shared by pipelines made with `from_pipe`."""
-    for layer in attention_layers(pipe.transformer).values():
+def striped_of(model: Any) -> StripedModel | None:
+    """A transformer or ControlNet that `parallelize` put on stripes; shared by pipelines made with `from_pipe`."""
+    for layer in attention_layers(model).values():
         if isinstance(striped := getattr(layer.processor, "striped", None), StripedModel):
             return striped
     return None
 
 
 def require_striped(pipe: Any) -> StripedModel:
-    """`striped_of`; raises ValueError where there is none, or torch.compile has been put around it."""
+    """`striped_of` its transformer; raises ValueError where there is none, or torch.compile has been put around it."""
     require_not_wrapped(pipe.transformer)
-    striped = striped_of(pipe)
+    striped = striped_of(pipe.transformer)
     if striped is None:
         raise ValueError("the pipeline must be on stripes: call clear_dist.parallelize(pipe) first")
     return striped

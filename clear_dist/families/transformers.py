@@ -6,6 +6,7 @@ from typing import Any
 from clear_dist.engine.family import Family, PipelineAdapter, Sample
 from clear_dist.engine.stock import require_not_wrapped
 from clear_dist.engine.trainable import Trainable
+from clear_dist.families.flux.controlled import FluxControlNetAdapter
 from clear_dist.families.flux.controlnet import FluxControlNet
 from clear_dist.families.flux.pipeline import FluxPipelineAdapter
 from clear_dist.families.flux.sample import FluxSample
@@ -26,6 +27,7 @@ from clear_dist.families.z_image.transformer import ZImage
 
 PIPELINES: Mapping[str, Callable[[Any], PipelineAdapter]] = {
     "FluxPipeline": FluxPipelineAdapter,
+    "FluxControlNetPipeline": FluxControlNetAdapter,
     "Flux2KleinPipeline": Flux2PipelineAdapter,
     "Flux2Pipeline": Flux2PipelineAdapter,
     "StableDiffusion3Pipeline": SD3PipelineAdapter,

@@ -19,6 +19,7 @@ from clear_dist.engine.references import References, after_references, flat_ids,
 from clear_dist.engine.stock import attention_layers
 from clear_dist.families.flux.attention import Adaptive, FluxStripeAttnProcessor
 from clear_dist.families.flux.blocks import STRIPED
+from clear_dist.families.flux.controlled import FluxControlNetAdapter
 from clear_dist.families.flux.pipeline import FluxPipelineAdapter
 from clear_dist.families.flux.positions import Positions, StripedPosEmbed
 from clear_dist.geometry import TextPlan
@@ -161,7 +162,8 @@ class Flux:
         """None: padded text is seen, as in stock FLUX."""
 
     def adapted(self, pipe: Any) -> FluxPipelineAdapter:
-        return FluxPipelineAdapter(pipe)
+        has_controlnet = getattr(pipe, "controlnet", None) is not None
+        return FluxControlNetAdapter(pipe) if has_controlnet else FluxPipelineAdapter(pipe)
 
     def joined(self, output: Any, cut: Cut) -> Any:
         """Output of the forward's own type: a tuple or an object."""

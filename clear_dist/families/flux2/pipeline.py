@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from clear_dist.engine.family import Encoded, OnStep
-from clear_dist.engine.flow_match import FlowMatchAdapter, cut_off, sigmas_of
+from clear_dist.engine.flow_match import FlowMatchAdapter, cut_off, sigmas_of, with_noise
 from clear_dist.families.flux2.card import PACKING
 from clear_dist.stages import Size, Stage
 
@@ -122,10 +121,3 @@ class Flux2PipelineAdapter(FlowMatchAdapter):
         said = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in words.items()]
         found = self._tokenizer.apply_chat_template([said], tokenize=True, return_dict=True)
         return list(found["input_ids"][0])
-
-
-def with_noise(scheduler: Any, start: Tensor, sigmas: list[float], generator: torch.Generator) -> Tensor:
-    """A picture's latents with as much noise as the first step expects."""
-    scheduler.set_timesteps(sigmas=sigmas, device=start.device)
-    noise = randn_tensor(start.shape, generator=generator, device=start.device, dtype=start.dtype)
-    return scheduler.scale_noise(start, scheduler.timesteps[:1].expand(len(start)), noise)

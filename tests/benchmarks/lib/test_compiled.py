@@ -33,7 +33,7 @@ def test_all_that_one_rank_measures(group: Group, compile: bool) -> None:
     bench = cells.Bench(pipe=pipe, world=group, limits=limits, settings=(), groups={1: group}, compile=compile)
     window, full = tables.windows([4])[0], tables.FULL
     with cells.prepared(cells.Place(setting=full, ranks=1), 208, bench) as stock:
-        assert striped_of(stock) is None
+        assert striped_of(stock.transformer) is None
         assert compiled_blocks(stock.transformer) == [compile] * 2
     for setting, ranks, is_share in [
         (window, 1, False), (window, 2, True), (full, 2, True), (cells.DISTRIFUSION, 2, True),

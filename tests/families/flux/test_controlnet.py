@@ -95,7 +95,7 @@ def expected(name: str, radius: int | None, net_radius: int | None) -> Tensor:
 @pytest.mark.parametrize("size", [1, 3])
 def test_the_same_stripes_and_window(size: int) -> None:
     """On 3 ranks, and on one, against the oracle."""
-    settings = {"window": RADIUS, "text_attention": "exact"}
+    settings = {"window": RADIUS, "text_attention": "exact", "controlnet_window": RADIUS}
     for rank_results in run_ranks(striped_latents, size, list(CASES), settings):
         for name, latents in zip(CASES, rank_results, strict=True):
             assert relative_error(latents, expected(name, RADIUS, RADIUS)) < 1e-4, name
@@ -109,8 +109,9 @@ def test_full_windows_are_the_stock_pipelines() -> None:
 
 
 def test_a_window_of_its_own() -> None:
-    for net_window, net_radius in (("full", None), (2, 2)):
-        settings = {"window": RADIUS, "text_attention": "exact", "controlnet_window": net_window}
+    """Full attention where none is given, as in the paper."""
+    for given, net_radius in (({}, None), ({"controlnet_window": 2}, 2)):
+        settings = {"window": RADIUS, "text_attention": "exact", **given}
         for (latents,) in run_ranks(striped_latents, 3, ["one"], settings):
             assert relative_error(latents, expected("one", RADIUS, net_radius)) < 1e-4
 
@@ -128,6 +129,7 @@ def test_stale_neighbours_are_those_of_the_step_before(name: str, mode: str) -> 
         model.set_attn_processor({each: layers(passes=passes + twice) for each in model.attn_processors})
     late = run(emulated, **arguments)
     settings = {"window": RADIUS, "text_attention": mode, "schedule": "stale", "warmup_steps": 1}
+    settings |= {"controlnet_window": RADIUS}
     for (latents,) in run_ranks(striped_latents, 3, [name], settings):
         assert relative_error(latents, late) < 1e-4
         assert relative_error(latents, expected(name, RADIUS, RADIUS)) > 1e-3
@@ -142,7 +144,7 @@ def whole_and_undone(group: Group) -> list[Tensor]:
     results = [run(pipe, control_image=CONTROL)]
     handle.undo()
     stock = run(pipe, control_image=CONTROL)
-    handle = parallelize(pipe, window=RADIUS, text_attention="exact", group=group)
+    handle = parallelize(pipe, window=RADIUS, text_attention="exact", controlnet_window=RADIUS, group=group)
     results.append(run(pipe, control_image=CONTROL))
     joined = [sum(counters.as_dict()["join_bytes"]) for counters in (handle.counters, *handle.controlnet_counters)]
     assert joined[0] > 0 == joined[1]
