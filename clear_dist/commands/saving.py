@@ -17,7 +17,8 @@ from clear_dist.pictures.alpha import Alpha
 from clear_dist.request.request import Request
 
 NOT_TO_BE_SHARED = (
-    "prompts", "negative_prompt", "output", "latents_out", "report", "profile", "pictures", "join_timeout", "quiet",
+    "prompts", "negative_prompt", "output", "latents_out", "report", "profile", "pictures", "files", "join_timeout",
+    "quiet",
 )  # fmt: skip
 """Settings of other prompts, files of this machine, and what leaves the picture as it is."""
 

@@ -104,10 +104,30 @@ class PictureFlags(Kept):
         None, "of the rotary embedding's base (10)", LARGE, bounds=(1.0, 1_000.0), planned=False
     )
     model: str = flag(
-        "auto", "auto, demo, a short name (below), a hub id, or a folder in diffusers' layout (auto)", MODEL
+        "auto",
+        "auto, demo, a short name (below), a hub id, a folder in diffusers' layout, or a safetensors file as "
+        "Black Forest Labs and ComfyUI have them (auto)",
+        MODEL,
     )
+    base: str | None = flag(
+        None,
+        "where a single file's tokenizers, configurations and further parts are (the folder beside, or the model "
+        "whose tensors it has)",
+        MODEL,
+        metavar="NAME|HUB-ID|FOLDER",
+    )
+    text_encoder: list[str] | None = flag(
+        None, "a text encoder's single file, once for each in the model's order (those beside)", MODEL, metavar="FILE"
+    )
+    vae: str | None = flag(None, "the VAE's single file (that beside)", MODEL, metavar="FILE")
     clear_weights: str = flag(
         "auto", "auto, none, a file, a folder, or owner/name\\[@revision]:file on the hub (auto)", MODEL
+    )
+    down_factor: int | None = flag(
+        None,
+        "of CLEAR's down-sampled keys: which of a window's files; 1: without (as the file has)",
+        MODEL,
+        bounds=(1, 64),
     )
     lora: list[str] | None = flag(
         None, "a LoRA with its weight (1); once for each", MODEL, metavar="FILE|FOLDER|HUB-ID[:WEIGHT]"
