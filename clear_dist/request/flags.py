@@ -39,6 +39,9 @@ class Kept(Options):
     base_res: int | None = flag(
         None, "side of a square as large as the first stage (the native size)", LARGE, bounds=SQUARES
     )
+    resume: bool = flag(
+        False, "leave out pictures that are there, drawn with the same seed and settings", WRITTEN, planned=False
+    )
     save_stages: bool = flag(False, "write the lower stages' pictures too", LARGE, planned=False)
     revision: str | None = flag(None, "of a hub model", MODEL, planned=False)
     join_timeout: int = flag(
@@ -142,6 +145,13 @@ class PictureFlags(Kept):
     traceback: bool = flag(False, "if a rank fails, show where")
 
     def __post_init__(self) -> None:
+        if self.resume and self.seed is None:
+            raise Refusal("--resume needs the --seed of the run before, got none; nearest: --seed 0")
+        if self.resume and (self.latents_out is not None or not self.metadata):
+            other = "--no-metadata" if not self.metadata else "--latents-out"
+            raise Refusal(
+                f"--resume knows pictures by their metadata and draws only some, got {other} too; leave one out"
+            )
         if self.res is not None and (self.height is not None or self.width is not None):
             given = "--height" if self.height is not None else "--width"
             raise Refusal(f"--res is both height and width, got {given} too; leave one out")
