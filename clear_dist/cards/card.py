@@ -133,6 +133,10 @@ class Card:
     """Positive numbers of the scheduler's configuration, with their usual values."""
     needs: tuple[str, ...] = ()
     """Packages that its tokenizer is not made without, beside those of every family."""
+    originals: Mapping[str, str] = field(default_factory=dict)
+    """Patterns of names in single files that are of no linear layer, with diffusers' names; empty: not in the model."""
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names of single files of the other parts, without `.safetensors`; the first is that in all-in-one files."""
     hub_models: tuple[HubModel, ...] = ()
     clear: Published | None = None
 
@@ -166,6 +170,10 @@ class Cards:
     cards: tuple[Card, ...]
     default: str
 
+    @property
+    def hub_models(self) -> Iterator[tuple[Card, HubModel]]:
+        return ((card, known) for card in self.cards for known in card.hub_models)
+
     def of_pipeline(self, name: object) -> Card | None:
         return next((card for card in self.cards if card.pipeline == name), None)
 
@@ -173,38 +181,36 @@ class Cards:
         return next((card for card in self.cards if card.transformer == name), None)
 
     def on_hub(self, model: str) -> tuple[Card, HubModel] | None:
-        return next(((card, known) for card, known in self._hub_models() if model in (known.id, known.short)), None)
+        return next(((card, known) for card, known in self.hub_models if model in (known.id, known.short)), None)
 
     @property
     def hub_ids(self) -> tuple[str, ...]:
-        return tuple(known.id for _, known in self._hub_models())
+        return tuple(known.id for _, known in self.hub_models)
 
     @property
     def short_names(self) -> tuple[str, ...]:
-        return tuple(known.short for _, known in self._hub_models() if known.short is not None)
+        return tuple(known.short for _, known in self.hub_models if known.short is not None)
 
     def made_for(self, tensors: Collection[str], down_factor: int, *, but: Card | None) -> HubModel | None:
         """The known model of a family other than `but` whose CLEAR checkpoints have tensors of these names."""
-        others = (known for card, known in self._hub_models() if card is not but)
+        others = (known for card, known in self.hub_models if card is not but)
         return next((known for known in others if known.shape.clear_tensors(down_factor).keys() == set(tensors)), None)
 
     @property
     def lora_layers(self) -> frozenset[str]:
         """Layers of all known models, for a LoRA whose model is not known yet."""
-        return frozenset(layer for _, known in self._hub_models() for layer in known.shape.lora_layers())
+        return frozenset(layer for _, known in self.hub_models for layer in known.shape.lora_layers())
 
     @property
     def published(self) -> tuple[Published, ...]:
         return tuple(card.clear for card in self.cards if card.clear is not None)
 
-    def files_of(self, model: str) -> tuple[str, ...]:
+    def files_of(self, model: str, *, without_weights: Collection[str] = ()) -> tuple[str, ...]:
         """Patterns of a hub model's files; those of any family for an unknown model."""
         known = self.on_hub(model)
         cards = self.cards if known is None else known[:1]
         parts = dict.fromkeys(part for card in cards for part in card.parts)
-        return (INDEX, *(f"{part}/*.{ending}" for part in parts for ending in ENDINGS))
-
-    def _hub_models(self) -> Iterator[tuple[Card, HubModel]]:
-        for card in self.cards:
-            for known in card.hub_models:
-                yield card, known
+        patterns = {f"{part}/*.{ending}": None for part in parts for ending in ENDINGS}
+        for part in without_weights:
+            patterns.pop(f"{part}/*.safetensors", None)
+        return (INDEX, *patterns)

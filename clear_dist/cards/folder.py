@@ -2,17 +2,20 @@
 
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from clear_dist import demo
 from clear_dist.cards.card import INDEX, Card, Cards, Defaults, HubModel, TransformerShape
 from clear_dist.cards.clear import require_same_tensors
-from clear_dist.cards.headers import positive_number, read_component, read_json, whole_number, whole_numbers
+from clear_dist.cards.headers import positive_number, read_json, whole_number, whole_numbers
+from clear_dist.cards.single_file import Files, check_other_part, layout_of, weight_shapes
 from clear_dist.options import Refusal, nearest_word, shortened
 from clear_dist.stages import Sampling, Upscaling
 
 HUB_ID = re.compile(r"(?=.{3,96}$)[\w.-]+/[\w.-]+", re.ASCII)
+WIDTHS = ("latent_channels", "d_model", "hidden_size")
+"""Names of the channels of a VAE's latents, and of a text encoder."""
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
@@ -31,10 +34,13 @@ class ModelFacts(Defaults):
     token_size: int = 16
     on_hub: HubModel | None = None
     """What is known of a hub model before its files are here."""
+    files: Files = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """Name that may be shared: no folders of this machine."""
+        if "transformer" in self.files:
+            return self.files["transformer"].file.name
         return "demo" if self.is_demo else self.location if self.folder is None else self.folder.name
 
 
@@ -73,8 +79,12 @@ def card_of(folder: Path, cards: Cards) -> Card:
     return card
 
 
-def read_folder(folder: Path, cards: Cards) -> ModelFacts:
-    """The model in a folder, its weights' headers compared with its configurations; raises as `find_model`."""
+def read_folder(folder: Path, cards: Cards, files: Files | None = None) -> ModelFacts:
+    """The model in a folder, its weights' headers compared with its configurations; raises as `find_model`.
+
+    Weights in `files` take the place of the folder's.
+    """
+    files = files or {}
     _check_folder(folder, cards)
     card = card_of(folder, cards)
     _check_parts(folder, card, cards.default)
@@ -94,10 +104,13 @@ def read_folder(folder: Path, cards: Cards) -> ModelFacts:
             f"got {shape.in_channels} in {folder}: models that take another picture are not supported; "
             f"nearest: {cards.default}"
         )
-    for part, stem in card.weights.items():
-        shapes = read_component(folder / part, stem)
+    for part in card.weights:
+        if part in files:
+            continue
+        shapes = weight_shapes(folder, card, part, {})
         if part == "transformer":
             require_same_tensors(shape.tensors(), shapes, folder / part)
+    _check_files(folder, card, shape, files)
     return ModelFacts(
         location=str(folder),
         folder=folder,
@@ -105,6 +118,7 @@ def read_folder(folder: Path, cards: Cards) -> ModelFacts:
         shape=shape,
         native_size=max(native_size // token_size, 1) * token_size,
         token_size=token_size,
+        files=files,
         **vars(shape.defaults(scheduler, read_json(folder / INDEX))),
     )
 
@@ -156,6 +170,17 @@ def _classes(folder: Path, part: str) -> set[str]:
     by_index = listed[1] if isinstance(listed, list) and len(listed) == 2 else None
     file = "scheduler_config.json" if part == "scheduler" else "config.json"
     return {str(by_index), str(read_json(folder / part / file).get("_class_name"))}
+
+
+def _check_files(folder: Path, card: Card, shape: TransformerShape, files: Files) -> None:
+    for part, source in files.items():
+        config = {} if part == "transformer" else read_json(folder / part / "config.json")
+        config = config.get("text_config", config)  # of a model that sees pictures too
+        name = next((name for name in WIDTHS if name in config), None)
+        if part == "transformer":
+            layout_of(source, card, shape)
+        elif name is not None:
+            check_other_part(part, source, whole_number(config, name, 1, folder / part / "config.json"))
 
 
 def _check_tokenizers(folder: Path, card: Card) -> None:

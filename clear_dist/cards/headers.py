@@ -44,6 +44,8 @@ def read_header(file: Path) -> tuple[Tensors, Mapping[str, str]]:
         if size < 8 or length > min(size - 8, LONGEST_HEADER):
             if first.startswith(PICKLES):
                 raise Refusal(f"weights must be safetensors, got pickle in {file}; download it again")
+            if first.startswith(b"GGUF"):
+                raise Refusal(f"weights must be safetensors, got GGUF in {file}; nearest: the 16-bit file, with --int8")
             raise Refusal(
                 f"weights must be a complete safetensors file, got {file} of {size} bytes: cut off, or something else"
             )

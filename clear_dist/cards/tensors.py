@@ -21,6 +21,19 @@ AUTOENCODER_KL: Mapping[str, Any] = {
 }
 """Configuration of the VAE with 16 channels of several families, as far as it differs from diffusers' defaults."""
 
+T5_FILES = ("t5xxl", "t5xxl_fp16", "t5xxl_bf16", "t5xxl_fp8_e4m3fn")
+"""Names of T5-XXL's single files, without their ending."""
+NORMS = {
+    rf"{old}\.{kind}_norm\.scale": rf"{new}_{name}.weight"
+    for old, new in {
+        r"double_blocks\.(\d+)\.img_attn\.norm": r"transformer_blocks.\1.attn.norm",
+        r"double_blocks\.(\d+)\.txt_attn\.norm": r"transformer_blocks.\1.attn.norm_added",
+        r"single_blocks\.(\d+)\.norm": r"single_transformer_blocks.\1.attn.norm",
+    }.items()
+    for kind, name in (("query", "q"), ("key", "k"))
+}
+"""Patterns of Black Forest Labs' names of norms, with diffusers' names."""
+
 
 def linear(name: str, inputs: int, outputs: int) -> Tensors:
     yield f"{name}.weight", (outputs, inputs)

@@ -110,7 +110,7 @@ def _settle_on(kind: str, place: Place) -> torch.device:
 
 def choosing(request: Request, place: Place) -> "Future[tuple[Fewer, ...]]":
     """Begin to find out which stages fewer ranks draw sooner, beside loading."""
-    facts = read_folder(Path(request.model), CARDS)
+    facts = read_folder(Path(request.model), CARDS, request.files)
     return in_background(partial(fit_here.fewer_here, request, facts, place))
 
 
@@ -140,6 +140,7 @@ def _load(request: Request, rank: int, device: torch.device, phases: Phases) -> 
             device=device,
             on_host=parts_on_host(request, card),
             phases=phases,
+            files=request.files,
         )
     return encoded, pipe
 
@@ -155,7 +156,12 @@ def encode_ahead(request: Request, card: Card, device: torch.device, phases: Pha
     """Embeddings of each prompt; the text encoders are gone from `device` afterwards. Raises as `load_pipeline`."""
     with phases.phase("load", detail=" text encoders"):
         pipe = loading.load_text_pipeline(
-            Path(request.model), card, dtype=getattr(torch, request.dtype), device=device, phases=phases
+            Path(request.model),
+            card,
+            dtype=getattr(torch, request.dtype),
+            device=device,
+            phases=phases,
+            files=request.files,
         )
         load_loras(pipe, hub.local_loras(request), CARDS)
     with phases.phase("text", detail="s" if len(request.prompts) > 1 else ""):

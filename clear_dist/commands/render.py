@@ -16,11 +16,12 @@ from clear_dist.commands.prepare import Prepared, encode
 from clear_dist.commands.saving import Saving
 from clear_dist.drawing.cascade import Cascade, Drawing, nth_stage, work_of
 from clear_dist.drawing.generation import from_image
+from clear_dist.drawing.many import alike, draw_each
 from clear_dist.drawing.prompts import share
 from clear_dist.engine.family import Encoded
 from clear_dist.families.transformers import adapter_of
 from clear_dist.launch import env
-from clear_dist.launch.ends import say
+from clear_dist.launch.ends import Failure, say
 from clear_dist.launch.interrupts import unwinding
 from clear_dist.observe import peaks, report
 from clear_dist.observe.progress import watched
@@ -46,22 +47,29 @@ class Rendering(Prepared):
             saved = stages if request.save_stages else stages[-1:]
             work += sum(sum(work_of(stage).values()) for stage in stages) + sum(map(saving_work, saved))
         self.phases.expect(work)
-        latents = []
-        for index in range(len(request.prompts)):
+        latents: list[Tensor] = []
+
+        def draw(index: int) -> None:
             drawing = self._render_prompt(index)
             if request.latents_out is not None and self.group.rank == 0:
                 assert drawing.latents is not None, "rank 0 draws every stage"
                 latents.append(drawing.latents.cpu())
+
+        is_there = (lambda index: self._saving(index).is_there()) if request.resume else None
+        kind = "picture" if request.pictures else "prompt"
+        outcome = draw_each(len(request.prompts), draw, group=self.group, is_there=is_there, kind=kind)
         if request.latents_out is not None and latents:
             with self.phases.phase("save"), replacing(request.latents_out) as partial:
                 partial.write_bytes(save({"latents": torch.cat(latents)}))
         if request.report is not None:
             self._report(request.report)
+        if outcome.failed:
+            count = len(request.prompts)
+            raise Failure(f"{len(outcome.failed)} of {count} {kind}s failed, as told above; the others are there")
 
-    def _render_prompt(self, index: int) -> Drawing:
-        request, began, count = self.request.alone(index), time.perf_counter(), len(self.request.prompts)
-        drawing, alpha = self._start(request)
-        saving = Saving(
+    def _saving(self, index: int, alpha: Alpha | None = None) -> Saving:
+        request = self.request.alone(index)
+        return Saving(
             request=request,
             prompt=self.request.prompts[index],
             settings=self._settings(request),
@@ -69,8 +77,13 @@ class Rendering(Prepared):
             group=self.group,
             files=self.request.outputs[index * request.num_images :][: request.num_images],
             alpha=alpha,
-            began=began,
+            began=time.perf_counter(),
         )
+
+    def _render_prompt(self, index: int) -> Drawing:
+        request, count = self.request.alone(index), len(self.request.prompts)
+        drawing, alpha = self._start(request)
+        saving = self._saving(index, alpha)
         kind = "prompt" if request.picture is None else "picture"
         detail = f", {kind} {index + 1} of {count}" if count > 1 else ""
         with self.phases.phase("text", detail=detail):
@@ -110,7 +123,10 @@ class Rendering(Prepared):
         """The picture to start from, and its alpha on rank 0."""
         if request.picture is None:
             return None, None
-        image, alpha = load(request.picture) if self.group.rank == 0 else (None, None)
+        image, alpha = None, None
+        with alike(self.group):
+            if self.group.rank == 0:
+                image, alpha = load(request.picture)
         return from_image(image, self.group), None if alpha is None else Alpha(alpha, request.picture.background)
 
     def _encode(self, index: int) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 import json
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from clear_dist import __version__
 from clear_dist.comm.group import Group
 from clear_dist.drawing.cascade import Drawing
 from clear_dist.drawing.generation import picture_rows
+from clear_dist.drawing.many import alike
 from clear_dist.pictures import keeps_alpha, save_picture, stage_file
 from clear_dist.pictures.alpha import Alpha
+from clear_dist.pictures.decoding import written_metadata
 from clear_dist.request.request import Request
 
 NOT_TO_BE_SHARED = (
-    "prompts", "negative_prompt", "output", "latents_out", "report", "profile", "pictures", "join_timeout", "quiet",
+    "prompts", "negative_prompt", "output", "latents_out", "report", "profile", "pictures", "files", "join_timeout",
+    "quiet", "resume",
 )  # fmt: skip
 """Settings of other prompts, files of this machine, and what leaves the picture as it is."""
 
@@ -40,22 +44,38 @@ class Saving:
     """By `time.perf_counter`."""
 
     def save(self, drawing: Drawing, *, last: bool) -> None:
-        """Save all pictures of a stage, a lower one's named by size; raises OSError, and leaves no part of a file."""
+        """Save all pictures of a stage, a lower one's named by size; raises ItemFailed and leaves no part of a file."""
         height, width = drawing.size
         for index, output in enumerate(self.files):
             file = output if last else stage_file(output, height, width)
             rows = picture_rows(drawing, index, self.group)
-            if self.group.rank == 0:
-                metadata = self._metadata(index) if self.request.metadata else None
-                alpha = self.alpha if keeps_alpha(file) else None
-                written = save_picture(rows, file, height=height, width=width, metadata=metadata, alpha=alpha)
-                named = zip(("output", "thumbnail"), (shlex.quote(str(each)) for each in written), strict=False)
-                figures = f"seed={self.seed} size={width}x{height} ranks={self.group.size}"
-                seconds = f"seconds={time.perf_counter() - self.began:.2f}"
-                print(*map("=".join, named), figures, seconds, flush=True)
-            else:
-                for _ in rows:  # sends
-                    pass
+            with alike(self.group):
+                try:
+                    if self.group.rank == 0:
+                        self._write(rows, file, index, height=height, width=width)
+                except OSError:
+                    deque(rows, maxlen=0)  # the others still send
+                    raise
+                deque(rows, maxlen=0)  # sends
+
+    def _write(self, rows: Iterator[Any], file: Path, index: int, *, height: int, width: int) -> None:
+        metadata = self._metadata(index) if self.request.metadata else None
+        alpha = self.alpha if keeps_alpha(file) else None
+        written = save_picture(rows, file, height=height, width=width, metadata=metadata, alpha=alpha)
+        named = zip(("output", "thumbnail"), (shlex.quote(str(each)) for each in written), strict=False)
+        figures = f"seed={self.seed} size={width}x{height} ranks={self.group.size}"
+        seconds = f"seconds={time.perf_counter() - self.began:.2f}"
+        print(*map("=".join, named), figures, seconds, flush=True)
+
+    def is_there(self) -> bool:
+        """Whether all pictures of the last stage have been written with this prompt, seed and settings."""
+        source = None if self.request.picture is None else self.request.picture.file
+        for index, file in enumerate(self.files):
+            if not file.is_file() or written_metadata(file) != self._metadata(index):
+                return False
+            if source is not None and source.stat().st_mtime > file.stat().st_mtime:
+                return False
+        return True
 
     def _metadata(self, index: int) -> dict[str, str]:
         """Settings that may be shared: no other prompts, no folders of this machine."""

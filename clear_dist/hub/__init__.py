@@ -66,7 +66,7 @@ def wanted_model(request: Request, cards: Cards) -> Wanted | None:
     return Wanted(
         repository=request.model,
         revision=request.revision,
-        patterns=cards.files_of(request.model),
+        patterns=cards.files_of(request.model, without_weights=request.files),
         needed=INDEX,
         nearest=f"--model {cards.default}",
     )

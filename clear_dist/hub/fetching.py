@@ -38,7 +38,7 @@ from clear_dist.options import Refusal, nearest_word
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NOT_GIVEN = (401, 403)
-LOCAL_FILES = "local files (--model FOLDER, --clear-weights FILE, --lora FILE)"
+LOCAL_FILES = "local files (--model or --base FOLDER, --clear-weights FILE, --lora FILE)"
 SECONDS_BETWEEN_FIGURES = 15.0
 SECONDS_OF_REST = 60.0
 """Age from which a partial file counts as left over: there are file systems whose locks hold nobody back."""

@@ -142,6 +142,14 @@ def _in_srgb(image: Image.Image, notes: list[str]) -> Image.Image:
     return image.convert("RGB")
 
 
+def written_metadata(file: Path) -> dict[str, str] | None:
+    """Metadata of a picture, as `save_picture` was given them; None: there are none, or they cannot be read."""
+    with suppress(Exception), warnings.catch_warnings(action="ignore"), Image.open(file) as image:
+        found = image.info if image.format == "PNG" else json.loads(image.getexif()[DESCRIPTION])
+        return {str(name): value for name, value in found.items() if isinstance(value, str)}
+    return None
+
+
 def _prompt(image: Image.Image) -> str | None:
     """Prompt that clear-dist wrote into the file: in a PNG's text chunks, elsewhere as JSON in the description."""
     found = dict(image.info)

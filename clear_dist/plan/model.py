@@ -8,7 +8,8 @@ from typing import Any
 
 from clear_dist.cards.card import Card, TextEncoders
 from clear_dist.cards.folder import ModelFacts
-from clear_dist.cards.headers import read_component, read_json, whole_number
+from clear_dist.cards.headers import read_json, whole_number
+from clear_dist.cards.single_file import Files, weight_shapes
 from clear_dist.plan.questions import Module
 
 WIDTHS = {
@@ -44,7 +45,7 @@ def find(facts: ModelFacts) -> PlannedModel | None:
     configs: Mapping[str, Mapping[str, Any]]
     if facts.folder is not None:
         configs = {part: read_json(facts.folder / part / "config.json") for part in ("transformer", "vae")}
-        text = text_encoders(facts.folder, card)
+        text = text_encoders(facts.folder, card, facts.files)
     elif facts.on_hub is not None and facts.on_hub.text is not None:
         configs, text = facts.on_hub.configs, facts.on_hub.text
     else:
@@ -65,12 +66,10 @@ def find(facts: ModelFacts) -> PlannedModel | None:
     )
 
 
-def text_encoders(folder: Path, card: Card) -> TextEncoders:
+def text_encoders(folder: Path, card: Card, files: Files) -> TextEncoders:
     """Numbers in the weights of all, and widths of the last one, which is the largest."""
     numbers = sum(
-        prod(shape)
-        for part in card.text_encoders
-        for shape in read_component(folder / part, card.weights[part]).values()
+        prod(shape) for part in card.text_encoders for shape in weight_shapes(folder, card, part, files).values()
     )
     file = folder / card.text_encoders[-1] / "config.json"
     config = read_json(file)

@@ -39,6 +39,9 @@ class Kept(Options):
     base_res: int | None = flag(
         None, "side of a square as large as the first stage (the native size)", LARGE, bounds=SQUARES
     )
+    resume: bool = flag(
+        False, "leave out pictures that are there, drawn with the same seed and settings", WRITTEN, planned=False
+    )
     save_stages: bool = flag(False, "write the lower stages' pictures too", LARGE, planned=False)
     revision: str | None = flag(None, "of a hub model", MODEL, planned=False)
     join_timeout: int = flag(
@@ -104,10 +107,30 @@ class PictureFlags(Kept):
         None, "of the rotary embedding's base (10)", LARGE, bounds=(1.0, 1_000.0), planned=False
     )
     model: str = flag(
-        "auto", "auto, demo, a short name (below), a hub id, or a folder in diffusers' layout (auto)", MODEL
+        "auto",
+        "auto, demo, a short name (below), a hub id, a folder in diffusers' layout, or a safetensors file as "
+        "Black Forest Labs and ComfyUI have them (auto)",
+        MODEL,
     )
+    base: str | None = flag(
+        None,
+        "where a single file's tokenizers, configurations and further parts are (the folder beside, or the model "
+        "whose tensors it has)",
+        MODEL,
+        metavar="NAME|HUB-ID|FOLDER",
+    )
+    text_encoder: list[str] | None = flag(
+        None, "a text encoder's single file, once for each in the model's order (those beside)", MODEL, metavar="FILE"
+    )
+    vae: str | None = flag(None, "the VAE's single file (that beside)", MODEL, metavar="FILE")
     clear_weights: str = flag(
         "auto", "auto, none, a file, a folder, or owner/name\\[@revision]:file on the hub (auto)", MODEL
+    )
+    down_factor: int | None = flag(
+        None,
+        "of CLEAR's down-sampled keys: which of a window's files; 1: without (as the file has)",
+        MODEL,
+        bounds=(1, 64),
     )
     lora: list[str] | None = flag(
         None, "a LoRA with its weight (1); once for each", MODEL, metavar="FILE|FOLDER|HUB-ID[:WEIGHT]"
@@ -122,6 +145,13 @@ class PictureFlags(Kept):
     traceback: bool = flag(False, "if a rank fails, show where")
 
     def __post_init__(self) -> None:
+        if self.resume and self.seed is None:
+            raise Refusal("--resume needs the --seed of the run before, got none; nearest: --seed 0")
+        if self.resume and (self.latents_out is not None or not self.metadata):
+            other = "--no-metadata" if not self.metadata else "--latents-out"
+            raise Refusal(
+                f"--resume knows pictures by their metadata and draws only some, got {other} too; leave one out"
+            )
         if self.res is not None and (self.height is not None or self.width is not None):
             given = "--height" if self.height is not None else "--width"
             raise Refusal(f"--res is both height and width, got {given} too; leave one out")

@@ -9,9 +9,9 @@ from shlex import quote
 
 from clear_dist.cards.card import Cards
 from clear_dist.cards.folder import ModelFacts
-from clear_dist.cards.headers import read_component
 from clear_dist.cards.hub_name import HubFile
 from clear_dist.cards.lora import Layers, linear_layers, read_pairs
+from clear_dist.cards.single_file import weight_shapes
 from clear_dist.options import Options, Refusal, shortened, spelled
 from clear_dist.request.request import Lora
 
@@ -51,8 +51,9 @@ def parts_of(facts: ModelFacts, cards: Cards) -> dict[str, Layers | None]:
     parts: dict[str, Layers | None] = {"transformer": transformer}
     for card in cards.cards if facts.card is None else (facts.card,):
         for part in card.text_encoders:
-            folder = facts.folder
-            parts[part] = None if folder is None else linear_layers(read_component(folder / part, card.weights[part]))
+            known = facts.folder is not None or part in facts.files
+            shapes = weight_shapes(facts.folder or Path(), card, part, facts.files) if known else None
+            parts[part] = None if shapes is None else linear_layers(shapes)
     return parts
 
 

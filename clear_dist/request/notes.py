@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from clear_dist import demo
 from clear_dist.cards.card import Cards
 from clear_dist.cards.clear import named_down_factor, radius_of
 from clear_dist.cards.folder import ModelFacts
-from clear_dist.cards.headers import component_files, read_tensors
+from clear_dist.cards.headers import read_tensors
+from clear_dist.cards.single_file import weight_files
 from clear_dist.options import Options, shortened, spelled
 from clear_dist.pictures import keeps_alpha
 from clear_dist.request.devices import FoundGpu
@@ -22,6 +24,8 @@ STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 WORTH_A_WORD = 1_000_000_000
 """Bytes."""
+DISTILL = "; clear-dist distill makes some" if find_spec("clear_dist.training") else ""
+"""The way to weights, where it is there."""
 WARNING = "warning: "
 FAR_ABOVE_NATIVE = 4
 
@@ -61,15 +65,18 @@ def _kinds(gpus: Sequence[FoundGpu]) -> Iterator[str]:
 
 
 def _choices(flags: PictureFlags, request: Request, facts: ModelFacts, cards: Cards, gpus: int) -> Iterator[str]:
-    name = "demo" if facts.is_demo else facts.location
+    name = "demo" if facts.is_demo else facts.name if facts.files else facts.location
     if flags.model == "auto":
         with_one = cards.default.partition("/")[2]
         why = f"{gpus} CUDA GPU{'s' * (gpus > 1)} here" if gpus else f"no CUDA GPU here; with one: {with_one}"
         yield f"model: {name} ({why})"
+    if facts.files:
+        files = ", ".join(f"{part} {source.file.name}" for part, source in facts.files.items())
+        yield f"files: {files}; the rest: {facts.location}"
     if flags.dtype == "auto" and request.dtype == "float16":
         yield "dtype: float16 (GPUs of compute capability below 8.0 lack bfloat16)"
     if flags.window is None and request.clear_weights is None:
-        yield f"window: full ({name} without CLEAR weights)"
+        yield f"window: full ({name} without CLEAR weights{DISTILL})"
     yield from _window(request)
     if len(request.stages) > 1:
         sizes = " -> ".join(f"{stage.width}x{stage.height}" for stage in request.stages)
@@ -147,7 +154,7 @@ def _warnings(request: Request, facts: ModelFacts, texts: Iterable[str], ranks: 
     assert facts.card is not None, "known with the folder"
     stored = [
         kind
-        for file in component_files(facts.folder / "transformer", facts.card.weights["transformer"])
+        for file in weight_files(facts.folder, facts.card, "transformer", facts.files)
         for kind in read_tensors(file).values()
     ]
     cast = sum(math.prod(shape) for dtype, shape in stored if dtype != STORED[request.dtype])

@@ -6,6 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from clear_dist.cards.single_file import Files
 from clear_dist.pictures import numbered
 from clear_dist.request.flags import Kept
 from clear_dist.stages import Sampling, Size, Stage, Upscaling, plan_cascade, plan_upscaling
@@ -61,6 +62,8 @@ class Request(Kept):
     clear_weights: str | None
     """A file, or a hub file as `owner/name:file` or `owner/name@revision:file`."""
     loras: tuple[Lora, ...]
+    files: Files
+    """Weights that are not in the model's folder."""
     height: int | None
     """Pixels; the largest picture's where there are several."""
     width: int | None

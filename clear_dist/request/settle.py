@@ -12,7 +12,7 @@ from typing import Any
 from clear_dist import demo
 from clear_dist.cards.card import Cards
 from clear_dist.cards.clear import radius_of
-from clear_dist.cards.folder import ModelFacts, find_model, read_folder
+from clear_dist.cards.folder import ModelFacts, read_folder
 from clear_dist.geometry import cut_in_stripes, require_units
 from clear_dist.launch.env import Place
 from clear_dist.options import Refusal, Window
@@ -24,6 +24,7 @@ from clear_dist.request.lora import compare_loras, find_loras
 from clear_dist.request.notes import notes_of
 from clear_dist.request.outputs import check_outputs
 from clear_dist.request.request import Lora, Request
+from clear_dist.request.single_file import find
 from clear_dist.request.start import Start, find_start, upscaling
 
 LONGEST_SIDE = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500}
@@ -57,7 +58,7 @@ def choose(
     flags: PictureFlags, place: Place, cards: Cards, *, device: str, gpus: tuple[devices.FoundGpu, ...]
 ) -> tuple[Request, ModelFacts, Start]:
     """`settle` for any machine: the request, its model and its start; by default a rank on each of `gpus`."""
-    facts = find_model(flags.model, cards, has_cuda=device == "cuda")
+    facts = find(flags, cards, has_cuda=device == "cuda")
     if (flags.true_cfg_scale or 1) > 1 and not facts.takes_negative_prompts:
         got = f"got {flags.true_cfg_scale:g} for {facts.name}, whose guidance is distilled"
         raise Refusal(f"--true-cfg-scale must be 1 where a model takes no negative prompts, {got}; nearest: 1")
@@ -66,7 +67,7 @@ def choose(
             f"--hoist-modulation is for models whose blocks have large modulation of their own, got {facts.name}; "
             "nearest: without --hoist-modulation"
         )
-    checkpoint = find_checkpoint(flags.clear_weights, flags.window, facts, cards)
+    checkpoint = find_checkpoint(flags.clear_weights, flags.window, facts, cards, flags.down_factor)
     window = _window(flags, checkpoint)
     factor = down_factor(window, checkpoint)
     begin = find_start(flags, facts, place, unit=facts.token_size * factor)
@@ -78,6 +79,7 @@ def choose(
         model=facts.location,
         model_name=facts.name,
         clear_weights=checkpoint,
+        files=facts.files,
         loras=find_loras(flags.lora, facts, cards, flags),
         native_size=facts.native_size,
         token_size=facts.token_size,
@@ -95,7 +97,7 @@ def choose(
 
 def located(request: Request, folder: Path, checkpoint: str | None, loras: Iterable[Lora], cards: Cards) -> Request:
     """The request once all files are here; raises as `settle`. It keeps the names that `loras` were asked for by."""
-    facts = read_folder(folder, cards)
+    facts = read_folder(folder, cards, request.files)
     native = facts.native_size
     found = find_checkpoint(checkpoint or "none", request.window, facts, cards)
     settled = replace(

@@ -11,9 +11,11 @@ import diffusers
 import torch
 import transformers
 from accelerate import init_empty_weights
+from safetensors import safe_open
 
 from clear_dist.cards.card import Card
-from clear_dist.cards.headers import component_files
+from clear_dist.cards.headers import read_json
+from clear_dist.cards.single_file import Files, PartFile, layout_of, weight_files
 from clear_dist.observe.progress import Phases
 from clear_dist.options import Refusal
 from clear_dist.weights.mapped import load_mapped
@@ -31,21 +33,25 @@ def load_pipeline(
     device: torch.device,
     on_host: Collection[str] = (),
     phases: Phases | None = None,
+    files: Files | None = None,
 ) -> Any:
     """The pipeline of a folder in diffusers' layout, on `device` but for parts `on_host`, its progress bars off.
 
-    Without text encoders it takes embeddings only. The transformer's tensors are not compared with its configuration
-    here: `cards.folder` has done so by headers. Raises a Refusal where weights are missing or do not fit.
+    Weights in `files` take the place of the folder's. Without text encoders it takes embeddings only. The transformer's
+    tensors are not compared with its configuration here: `cards.folder` has done so by headers. Raises a Refusal where
+    weights are missing or do not fit.
     """
     names = (*card.text_encoders, *CUTTABLE) if with_text_encoders else CUTTABLE
     without = () if with_text_encoders else (*card.text_encoders, *card.tokenizers)
     places = {name: HOST if name in on_host else device for name in names}
-    return _assemble(folder, card, places, without, dtype, phases or Phases())
+    return _assemble(folder, card, places, without, dtype, phases or Phases(), files or {})
 
 
-def load_text_pipeline(folder: Path, card: Card, *, dtype: torch.dtype, device: torch.device, phases: Phases) -> Any:
+def load_text_pipeline(
+    folder: Path, card: Card, *, dtype: torch.dtype, device: torch.device, phases: Phases, files: Files | None = None
+) -> Any:
     """Pipeline of text encoders and tokenizers only, as `load_pipeline`."""
-    return _assemble(folder, card, dict.fromkeys(card.text_encoders, device), CUTTABLE, dtype, phases)
+    return _assemble(folder, card, dict.fromkeys(card.text_encoders, device), CUTTABLE, dtype, phases, files or {})
 
 
 def _assemble(
@@ -55,9 +61,10 @@ def _assemble(
     without: Collection[str],
     dtype: torch.dtype,
     phases: Phases,
+    files: Files,
 ) -> Any:
     with _quietly():
-        parts = {name: _load_part(folder, card, name, dtype, place, phases) for name, place in places.items()}
+        parts = {name: _load_part(folder, card, name, dtype, place, phases, files) for name, place in places.items()}
         given = dict.fromkeys(without) | parts
         with _refusing(folder, f"the tokenizers and the scheduler of a {card.pipeline}"):
             kind = getattr(diffusers, card.pipeline)
@@ -66,19 +73,46 @@ def _assemble(
     return pipe
 
 
-def _load_part(folder: Path, card: Card, name: str, dtype: torch.dtype, device: torch.device, phases: Phases) -> Any:
-    files = component_files(folder / name, card.weights[name])
+def _load_part(
+    folder: Path,
+    card: Card,
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    phases: Phases,
+    files: Files,
+) -> Any:
+    weights = weight_files(folder, card, name, files)
     library, kind = card.class_of(name)
     stock: Any = getattr(import_module(library), kind)
-    with phases.loading(name, sum(file.stat().st_size for file in files)) as advance:
+    with phases.loading(name, sum(file.stat().st_size for file in weights)) as advance:
+        if name != "transformer" and name in files:
+            return _load_file(stock, folder / name, files[name], dtype).to(device)
         if name != "transformer":
             return _load_stock(stock, folder, name, dtype).to(device)
         # By ourselves: it is the largest part, and all ranks have it.
         # Buffers too: a table of positions is in the files, and takes seconds and gigabytes to make.
         with _refusing(folder / name, kind), init_empty_weights(include_buffers=True):
             transformer = stock.from_config(stock.load_config(folder / name))
-        load_mapped(transformer, files, dtype=dtype, device=device, advance=advance)
+        layout = None
+        if name in files:
+            layout = layout_of(files[name], card, card.shape_of(read_json(folder / name / "config.json"), folder))
+        load_mapped(transformer, weights, dtype=dtype, device=device, advance=advance, layout=layout)
         return transformer.eval()
+
+
+def _load_file(kind: Any, folder: Path, source: PartFile, dtype: torch.dtype) -> Any:
+    """A text encoder or VAE from a single file, configured by `folder`, with its own library's converters."""
+    with safe_open(source.file, framework="pt") as opened:
+        names = [name for name in opened.keys() if name.startswith(source.prefix)]  # noqa: SIM118 (no mapping)
+        tensors = {name.removeprefix(source.prefix): opened.get_tensor(name) for name in names}
+    with _refusing(source.file, kind.__name__):
+        if issubclass(kind, transformers.PreTrainedModel):
+            config = kind.config_class.from_pretrained(folder)
+            part = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+        else:
+            part = kind.from_single_file(tensors, config=str(folder), local_files_only=True, dtype=dtype)
+    return part
 
 
 def _load_stock(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:

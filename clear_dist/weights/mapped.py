@@ -5,28 +5,45 @@ cast takes memory in each rank. Tensors go to a GPU one by one, as they are stor
 """
 
 import mmap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from clear_dist.cards.single_file import Layout, Piece
+
 
 def load_mapped(
-    model: nn.Module, files: Iterable[Path], *, dtype: torch.dtype, device: torch.device, advance: Callable[[int], None]
+    model: nn.Module,
+    files: Iterable[Path],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    advance: Callable[[int], None],
+    layout: Layout | None = None,
 ) -> None:
     """Load a model on the meta device from `files` with exactly its tensors; floating-point ones become `dtype`.
 
-    `advance` is called with the bytes of each tensor. Raises SafetensorError for a damaged file.
+    `layout` says where the model's tensors are in a file that has others; rows of a tensor stay views of it. `advance`
+    is called with the bytes of each tensor. Raises SafetensorError for a damaged file.
     """
     tensors = {}
     for file in files:
         for name, view in _views(file):
-            tensors[name] = _placed(view, dtype, device)
-            advance(view.nbytes)
+            for target, rows in ((name, view),) if layout is None else _pieces(view, layout.get(name, ())):
+                tensors[target] = _placed(rows, dtype, device)
+                advance(rows.nbytes)
     model.requires_grad_(False).load_state_dict(tensors, assign=True)
     model.to(device)
+
+
+def _pieces(view: Tensor, pieces: Iterable[Piece]) -> Iterator[tuple[str, Tensor]]:
+    """Names and rows; halves in the other order are a copy, which only a few small layers are."""
+    for piece in pieces:
+        rows = view[piece.rows]
+        yield piece.name, torch.cat(rows.chunk(2)[::-1]) if piece.is_swapped else rows
 
 
 def _views(file: Path) -> list[tuple[str, Tensor]]:

@@ -1,14 +1,19 @@
 """`generate` above the native size and `upscale`, from the command to the files."""
 
+import errno
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from clear_dist.cli import main
+from clear_dist.commands import saving
+from clear_dist.pictures import save_picture
 from tests.tiny import make_tiny_flux
 
 QUICK = ("--seed", "5", "--device", "cpu", "--max_sequence_length", "16")
@@ -122,6 +127,40 @@ def test_several_pictures_with_one_load(model: Path, here: Path) -> None:
             assert np.abs(shown[0] - shown[1]).max() <= 2  # rounding, of drawing and of laying on white
     stages = json.loads(Path("r.json").read_text())["stages"]
     assert [stage["grid"] for stage in stages] == [[8, 12], [8, 8]]
+
+
+def test_of_a_list_what_is_there_is_left_out_and_what_fails_is_told(
+    model: Path, here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture's disk fills up; the second run draws that picture, and the one whose original has changed."""
+    for name in "abc":
+        Image.new("RGB", (64, 64), "white").save(f"{name}.png")
+    command = ("upscale", "a.png", "b.png", "c.png", "a fox", "--nproc", "2", *FEW)
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "save_picture", full_disk_for("b-upscaled.png"))
+        assert run(model, *command) == 1
+    told = capfd.readouterr()
+    assert "clear-dist: picture 2 of 3 failed: OSError: [Errno 28] No space left" in told.err
+    assert told.err.splitlines()[-1] == "clear-dist: 1 of 3 pictures failed, as told above; the others are there"
+    assert [line.split()[0] for line in told.out.splitlines()] == ["output=a-upscaled.png", "output=c-upscaled.png"]
+    later = Path("c-upscaled.png").stat().st_mtime + 1
+    os.utime("c.png", (later, later))
+    assert run(model, *command, "--resume") == 0
+    told = capfd.readouterr()
+    assert "skipped: 1 of 3 pictures, which are there, drawn with the same settings" in told.err
+    assert [line.split()[0] for line in told.out.splitlines()] == ["output=b-upscaled.png", "output=c-upscaled.png"]
+
+
+def full_disk_for(name: str) -> Callable[..., list[Path]]:
+    """`save_picture`, with a disk that fills up in the midst of one picture."""
+
+    def save(rows: Iterator[np.ndarray], file: Path, **settings: Any) -> list[Path]:
+        if file.name == name:
+            next(rows)
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        return save_picture(rows, file, **settings)
+
+    return save
 
 
 @pytest.mark.parametrize(("strength", "steps"), [("0.001", "1"), ("1", "2")])

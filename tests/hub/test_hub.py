@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import FluxPipeline
+from safetensors.torch import save_file
 
 from clear_dist.cli import main
 from clear_dist.launch import ranks
+from tests import original_layout
 from tests.forked import forked
 from tests.hub.server import TOKEN, Hub
 from tests.patience import PATIENCE
@@ -96,7 +99,7 @@ def test_what_the_hub_says_no_to(hub: Hub, tmp_path: Path) -> None:
         ("someone/gated", None, INDEX): (
             "Refusal",
             f"the hub gives someone/gated only to users who accepted its licence: do so on {hub.endpoint}/someone/gated, "
-            "then `hf auth login`; nearest: local files (--model FOLDER, --clear-weights FILE, --lora FILE)",
+            "then `hf auth login`; nearest: local files (--model or --base FOLDER, --clear-weights FILE, --lora FILE)",
         ),
         ("someone/missing", None, INDEX): (
             "Refusal",
@@ -142,7 +145,7 @@ def test_a_hub_that_does_not_answer_is_given_up_after_the_timeout(hub: Hub, tmp_
     # Ours, or the library's of equal length where ours is late.
     assert re.match(r"cannot get someone/silent from the hub \((no answer within \d+ s|ReadTimeout: )", silent[1])
     assert silent[1].endswith(
-        "): check the network and HF_ENDPOINT, or pass local files (--model FOLDER, --clear-weights FILE, --lora FILE)"
+        "): check the network and HF_ENDPOINT, or pass local files (--model or --base FOLDER, --clear-weights FILE, --lora FILE)"
     )
     assert "(down)" in broken[1]
     assert len(hub.requests) == 2, "nothing is asked twice"
@@ -276,3 +279,16 @@ def test_a_lora_of_the_hub_is_the_local_file(hub: Hub, folder: Path, tmp_path: P
         drawn.append((tmp_path / "latents.safetensors").read_bytes())
     assert drawn[0] == drawn[1]
     assert any("style.safetensors" in path for _, path in hub.requests)
+
+
+def test_a_single_file_takes_only_what_it_lacks(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    """Tokenizers, configurations and the VAE; the second time nobody is asked."""
+    pipe = FluxPipeline.from_pretrained(folder)
+    save_file(original_layout.flux(pipe.transformer.state_dict()), file := tmp_path / "tiny.safetensors")
+    save_file(original_layout.clip(pipe.text_encoder.state_dict()), tmp_path / "clip_l.safetensors")
+    save_file(original_layout.t5(pipe.text_encoder_2.state_dict()), tmp_path / "t5xxl_fp16.safetensors")
+    for more in ({}, {"HF_HUB_OFFLINE": "1"}):
+        status, errors = generate(hub, tmp_path / "home", "--model", str(file), "--base", "someone/tiny", **more)
+        assert status == 0, errors
+    weights = {path for method, path in hub.requests if method == "GET" and path.endswith(".safetensors")}
+    assert {path.split("/")[-2] for path in weights} == {"vae"}

@@ -15,6 +15,7 @@ from PIL import Image, ImageCms
 
 from clear_dist.pictures import files_of, numbered, replacing, save_picture
 from clear_dist.pictures.alpha import Alpha
+from clear_dist.pictures.decoding import written_metadata
 from clear_dist.pictures.whole import EXIF_DESCRIPTION, EXIF_SOFTWARE
 from tests.pictures.rows import noise, split
 
@@ -42,7 +43,7 @@ def test_pictures_carry_what_made_them(tmp_path: Path, ending: str) -> None:
         else:
             found = json.loads(exif[EXIF_DESCRIPTION])
             assert exif[EXIF_SOFTWARE] == METADATA["Software"]
-    assert found == METADATA
+    assert found == METADATA == written_metadata(file)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

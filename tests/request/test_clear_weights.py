@@ -242,3 +242,39 @@ def test_an_unnamed_file_tells_its_factor(tmp_path: Path) -> None:
         ValueError, match=r"lacks single_transformer_blocks\.0\.attn\.processor\.spatial_weight and 6 more"
     ):
         load_clear_weights(transformer, file)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({"down_factor": 4}, "clear_local_16_down_4"),
+        ({"down_factor": 4, "window": 8}, "clear_local_8_down_4"),
+        ({"down_factor": 1, "window": 8}, "clear_local_8"),
+        ({"down_factor": 4, "clear_weights": "o/n"}, "clear_local_16_down_4"),
+        ({"down_factor": 4, "window": 32}, r"--window must be one of 8, 16, which .* with --down-factor 4, got 32"),
+        ({"down_factor": 2}, r"--down-factor must be one of 1, 4, which Huage001/CLEAR has, got 2; nearest: 1"),
+        ({"down_factor": 4, "window": "full"}, "the CLEAR weights, 1 with --window full, got 4; nearest: 1"),
+        ({"down_factor": 4, "clear_weights": "none"}, f"the CLEAR weights, 1 of {FLUX_DEV} without any, got 4"),
+        ({"down_factor": 1, "clear_weights": "o/n:clear_local_8_down_4.safetensors"}, "4 of o/n:.*, got 1; nearest: 4"),
+        ({"down_factor": 4, "model": "demo"}, "weights, 1 of .*clear_local_8.safetensors, got 4; nearest: 1"),
+        ({"down_factor": 4, "model": "z-image"}, "weights, 1 of Tongyi-MAI/Z-Image without any, got 4; nearest: 1"),
+    ],
+)  # fmt: skip
+def test_a_down_factor_chooses_the_file(given: dict[str, Any], found: str) -> None:
+    flags = GenerateFlags(**{"model": FLUX_DEV, "device": "cpu", "res": 1024} | given)
+    if not found.startswith("clear_local"):
+        with pytest.raises(Refusal, match=found):
+            choose(flags, ALONE, CARDS, device="cpu", gpus=())
+        return
+    request, *_ = choose(flags, ALONE, CARDS, device="cpu", gpus=())
+    assert str(request.clear_weights).endswith(f":{found}.safetensors")
+    assert request.down_factor == given["down_factor"]
+
+
+def test_a_down_factor_chooses_the_file_of_a_folder(tmp_path: Path) -> None:
+    pipe, folder = make_tiny_pipeline(), make_tiny_flux(tmp_path / "model")
+    for name, factor in (("2", 1), ("2_down_2", 2), ("4_down_2", 2)):
+        make_clear_weights(pipe.transformer, folder / f"clear_local_{name}.safetensors", down_factor=factor)
+    for given, found in (({}, "2"), ({"down_factor": 2}, "2_down_2"), ({"down_factor": 2, "window": 4}, "4_down_2")):
+        request, *_ = settle(GenerateFlags(model=str(folder), **given), ALONE, CARDS)
+        assert Path(str(request.clear_weights)).name == f"clear_local_{found}.safetensors"

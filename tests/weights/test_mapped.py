@@ -11,6 +11,7 @@ from torch import nn
 
 from clear_dist.cards.clear import is_image_side
 from clear_dist.cards.folder import read_folder
+from clear_dist.cards.single_file import PartFile
 from clear_dist.comm.group import Group
 from clear_dist.families.cards import CARDS
 from clear_dist.families.flux.card import CARD
@@ -20,6 +21,7 @@ from clear_dist.weights import loading
 from clear_dist.weights.clear import load_clear_weights
 from clear_dist.weights.loading import load_pipeline
 from clear_dist.weights.mapped import load_mapped
+from tests import original_layout
 from tests.cards.test_damaged_models import TRANSFORMER, split
 from tests.ranks import run_ranks
 from tests.stand_in import make_stand_in, meta_transformer, write_safetensors
@@ -77,6 +79,28 @@ def test_buffers_are_loaded_or_stay_as_computed_and_whole_numbers_are_not_cast(t
     assert torch.equal(loaded.count, saved["count"])
     assert torch.equal(loaded.table, torch.arange(4.0))
     assert sorted(told) == [24, 24]
+
+
+def test_rows_of_another_layout_are_views_of_its_file(folder: Path, tmp_path: Path) -> None:
+    """All but the layer whose halves are in the other order, which is a copy."""
+    expected = load_transformer(folder, torch.float32).state_dict()
+    file = tmp_path / "original.safetensors"
+    save_file(original_layout.flux(expected), file)
+    files = {"transformer": PartFile(file=file)}
+    pipe = load_pipeline(folder, CARD, with_text_encoders=False, dtype=torch.float32, device=CPU, files=files)
+    got = pipe.transformer.state_dict()
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    storages = {name: tensor.untyped_storage().data_ptr() for name, tensor in got.items()}
+    block = [f"single_transformer_blocks.0.{name}.weight" for name in ("attn.to_q", "attn.to_v", "proj_mlp")]
+    assert len({storages[name] for name in block}) == 1
+    copied = {name for name, tensor in got.items() if tensor.untyped_storage().nbytes() == tensor.nbytes}
+    whole = {
+        name
+        for name in got
+        if not any(part in name for part in ("to_q", "to_k", "to_v", "add_q", "add_k", "add_v", "proj_mlp"))
+    }
+    assert copied == whole
 
 
 def test_what_is_written_to_a_weight_does_not_reach_the_file(folder: Path) -> None:

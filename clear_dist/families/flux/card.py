@@ -9,7 +9,16 @@ from typing import Any, Self
 from clear_dist.cards.card import Card, Defaults, HubModel, LoraLayer, Published, TextEncoders
 from clear_dist.cards.clear import Shapes
 from clear_dist.cards.headers import whole_number, whole_numbers
-from clear_dist.cards.tensors import AUTOENCODER_KL, Layers, Tensors, clear_tensors, linear, lora_layers
+from clear_dist.cards.tensors import (
+    AUTOENCODER_KL,
+    NORMS,
+    T5_FILES,
+    Layers,
+    Tensors,
+    clear_tensors,
+    linear,
+    lora_layers,
+)
 from clear_dist.options import Refusal, shortened
 from clear_dist.stages import Sampling, Upscaling
 
@@ -201,6 +210,8 @@ CARD = Card(
     native_size=1024,
     token_limits={"tokenizer": 77},
     schedule={"shift": 3.0, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096},
+    originals=NORMS,
+    files={"text_encoder": ("clip_l",), "text_encoder_2": T5_FILES, "vae": ("ae",)},
     hub_models=(
         _hub_model(FLUX_DEV, "flux-dev", _DEV, {"use_dynamic_shifting": True}),
         _hub_model(FLUX_SCHNELL, "flux-schnell", _SCHNELL, {}),

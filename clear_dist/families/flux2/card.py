@@ -8,7 +8,7 @@ from typing import Any, Self
 from clear_dist.cards.card import Card, Defaults, HubModel, LoraLayer, TextEncoders
 from clear_dist.cards.clear import Shapes
 from clear_dist.cards.headers import positive_number, whole_number, whole_numbers
-from clear_dist.cards.tensors import Layers, Tensors, clear_tensors, lora_layers
+from clear_dist.cards.tensors import NORMS, Layers, Tensors, clear_tensors, lora_layers
 from clear_dist.options import Refusal, shortened
 from clear_dist.stages import Sampling, Upscaling
 
@@ -175,6 +175,7 @@ _SHARED: Mapping[str, Any] = {
     "native_size": 1024,
     "token_limits": {},
     "schedule": {"shift": 3.0},
+    "originals": NORMS,
 }
 _SMALL = Flux2Shape(
     num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False
@@ -213,6 +214,7 @@ def _hub_model(name: str, shape: Flux2Shape, text: TextEncoders, *, is_distilled
 KLEIN = Card(
     pipeline="Flux2KleinPipeline",
     parts=_parts("transformers.Qwen3ForCausalLM"),
+    files={"text_encoder": ("qwen_3_4b", "qwen_3_8b")},
     hub_models=(
         _hub_model("klein-4B", _SMALL, _QWEN3_4B, is_distilled=True),
         _hub_model("klein-9B", _LARGE, _QWEN3_8B, is_distilled=True),
@@ -224,6 +226,7 @@ KLEIN = Card(
 DEV = Card(
     pipeline="Flux2Pipeline",
     parts=_parts("transformers.Mistral3ForConditionalGeneration"),
+    files={"text_encoder": ("mistral_3_small_flux2_bf16",)},
     needs=("torchvision",),
     hub_models=(_hub_model("dev", Flux2Shape(), _MISTRAL3),),
     **_SHARED,

@@ -8,8 +8,8 @@ from typing import Any, Self
 from clear_dist.cards.card import Card, Defaults, HubModel, LoraLayer, TextEncoders
 from clear_dist.cards.clear import Shapes
 from clear_dist.cards.headers import LARGEST_NUMBER, whole_number
-from clear_dist.cards.tensors import AUTOENCODER_KL, Tensors, clear_tensors, linear, lora_layers
-from clear_dist.families.sd3.names import original_layers
+from clear_dist.cards.tensors import AUTOENCODER_KL, T5_FILES, Tensors, clear_tensors, linear, lora_layers
+from clear_dist.families.sd3.names import ORIGINALS, original_layers
 from clear_dist.options import Refusal, shortened
 from clear_dist.stages import Sampling, Upscaling
 
@@ -184,6 +184,13 @@ CARD = Card(
     guides_in_one_pass=True,
     token_limits={"tokenizer": CLIP_TOKENS, "tokenizer_2": CLIP_TOKENS},
     schedule={"shift": 3.0},
+    originals=ORIGINALS,
+    files={
+        "text_encoder": ("clip_l",),
+        "text_encoder_2": ("clip_g",),
+        "text_encoder_3": T5_FILES,
+        "vae": ("sd3_vae", "sd3.5_vae"),
+    },
     hub_models=(
         _hub_model(LARGE, "sd3.5-large", _LARGE),
         _hub_model(f"{LARGE}-turbo", "sd3.5-large-turbo", _LARGE, steps=4, scale=1.0),

@@ -17,6 +17,18 @@ AROUND = {
     "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
 }
+ORIGINALS = {
+    r"pos_embed": r"pos_embed.pos_embed",
+    r"x_embedder\.proj\.(weight|bias)": r"pos_embed.proj.\1",
+} | {
+    rf"joint_blocks\.(\d+)\.{original}\.ln_([qk])\.weight": rf"transformer_blocks.\1.{norm}_\2.weight"
+    for original, norm in {
+        r"x_block\.attn": "attn.norm",
+        r"context_block\.attn": "attn.norm_added",
+        r"x_block\.attn2": "attn2.norm",
+    }.items()
+}
+"""Patterns of the names of what is no linear layer, with diffusers' names."""
 BLOCK = re.compile(r"transformer_blocks\.(\d+)\.norm1\.linear")
 
 

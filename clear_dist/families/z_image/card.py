@@ -171,5 +171,7 @@ CARD = Card(
     hoists_modulation=False,
     token_limits={},
     schedule={"shift": 3.0},
+    originals={r"(.+\.attention)\.([qk])_norm\.weight": r"\1.norm_\2.weight", r"norm_final\.weight": ""},
+    files={"text_encoder": ("qwen_3_4b",), "vae": ("ae",)},
     hub_models=(_hub_model(TURBO, "z-image-turbo", 3.0), _hub_model(BASE, "z-image", BASE_SHIFT)),
 )
