@@ -56,6 +56,9 @@ class Pattern(Protocol):
     ) -> Tensor:
         """Output [B, N, L, D] for queries, keys and values [B, N, L, D] after norm and rotation, none of it padding."""
 
+    def operations(self, layout: Layout, text: int, heads: int, head_dim: int) -> int:
+        """Operations of a layer with `text` tokens of text, counted as in Table 2: 4 channels x pairs seen."""
+
 
 @dataclass
 class Passes:

@@ -6,7 +6,25 @@ A pattern is a file beside this one, with a class that answers `Pattern` of `tra
 from collections.abc import Callable, Mapping
 
 from clear_dist.training.attention import Pattern
+from clear_dist.training.patterns.agent import Agent
 from clear_dist.training.patterns.circle import Circle
+from clear_dist.training.patterns.convolved import Convolved
+from clear_dist.training.patterns.linear import Linear
+from clear_dist.training.patterns.neighbourhood import Neighbourhood
+from clear_dist.training.patterns.sigmoid import Sigmoid
+from clear_dist.training.patterns.slots import Slots
+from clear_dist.training.patterns.strided import Strided
+from clear_dist.training.patterns.swin import Swin
 
-PATTERNS: Mapping[str, Callable[..., Pattern]] = {"circle": Circle}
+PATTERNS: Mapping[str, Callable[..., Pattern]] = {
+    "circle": Circle,
+    "neighbourhood": Neighbourhood,
+    "swin": Swin,
+    "strided": Strided,
+    "convolved": Convolved,
+    "agent": Agent,
+    "slots": Slots,
+    "linear": Linear,
+    "sigmoid": Sigmoid,
+}
 """By name; made of the pattern's own settings, by keyword."""

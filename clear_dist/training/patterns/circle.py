@@ -49,6 +49,18 @@ class Circle:
         attend = by_flex if query.is_cuda else by_tiles
         return layout.join(out_text, attend(query, image_key, image_value, text_key, text_value, layout, self.radius))
 
+    def operations(self, layout: Layout, text: int, heads: int, head_dim: int) -> int:
+        reach = range(1 - self.radius, self.radius)
+        seen = sum(
+            max(0, layout.height - abs(down)) * max(0, layout.width - abs(across))
+            for down in reach
+            for across in reach
+            if down**2 + across**2 < self.radius**2
+        )
+        is_pooled = self.down_factor > 1 and layout.sees_text
+        pooled = layout.image * (layout.image // self.down_factor**2) if is_pooled else 0
+        return 4 * heads * head_dim * (text * (text + 2 * layout.image) + seen + pooled)
+
 
 def pooled_keys(x_BNLD: Tensor, layout: Layout, weight: Tensor) -> Tensor:
     """Weighted sums over d x d tokens, [B, N, P, D]."""
