@@ -20,7 +20,18 @@ OPTIMISERS = {"adamw": None, "adamw8bit": "torchao", "prodigy": "prodigyopt"}
 """Packages that they are in, of the extra `train`."""
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 WORDS = {int: "a whole number", float: "a number", str: "a text", Path: "a path", bool: "true or false"}
-PATTERN_NAMES = ("circle",)
+PATTERN_SIZES = {
+    "circle": "radius",
+    "neighbourhood": "radius",
+    "swin": "side",
+    "strided": "stride",
+    "convolved": "factor",
+    "agent": "factor",
+    "slots": "slots",
+    "linear": None,
+    "sigmoid": None,
+}
+"""Patterns, and what `window` is in each; None: it has no size. They are made in `training/patterns`."""
 FREE = ("output", "steps", "checkpointing_steps", "validation_steps", "validation_prompts", "nproc", "device")
 """Settings that a run may go on with other values of."""
 
@@ -31,8 +42,10 @@ class Recipe(Flags):
 
     model: str = flag("auto", "the teacher: auto, demo, a short name, a hub id, or a folder (auto)", WHAT)
     revision: str | None = flag(None, "of a hub model", WHAT)
-    pattern: str = flag("circle", "who attends to whom (circle)", WHAT, choices=PATTERN_NAMES)
-    window: int = flag(16, "radius in tokens (16)", WHAT, bounds=(1, 512))
+    pattern: str = flag("circle", "who attends to whom (circle)", WHAT, choices=tuple(PATTERN_SIZES))
+    window: int = flag(
+        16, "radius in tokens; other patterns' side, stride, factor or number of slots (16)", WHAT, bounds=(1, 512)
+    )
     down_factor: int = flag(1, "each d x d keys make one more for all image tokens; 1: none (1)", WHAT, bounds=(1, 64))
     res: int | None = flag(
         None, "side of the square pictures in pixels (the model's native size)", WHAT, bounds=(16, 16_384)
@@ -104,6 +117,9 @@ class Recipe(Flags):
             )
         if self.self_generate is not None and self.prompts is None:
             raise Refusal("--self-generate needs prompts, got none; nearest: --prompts FILE")
+        if self.down_factor > 1 and self.pattern != "circle":
+            rule = f"--down-factor must be 1 for --pattern {self.pattern}"
+            raise Refusal(f"{rule}, got {self.down_factor}; nearest: --pattern circle")
         package = OPTIMISERS[self.optimizer]
         if package is not None and find_spec(package) is None:
             rule = f"--optimizer {self.optimizer} needs the package {package}, which is not installed"
@@ -119,8 +135,9 @@ class Recipe(Flags):
     def checkpoint_name(self) -> str:
         """A CLEAR file's; other patterns' files are named after them."""
         kind = "local" if self.pattern == "circle" else self.pattern
+        size = f"_{self.window}" if PATTERN_SIZES[self.pattern] else ""
         down = f"_down_{self.down_factor}" if self.down_factor > 1 else ""
-        return f"clear_{kind}_{self.window}{down}.safetensors"
+        return f"clear_{kind}{size}{down}.safetensors"
 
 
 def _optional(each: Field) -> tuple[str, Any, Any]:

@@ -31,6 +31,6 @@ class Linear:
     def operations(self, layout: Layout, text: int, heads: int, head_dim: int) -> int:
         """What each token adds to a head's D x D state, and reads from it.
 
-        Table 2's 174.0 are those of one head with all 3072 channels; 24 heads of 128 take 7.25.
+        Table 2's 174.0 are those of one head with all 3072 channels; 24 heads of 128 take 7.2.
         """
         return 4 * heads * head_dim * (text + layout.image) * head_dim

@@ -1,14 +1,15 @@
 """The alternatives against loops over queries and keys, their gradients, their operations, the grids they refuse."""
 
-import inspect
 from decimal import ROUND_HALF_UP, Decimal
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
 
+from clear_dist.options import Refusal
+from clear_dist.request.distill import PATTERN_SIZES, Recipe
 from clear_dist.training.attention import Layout
-from clear_dist.training.patterns import PATTERNS
+from clear_dist.training.patterns import PATTERNS, pattern_of
 from tests.training.patterns import oracles
 
 HEADS, HEAD_DIM, TEXT = 2, 4, 3
@@ -40,11 +41,6 @@ CASES = [
 
 def layout_of(grid: tuple[int, int], layer: int = 0, text_first: bool = True) -> Layout:
     return Layout(layer=layer, height=grid[0], width=grid[1], text_first=text_first)
-
-
-def settings_of(pattern: str, size: int) -> dict[str, Any]:
-    """Settings with `size` as the first."""
-    return dict.fromkeys(list(inspect.signature(PATTERNS[pattern]).parameters)[:1], size)
 
 
 @pytest.mark.parametrize(("name", "grid", "layer", "text_first"), CASES)
@@ -90,6 +86,16 @@ def test_text_may_be_missing_and_numbers_short(name: str) -> None:
     torch.testing.assert_close(out.float(), exact, atol=0.05, rtol=0.05)
 
 
+def test_a_recipe_names_every_pattern_and_its_size(tmp_path: Path) -> None:
+    assert list(PATTERN_SIZES) == list(PATTERNS)
+    assert all(pattern_of(name, 3) for name in PATTERNS)
+    assert pattern_of("circle", 3, 2) == PATTERNS["circle"](radius=3, down_factor=2)
+    names = [Recipe(data=tmp_path, pattern=name, window=4).checkpoint_name for name in ("circle", "swin", "linear")]
+    assert names == ["clear_local_4.safetensors", "clear_swin_4.safetensors", "clear_linear.safetensors"]
+    with pytest.raises(Refusal, match="--down-factor must be 1 for --pattern swin, got 2; nearest: --pattern circle"):
+        Recipe(data=tmp_path, pattern="swin", window=4, down_factor=2)
+
+
 def test_convolved_keys_begin_as_means() -> None:
     layout, pattern = layout_of((4, 8)), PATTERNS["convolved"](factor=4)
     key = torch.randn(1, HEADS, 32, HEAD_DIM)
@@ -114,9 +120,7 @@ def test_convolved_keys_begin_as_means() -> None:
 )
 def test_operations_are_those_of_table_2(name: str, size: int, layer: int, heads: int, printed: str) -> None:
     """Printed figures were rounded twice: 67.646 is 67.65 is 67.7, and 173.946 is 173.95 is 174.0."""
-    operations = PATTERNS[name](**settings_of(name, size)).operations(
-        layout_of((64, 64), layer), 512, heads, 3072 // heads
-    )
+    operations = pattern_of(name, size).operations(layout_of((64, 64), layer), 512, heads, 3072 // heads)
     rounded = Decimal(operations) / 10**9
     for digits in ("0.01", "0.1"):
         rounded = rounded.quantize(Decimal(digits), ROUND_HALF_UP)
