@@ -99,10 +99,10 @@ class Rendering(Prepared):
                         first = shlex.quote(str(request.traces[0]))
                         print(f"profile={first} ranks={self.group.size} steps={profile.steps}", flush=True)
             token = request.token_size
-            stripes = [(rows.start // token, rows.stop // token) for rows in drawing.rows if len(rows)]
-            grid = stage.height // token, stage.width // token
-            times, why = self.phases.stages[-1], reasons.get(stage.size)
-            self.stages.append(report.StageFigures(grid=grid, stripes=stripes, times=times, why=why))
+            grid, why = (stage.height // token, stage.width // token), reasons.get(stage.size)
+            assert drawn.striping is not None, "drawn by the transformer"
+            times = self.phases.stages[-1]
+            self.stages.append(report.StageFigures(grid=grid, striping=drawn.striping, times=times, why=why))
         assert drawing is not None, "there is at least one stage"
         return drawing
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clear_dist import __version__
+from clear_dist.geometry import Striping
 from clear_dist.observe.progress import LoadedPart, Times
 from clear_dist.pictures import replacing
 
@@ -45,8 +46,8 @@ def versions() -> dict[str, str]:
 class StageFigures:
     grid: tuple[int, int]
     """Height and width in tokens."""
-    stripes: Sequence[tuple[int, int]]
-    """Rows [start, stop) of each rank in use."""
+    striping: Striping
+    """Of the ranks in use."""
     times: Times
     why: str | None = None
     """Why not all ranks drew it that could."""
@@ -74,6 +75,7 @@ def build(
         "settings": dict(settings),
         "clear_weights": None if clear_weights is None else dict(clear_weights),
         "grid": listed[-1]["grid"],
+        "cut": listed[-1]["cut"],
         "stripes": listed[-1]["stripes"],
         "seconds": {"launch": launch, **times.seconds, "total": total},
         "seconds_per_step": times.seconds_per_step,
@@ -95,8 +97,9 @@ def build(
 def _stage(stage: StageFigures) -> dict[str, Any]:
     return {
         "grid": list(stage.grid),
-        "stripes": [list(rows) for rows in stage.stripes],
-        "ranks": len(stage.stripes),
+        "cut": stage.striping.lines,
+        "stripes": [[rows.start, rows.stop] for rows in stage.striping.stripes],
+        "ranks": len(stage.striping.stripes),
         "why_fewer_ranks": stage.why,
         "seconds": {name: stage.times.seconds[name] for name in STAGE_PHASES},
         "seconds_per_step": stage.times.seconds_per_step,
