@@ -21,7 +21,7 @@ from clear_dist.engine.agreement import fingerprint, require_equal_settings
 from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.family import OnStep
 from clear_dist.engine.striped import require_striped
-from clear_dist.geometry import Rows, Striping, cut_in_stripes, most_stripes
+from clear_dist.geometry import Rows, cut_in_stripes, most_stripes
 from clear_dist.observe.peaks import give_back
 from clear_dist.observe.progress import Phases
 from clear_dist.stages import Size, Stage, Upscaling
@@ -45,8 +45,6 @@ class Drawing:
     """My rows, bytes [B, 3, R, W]."""
     latents: Tensor | None = None
     """Whole pictures [B, tokens, C], on the ranks that drew them."""
-    striping: Striping | None = None
-    """The transformer's, where it drew them."""
 
 
 class Cascade:
@@ -126,8 +124,7 @@ class Cascade:
             self._striped.counters.pause()
         if part is not group:
             part.close()
-        striping = settings.stripe(size, ranks)
-        return Drawing(size=stage.size, rows=held, pixels=pixels, latents=latents, striping=striping)
+        return Drawing(size=stage.size, rows=held, pixels=pixels, latents=latents)
 
     def _phase(self, name: str, stage: Stage, detail: str) -> AbstractContextManager[None]:
         give_back(self._striped.group.device)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from clear_dist import __version__
-from clear_dist.geometry import Striping
 from clear_dist.observe.progress import LoadedPart, Times
 from clear_dist.pictures import replacing
 
@@ -46,8 +45,12 @@ def versions() -> dict[str, str]:
 class StageFigures:
     grid: tuple[int, int]
     """Height and width in tokens."""
-    striping: Striping
-    """Of the ranks in use."""
+    cut: str
+    """Rows or columns."""
+    stripes: Sequence[tuple[int, int]]
+    """Those [start, stop) of each stripe."""
+    ranks: int
+    """In use."""
     times: Times
     why: str | None = None
     """Why not all ranks drew it that could."""
@@ -97,9 +100,9 @@ def build(
 def _stage(stage: StageFigures) -> dict[str, Any]:
     return {
         "grid": list(stage.grid),
-        "cut": stage.striping.lines,
-        "stripes": [[rows.start, rows.stop] for rows in stage.striping.stripes],
-        "ranks": len(stage.striping.stripes),
+        "cut": stage.cut,
+        "stripes": [list(stripe) for stripe in stage.stripes],
+        "ranks": stage.ranks,
         "why_fewer_ranks": stage.why,
         "seconds": {name: stage.times.seconds[name] for name in STAGE_PHASES},
         "seconds_per_step": stage.times.seconds_per_step,

@@ -2,7 +2,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from clear_dist.geometry import Rows, Striping
 from clear_dist.observe import report
 from clear_dist.observe.progress import LoadedPart, Times
 
@@ -27,13 +26,17 @@ def build(**changes: object) -> dict:
         "stages": [
             report.StageFigures(
                 grid=(2, 3),
-                striping=Striping(False, (Rows(0, 2),), 3),
+                cut="rows",
+                stripes=[(0, 2)],
+                ranks=1,
                 times=Times(SECONDS | {"denoise": 2.0}, [1.0, 1.0]),
                 why="it is sooner",
             ),
             report.StageFigures(
                 grid=(4, 6),
-                striping=Striping(True, (Rows(0, 3), Rows(3, 6)), 4),
+                cut="columns",
+                stripes=[(0, 3), (3, 6)],
+                ranks=2,
                 times=Times(SECONDS | {"denoise": 5.0}, [5.0]),
             ),
         ],
