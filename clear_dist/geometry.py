@@ -1,8 +1,12 @@
-"""Rows of tokens that each rank holds and receives, at the grid's full width: no tensors, no processes."""
+"""Rows of tokens that each rank holds and receives, at the grid's full width: no tensors, no processes.
+
+An image that is cut by columns is transposed: from then on there are rows only.
+"""
 
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isqrt
+from typing import Literal
 
 LEAST_TEXT = 0.1
 """Share of a rank's tokens from which sharing the text is worth a second collective in each layer."""
@@ -72,6 +76,27 @@ class HaloPlan:
 
 
 @dataclass(frozen=True)
+class Striping:
+    """All stripes of an image; where they are runs of columns, those of rows of the transposed image."""
+
+    by_columns: bool
+    stripes: tuple[Rows, ...]
+    width: int
+    """Tokens in a row."""
+
+    @property
+    def lines(self) -> Literal["rows", "columns"]:
+        """What the stripes are runs of in the image."""
+        return "columns" if self.by_columns else "rows"
+
+    def sent(self, radius: int | None) -> tuple[int, int]:
+        """Tokens whose keys all ranks send together, and those of the longest stripe, as long as all in a join."""
+        grid = Rows(0, self.stripes[-1].stop)
+        halos = sum(len(reach(stripe, grid, radius)) - len(stripe) for stripe in self.stripes)
+        return self.width * halos, self.width * max(map(len, self.stripes))
+
+
+@dataclass(frozen=True)
 class TextPlan:
     """Text tokens of a rank in the blocks: a share, or all; attention has other ranks' in order, then its own."""
 
@@ -98,7 +123,35 @@ class TextPlan:
         return slice(self.before, self.before + self.counts[self.rank])
 
 
-def cut_in_stripes(rows: int, ranks: int, *, unit: int = 1) -> tuple[Rows, ...]:
+def stripe_image(size: tuple[int, int], ranks: int, *, cut: str, radius: int | None, unit: int = 1) -> Striping:
+    """An image of `size` tokens in stripes of its `cut`: rows, columns, or auto, where ranks send fewer bytes.
+
+    Those are the halos' and then the join's; rows where both are equal, and on one rank, which has all of the image.
+    Raises ValueError where a side is not a multiple of `unit`, or there are more ranks than units.
+    """
+    for side, tokens in zip(("height", "width"), size, strict=True):
+        require_units(side, tokens, unit)
+    wanted = {"rows": [False], "columns": [True], "auto": [False, True]}[cut if ranks > 1 else "rows"]
+    possible = [by_columns for by_columns in wanted if ranks * unit <= size[by_columns]]
+    if not possible:  # to be refused, with the most that could be
+        possible = [max(wanted, key=lambda by_columns: size[by_columns])]
+    found = (_striping(size, ranks, by_columns, unit) for by_columns in possible)
+    return min(found, key=lambda striping: striping.sent(radius))
+
+
+def _striping(size: tuple[int, int], ranks: int, by_columns: bool, unit: int) -> Striping:
+    along, across = size[by_columns], size[not by_columns]
+    stripes = cut_in_stripes(along, ranks, unit=unit, lines="columns" if by_columns else "rows")
+    return Striping(by_columns, stripes, across)
+
+
+def most_stripes(size: tuple[int, int], *, cut: str, unit: int = 1) -> int:
+    """Most ranks that can draw a picture of `size` tokens: its VAE works on whole rows of them, whatever is `cut`."""
+    rows, columns = (tokens // unit for tokens in size)
+    return min(size[0], {"rows": rows, "columns": columns, "auto": max(rows, columns)}[cut])
+
+
+def cut_in_stripes(rows: int, ranks: int, *, unit: int = 1, lines: str = "rows") -> tuple[Rows, ...]:
     """One stripe per rank in whole units of `unit` rows (1, or the factor of down-sampled keys), the taller ones first.
 
     Raises ValueError where `rows` is not a multiple of `unit`, or there are more ranks than units.
@@ -107,7 +160,7 @@ def cut_in_stripes(rows: int, ranks: int, *, unit: int = 1) -> tuple[Rows, ...]:
     units = rows // unit
     if not 1 <= ranks <= units:
         nearest = max(1, min(ranks, units))
-        raise ValueError(f"{rows} rows of tokens can be cut for 1 to {units} ranks, got {ranks}; nearest: {nearest}")
+        raise ValueError(f"{rows} {lines} of tokens can be cut for 1 to {units} ranks, got {ranks}; nearest: {nearest}")
     share, rest = divmod(units, ranks)
     starts = [unit * (rank * share + min(rank, rest)) for rank in range(ranks + 1)]
     return tuple(Rows(start, stop) for start, stop in pairwise(starts))

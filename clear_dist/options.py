@@ -18,6 +18,7 @@ TextTokens = Literal["auto", "replicated", "sharded"]
 Schedule = Literal["sync", "stale"]
 CudaGraphs = Literal["auto", "off"]
 GuidanceRanks = Literal["auto", 1, 2]
+Lines = Literal["auto", "rows", "columns"]
 
 ATTENTION_BACKENDS = ("auto", "reference", "masked", "tiled", "flex", "flash", "triton")
 WARMUP_STEPS = 4
@@ -137,6 +138,9 @@ class Options(Flags):
         None, "average: the paper's; exact: independent of the ranks (average)", CUT, choices=get_args(TextAttention)
     )
     """`average`: Eq. 7 of the paper; `exact`: N ranks compute what one computes."""
+    cut: Lines = flag(
+        "auto", "stripes of rows or of columns (auto: of those that send fewer bytes)", CUT, choices=get_args(Lines)
+    )
     text_tokens: TextTokens = flag(
         "auto", "text tokens' linear layers: on all ranks, or a share on each (auto: by size)", CUT,
         choices=get_args(TextTokens),

@@ -221,7 +221,7 @@ def of_controlnet(settings: Settings, net: Family, window: Window) -> Settings:
     choose()
     text_attention = "exact" if window == "full" else settings.options.text_attention
     options = replace(settings.options, window=window, text_attention=text_attention, text_tokens="replicated")
-    return replace(settings, options=options, choose_backend=choose, pooling=None)
+    return replace(settings, options=options, choose_backend=choose, pooling=None, transformer=settings)
 
 
 def interrupt(pipe: Any, when: bool = True) -> bool:

@@ -62,13 +62,19 @@ class Parallelized:
     def grid(self) -> tuple[int, int]:
         """Height and width of the last image in tokens."""
         assert self._striped.cut is not None, "known once a forward has run"
-        return self._striped.cut.height, self._striped.cut.width
+        return self._striped.cut.size
 
     @property
     def stripes(self) -> list[tuple[int, int]]:
-        """Rows [start, stop) of each rank for the last image; of each rank of a half, where they share guidance."""
+        """Rows or columns (`cut`) [start, stop) of each rank for the last image; of a half's, where halves guide."""
         assert self._striped.cut is not None, "known once a forward has run"
         return [(rows.start, rows.stop) for rows in self._striped.cut.stripes]
+
+    @property
+    def cut(self) -> Literal["rows", "columns"]:
+        """What the stripes of the last image are runs of."""
+        assert self._striped.cut is not None, "known once a forward has run"
+        return "columns" if self._striped.cut.by_columns else "rows"
 
     def require_room(self, height: int, width: int, *, steps: int, batch: int = 1, passes: int = 1) -> None:
         """All ranks call this; raises ValueError on all where stale buffers for so many tokens would not fit."""

@@ -45,7 +45,8 @@ class Rotary(nn.Module):
 class DenseClearProcessor:
     """An attention processor for an unmodified FluxTransformer2DModel.
 
-    `text_parts`: None: text queries see everything at once; else the rows of each part of Eq. 7, whose mean is taken.
+    `text_parts`: None: text queries see everything at once; else the rows of each part of Eq. 7, whose mean is taken,
+    or `by_columns` the columns.
     `native_tokens`: scores are scaled by sqrt(log_n0(n) / d); n: text and image tokens, n0: those at the native size.
     """
 
@@ -60,11 +61,18 @@ class DenseClearProcessor:
         text_parts: list[range] | None = None,
         *,
         native_tokens: int | None = None,
+        by_columns: bool = False,
     ) -> None:
         self.seen = circle(height, width, radius)
         self.width = width
         self.text_parts = text_parts
         self.native_tokens = native_tokens
+        self.by_columns = by_columns
+
+    def tokens_of(self, part: range) -> list[int]:
+        """Image tokens of a part, ascending."""
+        places, lines = torch.arange(len(self.seen)).unflatten(0, (-1, self.width)), slice(part.start, part.stop)
+        return (places[:, lines] if self.by_columns else places[lines]).flatten().tolist()
 
     def __call__(
         self,
@@ -94,8 +102,8 @@ class DenseClearProcessor:
         if self.text_parts is None:
             return softmax_attention(query, key, value)
         outputs = []
-        for rows in self.text_parts:
-            tokens = [*range(text), *range(text + rows.start * self.width, text + rows.stop * self.width)]
+        for part in self.text_parts:
+            tokens = [*range(text), *(text + token for token in self.tokens_of(part))]
             outputs.append(softmax_attention(query, key[:, tokens], value[:, tokens]))
         return torch.stack(outputs).mean(0)
 

@@ -61,6 +61,7 @@ def pool_keys(pipe: Any, weights: dict[str, Tensor], *arguments: Any, height: in
         processors[name] = processor = kind(height, width, *arguments, **settings)
         processor.height, processor.weight = height, weights[f"{name}.spatial_weight"]
         if isinstance(processor, LatePooled):
-            processor.stripes = stripes(height, settings["ranks"], processor.weight.shape[3])
+            side = width if settings.get("by_columns") else height
+            processor.stripes = stripes(side, settings["ranks"], processor.weight.shape[3])
             processor.text_parts = processor.stripes if settings["average"] else None
     pipe.transformer.set_attn_processor(processors)

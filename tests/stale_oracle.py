@@ -17,17 +17,27 @@ def stripes_of(rows: int, ranks: int) -> list[range]:
 
 
 class StaleProcessor(DenseClearProcessor):
-    """One layer of an unmodified transformer, on `ranks` stripes.
+    """One layer of an unmodified transformer, on `ranks` stripes, `by_columns` of those.
 
     From step max(1, warmup) on an image query takes fresh keys and values of its own stripe and of the text, and those
     of the step before elsewhere; text queries' output is what the step before would have given.
     """
 
     def __init__(
-        self, height: int, width: int, radius: int | None, ranks: int, *, average: bool, warmup: int, passes: int = 1
+        self,
+        height: int,
+        width: int,
+        radius: int | None,
+        ranks: int,
+        *,
+        average: bool,
+        warmup: int,
+        passes: int = 1,
+        by_columns: bool = False,
     ) -> None:
-        self.stripes = stripes_of(height, ranks)
-        super().__init__(height, width, radius or height + width, self.stripes if average else None)
+        self.stripes = stripes_of(width if by_columns else height, ranks)
+        parts = self.stripes if average else None
+        super().__init__(height, width, radius or height + width, parts, by_columns=by_columns)
         self.first_stale_step = max(1, warmup)
         # Full attention has no reduction to fall back on in its warm-up: its first one is not late.
         self.first_late_text = self.first_stale_step + (radius is None)
@@ -53,15 +63,15 @@ class StaleProcessor(DenseClearProcessor):
         output_text = late_output if step >= self.first_late_text else self.held[turn][2]
         if step < self.first_stale_step:
             late_key, late_value = key, value
-        outputs = [output_text]
-        for rows in self.stripes:
-            mine = slice(rows.start * self.width, rows.stop * self.width)
-            fresh = [*range(text), *range(text + mine.start, text + mine.stop)]
+        output = torch.cat([output_text, torch.full_like(query[:, text:], float("nan"))], dim=1)
+        for stripe in self.stripes:
+            mine = self.tokens_of(stripe)
+            fresh = [*range(text), *(text + token for token in mine)]
             held_key, held_value = late_key.clone(), late_value.clone()
             held_key[:, fresh], held_value[:, fresh] = key[:, fresh], value[:, fresh]
             seen = torch.cat([torch.ones(len(self.seen), text, dtype=torch.bool), self.seen], dim=1)[mine]
-            outputs.append(self.attend_image(query[:, text:][:, mine], held_key, held_value, seen))
-        output = torch.cat(outputs, dim=1).flatten(2)
+            output[:, fresh[text:]] = self.attend_image(query[:, fresh[text:]], held_key, held_value, seen)
+        output = output.flatten(2)
         if encoder_hidden_states is None:
             return output
         return attn.to_out[0](output[:, text:]), attn.to_add_out(output[:, :text])

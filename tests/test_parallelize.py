@@ -71,10 +71,12 @@ def relative_error(x: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
 def test_exact_does_not_depend_on_the_number_of_ranks(size: int) -> None:
-    cases = [{"window": radius, "text_attention": "exact"} for radius in RADII]
+    cases = [
+        {"window": radius, "text_attention": "exact", "cut": cut} for radius in RADII for cut in ("auto", "columns")
+    ]
     for rank_results in run_ranks(striped_latents, size, cases):
-        for radius, (latents, _) in zip(RADII, rank_results, strict=True):
-            assert relative_error(latents, oracle_latents(radius, None)) < 1e-4
+        for case, (latents, _) in zip(cases, rank_results, strict=True):
+            assert relative_error(latents, oracle_latents(case["window"], None)) < 1e-4
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])

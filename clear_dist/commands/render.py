@@ -111,13 +111,21 @@ class Rendering(Prepared):
                     if self.group.rank == 0:
                         first = shlex.quote(str(request.traces[0]))
                         print(f"profile={first} ranks={self.group.size} steps={profile.steps}", flush=True)
-            token = request.token_size
-            stripes = [(rows.start // token, rows.stop // token) for rows in drawing.rows if len(rows)]
-            grid = stage.height // token, stage.width // token
-            times, why = self.phases.stages[-1], reasons.get(stage.size)
-            self.stages.append(report.StageFigures(grid=grid, stripes=stripes, times=times, why=why))
+            if self.group.rank == 0:
+                self.stages.append(self._figures(drawn, reasons.get(stage.size)))
         assert drawing is not None, "there is at least one stage"
         return drawing
+
+    def _figures(self, drawn: Drawing, why: str | None) -> report.StageFigures:
+        """Of the stage that has just been drawn; on rank 0, which draws them all."""
+        return report.StageFigures(
+            grid=self.handle.grid,
+            cut=self.handle.cut,
+            stripes=self.handle.stripes,
+            ranks=len(list(filter(len, drawn.rows))),
+            times=self.phases.stages[-1],
+            why=why,
+        )
 
     def _start(self, request: Request) -> tuple[Drawing | None, Alpha | None]:
         """The picture to start from, and its alpha on rank 0."""

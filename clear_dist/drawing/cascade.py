@@ -23,7 +23,7 @@ from clear_dist.engine.agreement import fingerprint, require_equal_settings
 from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.family import Condition, OnStep
 from clear_dist.engine.striped import require_striped
-from clear_dist.geometry import Rows, cut_in_stripes
+from clear_dist.geometry import Rows, cut_in_stripes, most_stripes
 from clear_dist.observe.peaks import give_back
 from clear_dist.observe.progress import Phases
 from clear_dist.stages import Size, Stage, Upscaling
@@ -104,15 +104,16 @@ class Cascade:
             yield before
 
     def draw(self, stage: Stage, before: Drawing | None = None, *, detail: str = "") -> Drawing:
-        """Pictures of one stage, from `before` or noise; ranks beyond the stage's, or its units of rows, are idle."""
-        group, rows, unit = self._striped.group, stage.height // self._adapter.token_size, self._striped.settings.unit
-        ranks = stage.ranks_among(group.size, rows // unit)
+        """Pictures of one stage, from `before` or noise; ranks beyond the stage's, or its tokens', are idle."""
+        group, settings, token = self._striped.group, self._striped.settings, self._adapter.token_size
+        size = stage.height // token, stage.width // token
+        ranks = stage.ranks_among(group.size, most_stripes(size, cut=settings.options.cut, unit=settings.unit))
         if self._striped.shards and ranks < group.size:  # idle ones would not give others their share
             raise ValueError(
                 f"sharded weights need all ranks in every stage, and {stage.width} x {stage.height} pixels are "
-                f"for {ranks} at most, by rows of tokens and Stage.ranks, got {group.size} ranks; nearest: {ranks}"
+                f"for {ranks} at most, by their tokens and Stage.ranks, got {group.size} ranks; nearest: {ranks}"
             )
-        stripes = cut_in_stripes(rows, ranks, unit=unit)
+        stripes = cut_in_stripes(size[0], ranks)
         seed = (self._seed + self._stages_drawn * SEED_STRIDE) % 2**63
         self._stages_drawn += 1
         held = self._in_pixels(stripes)

@@ -23,6 +23,10 @@ class Pooling:
     def factor(self) -> int:
         return len(self.weights[0])
 
+    def transposed(self) -> "Pooling":
+        """Of the transposed image."""
+        return Pooling(weights=tuple(weight_dd.T for weight_dd in self.weights))
+
 
 class PooledKeys:
     """Pooled keys and values of the whole image, of one layer at a time."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clear_dist.engine.cut import Cut
+from clear_dist.engine.cut import Cut, joined_tokens
 from clear_dist.engine.heads import Heads
 from clear_dist.geometry import TextPlan
 
@@ -58,9 +58,15 @@ def after_references(references: Tensor, mine: Tensor, dim: int) -> Tensor:
     return torch.cat([references, mine], dim=dim) if references.shape[dim] else mine.contiguous()
 
 
-def own_rows(x_BLC: Tensor, cut: Cut) -> Tensor:
-    """My rows of a forward's output, without the references before them."""
-    return x_BLC[:, -len(cut.plan.own) * cut.width :].contiguous()
+def joined_image(x_BLC: Tensor, cut: Cut) -> Tensor:
+    """All tokens of the picture, from a forward's output for my references and, behind them, my tokens."""
+    return joined_tokens(x_BLC[:, -len(cut.plan.own) * cut.width :].contiguous(), cut)
+
+
+def own_ids(cut: Cut, device: torch.device, *, axes: int = 3) -> Tensor:
+    """Position ids [L, axes] of my tokens, made anew in float32: bfloat16 has no 257."""
+    ids = cut.own_tokens(raster_ids(*cut.size, device, axes=axes), dim=0)
+    return ids if cut.extrapolation is None else ids * cut.extrapolation.position_scale
 
 
 def flat_ids(ids: Tensor) -> Tensor:

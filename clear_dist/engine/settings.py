@@ -8,6 +8,7 @@ from clear_dist.comm.text_reduce import REDUCTIONS, Reduction
 from clear_dist.engine.capture import Capture
 from clear_dist.engine.pooled_keys import Pooling
 from clear_dist.engine.room import SENDING_LAYERS
+from clear_dist.geometry import Striping, stripe_image
 from clear_dist.options import Options
 
 
@@ -21,6 +22,8 @@ class Settings:
     sending_layers: int = SENDING_LAYERS
     capture: Capture | None = None
     """How a forward is captured; None: each one is launched kernel by kernel."""
+    transformer: "Settings | None" = None
+    """Of a ControlNet: those of the transformer, which has the same stripes."""
 
     @property
     def reduction(self) -> Reduction:
@@ -36,3 +39,8 @@ class Settings:
     def unit(self) -> int:
         """Factor of down-sampled keys: stripes and sides of the grid are multiples of it, in tokens."""
         return 1 if self.pooling is None else self.pooling.factor
+
+    def stripe(self, size: tuple[int, int], ranks: int) -> Striping:
+        """An image of `size` tokens on so many ranks; raises ValueError as `stripe_image`."""
+        decide = self.transformer or self
+        return stripe_image(size, ranks, cut=decide.options.cut, radius=decide.options.radius, unit=decide.unit)

@@ -220,7 +220,7 @@ class StripedModel:
             self.drain()  # guidance has ended (`cfg_truncation`): this step is synchronous
         if cut.stale and not cut.exchanges.has_begun(self._clock.turn):
             self._same_call.require()
-            self.require_room((cut.height, cut.width), batch=batch, passes=1, steps=self._steps)
+            self.require_room(cut.size, batch=batch, passes=1, steps=self._steps)
         if self.modulation is not None:
             self.modulation.begin(self._clock.turn, self.scheduler, generation=self._clock.begins)
         tokens = self.family.text_tokens(inputs)
@@ -243,9 +243,8 @@ class StripedModel:
         if not self._forward_is_under_way:  # buffers of the last image make room
             self.drain()
         itemsize, layers = self.family.transformer.dtype.itemsize, passes * len(self._stock_processors)
-        row_bytes = 2 * batch * size[1] * self.family.channels * itemsize
-        stripes = self.guidance.stripes
-        require_room(stale_bytes(size, stripes, self.settings, row_bytes=row_bytes, layers=layers), self.group)
+        token_bytes, stripes = 2 * batch * self.family.channels * itemsize, self.guidance.stripes
+        require_room(stale_bytes(size, stripes, self.settings, token_bytes=token_bytes, layers=layers), self.group)
 
     def _is_stale(self, steps: int) -> bool:
         """Whether a run of `steps` steps has any stale step; a single rank waits for nobody."""

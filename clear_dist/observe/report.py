@@ -45,8 +45,12 @@ def versions() -> dict[str, str]:
 class StageFigures:
     grid: tuple[int, int]
     """Height and width in tokens."""
+    cut: str
+    """Rows or columns."""
     stripes: Sequence[tuple[int, int]]
-    """Rows [start, stop) of each rank in use."""
+    """Those [start, stop) of each stripe."""
+    ranks: int
+    """In use."""
     times: Times
     why: str | None = None
     """Why not all ranks drew it that could."""
@@ -74,6 +78,7 @@ def build(
         "settings": dict(settings),
         "clear_weights": None if clear_weights is None else dict(clear_weights),
         "grid": listed[-1]["grid"],
+        "cut": listed[-1]["cut"],
         "stripes": listed[-1]["stripes"],
         "seconds": {"launch": launch, **times.seconds, "total": total},
         "seconds_per_step": times.seconds_per_step,
@@ -95,8 +100,9 @@ def build(
 def _stage(stage: StageFigures) -> dict[str, Any]:
     return {
         "grid": list(stage.grid),
-        "stripes": [list(rows) for rows in stage.stripes],
-        "ranks": len(stage.stripes),
+        "cut": stage.cut,
+        "stripes": [list(stripe) for stripe in stage.stripes],
+        "ranks": stage.ranks,
         "why_fewer_ranks": stage.why,
         "seconds": {name: stage.times.seconds[name] for name in STAGE_PHASES},
         "seconds_per_step": stage.times.seconds_per_step,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from clear_dist.cards.headers import read_shapes
 from clear_dist.cards.lora import TEXT_PREFIX
-from clear_dist.geometry import HaloPlan, Rows, covering_radius, cut_in_stripes, plan_halos
+from clear_dist.geometry import HaloPlan, Striping, covering_radius, cut_in_stripes, plan_halos
 from clear_dist.options import Options
 from clear_dist.plan.model import PlannedModel
 from clear_dist.request.hardware import Gpu, Link
@@ -22,7 +22,7 @@ ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A rank's stripe in a stage, in rows of tokens."""
+    """A rank's stripe in a stage, in rows of tokens; where stripes are runs of columns, of the transposed picture."""
 
     ranks: int
     """Ranks that take part in the stage."""
@@ -33,6 +33,9 @@ class Part:
     sent: int
     """Rows, to all other ranks together."""
     columns: int
+    picture_rows: int
+    """Those of the picture itself that the rank has in the VAE."""
+    picture_columns: int
 
     @property
     def received(self) -> int:
@@ -41,11 +44,12 @@ class Part:
     @property
     def shape(self) -> tuple[object, ...]:
         """Equal for ranks that need the same."""
-        return self.rows, self.halos, self.sent
+        return self.rows, self.halos, self.sent, self.picture_rows
 
     def covers(self, other: "Part") -> bool:
         """Whether the other one needs no more than this one."""
-        return self.rows >= other.rows and self.received >= other.received and self.sent >= other.sent
+        halos = self.received >= other.received and self.sent >= other.sent
+        return halos and self.rows >= other.rows and self.picture_rows >= other.picture_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +139,9 @@ class PlanRequest:
 
     @property
     def is_possible(self) -> bool:
-        """Whether there are units of rows for all ranks, in every stage where their weights are in shards."""
+        """Whether there are tokens for all ranks, in every stage where their weights are in shards."""
         stages = self.stages if self.in_shards else self.stages[-1:]
-        return self.ranks <= min(stage.height for stage in stages) // self.request.unit
+        return self.ranks <= min(self.request.most_ranks(stage.size) for stage in stages)
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
@@ -148,21 +152,24 @@ class PlanRequest:
         """For each stage, the part of each rank; a low stage may have fewer parts than there are ranks."""
         return tuple(self._parts_of(stage) for stage in self.stages)
 
-    def stripes(self, stage: Stage) -> tuple[Rows, ...]:
-        height, unit = stage.height // self.model.token, self.request.down_factor
-        return cut_in_stripes(height, stage.ranks_among(self.ranks, height // unit), unit=unit)
+    def striping(self, stage: Stage) -> Striping:
+        ranks = stage.ranks_among(self.ranks, self.request.most_ranks(stage.size))
+        return self.request.striping(stage.size, ranks)
 
     def lags(self, stage: Stage, ranks: int) -> bool:
         """Whether halos lag in a stage on so many ranks: one that is all warm-up keeps nothing."""
         return ranks > 1 and self.request.lags_within(stage.sampling.steps)
 
     def _parts_of(self, stage: Stage) -> tuple[Part, ...]:
-        stripes, columns = self.stripes(stage), stage.width // self.model.token
-        radius = self.request.radius
+        image, radius = self.striping(stage), self.request.radius
+        height, width = stage.height // self.model.token, stage.width // self.model.token
         if radius is not None:
-            radius = min(radius, covering_radius(stripes[-1].stop, columns))
-        plans = (plan_halos(stripes, rank, radius) for rank in range(len(stripes)))
-        return tuple(_part(plan, rank, len(stripes), columns) for rank, plan in enumerate(plans))
+            radius = min(radius, covering_radius(height, width))
+        in_vae = cut_in_stripes(height, len(image.stripes))
+        return tuple(
+            _part(plan_halos(image.stripes, rank, radius), rank, image, len(in_vae[rank]), width)
+            for rank in range(len(in_vae))
+        )
 
 
 def is_upper(stage: Stage) -> bool:
@@ -170,13 +177,22 @@ def is_upper(stage: Stage) -> bool:
     return isinstance(stage.sampling, Upscaling)
 
 
-def _part(plan: HaloPlan, rank: int, ranks: int, columns: int) -> Part:
+def _part(plan: HaloPlan, rank: int, image: Striping, picture_rows: int, picture_columns: int) -> Part:
     sides: tuple[list[int], list[int]] = ([], [])
     for transfer in plan.receives:
         sides[transfer.rows.start >= plan.own.stop].append(len(transfer.rows))
     first, second = sorted(tuple(sorted(side)) for side in sides)
     sent = sum(len(transfer.rows) for transfer in plan.sends)
-    return Part(ranks=ranks, rank=rank, rows=len(plan.own), halos=(first, second), sent=sent, columns=columns)
+    return Part(
+        ranks=len(image.stripes),
+        rank=rank,
+        rows=len(plan.own),
+        halos=(first, second),
+        sent=sent,
+        columns=image.width,
+        picture_rows=picture_rows,
+        picture_columns=picture_columns,
+    )
 
 
 def _numbers(lora: Lora) -> int:

@@ -96,8 +96,8 @@ class Engine:
             question = replace(
                 question,
                 encode=encode,
-                rows=asked.model.packing * part.rows,
-                columns=asked.model.packing * part.columns,
+                rows=asked.model.packing * part.picture_rows,
+                columns=asked.model.packing * part.picture_columns,
                 ranks=part.ranks,
                 images=asked.request.num_images,
             )

@@ -227,8 +227,8 @@ def _other_ranks(asked: PlanRequest, most: int) -> Iterator[Change]:
     if not asked.on_cuda:
         yield from (Change(flags=f"--nproc {ranks}", fields={"world_size": ranks}) for ranks in halves(asked.ranks))
         return
-    ranks, height = 1 << asked.ranks.bit_length(), asked.request.size[0]
-    while ranks <= min(most, height // asked.request.unit):
+    ranks = 1 << asked.ranks.bit_length()
+    while ranks <= min(most, asked.request.most_ranks(asked.request.size)):
         yield Change(flags=f"--nproc {ranks}", fields={"world_size": ranks})
         ranks *= 2
 
@@ -274,6 +274,6 @@ def _smaller(asked: PlanRequest) -> Iterator[Change]:
     unit = asked.request.unit
     for share in range(SIZES_TRIED - 1, 0, -1):
         height, width = (max(1, side * share // SIZES_TRIED // unit) * unit for side in asked.request.size)
-        if height // unit >= asked.ranks:
+        if asked.request.most_ranks((height, width)) >= asked.ranks:
             flags = f"--res {height}" if height == width else f"--height {height} --width {width}"
             yield Change(flags=flags, fields={"height": height, "width": width})

@@ -162,7 +162,7 @@ class Memory:
     def _denoising(self, stage: Stage, step: Step) -> Items:
         """Rows of the table, and what the pipeline holds besides: other passes' outputs, the start, tables."""
         rows, latents = dict(step.peak), self._latents(stage)
-        if self.asked.lags(stage, len(self.asked.stripes(stage))):
+        if self.asked.lags(stage, len(self.asked.striping(stage).stripes)):
             rows["stale halos"] = rows.pop("halos", 0)
         else:
             rows["halos"] = rows.get("halos", 0) + rows.pop("halos on their way", 0)
@@ -201,5 +201,5 @@ class Memory:
 
     def _pixels(self, part: Part) -> int:
         """Bytes of a stripe's pixels, one for each channel."""
-        pixels = part.rows * part.columns * self.asked.model.token**2
+        pixels = part.picture_rows * part.picture_columns * self.asked.model.token**2
         return self.asked.request.num_images * PICTURE_CHANNELS * pixels

@@ -12,7 +12,7 @@ SCHEMA = 1
 SAME = (
     "height", "width", "cascade", "window", "num_images", "dtype", "text_attention", "schedule", "warmup_steps",
     "down_factor", "hoist_modulation", "compile", "float8", "int8", "shard_weights", "offload", "keep_text_encoder",
-    "stage_ranks", "cuda_graphs",
+    "stage_ranks", "cuda_graphs", "cut",
 )  # fmt: skip
 """Names of a request's fields that readers know from the first plans on."""
 
@@ -25,7 +25,8 @@ def of_plan(plan: Plan, nearest: Change | None) -> dict[str, Any]:
         "request": of_request(asked),
         "stages": [list(stage.size) for stage in asked.stages],
         "ranks_of_stages": [len(parts) for parts in asked.parts],
-        "stripes": [[rows.start, rows.stop] for rows in asked.stripes(asked.stages[-1])],
+        "cuts_of_stages": [asked.striping(stage).lines for stage in asked.stages],
+        "stripes": [[rows.start, rows.stop] for rows in asked.striping(asked.stages[-1]).stripes],
         "memory": [_of_rank(memory) for memory in plan.ranks],
         "pinned_in_host_memory": plan.memory.pinned,
         "room": asdict(plan.room),

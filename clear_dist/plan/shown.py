@@ -30,14 +30,14 @@ def show_plan(console: Console, plan: Plan, nearest: Change | None) -> None:
 
 def show_sweep(console: Console, plans: list[Plan]) -> None:
     """Plans of one request for several numbers of ranks."""
-    columns = ("ranks", "rows", "GB per rank", "fits", "GB sent a step", "s a step", "s in all", "faster")
+    columns = ("ranks", "stripes of", "GB per rank", "fits", "GB sent a step", "s a step", "s in all", "faster")
     table = Table(*columns, box=SIMPLE)
     first = plans[0].seconds
     for plan in plans:
         seconds = plan.seconds
         table.add_row(
             str(plan.asked.ranks),
-            "-".join(map(str, sorted(set(_heights(plan.asked))))),
+            _stripes_of(plan.asked),
             f"{plan.highest / GB:.1f}",
             Text("yes", style="green") if plan.fits else Text("no", style="red"),
             f"{plan.traffic.sent / GB:.2f}",
@@ -66,19 +66,22 @@ def _title(asked: PlanRequest) -> Iterator[str]:
     yield f"{asked.model.name}, {request.width}x{request.height} px, {window}, {request.dtype}{images} on {where}"
 
 
-def _heights(asked: PlanRequest) -> list[int]:
-    """Rows of tokens in each stripe of the last stage."""
-    return [len(stripe) for stripe in asked.stripes(asked.stages[-1])]
+def _stripes_of(asked: PlanRequest) -> str:
+    """What a stripe of the last stage is: rows or columns of tokens."""
+    image = asked.striping(asked.stages[-1])
+    return f"{'-'.join(map(str, sorted(set(map(len, image.stripes)))))} {image.lines}"
 
 
 def _request(asked: PlanRequest) -> Iterator[str]:
     yield from _title(asked)
     if len(asked.stages) > 1:
         yield f"cascade: {' -> '.join(f'{stage.width}x{stage.height}' for stage in asked.stages)}"
-    heights, part = _heights(asked), max(asked.parts[-1], key=lambda part: part.received)
-    tall = f"{min(heights)} to {max(heights)}" if min(heights) < max(heights) else str(heights[0])
-    halos = f"; at most {part.received} rows of halo for {part.rows} of one's own" if part.received else ""
-    yield f"stripes: {len(heights)} of {tall} of the {sum(heights)} rows of tokens, {part.columns} wide{halos}"
+    image, part = asked.striping(asked.stages[-1]), max(asked.parts[-1], key=lambda part: part.received)
+    lines, counts = image.lines, list(map(len, image.stripes))
+    some = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else str(counts[0])
+    across = f"{image.width} {'high' if image.by_columns else 'wide'}"
+    halos = f"; at most {part.received} {lines} of halo for {part.rows} of one's own" if part.received else ""
+    yield f"stripes: {len(counts)} of {some} of the {sum(counts)} {lines} of tokens, {across}{halos}"
 
 
 def _memory(plan: Plan) -> Table:

@@ -51,7 +51,7 @@ class Traffic:
 def step_traffic(engine: Engine, asked: PlanRequest, stage: Stage, part: Part) -> Traffic:
     """One rank's; what it receives follows from the rows that it sends, which are as long."""
     sent = engine.step(asked, stage, part).bytes
-    rows = sum(len(stripe) for stripe in asked.stripes(stage))
+    rows = sum(len(stripe) for stripe in asked.striping(stage).stripes)
     halos, pooled = sent.get("halo_bytes_sent", 0), sent.get("pooled_bytes_sent", 0)
     return Traffic(
         ranks=part.ranks,

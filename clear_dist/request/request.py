@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clear_dist.cards.single_file import Files
+from clear_dist.geometry import Striping, most_stripes, stripe_image
 from clear_dist.pictures import numbered
 from clear_dist.request.flags import Kept
 from clear_dist.stages import Sampling, Size, Stage, Upscaling, plan_cascade, plan_upscaling
@@ -97,6 +98,17 @@ class Request(Kept):
     def picture(self) -> Picture | None:
         """The picture that becomes the largest."""
         return max(self.pictures, key=lambda each: prod(each.target), default=None)
+
+    def most_ranks(self, size: Size) -> int:
+        """Most ranks that can draw a picture of `size` pixels."""
+        return most_stripes(self._tokens(size), cut=self.cut, unit=self.down_factor)
+
+    def striping(self, size: Size, ranks: int) -> Striping:
+        """A picture of `size` pixels on so many ranks; raises ValueError as `stripe_image`."""
+        return stripe_image(self._tokens(size), ranks, cut=self.cut, radius=self.radius, unit=self.down_factor)
+
+    def _tokens(self, size: Size) -> tuple[int, int]:
+        return size[0] // self.token_size, size[1] // self.token_size
 
     def alone(self, prompt: int) -> "Request":
         """The request of one prompt's picture; this one where it starts from noise."""

@@ -13,7 +13,7 @@ from clear_dist import demo
 from clear_dist.cards.card import Cards
 from clear_dist.cards.clear import radius_of
 from clear_dist.cards.folder import ModelFacts, read_folder
-from clear_dist.geometry import cut_in_stripes, require_units
+from clear_dist.geometry import cut_in_stripes
 from clear_dist.launch.env import Place
 from clear_dist.options import Refusal, Window
 from clear_dist.request import devices
@@ -177,8 +177,8 @@ def _check_size(request: Request) -> None:
         return
     height, width = request.size
     try:
-        require_units("width", width // request.token_size, request.down_factor)
-        cut_in_stripes(height // request.token_size, request.world_size, unit=request.down_factor)
+        request.striping(request.size, request.world_size)
+        cut_in_stripes(height // request.token_size, request.world_size)  # the VAE's
     except ValueError as error:
         raise Refusal(f"{width} x {height} px: {error}") from error
     if height * width > MOST_PIXELS:
@@ -194,11 +194,10 @@ def _check_size(request: Request) -> None:
 
 
 def _check_shards(request: Request) -> None:
-    smallest = min(request.stages, key=lambda stage: stage.height)
-    units, together = smallest.height // request.unit, request.down_factor
-    if units < request.world_size:
-        rows = "rows of tokens" if together == 1 else f"times {together} rows of tokens, as down-sampled keys need them"
+    smallest = min(request.stages, key=lambda stage: request.most_ranks(stage.size))
+    most = request.most_ranks(smallest.size)
+    if most < request.world_size:
         raise Refusal(
-            f"--shard-weights needs all ranks in every stage, and {smallest.width} x {smallest.height} pixels are "
-            f"{units} {rows}, got {request.world_size} ranks; nearest: --nproc {units}"
+            f"--shard-weights needs all ranks in every stage, and {smallest.width} x {smallest.height} pixels are for "
+            f"{most} at most, got {request.world_size} ranks; nearest: --nproc {most}"
         )

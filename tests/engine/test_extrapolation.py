@@ -76,6 +76,8 @@ def test_full_attention_is_a_stock_transformer_with_other_base_and_queries(size:
 def test_exact_windows_are_the_dense_oracle_s(size: int) -> None:
     cases = [(radius, how) for radius in (4, 8) for how in (NATIVE, PAPER, INTERPOLATED, None)]
     arguments = [({"window": radius, "text_attention": "exact"}, how) for radius, how in cases]
+    cases.append((4, INTERPOLATED))
+    arguments.append((arguments[0][0] | {"cut": "columns"}, INTERPOLATED))
     for rank_results in run_ranks(striped_latents, size, arguments):
         for latents, (radius, how) in zip(rank_results, cases, strict=True):
             assert relative_error(latents, oracle_latents(radius, how)) < 1e-4

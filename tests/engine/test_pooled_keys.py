@@ -92,6 +92,7 @@ def drawn(group: Group, cases: list[dict[str, Any]], guided: bool = True) -> lis
 def test_exact_on_n_ranks_is_the_oracle(folder: Path, size: int, factor: int) -> None:
     file = checkpoint(folder, factor)
     cases = [{"clear_weights": file, "above": above, **EXACT} for above in (None, ABOVE_NATIVE)]
+    cases += [case | {"cut": "columns"} for case in cases if size * factor <= WIDTH]
     for results in run_ranks(drawn, size, cases):
         for result, case in zip(results, cases, strict=True):
             assert relative_error(result.latents, oracle_latents(file, case["above"])) < 1e-4

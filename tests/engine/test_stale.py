@@ -19,7 +19,7 @@ STEPS = 4
 ATTENTION: tuple[dict[str, Any], ...] = (
     {"window": 4, "text_attention": "average"},
     {"window": 4, "text_attention": "exact"},
-    {"window": "full"},
+    {"window": "full", "cut": "rows"},
 )
 
 
@@ -38,7 +38,7 @@ def stale_latents(group: Group, cases: list[dict[str, Any]]) -> list[Tensor]:
 
 
 @cache
-def emulated(window: int | str, text_attention: str, warmup: int, ranks: int) -> Tensor:
+def emulated(window: int | str, text_attention: str, warmup: int, ranks: int, by_columns: bool = False) -> Tensor:
     pipe = make_tiny_pipeline()
     emulate(
         pipe,
@@ -48,6 +48,7 @@ def emulated(window: int | str, text_attention: str, warmup: int, ranks: int) ->
         ranks=ranks,
         average=text_attention == "average",
         warmup=warmup,
+        by_columns=by_columns,
     )
     return run(pipe, steps=STEPS)
 
@@ -56,12 +57,14 @@ def emulated(window: int | str, text_attention: str, warmup: int, ranks: int) ->
 def test_stale_is_what_one_process_computes_with_late_neighbours(size: int) -> None:
     """On 5 ranks stripes are thinner than the halo. One rank has no neighbours: it is in sync."""
     cases = [(attention, warmup) for attention in ATTENTION for warmup in (0, 1, 2)]
+    cases += [(attention | {"cut": "columns"}, 1) for attention in ATTENTION]
     arguments = [{**attention, "schedule": "stale", "warmup_steps": warmup} for attention, warmup in cases]
     for rank_results in run_ranks(stale_latents, size, arguments):
         for latents, (attention, warmup) in zip(rank_results, cases, strict=True):
             window, mode = attention["window"], attention.get("text_attention", "exact")
-            in_sync = emulated(window, mode, STEPS, size)
-            late = in_sync if size == 1 else emulated(window, mode, warmup, size)
+            by_columns = size > 1 and attention.get("cut") == "columns"
+            in_sync = emulated(window, mode, STEPS, size, by_columns)
+            late = in_sync if size == 1 else emulated(window, mode, warmup, size, by_columns)
             assert relative_error(latents, late) < 1e-4
             assert size == 1 or relative_error(latents, in_sync) > 1e-3
 

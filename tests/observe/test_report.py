@@ -25,9 +25,20 @@ def build(**changes: object) -> dict:
         "total": 9.0,
         "stages": [
             report.StageFigures(
-                grid=(2, 3), stripes=[(0, 2)], times=Times(SECONDS | {"denoise": 2.0}, [1.0, 1.0]), why="it is sooner"
+                grid=(2, 3),
+                cut="rows",
+                stripes=[(0, 2)],
+                ranks=1,
+                times=Times(SECONDS | {"denoise": 2.0}, [1.0, 1.0]),
+                why="it is sooner",
             ),
-            report.StageFigures(grid=(4, 6), stripes=[(0, 2), (2, 4)], times=Times(SECONDS | {"denoise": 5.0}, [5.0])),
+            report.StageFigures(
+                grid=(4, 6),
+                cut="columns",
+                stripes=[(0, 3), (3, 6)],
+                ranks=2,
+                times=Times(SECONDS | {"denoise": 5.0}, [5.0]),
+            ),
         ],
         "ranks": [FIGURES, FIGURES],
     }
@@ -40,11 +51,12 @@ def test_schema_1_as_json(tmp_path: Path) -> None:
     got = json.loads((tmp_path / "r.json").read_text())
     assert (got["schema"], got["seed"], got["world_size"]) == (1, 3, 2)
     assert got["grid"] == [4, 6]
-    assert got["stripes"] == [[0, 2], [2, 4]]
+    assert (got["cut"], got["stripes"]) == ("columns", [[0, 3], [3, 6]])
     parts = {"encode": 0.0, "decode": 0.5, "save": 0.0}
     assert got["stages"] == [
         {
             "grid": [2, 3],
+            "cut": "rows",
             "stripes": [[0, 2]],
             "ranks": 1,
             "why_fewer_ranks": "it is sooner",
@@ -53,7 +65,8 @@ def test_schema_1_as_json(tmp_path: Path) -> None:
         },
         {
             "grid": [4, 6],
-            "stripes": [[0, 2], [2, 4]],
+            "cut": "columns",
+            "stripes": [[0, 3], [3, 6]],
             "ranks": 2,
             "why_fewer_ranks": None,
             "seconds": parts | {"denoise": 5.0},

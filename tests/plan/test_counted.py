@@ -53,6 +53,7 @@ def counted(group: Group, case: dict[str, Any], checkpoint: Path | None) -> dict
     return {name: int(found[word][-1]) for name, word in COUNTED.items()} | {"weights": weights}
 
 
+LATE: dict[str, Any] = {"schedule": "stale", "steps": 4}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "text in shares": (3, {"text": 64}),
     "text in uneven shares": (3, {"text": 65, "flags": {"text_tokens": "sharded"}}),
@@ -65,6 +66,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "weights in shards of 8 bits": (2, {"flags": {"shard_weights": True, "int8": True}}),
     "weights in shards, modulation whole": (3, {"flags": {"shard_weights": True, "hoist_modulation": True}}),
     "8 bits": (2, {"flags": {"int8": True}}),
+    "columns": (3, {"flags": {"cut": "columns"}}),
+    "columns, down-sampled keys, stale": (2, {"width": 640, "flags": {"down_factor": 4}, **LATE}),
 }
 
 
@@ -157,3 +160,14 @@ def test_bytes_of_flux_are_those_of_the_formulas(settings: dict[str, Any], engin
     )
     how = request.schedule, request.text_attention or "average", request.text_tokens
     assert step_traffic(engine, asked, asked.stages[0], asked.parts[0][rank]) == counts.traffic(counts.FLUX, part, *how)
+
+
+def test_columns_of_a_wide_picture_send_a_fifteenth(engine: Engine) -> None:
+    """FLUX.1-dev at 16384 x 1024 px on 8 ranks, all halos of a step together; docs/figures.md."""
+    sent = {}
+    for cut in ("rows", "columns", "auto"):
+        asked = flux_request(height=1024, width=16_384, cascade=False, cut=cut)
+        stage, parts = asked.stages[0], asked.parts[0]
+        sent[cut] = sum(step_traffic(engine, asked, stage, part).halos_sent for part in parts)
+    assert sent["auto"] == sent["columns"] <= sent["rows"] / 12
+    assert [round(sent[cut] / 1e9, 1) for cut in ("rows", "columns")] == [140.6, 9.4]

@@ -33,7 +33,7 @@ LEAST = 2**21
 """Bytes: below, a few numbers for each picture, which are not estimated, weigh too much."""
 SETTINGS = (
     "window", "text_attention", "text_tokens", "schedule", "warmup_steps", "int8", "attention_backend", "shard_weights",
-    "hoist_modulation",
+    "hoist_modulation", "cut",
 )  # fmt: skip
 Peaks = dict[tuple[int, str], int]
 
@@ -135,7 +135,11 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         3,
         {"height": 1056, "width": 1024, "window": 16, "native": 512},
     ),
-    "stripes thinner than halos": (5, {"height": 256, "width": 1024, "window": 8, "text": 300}),
+    "stripes thinner than halos": (
+        5,
+        {"height": 256, "width": 1024, "window": 8, "text": 300, "flags": {"cut": "rows"}},
+    ),
+    "columns": (5, {"height": 256, "width": 1280, "window": 8}),
     "replicated text": (
         5,
         {"height": 256, "width": 1024, "window": 8, "text": 300, "flags": {"text_tokens": "replicated"}},

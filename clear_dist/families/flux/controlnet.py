@@ -46,9 +46,9 @@ class FluxControlNet(Flux):
         return output
 
     def _cut_hint(self, striped: Stripes, block: nn.Module, args: tuple[Any, ...], hint_BCHW: Tensor) -> Tensor:
-        """My rows [B, C, R x P, W x P] of the features of the whole picture."""
+        """My rows [B, C, R x P, W x P] of the features of the whole picture, patches intact."""
         cut, patch = striped.running_cut, self.transformer.config.patch_size
-        expected, got = (cut.height * patch, cut.width * patch), tuple(hint_BCHW.shape[2:])
+        expected, got = tuple(side * patch for side in cut.size), tuple(hint_BCHW.shape[2:])
         if got != expected:
             raise ValueError(f"the control image must give {expected} features, as many as the latents, got {got}")
-        return hint_BCHW[:, :, cut.plan.own.start * patch : cut.plan.own.stop * patch]
+        return cut.own_patches(hint_BCHW, patch)

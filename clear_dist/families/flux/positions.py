@@ -10,7 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from clear_dist.engine.cut import Cut
 from clear_dist.engine.fused import is_stock
-from clear_dist.engine.references import after_references, flat_ids, raster_ids
+from clear_dist.engine.references import after_references, flat_ids, own_ids
 from clear_dist.families.flux.attention import Rotary
 
 MOST_REMEMBERED = 8_192
@@ -39,24 +39,19 @@ class Positions:
         into cosines and sines."""
         few = len(cut.plan.own) * cut.width <= MOST_REMEMBERED and not len(references)
         if not few or not is_stock(embed, StripedPosEmbed):
-            return own_ids(text_ids, text, cut, references)
+            return all_ids(text_ids, text, cut, references)
         version = None if text_ids.is_inference() else text_ids._version  # others do not tell that they were changed
-        made_for = cut.height, cut.width, cut.plan.own, cut.extrapolation, text, version
+        made_for = cut.size, cut.by_columns, cut.plan.own, cut.extrapolation, text, version
         known_for, rows = self._known.get(text_ids, (None, None))
         if known_for != made_for:
             with torch.inference_mode(False):  # a later forward may be outside of it
-                ids = own_ids(text_ids, text, cut, references)
+                ids = all_ids(text_ids, text, cut, references)
                 rows = torch.cat(embed(torch.cat(ids)), dim=-1).split([len(each) for each in ids])
             self._known[text_ids] = made_for, rows
         return rows
 
 
-def own_ids(text_ids: Tensor, text: slice, cut: Cut, references: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids [tokens, 3] of my text tokens, and of my reference and image tokens.
-
-    The image's are made anew in float32: pipelines cast them to the prompt's dtype, and bfloat16 has no 257.
-    """
-    ids = raster_ids(cut.height, cut.width, text_ids.device)[cut.tokens]
-    if cut.extrapolation is not None:
-        ids = ids * cut.extrapolation.position_scale
+def all_ids(text_ids: Tensor, text: slice, cut: Cut, references: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids [tokens, 3] of my text tokens, and of my reference and image tokens."""
+    ids = own_ids(cut, text_ids.device)
     return flat_ids(text_ids)[text].float(), after_references(references.float(), ids, 0)

@@ -15,7 +15,7 @@ from clear_dist.engine.cut import Cut
 from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.family import Inputs, Removable, Stripes
 from clear_dist.engine.reclassed import Reclassed
-from clear_dist.engine.references import References, after_references, flat_ids, own_rows
+from clear_dist.engine.references import References, after_references, flat_ids, joined_image
 from clear_dist.engine.stock import attention_layers
 from clear_dist.families.flux.attention import Adaptive, FluxStripeAttnProcessor
 from clear_dist.families.flux.blocks import STRIPED
@@ -94,7 +94,7 @@ class Flux:
     def cut(self, inputs: Inputs, cut: Cut, text: TextPlan) -> Inputs:
         """Inputs with the image's tokens, ids and ControlNet residuals cut, and the text's where it is shared."""
         self.adaptive.forget()
-        mine, hidden = cut.tokens, inputs["hidden_states"]
+        hidden = inputs["hidden_states"]
         residuals = {
             name: [own_tokens(name, sample, cut) for sample in inputs[name]]
             for name in ("controlnet_block_samples", "controlnet_single_block_samples")
@@ -108,7 +108,7 @@ class Flux:
         return {
             **inputs,
             **residuals,
-            "hidden_states": after_references(hidden[:, references], hidden[:, mine], 1),
+            "hidden_states": after_references(hidden[:, references], cut.own_tokens(hidden), 1),
             "encoder_hidden_states": inputs["encoder_hidden_states"][:, text.own],
             "img_ids": ids,
             "txt_ids": text_ids,
@@ -168,8 +168,8 @@ class Flux:
     def joined(self, output: Any, cut: Cut) -> Any:
         """Output of the forward's own type: a tuple or an object."""
         if isinstance(output, tuple):
-            return cut.join.join(own_rows(output[0], cut)), *output[1:]
-        return Transformer2DModelOutput(sample=cut.join.join(own_rows(output.sample, cut)))
+            return joined_image(output[0], cut), *output[1:]
+        return Transformer2DModelOutput(sample=joined_image(output.sample, cut))
 
 
 def own_tokens(name: str, x_BLC: Tensor, cut: Cut) -> Tensor:
@@ -177,4 +177,4 @@ def own_tokens(name: str, x_BLC: Tensor, cut: Cut) -> Tensor:
     own, whole = len(cut.plan.own) * cut.width, cut.height * cut.width
     if x_BLC.shape[1] not in (own, whole):
         raise ValueError(f"`{name}` must have a token for each of the {whole} latents, got {x_BLC.shape[1]}")
-    return x_BLC if x_BLC.shape[1] == own else x_BLC[:, cut.tokens]
+    return x_BLC if x_BLC.shape[1] == own else cut.own_tokens(x_BLC)

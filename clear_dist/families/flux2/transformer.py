@@ -15,7 +15,7 @@ from clear_dist.engine.cut import Cut
 from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.family import Inputs, Removable, StripeProcessor, Stripes
 from clear_dist.engine.reclassed import Reclassed
-from clear_dist.engine.references import References, after_references, flat_ids, own_rows, raster_ids
+from clear_dist.engine.references import References, after_references, flat_ids, joined_image, own_ids
 from clear_dist.engine.stock import attention_layers
 from clear_dist.families.flux.attention import FluxStripeAttnProcessor
 from clear_dist.families.flux2.attention import Flux2ParallelStripeProcessor
@@ -96,18 +96,13 @@ class Flux2:
         return inputs["encoder_hidden_states"].shape[1] + references
 
     def cut(self, inputs: Inputs, cut: Cut, text: TextPlan) -> Inputs:
-        """Inputs with the image's tokens and ids cut, and the text's where it is shared.
-
-        Ids are made anew in float32: bfloat16 has no 257.
-        """
-        mine, hidden = cut.tokens, inputs["hidden_states"]
+        """Inputs with the image's tokens and ids cut, and the text's where it is shared."""
+        hidden = inputs["hidden_states"]
         references = self.references.own(cut, text, inputs["encoder_hidden_states"].shape[1])
-        ids = raster_ids(cut.height, cut.width, inputs["img_ids"].device, axes=len(ROPE_AXES))[mine]
-        if cut.extrapolation is not None:
-            ids = ids * cut.extrapolation.position_scale
+        ids = own_ids(cut, inputs["img_ids"].device, axes=len(ROPE_AXES))
         return {
             **inputs,
-            "hidden_states": after_references(hidden[:, references], hidden[:, mine], 1),
+            "hidden_states": after_references(hidden[:, references], cut.own_tokens(hidden), 1),
             "encoder_hidden_states": inputs["encoder_hidden_states"][:, text.own],
             "img_ids": after_references(flat_ids(inputs["img_ids"])[references].float(), ids, 0),
             "txt_ids": flat_ids(inputs["txt_ids"])[text.own].float(),
@@ -161,5 +156,5 @@ class Flux2:
     def joined(self, output: Any, cut: Cut) -> Any:
         """Output of the forward's own type: a tuple or an object."""
         if isinstance(output, tuple):
-            return cut.join.join(own_rows(output[0], cut)), *output[1:]
-        return Flux2Transformer2DModelOutput(sample=cut.join.join(own_rows(output.sample, cut)))
+            return joined_image(output[0], cut), *output[1:]
+        return Flux2Transformer2DModelOutput(sample=joined_image(output.sample, cut))

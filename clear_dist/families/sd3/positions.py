@@ -42,19 +42,26 @@ class StripePositions:
 
 def positions(patches: Any, cut: Cut) -> Tensor:
     """Positions of a cut's rows, [L, C]."""
-    own, side = cut.plan.own, patches.pos_embed_max_size
-    scale = min(1.0, side / max(cut.height, cut.width))
+    side, (height, width) = patches.pos_embed_max_size, cut.size
+    own, every = cut.plan.own.relative_to(0), slice(None)
+    rows, columns = (every, own) if cut.by_columns else (own, every)
+    scale = min(1.0, side / max(height, width))
     if cut.extrapolation is not None:
         scale = min(scale, cut.extrapolation.position_scale)
     if scale == 1:
-        top, left = (side - cut.height) // 2, (side - cut.width) // 2
+        top, left = (side - height) // 2, (side - width) // 2
         table = patches.pos_embed.unflatten(1, (side, side))[0]
-        return table[top + own.start : top + own.stop, left : left + cut.width].flatten(0, 1)
+        return in_stripe(table[top : top + height, left : left + width][rows, columns], cut)
     table, encoded = patches.pos_embed, []
-    for length, mine in ((cut.width, slice(None)), (cut.height, slice(own.start, own.stop))):
+    for length, mine in ((width, columns), (height, rows)):
         middle = torch.arange(length, device=table.device, dtype=torch.float64) - (length - 1) / 2
         at = ((side - 1) / 2 + scale * middle[mine]) * patches.base_size / (side * patches.interpolation_scale)
         encoded.append(get_1d_sincos_pos_embed_from_grid(table.shape[2] // 2, at).to(table.dtype))
-    columns, rows = encoded
-    shape = len(rows), len(columns), -1
-    return torch.cat([columns.expand(shape), rows[:, None].expand(shape)], dim=2).flatten(0, 1)
+    across, down = encoded
+    shape = len(down), len(across), -1
+    return in_stripe(torch.cat([across.expand(shape), down[:, None].expand(shape)], dim=2), cut)
+
+
+def in_stripe(positions_HWC: Tensor, cut: Cut) -> Tensor:
+    """Positions of the image's rows and columns that are mine, in the order of the stripe."""
+    return (positions_HWC.transpose(0, 1) if cut.by_columns else positions_HWC).flatten(0, 1)

@@ -103,10 +103,9 @@ class SD3:
             raise ValueError("IP-Adapters cannot be combined with clear_dist.parallelize; undo() it first")
         if inputs.get("skip_layers") and cut.stale:
             raise ValueError("skip_guidance_layers needs the sync schedule, got stale; nearest: schedule='sync'")
-        rows = slice(PACKING * cut.plan.own.start, PACKING * cut.plan.own.stop)
         return {
             **inputs,
-            "hidden_states": inputs["hidden_states"][:, :, rows],
+            "hidden_states": cut.own_patches(inputs["hidden_states"], PACKING),
             "encoder_hidden_states": inputs["encoder_hidden_states"][:, text.own],
         }
 

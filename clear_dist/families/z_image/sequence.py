@@ -49,6 +49,7 @@ class Sequencing:
         for index, (tokens, ids, mask) in enumerate(zip(patches, image_ids, masks, strict=True)):
             mine = ids[:own].clone()
             mine[:, 1] += cut.plan.own.start
+            mine = mine[:, [0, 2, 1]] if cut.by_columns else mine
             patches[index] = torch.cat([tokens[:1].expand(pads, -1), tokens[:own]])
             image_ids[index] = torch.cat([mine.new_zeros(pads, 3), mine])
             masks[index] = torch.cat([mask.new_ones(pads), mask.new_zeros(own)])

@@ -160,11 +160,10 @@ class ZImage:
 
         Raises ValueError where the size is not the one that the generation began with.
         """
-        if (found := self.grid_of(inputs)) != (cut.height, cut.width):
-            raise ValueError(f"a generation has pictures of one size, {cut.height} x {cut.width} tokens, got {found}")
+        if (found := self.grid_of(inputs)) != cut.size:
+            raise ValueError(f"a generation has pictures of one size, {cut.size} tokens, got {found}")
         self.turns.forget(alike=len(set(padded_lengths(inputs))) == 1)
-        rows = slice(PACKING * cut.plan.own.start, PACKING * cut.plan.own.stop)
-        return {**inputs, "x": list(inputs["x"][:, :, :, rows].unbind())}
+        return {**inputs, "x": list(cut.own_patches(inputs["x"], PACKING).unbind())}
 
     def adapted(self, pipe: Any) -> ZImagePipelineAdapter:
         return ZImagePipelineAdapter(pipe)

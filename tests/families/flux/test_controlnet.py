@@ -9,6 +9,7 @@ from diffusers import FluxControlNetPipeline, SD3ControlNetModel
 from torch import Tensor
 
 from clear_dist.comm.group import Group
+from clear_dist.geometry import stripe_image
 from clear_dist.parallelize import parallelize
 from tests.oracle import DenseClearProcessor
 from tests.ranks import run_ranks
@@ -102,6 +103,13 @@ def test_the_same_stripes_and_window(size: int) -> None:
             assert relative_error(latents, expected(name, None, None)) > 1e-2, name
 
 
+def test_the_same_columns() -> None:
+    settings, names = {"window": RADIUS, "text_attention": "exact", "cut": "columns"}, ["one", "union", "pixels"]
+    for rank_results in run_ranks(striped_latents, 3, names, settings):
+        for name, latents in zip(names, rank_results, strict=True):
+            assert relative_error(latents, expected(name, RADIUS, RADIUS)) < 1e-4, name
+
+
 def test_full_windows_are_the_stock_pipelines() -> None:
     for rank_results in run_ranks(striped_latents, 3, list(CASES), {"window": "full"}):
         for name, latents in zip(CASES, rank_results, strict=True):
@@ -109,7 +117,8 @@ def test_full_windows_are_the_stock_pipelines() -> None:
 
 
 def test_a_window_of_its_own() -> None:
-    """Full attention where none is given, as in the paper."""
+    """Full attention where none is given, as in the paper; on the transformer's stripes: alone it would have columns."""
+    assert stripe_image((HEIGHT, WIDTH), 3, cut="auto", radius=None).by_columns
     for given, net_radius in (({}, None), ({"controlnet_window": 2}, 2)):
         settings = {"window": RADIUS, "text_attention": "exact", **given}
         for (latents,) in run_ranks(striped_latents, 3, ["one"], settings):

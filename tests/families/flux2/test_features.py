@@ -42,6 +42,7 @@ SIZE: dict[str, Any] = {"height": HEIGHT, "width": WIDTH}
 EXACT: dict[str, Any] = {"window": RADIUS, "text_attention": "exact"}
 LATE: dict[str, Any] = {"schedule": "stale", "warmup_steps": 1}
 STALE = [EXACT | LATE, {"window": RADIUS, "text_attention": "average"} | LATE, {"window": "full"} | LATE]
+STALE.append(EXACT | LATE | {"cut": "columns"})
 WEIGHTS: list[dict[str, Any]] = [
     {"shard_weights": True, "hoist_modulation": True},
     {"offload": True, "hoist_modulation": True, "text_tokens": "sharded"},
@@ -87,6 +88,7 @@ def test_stale_halos_are_what_one_process_computes_with_late_neighbours(name: st
         for case, latents in zip(STALE, results, strict=True):
             pipe, average = make(name), case.get("text_attention") == "average"
             how: dict[str, Any] = {"window": case["window"], "ranks": 3, "average": average}
+            how["by_columns"] = case.get("cut") == "columns"
             emulate(pipe, **SIZE, **how, warmup=1, passes=1 + (name == BASE))
             in_parallel(pipe)
             assert relative_error(latents, run(pipe, name, **SIZE, steps=STEPS)) < 1e-4, case
@@ -114,8 +116,10 @@ def test_clear_weights_with_down_sampled_keys(tmp_path: Path) -> None:
     in_parallel(pipe)
     expected = run(pipe, KLEIN_NAME, **SIZE)
     assert len([name for name in tensors if "spatial" in name]) == 3, "a weight for each layer"
-    for (latents,) in run_ranks(drawn, 3, KLEIN_NAME, [EXACT | {"clear_weights": file}], parts.MOST_TOKENS):
-        assert relative_error(latents, expected) < 1e-4
+    for ranks, cut in ((3, "rows"), (2, "columns")):
+        case = EXACT | {"clear_weights": file, "cut": cut}
+        for (latents,) in run_ranks(drawn, ranks, KLEIN_NAME, [case], parts.MOST_TOKENS):
+            assert relative_error(latents, expected) < 1e-4
 
 
 def adapted(group: Group, file: Path, cases: list[dict[str, Any]]) -> list[Tensor]:

@@ -34,6 +34,7 @@ CASES: list[dict[str, Any]] = [
     EXACT | {"text_tokens": "sharded"},
     EXACT | {"schedule": "stale", "warmup_steps": 3},
     EXACT | {"shard_weights": True, "hoist_modulation": True},
+    EXACT | {"text_tokens": "sharded", "cut": "columns"},
 ]
 KLEIN, BASE, DEV, KONTEXT = "klein", "klein-base", "dev", "Kontext"
 

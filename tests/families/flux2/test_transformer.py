@@ -73,7 +73,11 @@ def oracle(name: str, radius: int, ranks: int | None) -> Tensor:
     return run(pipe, name)
 
 
-FULL: list[dict[str, Any]] = [{"window": "full"}, {"window": "full", "text_tokens": "sharded"}]
+FULL: list[dict[str, Any]] = [
+    {"window": "full"},
+    {"window": "full", "text_tokens": "sharded"},
+    {"window": "full", "cut": "columns"},
+]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -91,6 +95,7 @@ def test_windows_are_those_of_the_oracle(size: int) -> None:
         for radius in RADII
         for text in ("replicated", "sharded")
     ]
+    cases += [case | {"cut": "columns"} for case in cases[2:4]]
     for results in run_ranks(striped, size, KLEIN, cases):
         for case, latents in zip(cases, results, strict=True):
             assert relative_error(latents, oracle(KLEIN, case["window"], None)) < 1e-4, case

@@ -15,9 +15,10 @@ NATIVE = 8
 """Side in tokens of the model's native size."""
 
 
-def cut_of(height: int, width: int, own: Rows, position_scale: float | None = None) -> Any:
+def cut_of(height: int, width: int, own: Rows, position_scale: float | None = None, *, by_columns: bool = False) -> Any:
     extrapolation = None if position_scale is None else SimpleNamespace(position_scale=position_scale)
-    return SimpleNamespace(height=height, width=width, plan=SimpleNamespace(own=own), extrapolation=extrapolation)
+    plan = SimpleNamespace(own=own)
+    return SimpleNamespace(size=(height, width), by_columns=by_columns, plan=plan, extrapolation=extrapolation)
 
 
 def formula(height: int, width: int, scale: float) -> np.ndarray:
@@ -44,13 +45,19 @@ def test_up_to_the_table_they_are_diffusers_crop(height: int, width: int) -> Non
     for own in (Rows(0, cut), Rows(cut, height)):
         expected = whole[own.start * width : own.stop * width]
         assert torch.equal(positions(patches, cut_of(height, width, own)), expected)
+    own = Rows(width // 3, width)
+    expected = torch.cat([whole[column::width] for column in range(own.start, own.stop)])
+    assert torch.equal(positions(patches, cut_of(height, width, own, by_columns=True)), expected)
 
 
 @pytest.mark.parametrize(("height", "width"), [(25, 3), (3, 25), (30, 48), (47, 24)])
 def test_above_the_table_they_are_the_formula(height: int, width: int) -> None:
     patches, own = make_tiny_transformer().pos_embed, Rows(1, 3)
     found = positions(patches, cut_of(height, width, own))
-    expected = formula(height, width, TABLE / max(height, width))[own.start * width : own.stop * width]
+    whole = formula(height, width, TABLE / max(height, width))
+    assert np.abs(found.numpy() - whole[own.start * width : own.stop * width]).max() < 1e-6
+    found = positions(patches, cut_of(height, width, own, by_columns=True))
+    expected = np.concatenate([whole[column::width] for column in range(own.start, own.stop)])
     assert np.abs(found.numpy() - expected).max() < 1e-6
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clear_dist.engine.cut import Cut
+from clear_dist.engine.cut import Cut, joined_rows
 from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.family import Inputs, PipelineAdapter, Removable, Stripes
 from clear_dist.engine.heads import Heads
@@ -85,7 +85,7 @@ class Second:
     def hooks(self, striped: Stripes) -> Sequence[Removable]:
         def positions(module: nn.Module, args: Any, _: Tensor) -> Tensor:
             cut = striped.running_cut
-            return module.forward(cut.height, cut.width)[cut.tokens]
+            return cut.own_tokens(module.forward(*cut.size), dim=0)
 
         return [self.transformer.positions.register_forward_hook(positions)]
 
@@ -121,13 +121,11 @@ class Second:
         return [inputs["latents"], inputs["timestep"], inputs["mask"]], [inputs["text"]]
 
     def cut(self, inputs: Inputs, cut: Cut, text: TextPlan) -> Inputs:
-        rows = slice(PATCH * cut.plan.own.start, PATCH * cut.plan.own.stop)
-        return {**inputs, "latents": inputs["latents"][:, :, rows], "text": inputs["text"][:, text.own]}
+        mine = cut.own_patches(inputs["latents"], PATCH)
+        return {**inputs, "latents": mine, "text": inputs["text"][:, text.own]}
 
     def joined(self, output: Tensor, cut: Cut) -> Tensor:
-        rows = output.unflatten(2, (-1, PATCH)).transpose(1, 2)
-        whole = cut.join.join(rows.flatten(2).contiguous())
-        return whole.unflatten(2, rows.shape[2:]).transpose(1, 2).flatten(2, 3)
+        return joined_rows(output, cut, PATCH)
 
     def extrapolated(self, extrapolation: Extrapolation) -> AbstractContextManager[None]:
         return nullcontext()

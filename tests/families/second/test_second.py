@@ -90,6 +90,9 @@ SETTINGS = [
     WINDOW | {"text_tokens": "sharded"},
     WINDOW | {"shard_weights": True, "hoist_modulation": True, "offload": True},
     WINDOW | {"schedule": "stale", "warmup_steps": STEPS},
+    FULL | {"cut": "columns"},
+    WINDOW | {"cut": "columns", "text_tokens": "sharded"},
+    WINDOW | {"cut": "columns", "schedule": "stale", "warmup_steps": STEPS},
 ]
 
 

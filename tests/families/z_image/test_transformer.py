@@ -65,17 +65,19 @@ def stock() -> list[Tensor]:
 
 @cache
 def oracle(radius: int, ranks: int | None = None) -> list[Tensor]:
-    """From the unmodified transformer; `ranks`: of Eq. 7, None: exact text attention."""
+    """From the unmodified transformer; `ranks`: of Eq. 7, None: exact text attention. The wider picture has columns."""
     pipe, drawn = make_tiny_z_image(), []
     for case in CASES:
-        put(pipe, Dense, *case["size"], radius, None if ranks is None else stripes_of(case["size"][0], ranks))
+        wide = case["size"] == WHOLE
+        parts = None if ranks is None else stripes_of(max(case["size"]), ranks)
+        put(pipe, Dense, *case["size"], radius, parts, by_columns=wide)
         drawn.append(run(pipe, **case))
     return drawn
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_full_attention_is_the_stock_pipeline(size: int) -> None:
-    settings = [{"window": "full"}, {"window": "full", "text_tokens": "sharded"}]
+    settings = [{"window": "full"}, {"window": "full", "text_tokens": "sharded"}, {"window": "full", "cut": "columns"}]
     for ranks in run_ranks(on_stripes, size, settings):
         for latents in ranks:
             for found, expected in zip(latents, stock(), strict=True):
@@ -87,8 +89,9 @@ def test_windows_do_not_depend_on_the_number_of_ranks(size: int) -> None:
     radii = (1, 4, 1000)
     settings = [{"window": radius, "text_attention": "exact"} for radius in radii]
     settings.append({"window": 4, "text_attention": "exact", "text_tokens": "sharded"})
+    settings.append({"window": 4, "text_attention": "exact", "cut": "columns"})
     for ranks in run_ranks(on_stripes, size, settings):
-        for radius, latents in zip((*radii, 4), ranks, strict=True):
+        for radius, latents in zip((*radii, 4, 4), ranks, strict=True):
             for found, expected in zip(latents, oracle(radius), strict=True):
                 assert relative_error(found, expected) < 1e-4
     assert relative_error(oracle(4)[0], stock()[0]) > 1e-2, "the window matters"

@@ -50,11 +50,12 @@ def windowed(size: tuple[int, int]) -> Tensor:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_late_halos(size: int) -> None:
+    """Of the wider picture's columns."""
     settings = EXACT | {"schedule": "stale", "warmup_steps": 2}
     for found in run_ranks(latents, size, settings, [PADDED, WHOLE]):
         for grid, mine in zip((PADDED, WHOLE), found, strict=True):
             pipe = make_tiny_z_image()
-            put(pipe, Stale, *grid, 4, size, average=False, warmup=2)
+            put(pipe, Stale, *grid, 4, size, average=False, warmup=2, by_columns=grid == WHOLE)
             expected = run(pipe, grid, steps=4)
             assert relative_error(mine, expected) < 1e-4
             assert relative_error(expected, windowed(grid)) > 1e-4, "halos do lag"
@@ -78,7 +79,7 @@ def pooled(group: Group, file: str) -> list[Tensor]:
 
 
 POOLED = [(14, 10), (8, 12)]
-"""In units of two tokens, with 20 tokens of padding and with none."""
+"""In units of two tokens, with 20 tokens of padding and with none; the second one is cut by columns."""
 
 
 @pytest.mark.parametrize("size", [1, 3])
