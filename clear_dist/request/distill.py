@@ -14,14 +14,18 @@ from typing import Any, get_args, get_type_hints
 from clear_dist.options import Flags, Refusal, flag, shortened
 
 WHAT, DATA, HOW, KEPT = "What is made", "Pictures", "How it learns", "What is written"
-PANELS = (WHAT, DATA, HOW, KEPT)
+DISTILL_PANELS = (WHAT, DATA, HOW, KEPT)
 COUNT, MANY = (1, 1_000_000), (0, 1_000_000)
 OPTIMISERS = {"adamw": None, "adamw8bit": "torchao", "prodigy": "prodigyopt"}
 """Packages that they are in, of the extra `train`."""
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+RECIPE = "recipe.toml"
+"""Name in a checkpoint and beside the result."""
 WORDS = {int: "a whole number", float: "a number", str: "a text", Path: "a path", bool: "true or false"}
-PATTERN_NAMES = ("circle",)
-FREE = ("output", "steps", "checkpointing_steps", "validation_steps", "validation_prompts", "nproc", "device")
+PATTERN_NAMES = (
+    "circle", "neighbourhood", "swin", "strided", "convolved", "agent", "slots", "linear", "sigmoid",
+)  # fmt: skip
+FREE = ("output", "steps", "checkpointing_steps", "validation_steps", "nproc", "device")
 """Settings that a run may go on with other values of."""
 
 
@@ -32,7 +36,7 @@ class Recipe(Flags):
     model: str = flag("auto", "the teacher: auto, demo, a short name, a hub id, or a folder (auto)", WHAT)
     revision: str | None = flag(None, "of a hub model", WHAT)
     pattern: str = flag("circle", "who attends to whom (circle)", WHAT, choices=PATTERN_NAMES)
-    window: int = flag(16, "radius in tokens (16)", WHAT, bounds=(1, 512))
+    window: int = flag(16, "radius in tokens; of other patterns their own size (16)", WHAT, bounds=(1, 512))
     down_factor: int = flag(1, "each d x d keys make one more for all image tokens; 1: none (1)", WHAT, bounds=(1, 64))
     res: int | None = flag(
         None, "side of the square pictures in pixels (the model's native size)", WHAT, bounds=(16, 16_384)
@@ -89,9 +93,6 @@ class Recipe(Flags):
     validation_steps: int | None = flag(
         None, "updates from one sheet of samples to the next (none are drawn)", KEPT, bounds=COUNT
     )
-    validation_prompts: Path | None = flag(
-        None, "one prompt a line: of the samples (captions of the data)", KEPT, metavar="FILE"
-    )
     device: str = flag("auto", "auto: CUDA where it is", choices=("auto", "cpu", "cuda"))
     nproc: int | None = flag(None, "ranks to start here (visible GPUs; 1 on CPU); not under torchrun", bounds=(1, 1024))
 
@@ -104,6 +105,11 @@ class Recipe(Flags):
             )
         if self.self_generate is not None and self.prompts is None:
             raise Refusal("--self-generate needs prompts, got none; nearest: --prompts FILE")
+        if self.down_factor > 1 and self.pattern != "circle":
+            raise Refusal(f"--down-factor is for the circle, got it with {self.pattern}; nearest: --down-factor 1")
+
+    def require_packages(self) -> None:
+        """Raises a Refusal where the optimiser's package is missing."""
         package = OPTIMISERS[self.optimizer]
         if package is not None and find_spec(package) is None:
             rule = f"--optimizer {self.optimizer} needs the package {package}, which is not installed"
@@ -114,6 +120,10 @@ class Recipe(Flags):
         """Values as TOML has them; None is left out."""
         held = {name: value for name, value in asdict(self).items() if value is not None}
         return {name: str(value) if isinstance(value, Path) else value for name, value in held.items()}
+
+    def is_kept(self, step: int) -> bool:
+        """Whether a checkpoint follows an update."""
+        return step % self.checkpointing_steps == 0 or step == self.steps
 
     @property
     def checkpoint_name(self) -> str:
@@ -151,18 +161,24 @@ def read_recipe(flags: Any) -> Recipe:
     return Recipe(**values | {name: getattr(flags, name) for name in NAMES if getattr(flags, name) is not None})
 
 
+def newest_checkpoint(output: Path) -> Path | None:
+    """Folder of the last whole one."""
+    folders = [folder for folder in output.glob("checkpoint-*") if folder.name.partition("-")[2].isdecimal()]
+    return max(folders, key=lambda folder: int(folder.name.partition("-")[2]), default=None)
+
+
 def to_toml(recipe: Recipe) -> str:
     """JSON's strings and numbers are TOML's too."""
     return "".join(f"{name} = {json.dumps(value)}\n" for name, value in recipe.settings.items())
 
 
-def require_same(recipe: Recipe, file: Path) -> None:
+def require_same(recipe: Recipe, folder: Path) -> None:
     """Raises a Refusal where the recipe differs from that of a checkpoint in more than how long it runs."""
-    held, mine = Recipe(**_read(file, "the checkpoint's recipe")).settings, recipe.settings
+    held, mine = Recipe(**_read(folder / RECIPE, "the checkpoint's recipe")).settings, recipe.settings
     for name in NAMES:
         if name not in FREE and held.get(name) != mine.get(name):
             raise Refusal(
-                f"{file.parent} is of another recipe, whose {name} is {held.get(name, 'not set')}, "
+                f"{folder} is of another recipe, whose {name} is {held.get(name, 'not set')}, "
                 f"got {mine.get(name, 'nothing')}; nearest: another --output"
             )
 

@@ -3,7 +3,9 @@
 A pattern is a file beside this one, with a class that answers `Pattern` of `training/attention.py`, and a row here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
 
 from clear_dist.training.attention import Pattern
 from clear_dist.training.patterns.agent import Agent
@@ -16,7 +18,7 @@ from clear_dist.training.patterns.slots import Slots
 from clear_dist.training.patterns.strided import Strided
 from clear_dist.training.patterns.swin import Swin
 
-PATTERNS: Mapping[str, Callable[..., Pattern]] = {
+PATTERNS: Mapping[str, Any] = {
     "circle": Circle,
     "neighbourhood": Neighbourhood,
     "swin": Swin,
@@ -27,4 +29,10 @@ PATTERNS: Mapping[str, Callable[..., Pattern]] = {
     "linear": Linear,
     "sigmoid": Sigmoid,
 }
-"""By name; made of the pattern's own settings, by keyword."""
+"""By name; classes, made of the pattern's own settings, by keyword."""
+
+
+def pattern_of(name: str, size: int, down_factor: int = 1) -> Pattern:
+    """The circle has a radius and a down factor, other patterns one size, or none."""
+    sizes = zip(fields(PATTERNS[name]), (size, down_factor), strict=False)
+    return PATTERNS[name](**{field.name: value for field, value in sizes})
