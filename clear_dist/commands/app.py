@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from clear_dist import __version__
+from clear_dist.commands.distill import distill
 from clear_dist.commands.draw import generate, upscale
 from clear_dist.commands.flags import Command, no_number
 from clear_dist.commands.plan import plan
@@ -17,6 +18,7 @@ from clear_dist.commands.verify import verify
 from clear_dist.families.cards import CARDS
 from clear_dist.launch import ends, env
 from clear_dist.options import Refusal, shortened, spelled
+from clear_dist.request.distill import DistillFlags
 from clear_dist.request.flags import READ_ENDINGS, GenerateFlags, PlanFlags, UpscaleFlags, VerifyFlags
 
 COMMANDS = {
@@ -24,6 +26,7 @@ COMMANDS = {
     "upscale": Command(record=UpscaleFlags, run=upscale),
     "plan": Command(record=PlanFlags, run=plan),
     "verify": Command(record=VerifyFlags, run=verify),
+    "distill": Command(record=DistillFlags, run=distill),
 }
 ELSEWHERE = {
     "--prompt": "the prompt stands by itself, in quotes; nearest: 'a lighthouse at dusk'",

@@ -11,7 +11,10 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from clear_dist.options import Flag, Flags, Refusal, flag_of, shortened, spelled
+from clear_dist.request.distill import DISTILL_PANELS
 from clear_dist.request.flags import PANELS
+
+ALL_PANELS = (*DISTILL_PANELS, *PANELS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,7 @@ def _shown(record: type[Flags]) -> list[Field]:
     names = dict.fromkeys(name for kind in record.__mro__ for name in vars(kind).get("__annotations__", ()))
     by_name = {each.name: each for each in fields(record)}
     shown = [by_name[name] for name in names if flag_of(by_name[name]).planned or not record.only_planned]
-    return sorted(shown, key=lambda each: PANELS.index(flag_of(each).panel))
+    return sorted(shown, key=lambda each: ALL_PANELS.index(flag_of(each).panel))
 
 
 def _parameter(each: Field, hint: Any) -> Parameter:

@@ -14,11 +14,13 @@ from typing import Any, get_args, get_type_hints
 from clear_dist.options import Flags, Refusal, flag, shortened
 
 WHAT, DATA, HOW, KEPT = "What is made", "Pictures", "How it learns", "What is written"
-PANELS = (WHAT, DATA, HOW, KEPT)
+DISTILL_PANELS = (WHAT, DATA, HOW, KEPT)
 COUNT, MANY = (1, 1_000_000), (0, 1_000_000)
 OPTIMISERS = {"adamw": None, "adamw8bit": "torchao", "prodigy": "prodigyopt"}
 """Packages that they are in, of the extra `train`."""
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+RECIPE = "recipe.toml"
+"""Name in a checkpoint and beside the result."""
 WORDS = {int: "a whole number", float: "a number", str: "a text", Path: "a path", bool: "true or false"}
 PATTERN_SIZES = {
     "circle": "radius",
@@ -32,7 +34,7 @@ PATTERN_SIZES = {
     "sigmoid": None,
 }
 """Patterns, and what `window` is in each; None: it has no size. They are made in `training/patterns`."""
-FREE = ("output", "steps", "checkpointing_steps", "validation_steps", "validation_prompts", "nproc", "device")
+FREE = ("output", "steps", "checkpointing_steps", "validation_steps", "nproc", "device")
 """Settings that a run may go on with other values of."""
 
 
@@ -102,9 +104,6 @@ class Recipe(Flags):
     validation_steps: int | None = flag(
         None, "updates from one sheet of samples to the next (none are drawn)", KEPT, bounds=COUNT
     )
-    validation_prompts: Path | None = flag(
-        None, "one prompt a line: of the samples (captions of the data)", KEPT, metavar="FILE"
-    )
     device: str = flag("auto", "auto: CUDA where it is", choices=("auto", "cpu", "cuda"))
     nproc: int | None = flag(None, "ranks to start here (visible GPUs; 1 on CPU); not under torchrun", bounds=(1, 1024))
 
@@ -120,6 +119,9 @@ class Recipe(Flags):
         if self.down_factor > 1 and self.pattern != "circle":
             rule = f"--down-factor must be 1 for --pattern {self.pattern}"
             raise Refusal(f"{rule}, got {self.down_factor}; nearest: --pattern circle")
+
+    def require_packages(self) -> None:
+        """Raises a Refusal where the optimiser's package is missing."""
         package = OPTIMISERS[self.optimizer]
         if package is not None and find_spec(package) is None:
             rule = f"--optimizer {self.optimizer} needs the package {package}, which is not installed"
@@ -130,6 +132,10 @@ class Recipe(Flags):
         """Values as TOML has them; None is left out."""
         held = {name: value for name, value in asdict(self).items() if value is not None}
         return {name: str(value) if isinstance(value, Path) else value for name, value in held.items()}
+
+    def is_kept(self, step: int) -> bool:
+        """Whether a checkpoint follows an update."""
+        return step % self.checkpointing_steps == 0 or step == self.steps
 
     @property
     def checkpoint_name(self) -> str:
@@ -168,18 +174,24 @@ def read_recipe(flags: Any) -> Recipe:
     return Recipe(**values | {name: getattr(flags, name) for name in NAMES if getattr(flags, name) is not None})
 
 
+def newest_checkpoint(output: Path) -> Path | None:
+    """Folder of the last whole one."""
+    folders = [folder for folder in output.glob("checkpoint-*") if folder.name.partition("-")[2].isdecimal()]
+    return max(folders, key=lambda folder: int(folder.name.partition("-")[2]), default=None)
+
+
 def to_toml(recipe: Recipe) -> str:
     """JSON's strings and numbers are TOML's too."""
     return "".join(f"{name} = {json.dumps(value)}\n" for name, value in recipe.settings.items())
 
 
-def require_same(recipe: Recipe, file: Path) -> None:
+def require_same(recipe: Recipe, folder: Path) -> None:
     """Raises a Refusal where the recipe differs from that of a checkpoint in more than how long it runs."""
-    held, mine = Recipe(**_read(file, "the checkpoint's recipe")).settings, recipe.settings
+    held, mine = Recipe(**_read(folder / RECIPE, "the checkpoint's recipe")).settings, recipe.settings
     for name in NAMES:
         if name not in FREE and held.get(name) != mine.get(name):
             raise Refusal(
-                f"{file.parent} is of another recipe, whose {name} is {held.get(name, 'not set')}, "
+                f"{folder} is of another recipe, whose {name} is {held.get(name, 'not set')}, "
                 f"got {mine.get(name, 'nothing')}; nearest: another --output"
             )
 

@@ -70,7 +70,7 @@ def _given(flags: PictureFlags, *names: str) -> dict[str, Any]:
 def _from_pictures(flags: UpscaleFlags, facts: ModelFacts, place: Place, unit: int) -> Start:
     files = list(find_files(flags.files))
     count = len(files)
-    lines = None if flags.prompts is None else _lines(flags.prompts, place)
+    lines = None if flags.prompts is None else lines_of(flags.prompts, place)
     if lines is not None and len(lines) != count:
         raise Refusal(f"--prompts must hold a prompt for each of {count} pictures, got {len(lines)}; nearest: {count}")
     pictures, prompts = [], []
@@ -102,13 +102,13 @@ def _check_units(name: str, size: int | None, unit: int, token: int) -> None:
 
 def _prompts(flags: GenerateFlags, facts: ModelFacts, place: Place) -> tuple[str, ...]:
     if flags.prompts is not None:
-        return _lines(flags.prompts, place)
+        return lines_of(flags.prompts, place)
     default = demo.DEFAULT_PROMPT if facts.is_demo else DEFAULT_PROMPT
     return (default if flags.prompt is None else flags.prompt,)
 
 
-def _lines(file: Path, place: Place) -> tuple[str, ...]:
-    """The prompts as given; a pipe can be read once only, so not by each of torchrun's ranks."""
+def lines_of(file: Path, place: Place) -> tuple[str, ...]:
+    """Prompts as given; a pipe can be read once only, so not by each of torchrun's ranks."""
     try:
         if place.world_size > 1 and stat.S_ISFIFO(file.stat().st_mode):
             raise Refusal(f"--prompts must be a file under torchrun, got the pipe {file}; nearest: --nproc")

@@ -85,11 +85,10 @@ class Passes:
             self.teaching = False
 
     def compare(self, layer: int, out_BNLD: Tensor) -> Tensor:
-        """The output, kept or compared; a layer that is computed again in the backward pass compares the same again."""
-        if layer not in self.compared:
-            return out_BNLD
-        if self.teaching:
+        """The output, kept or compared with what was; a layer computed again in the backward pass compares it again."""
+        if self.teaching and layer in self.compared:
             self.outputs[layer] = out_BNLD
+        if self.teaching or layer not in self.outputs:
             return out_BNLD
         difference = out_BNLD.detach().float() - self.outputs[layer].float()
         self.losses[layer] = difference.square().mean()

@@ -6,7 +6,6 @@ that ends in the middle of writing leaves the last whole one.
 
 import errno
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,11 +16,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from clear_dist.comm.group import Group
+from clear_dist.launch.ends import Failure
 from clear_dist.options import Refusal
-from clear_dist.request.distill import Recipe, require_same, to_toml
-
-RECIPE = "recipe.toml"
-_NAME = re.compile(r"checkpoint-(\d+)")
+from clear_dist.request.distill import RECIPE, Recipe, newest_checkpoint, require_same, to_toml
 
 
 class Checkpoints:
@@ -32,23 +29,21 @@ class Checkpoints:
 
     @property
     def newest(self) -> Path | None:
-        """The last whole one."""
-        folders = [folder for folder in self._recipe.output.glob("checkpoint-*") if _NAME.fullmatch(folder.name)]
-        return max(folders, key=_steps, default=None)
+        return newest_checkpoint(self._recipe.output)
 
     def read(self) -> dict[str, Any] | None:
         """This rank's state in the newest one; None without one. Raises a Refusal where it is another recipe's."""
         folder = self._group.broadcast_object(self.newest)
         if folder is None:
             return None
-        require_same(self._recipe, folder / RECIPE)
+        require_same(self._recipe, folder)
         ranks = len(list(folder.glob("state.rank*.pt")))
         if ranks != self._group.size:
             raise Refusal(f"{folder} is one of {ranks} ranks, got {self._group.size}; nearest: --nproc {ranks}")
         return torch.load(folder / _state(self._group.rank), map_location="cpu", weights_only=True)
 
     def write(self, steps: int, state: Mapping[str, Any], result: Mapping[str, Tensor]) -> Path:
-        """Called on all ranks; raises a RuntimeError on all where one could not write, and leaves the former one."""
+        """Called on all ranks; raises a Failure on all where one could not write, and leaves the former one."""
         folder = self._recipe.output / f"checkpoint-{steps}"
         part, former = folder.with_suffix(".part"), self.newest
         if self._group.rank == 0:
@@ -62,7 +57,7 @@ class Checkpoints:
         if told := next((error for error in errors if error is not None), None):
             shutil.rmtree(part, ignore_errors=True)
             last = "there is no checkpoint yet" if former is None else f"the last good checkpoint is {former}"
-            raise RuntimeError(f"{told} while {folder} was written; {last}")
+            raise Failure(f"{told} while {folder} was written; {last}")
         if self._group.rank == 0:
             if folder.exists():
                 shutil.rmtree(folder)
@@ -86,10 +81,6 @@ class Checkpoints:
 
 def _state(rank: int) -> str:
     return f"state.rank{rank}.pt"
-
-
-def _steps(folder: Path) -> int:
-    return int(folder.name.partition("-")[2])
 
 
 def _saved(result: Mapping[str, Tensor]) -> bytes:

@@ -78,7 +78,7 @@ def losses(student: Student, batch: Batch, weights: Weights, *, seed: int, share
     predicted = student.velocity(inputs, latents)
     velocity = noise - latents
     flow, prediction = mse_loss(predicted, velocity), mse_loss(predicted, wanted)
-    each = [passes.losses[layer] for layer in sorted(passes.losses)]
+    each = [passes.losses[layer] for layer in sorted(passes.compared)]
     return Losses(
         flow=flow.detach(),
         prediction=prediction.detach(),

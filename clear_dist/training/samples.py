@@ -40,6 +40,11 @@ class Samples:
         """Samples by their number in the whole training."""
         return self._batch([self._places[self._index(number)] for number in numbers], numbers, device)
 
+    def first(self, count: int, device: torch.device) -> Batch:
+        """Some that are kept from training, or else of the others."""
+        places = (self._held_out or self._places)[:count]
+        return self._batch(places, range(len(places)), device)
+
     def held_out(self, size: int, device: torch.device) -> list[Batch]:
         places = self._held_out
         parts = [range(first, min(first + size, len(places))) for first in range(0, len(places), size)]

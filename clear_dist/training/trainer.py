@@ -9,6 +9,7 @@ import torch
 from clear_dist.comm.data_parallel import shard
 from clear_dist.comm.group import Group
 from clear_dist.engine.family import Family
+from clear_dist.launch.ends import Failure
 from clear_dist.request.distill import Recipe
 from clear_dist.training.checkpoint import Checkpoints
 from clear_dist.training.losses import Batch, Losses, Weights, losses
@@ -50,15 +51,13 @@ class Trainer:
         if state is not None:
             self.optimisation.restore(state)
 
-    def run(self, told: Callable[[Figures], None], after: Callable[[int], None]) -> None:
-        """Train to the last step; `told` of each update, `after` each checkpoint. Raises RuntimeError for a NaN."""
+    def run(self, told: Callable[[Figures], None]) -> None:
+        """Train to the last step; `told` of each update. Raises a Failure for a loss that is no number."""
         recipe = self.recipe
         while (done := self.optimisation.steps) < recipe.steps:
             told(self._update(done))
-            done = self.optimisation.steps
-            if done % recipe.checkpointing_steps == 0 or done == recipe.steps:
+            if recipe.is_kept(done + 1):
                 self.save()
-                after(done)
 
     def save(self) -> None:
         optimisation = self.optimisation
@@ -82,7 +81,7 @@ class Trainer:
         if norm - norm != 0:
             last = self.checkpoints.newest
             good = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
-            raise RuntimeError(f"the loss is {total} and its gradient's norm {norm} in step {done + 1}; {good}")
+            raise Failure(f"the loss is {total} and its gradient's norm {norm} in step {done + 1}; {good}")
         return Figures(
             step=done + 1,
             flow=flow,

@@ -51,7 +51,7 @@ def trainer(group: Group, family: str, cache: Path, settings: Recipe) -> Trainer
 
 def trained(group: Group, family: str, cache: Path, settings: Recipe) -> list[Figures]:
     figures: list[Figures] = []
-    trainer(group, family, cache, settings).run(figures.append, lambda step: None)
+    trainer(group, family, cache, settings).run(figures.append)
     return figures
 
 
@@ -75,7 +75,7 @@ def test_the_loss_falls_and_the_result_is_a_clear_file(family: str, tmp_path: Pa
         made = trainer(group, family, cache, settings)
         before = loss(made)
         figures: list[Figures] = []
-        made.run(figures.append, lambda step: None)
+        made.run(figures.append)
         after = loss(made)
     finally:
         group.close()
@@ -121,7 +121,7 @@ def interrupted(group: Group, cache: Path, output: Path, when: int) -> bool:
             raise KeyboardInterrupt
 
     try:
-        trainer(group, "sd3", cache, recipe(output, steps=9, batch_size=2, ema_decay=0.9)).run(told, lambda step: None)
+        trainer(group, "sd3", cache, recipe(output, steps=9, batch_size=2, ema_decay=0.9)).run(told)
     except KeyboardInterrupt:
         return True
     return False

@@ -4,7 +4,8 @@ A pattern is a file beside this one, with a class that answers `Pattern` of `tra
 in `request/distill.py`, for the flag.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from clear_dist.request.distill import PATTERN_SIZES
 from clear_dist.training.attention import Pattern
@@ -18,7 +19,7 @@ from clear_dist.training.patterns.slots import Slots
 from clear_dist.training.patterns.strided import Strided
 from clear_dist.training.patterns.swin import Swin
 
-PATTERNS: Mapping[str, Callable[..., Pattern]] = {
+PATTERNS: Mapping[str, Any] = {
     "circle": Circle,
     "neighbourhood": Neighbourhood,
     "swin": Swin,

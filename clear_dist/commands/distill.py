@@ -1,0 +1,88 @@
+"""`clear-dist distill`: a recipe checked and settled, then ranks that train."""
+
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+from clear_dist.families.cards import CARDS
+from clear_dist.launch import ends, env, ranks
+from clear_dist.launch.env import Place
+from clear_dist.options import Refusal
+from clear_dist.request import devices
+from clear_dist.request.captioned import find_captioned
+from clear_dist.request.distill import Recipe, newest_checkpoint, read_recipe, require_same
+from clear_dist.request.flags import GenerateFlags
+from clear_dist.request.request import Request
+from clear_dist.request.settle import choose
+from clear_dist.request.start import lines_of
+
+PRELOAD = ("torch", "clear_dist.training.run")
+
+
+def distill(flags: Any) -> int:
+    """Make a model linear: train its attention to do with a window what it does without (CLEAR, Sec. 3.3).
+
+    Goes on from the newest checkpoint in --output, if there is one. The result is a file for --clear-weights.
+    """
+    place = env.read_for(flags.nproc)
+    recipe = read_recipe(flags)
+    request = settled(recipe, place)
+    if flags.plan:
+        ranks.hush()
+        return import_module("clear_dist.training.budget").show(recipe, request, flags.gpu)
+    recipe.require_packages()
+    samples = () if recipe.data is None else find_captioned(recipe.data)
+    prompts = () if recipe.prompts is None else lines_of(recipe.prompts, place)
+    if place.rank == 0 and (newest := newest_checkpoint(recipe.output)) is not None:
+        ends.say(f"going on from {newest}")
+    if place.local_rank == 0:
+        ranks.hush()
+        import_module("clear_dist.hub").ask(request, CARDS)
+    return ranks.run(
+        partial(_distill, recipe, request, samples, prompts),
+        nproc=request.world_size,
+        on_cuda=request.device == "cuda",
+        traceback=flags.traceback,
+        preload=PRELOAD,
+    )
+
+
+def settled(recipe: Recipe, place: Place) -> Request:
+    """Model, size, device and ranks; raises a Refusal for what is wrong before anything is loaded."""
+    if recipe.output.exists() and not recipe.output.is_dir():
+        raise Refusal(f"--output must be a folder, got the file {recipe.output}; nearest: {recipe.output}-distilled")
+    if (newest := newest_checkpoint(recipe.output)) is not None:
+        require_same(recipe, newest)
+    gpus = devices.gpus_for(recipe.device)
+    device = "cuda" if gpus else "cpu"
+    if recipe.teacher == "float8" and device == "cpu":
+        raise Refusal("--teacher float8 needs a CUDA GPU of compute capability 8.9, got cpu; nearest: int8")
+    flags = GenerateFlags(
+        model=recipe.model,
+        revision=recipe.revision,
+        res=recipe.res,
+        max_sequence_length=recipe.max_sequence_length,
+        window="full",
+        clear_weights="none",
+        cascade="off",
+        dtype=recipe.dtype,
+        device=recipe.device,
+        nproc=recipe.nproc,
+    )
+    used = gpus[: place.local_world_size if place.launcher else recipe.nproc]
+    request, facts, _ = choose(flags, place, CARDS, device=device, gpus=used)
+    if request.height is not None:
+        _check_grid(recipe, request.size[0] // facts.token_size, facts.token_size)
+    return request
+
+
+def _check_grid(recipe: Recipe, side: int, token: int) -> None:
+    factor = recipe.down_factor
+    if side % factor:
+        nearest = max(side // factor, 1) * factor * token
+        raise Refusal(f"--down-factor must divide the {side} tokens of a side, got {factor}; nearest: --res {nearest}")
+
+
+def _distill(recipe: Recipe, request: Request, samples: tuple[Any, ...], prompts: tuple[str, ...]) -> None:
+    run = import_module("clear_dist.training.run")  # torch: not for --help, nor for a refusal
+    run.distill(run.Distillation(recipe=recipe, request=request, samples=samples, prompts=prompts))

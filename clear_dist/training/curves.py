@@ -1,0 +1,59 @@
+"""Curves of a training: a line of CSV for each update, and a picture of them where matplotlib is installed."""
+
+import csv
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TextIO
+
+from clear_dist.pictures import replacing
+from clear_dist.training.trainer import Figures
+
+HELD_OUT = ("held_out", "held_out_teacher")
+SHOWN = ("total", "flow", "prediction", "attention", *HELD_OUT)
+
+
+class Curves:
+    """`losses.csv` and `losses.png` of an output folder."""
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        """Go on after update `steps`; later lines are those of an interrupted run."""
+        self._file, self._picture = folder / "losses.csv", folder / "losses.png"
+        self._rows = [row for row in _read(self._file) if int(row["step"]) <= steps]
+        with replacing(self._file) as partial, partial.open("w", newline="") as stream:
+            _writer(stream).writeheader()
+            _writer(stream).writerows(self._rows)
+
+    def add(self, figures: Figures, held_out: tuple[float, float] | None) -> None:
+        row = {name: f"{value:.6g}" for name, value in asdict(figures).items()}
+        row |= {name: f"{value:.6g}" for name, value in zip(HELD_OUT, held_out or (), strict=False)}
+        self._rows.append(row)
+        with self._file.open("a", newline="") as stream:
+            _writer(stream).writerow(row)
+
+    def draw(self) -> None:
+        if find_spec("matplotlib") is None:
+            return
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.subplots()
+        for name in SHOWN:
+            points = [(int(row["step"]), float(row[name])) for row in self._rows if row.get(name)]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), linewidth=1)
+        axes.set(xlabel="updates", ylabel="loss", yscale="log")
+        axes.legend()
+        with replacing(self._picture) as partial:
+            figure.savefig(partial)
+
+
+def _writer(stream: TextIO) -> csv.DictWriter:
+    return csv.DictWriter(stream, [*Figures.__dataclass_fields__, *HELD_OUT])
+
+
+def _read(file: Path) -> list[dict[str, str]]:
+    if not file.exists():
+        return []
+    with file.open(newline="") as stream:
+        return [row for row in csv.DictReader(stream) if row["seconds"]]
