@@ -57,7 +57,7 @@ def load_text_pipeline(
 def load_encoders(folder: Path, card: Card, *, dtype: torch.dtype, device: torch.device, phases: Phases) -> Any:
     """Pipeline of text encoders, tokenizers and VAE, without a transformer, as `load_pipeline`."""
     places = dict.fromkeys((*card.text_encoders, "vae"), device)
-    return _assemble(folder, card, places, ("transformer",), dtype, phases)
+    return _assemble(folder, card, places, ("transformer",), dtype, phases, {})
 
 
 def _assemble(
