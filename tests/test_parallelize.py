@@ -105,20 +105,20 @@ def test_backends_can_be_forced(backend: str) -> None:
 @pytest.mark.parametrize("size", [2, 5])
 def test_bytes_and_messages_of_a_step(size: int) -> None:
     """Two layers of 2 heads of 16 in float32; expected from the definition of a halo, not from the plan."""
-    radius = 4
-    counters = [rank_results[0][1] for rank_results in run_ranks(striped_latents, size, [{"window": radius}])]
-    tall, rest = divmod(HEIGHT, size)
-    heights = [tall + (rank < rest) for rank in range(size)]
-    owners = [rank for rank in range(size) for _ in range(heights[rank])]
-    for rank, counted in enumerate(counters):
-        lent = {
-            (peer, row)
-            for row in range(HEIGHT)
-            for other, peer in enumerate(owners)
-            if owners[row] == rank and peer != rank and abs(row - other) <= radius - 1
-        }
-        assert counted["halo_bytes_sent"] == [2 * (2 * len(lent) * WIDTH * 32 * 4)] * 3
-        assert counted["halo_messages_sent"] == [2 * len({peer for peer, _ in lent})] * 3
+    radius, cases = 4, {"rows": (HEIGHT, WIDTH), "columns": (WIDTH, HEIGHT)}
+    ranks = run_ranks(striped_latents, size, [{"window": radius, "cut": cut} for cut in cases])
+    for (along, across), counters in zip(cases.values(), zip(*ranks, strict=True), strict=True):
+        short, rest = divmod(along, size)
+        owners = [rank for rank in range(size) for _ in range(short + (rank < rest))]
+        for rank, (_, counted) in enumerate(counters):
+            lent = {
+                (peer, line)
+                for line in range(along)
+                for other, peer in enumerate(owners)
+                if owners[line] == rank and peer != rank and abs(line - other) <= radius - 1
+            }
+            assert counted["halo_bytes_sent"] == [2 * (2 * len(lent) * across * 32 * 4)] * 3
+            assert counted["halo_messages_sent"] == [2 * len({peer for peer, _ in lent})] * 3
 
 
 def everything_at_once(group: Group) -> list[Tensor]:

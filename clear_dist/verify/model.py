@@ -20,7 +20,7 @@ the largest difference was 0.5 to 0.9 per cent of the largest latent."""
 
 def verify_model(sample: Sample, group: Group, subjects: Subjects) -> Iterator[Finding]:
     """Each comparison draws the same latents in two ways; the one rank compared with takes the reference backend."""
-    grid, model = (max(LEAST_ROWS, 2 * group.size + 1), COLUMNS), f"tiny {sample.name}"
+    grid, model = (max(LEAST_ROWS, 2 * group.size + 1), max(COLUMNS, group.size)), f"tiny {sample.name}"
     ranks = f"{group.size} rank{'s' * (group.size > 1)}"
     pipe = sample.pipeline(group.device, torch.float32)
 
@@ -39,6 +39,8 @@ def verify_model(sample: Sample, group: Group, subjects: Subjects) -> Iterator[F
     alone = _drawn_alone(sample, pipe, grid, group, subjects)
     exact = stripes(window=RADIUS, text_attention="exact")
     yield finding(f"exact, {ranks} against one, float32", exact, alone, TOLERANCE)
+    by_columns = stripes(window=RADIUS, text_attention="exact", cut="columns")
+    yield finding(f"exact, {ranks} by columns against one", by_columns, alone, TOLERANCE)
     warm_up = stripes(window=RADIUS, text_attention="exact", schedule="stale", warmup_steps=sample.steps)
     yield finding("stale in warm-up against sync", warm_up, exact, 0.0)
 

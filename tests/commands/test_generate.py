@@ -142,7 +142,7 @@ def test_weights_that_lack_a_tensor_are_refused(model: Path, here: Path, capsys:
 
 def test_two_ranks_give_stock_latents_and_a_report(model: Path, here: Path) -> None:
     files = ("--latents_out", "l.safetensors", "--report", "r.json")
-    process = launch(model, "a fox", "--nproc", "2", "--window", "full", *files)
+    process = launch(model, "a fox", "--nproc", "2", "--window", "full", "--cut", "columns", *files)
     output, errors = process.communicate()
     assert (process.returncode, errors) == (0, "")
     assert "ranks=2" in output
@@ -153,7 +153,7 @@ def test_two_ranks_give_stock_latents_and_a_report(model: Path, here: Path) -> N
     stock = pipe("a fox", generator=generator, output_type="latent", **sizes).images
     torch.testing.assert_close(load_file("l.safetensors")["latents"], stock, rtol=1e-4, atol=1e-4)
     report = json.loads(Path("r.json").read_text())
-    assert report["stripes"] == [[0, 2], [2, 4]]
+    assert (report["cut"], report["stripes"]) == ("columns", [[0, 2], [2, 4]])
     assert [len(rank["join_bytes"]) for rank in report["comm"]] == [2, 2]
     assert set(report["seconds"]) == {"launch", "load", "text", "encode", "denoise", "decode", "save", "total"}
 

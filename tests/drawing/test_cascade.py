@@ -118,9 +118,10 @@ def test_the_stages_are_those_that_the_tests_below_mean() -> None:
 @pytest.mark.parametrize("size", [1, 2, 5])
 @pytest.mark.parametrize("from_picture", [False, True])
 def test_full_attention_is_stock_diffusers_stage_by_stage(size: int, from_picture: bool) -> None:
-    """On 5 ranks the first stage, of 4 rows, leaves one idle."""
+    """On 5 ranks the first stage, of 4 rows, leaves one idle; on 2, stripes are of columns, but in the VAE."""
     stages = upscaling_stages() if from_picture else STAGES
-    results = run_ranks(drawn, size, stages, from_picture, window="full")
+    cut = "columns" if size == 2 else "auto"
+    results = run_ranks(drawn, size, stages, from_picture, window="full", cut=cut)
     latents, pixels = stock(from_picture)
     for result in results:
         assert relative_error(result["latents"], latents) < ROUNDED

@@ -54,6 +54,8 @@ def test_the_demo_passes_its_own_checks() -> None:
         ({"res": 72}, r"--res must be a multiple of 16 pixels .*got 72; nearest: 64 or 80"),
         ({"height": 24}, r"--height must be .* nearest: 16 or 32"),
         ({"nproc": 9}, r"8 rows of tokens can be cut for 1 to 8 ranks, got 9; nearest: 8"),
+        ({"nproc": 9, "width": 256}, r"8 rows of tokens can be cut for 1 to 8 ranks, got 9; nearest: 8"),
+        ({"nproc": 9, "height": 256, "cut": "columns"}, r"8 columns of tokens .* got 9; nearest: 8"),
         ({"height": 16384, "width": 32768}, r"at most 268435456 pixels.* nearest: 16384 wide"),
         ({"res": 16384, "output": Path("x.webp")}, r"at most 16383 pixels .* nearest: .png"),
         ({"output": Path("x.gif")}, r"--output must end in .png"),
@@ -87,7 +89,7 @@ def test_the_demo_passes_its_own_checks() -> None:
         ({"clear_weights": "x" * 5_000}, r"there is no xxx.*\.\.\.; nearest"),
         (
             {"clear_weights": "a/b:clear_local_8_down_3.safetensors"},
-            r"^128 x 128 px: the width in tokens must be a multiple of 3, got 8; nearest: 9",
+            r"^128 x 128 px: the height in tokens must be a multiple of 3, got 8; nearest: 9",
         ),
         ({"window": 4, "model": "huggingface"}, r"there is no huggingface; nearest"),
     ],
