@@ -266,7 +266,7 @@ def test_an_interrupt_on_one_rank_stops_all() -> None:
 
 def many_ranks_few_rows(group: Group) -> None:
     pipe = make_tiny_pipeline()
-    parallelize(pipe, window=4, group=group)
+    parallelize(pipe, window=4, group=group, cut="rows")
     with pytest.raises(ValueError, match="2 rows of tokens can be cut for 1 to 2 ranks, got 3"):
         run(pipe, height=2)
 
