@@ -149,12 +149,12 @@ class Family(Modulated, Protocol):
         """Inputs that must be equal on all ranks: to the bit, and up to the rounding of text encoders."""
 
     def cut(self, inputs: Inputs, cut: Cut, text: TextPlan) -> Inputs:
-        """Inputs of this rank: its rows of the image, its share of the text, positions in the whole image."""
+        """Inputs of this rank: its stripe of the image (`Cut.own_tokens`, `own_patches`), its text, their positions."""
 
     def adapted(self, pipe: Any) -> "PipelineAdapter": ...
 
     def joined(self, output: Any, cut: Cut) -> Any:
-        """Output for all rows, by `cut.join`; unchanged where whatever follows takes stripes."""
+        """Output for the whole image, by `joined_tokens` or `joined_rows`; as it is where stripes are taken on."""
 
     def extrapolated(self, extrapolation: Extrapolation) -> AbstractContextManager[None]:
         """Context in which positions are those of a model above its native size."""

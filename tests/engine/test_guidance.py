@@ -21,7 +21,7 @@ from tests.tiny import make_tiny_pipeline
 HEIGHT, WIDTH, STEPS = 144, 96, 4
 NEGATIVE = "fog over all of it"
 """Longer than the prompt, so that passes have texts of two lengths where nothing is padded."""
-WINDOWED: dict[str, Any] = {"window": 3, "text_attention": "exact"}
+WINDOWED: dict[str, Any] = {"window": 3, "text_attention": "exact", "cut": "columns"}
 MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "flux": (make_tiny_pipeline, {"true_cfg_scale": 3.0}),
     "flux2": (partial(make_tiny_klein, is_distilled=False), {"guidance_scale": 3.0}),
