@@ -42,17 +42,19 @@ def _of_file(file: Path, flags: PictureFlags, cards: Cards) -> ModelFacts:
     names = read_tensors(file)
     transformer = part_in(file, names, "transformer") or PartFile(file=file)
     transformer.shapes()  # of plain numbers
-    base = "" if flags.base is None else flags.base
+    base = os.path.expanduser(flags.base or "")
     if not base and (file.parent / INDEX).is_file():
         base = str(file.parent)
-    folder = demo.WEIGHTS if base == "demo" else Path(base).expanduser() if base and os.path.exists(base) else None
+    folder = demo.WEIGHTS if base == "demo" else Path(base) if os.path.exists(base) else None
     if folder is not None:
         if not folder.is_dir():
             raise Refusal(f"--base must be a folder in diffusers' layout, got the file {folder}; nearest: --vae FILE")
         card = card_of(folder, cards)
-        return read_folder(folder, cards, {"transformer": transformer} | _others(file, card, flags, folder))
+        return read_folder(
+            folder, cards, {"transformer": transformer} | _others(file, card, flags, folder, card.hub_models[0].id)
+        )
     card, known = _known(base, transformer, cards)
-    files = {"transformer": transformer} | _others(file, card, flags, None)
+    files = {"transformer": transformer} | _others(file, card, flags, None, base if known is None else known.id)
     if known is None:
         return ModelFacts(location=base, files=files)
     location = base if base and cards.on_hub(base) is None else known.id
@@ -93,8 +95,8 @@ def _words(name: str) -> set[str]:
     return set(re.findall(r"[a-z]+|\d+", name.rpartition("/")[2].lower()))
 
 
-def _others(file: Path, card: Card, flags: PictureFlags, folder: Path | None) -> dict[str, PartFile]:
-    """Files of the other parts, as given, within the file, or beside it; those that the card cannot name are the base's.
+def _others(file: Path, card: Card, flags: PictureFlags, folder: Path | None, likely: str) -> dict[str, PartFile]:
+    """Files of the other parts, as given, in the file, or beside it; those the card cannot name are the base's.
 
     Raises a Refusal where the base has not got them, or is not to be asked for more than small files.
     """
@@ -112,7 +114,7 @@ def _others(file: Path, card: Card, flags: PictureFlags, folder: Path | None) ->
             flag = "--vae FILE" if part == "vae" else "--text-encoder FILE"
             raise Refusal(
                 f"the {part} of {file.name} must be beside it, found none of {', '.join(known)} "
-                f"(.safetensors) in {', '.join(map(str, places))}; nearest: {flag}, or --base {card.hub_models[0].id}, "
+                f"(.safetensors) in {', '.join(map(str, places))}; nearest: {flag}, or --base {likely}, "
                 "which is asked for all that is missing"
             )
     return found
