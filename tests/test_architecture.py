@@ -20,6 +20,7 @@ FLOORS = (
     ("vae",),
     ("parallelized",),
     ("parallelize", "drawing"),
+    ("evaluate",),
     ("plan", "verify"),
     ("training",),
     ("commands",),

@@ -7,7 +7,8 @@ schedules (drawn.py), and compares each picture with the same request on one ran
 paper's Table 6. Drawn cells are kept, so that an interrupted run can go on (delete them after a change of the engine).
 Results cover the cells compared by this run, and are written after each.
 
-- PSNR in dB and SSIM of the 8-bit pictures: medians over prompts, and the worst.
+- PSNR in dB, SSIM and MS-SSIM of the 8-bit pictures, by torchmetrics: medians over prompts, and the worst. (SSIM in
+  results of 2026-11-21 is scikit-image's, whose window is not Gaussian.)
 - seam: difference of rows across the borders between ranks, over the same on one rank. 1: no seam.
 """
 
@@ -23,12 +24,12 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from benchmarks.fidelity.drawn import SEED, held_out_prompts, pictures_of, planned
 from benchmarks.fidelity.plots import contact_sheet, plot
 from benchmarks.lib.flags import Parser
 from benchmarks.lib.machine import machine, save
+from clear_dist.evaluate.scores import likeness
 from clear_dist.pictures import replacing
 
 STEPS = (12, 28, 50)
@@ -63,15 +64,17 @@ def main() -> None:
 
 def compare(pictures: np.ndarray, reference: np.ndarray, ranks: int) -> dict[str, Any]:
     """Figures of a cell from its pictures and one rank's, both bytes [prompts, H, W, 3]."""
-    pairs = list(zip(reference, pictures, strict=True))
-    psnr = [IDENTICAL if np.array_equal(*pair) else float(peak_signal_noise_ratio(*pair)) for pair in pairs]
-    ssim = [float(structural_similarity(*pair, channel_axis=2)) for pair in pairs]
+    found = likeness(torch.from_numpy(pictures), torch.from_numpy(reference))
+    psnr, ssim = [min(each, IDENTICAL) for each in found.psnr], list(found.ssim)
+    assert found.ms_ssim is not None, "native pictures are large enough"
     here, there = (border_difference(drawn, ranks) for drawn in (pictures, reference))
     return {
         "psnr": median(psnr),
         "worst_psnr": min(psnr),
         "ssim": median(ssim),
         "worst_ssim": min(ssim),
+        "ms_ssim": median(found.ms_ssim),
+        "worst_ms_ssim": min(found.ms_ssim),
         "seam": here / there if ranks > 1 else 1.0,
         "psnr_of_each": psnr,
         "ssim_of_each": ssim,

@@ -136,7 +136,7 @@ class Card:
     originals: Mapping[str, str] = field(default_factory=dict)
     """Patterns of names in single files that are of no linear layer, with diffusers' names; empty: not in the model."""
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Names of single files of the other parts, without `.safetensors`; the first is that in all-in-one files."""
+    """Names of other parts' single files, without `.safetensors`; the first as in all-in-one files."""
     hub_models: tuple[HubModel, ...] = ()
     clear: Published | None = None
 

@@ -84,13 +84,19 @@ def caption(landscape: Landscape) -> str:
 
 def parse(prompt: str) -> tuple[str, list[str]]:
     """(canonical caption, words without meaning) of a prompt; of two mentions of an attribute the first counts."""
+    landscape, unknown = parsed(prompt)
+    return caption(landscape), unknown
+
+
+def parsed(prompt: str) -> tuple[Landscape, list[str]]:
+    """Attributes that a prompt names, and words without meaning, as `parse`."""
     found: dict[str, str] = {}
     unknown: list[str] = []
     for word in re.findall(r"[^\W\d_]+|\d+", prompt.lower()):
         known = _known_word(word)
         if known is None or (known and found.setdefault(WORD_TO_ATTRIBUTE[known], known) != known):
             unknown.append(word)
-    return caption(Landscape(**found)), unknown
+    return Landscape(**found), unknown
 
 
 def _known_word(word: str) -> str | None:

@@ -24,7 +24,7 @@ STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 WORTH_A_WORD = 1_000_000_000
 """Bytes."""
-DISTILL = "; clear-dist distill makes some" if find_spec("clear_dist.training") else ""
+DISTILL = "; clear-dist distill makes some" if find_spec("clear_dist.commands.distill") else ""
 """The way to weights, where it is there."""
 WARNING = "warning: "
 FAR_ABOVE_NATIVE = 4

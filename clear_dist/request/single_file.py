@@ -11,12 +11,13 @@ from clear_dist.cards.card import INDEX, Card, Cards, HubModel
 from clear_dist.cards.folder import HUB_ID, ModelFacts, card_of, find_model, read_folder
 from clear_dist.cards.headers import read_tensors
 from clear_dist.cards.single_file import Files, PartFile, fits, is_like, layout_of, part_in
-from clear_dist.options import Refusal, shortened
+from clear_dist.options import Refusal, nearest_word, shortened
 from clear_dist.request.flags import PictureFlags
 
 COMFYUI = {"transformer": ("unet", "diffusion_models", "checkpoints"), "vae": ("vae",)}
 """ComfyUI's folders of a part's files, beside each other; of text encoders:"""
 TEXT_ENCODERS = ("text_encoders", "clip")
+ENDINGS = (".safetensors", ".sft", ".gguf")
 
 
 def find(flags: PictureFlags, cards: Cards, *, has_cuda: bool) -> ModelFacts:
@@ -27,6 +28,10 @@ def find(flags: PictureFlags, cards: Cards, *, has_cuda: bool) -> ModelFacts:
     path = Path(flags.model).expanduser()
     if os.path.isfile(path):
         return _of_file(path, flags, cards)
+    if path.suffix in ENDINGS and not os.path.exists(path):
+        beside = os.listdir(path.parent) if os.path.isdir(path.parent) else []
+        near = sorted(name for name in beside if name.endswith(ENDINGS)) or ["demo"]
+        raise Refusal(f"--model: there is no file {shortened(str(path))}; nearest: {nearest_word(path.name, near)}")
     for name, value in {"--base": flags.base, "--text-encoder": flags.text_encoder, "--vae": flags.vae}.items():
         if value is not None:
             raise Refusal(f"{name} is for a --model that is a safetensors file, got {shortened(flags.model)!r}")
@@ -37,17 +42,19 @@ def _of_file(file: Path, flags: PictureFlags, cards: Cards) -> ModelFacts:
     names = read_tensors(file)
     transformer = part_in(file, names, "transformer") or PartFile(file=file)
     transformer.shapes()  # of plain numbers
-    base = "" if flags.base is None else flags.base
+    base = os.path.expanduser(flags.base or "")
     if not base and (file.parent / INDEX).is_file():
         base = str(file.parent)
-    folder = demo.WEIGHTS if base == "demo" else Path(base).expanduser() if base and os.path.exists(base) else None
+    folder = demo.WEIGHTS if base == "demo" else Path(base) if os.path.exists(base) else None
     if folder is not None:
         if not folder.is_dir():
             raise Refusal(f"--base must be a folder in diffusers' layout, got the file {folder}; nearest: --vae FILE")
         card = card_of(folder, cards)
-        return read_folder(folder, cards, {"transformer": transformer} | _others(file, card, flags, folder))
+        return read_folder(
+            folder, cards, {"transformer": transformer} | _others(file, card, flags, folder, card.hub_models[0].id)
+        )
     card, known = _known(base, transformer, cards)
-    files = {"transformer": transformer} | _others(file, card, flags, None)
+    files = {"transformer": transformer} | _others(file, card, flags, None, base if known is None else known.id)
     if known is None:
         return ModelFacts(location=base, files=files)
     location = base if base and cards.on_hub(base) is None else known.id
@@ -88,18 +95,17 @@ def _words(name: str) -> set[str]:
     return set(re.findall(r"[a-z]+|\d+", name.rpartition("/")[2].lower()))
 
 
-def _others(file: Path, card: Card, flags: PictureFlags, folder: Path | None) -> dict[str, PartFile]:
-    """Files of the other parts: as given, within the file, or beside it; parts without one are the base's.
+def _others(file: Path, card: Card, flags: PictureFlags, folder: Path | None, likely: str) -> dict[str, PartFile]:
+    """Files of the other parts, as given, in the file, or beside it; those the card cannot name are the base's.
 
     Raises a Refusal where the base has not got them, or is not to be asked for more than small files.
     """
     names, given = read_tensors(file), _given(card, flags)
     found = {}
-    for part in [part for part in card.weights if part != "transformer"]:
-        known = card.files.get(part, ())
+    for part, known in card.files.items():
         places = tuple(_places(file, part))
         beside = (place / f"{name}.safetensors" for place in places for name in known)
-        within = part_in(file, names, part, next(iter(known), None))
+        within = part_in(file, names, part, known[0])
         source = given.get(part) or within or next((PartFile(file=each) for each in beside if each.is_file()), None)
         if source is not None:
             source.shapes()  # of plain numbers
@@ -107,8 +113,8 @@ def _others(file: Path, card: Card, flags: PictureFlags, folder: Path | None) ->
         elif not (flags.base if folder is None else any((folder / part).glob("*.safetensors"))):
             flag = "--vae FILE" if part == "vae" else "--text-encoder FILE"
             raise Refusal(
-                f"the {part} of {file.name} must be beside it, found none of {', '.join(known) or 'any name'} "
-                f"(.safetensors) in {', '.join(map(str, places))}; nearest: {flag}, or --base {card.hub_models[0].id}, "
+                f"the {part} of {file.name} must be beside it, found none of {', '.join(known)} "
+                f"(.safetensors) in {', '.join(map(str, places))}; nearest: {flag}, or --base {likely}, "
                 "which is asked for all that is missing"
             )
     return found

@@ -113,11 +113,17 @@ def _load_file(kind: Any, folder: Path, source: PartFile, dtype: torch.dtype) ->
         names = [name for name in opened.keys() if name.startswith(source.prefix)]  # noqa: SIM118 (no mapping)
         tensors = {name.removeprefix(source.prefix): opened.get_tensor(name) for name in names}
     with _refusing(source.file, kind.__name__):
-        if issubclass(kind, transformers.PreTrainedModel):
-            config = kind.config_class.from_pretrained(folder)
-            part = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
-        else:
-            part = kind.from_single_file(tensors, config=str(folder), local_files_only=True, dtype=dtype)
+        if not issubclass(kind, transformers.PreTrainedModel):
+            return kind.from_single_file(tensors, config=str(folder), local_files_only=True, dtype=dtype)
+        part, info = kind.from_pretrained(
+            None,
+            config=kind.config_class.from_pretrained(folder),
+            state_dict=tensors,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to name the tensor ourselves
+            dtype=dtype,
+        )
+    _require_all(info, source.file)
     return part
 
 
@@ -133,14 +139,19 @@ def _load_stock(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
             ignore_mismatched_sizes=True,  # to name the tensor ourselves
             dtype=dtype,
         )
+    _require_all(info, folder / name)
+    return part
+
+
+def _require_all(info: Mapping[str, Any], where: Path) -> None:
+    """Raises a Refusal where a library has found tensors missing, or of other shapes."""
     for tensor in sorted(info["missing_keys"]):
-        raise Refusal(f"{folder / name} lacks {tensor}; are these the weights of another model?")
+        raise Refusal(f"{where} lacks {tensor}; are these the weights of another model?")
     for tensor, got, expected in sorted(info.get("mismatched_keys", ())):
         raise Refusal(
-            f"{tensor} must have the shape {list(expected)}, got {list(got)} in {folder / name}; "
+            f"{tensor} must have the shape {list(expected)}, got {list(got)} in {where}; "
             "are these the weights of another model?"
         )
-    return part
 
 
 @contextmanager

@@ -102,7 +102,8 @@ def test_tensors_are_where_diffusers_converters_find_them(tmp_path: Path, short:
 def others(folder: Path, card: Card) -> dict[str, Any]:
     """Flags for the other parts, whose files need only be there."""
     files = {part: sparse_checkpoint(folder / f"{part}.safetensors", {"x": (1,)}) for part in card.weights}
-    return {"text_encoder": [str(files[part]) for part in card.text_encoders], "vae": str(files["vae"])}
+    vae = {"vae": str(files["vae"])} if "vae" in card.files else {}  # else it is the base's
+    return {"text_encoder": [str(files[part]) for part in card.text_encoders]} | vae
 
 
 def test_a_plan_needs_no_other_file(tmp_path: Path) -> None:
@@ -148,8 +149,8 @@ def test_parts_that_are_nowhere_are_told_with_their_names_and_places(tmp_path: P
     folder.mkdir(parents=True)
     file = published(folder, "flux-dev")
     message = (
-        rf"the vae of file.safetensors must be beside it, found none of ae \(.safetensors\) in {folder}, "
-        rf"{tmp_path}/models/vae; nearest: --vae FILE, or --base "
+        rf"the text_encoder of file.safetensors must be beside it, found none of clip_l \(.safetensors\) in {folder}, "
+        rf"{tmp_path}/models/text_encoders, {tmp_path}/models/clip; nearest: --text-encoder FILE, or --base "
         f"{FLUX_DEV}, which is asked for all that is missing"
     )
     with pytest.raises(Refusal, match=message):
@@ -164,6 +165,8 @@ def test_other_files_than_safetensors(tmp_path: Path) -> None:
     for name, message in (("flux1-dev-Q8_0.gguf", "must be safetensors, got GGUF in"), ("flux1-dev.sft.pt", "pickled")):
         with pytest.raises(Refusal, match=message):
             find(GenerateFlags(model=str(tmp_path / name)), CARDS, has_cuda=False)
+    with pytest.raises(Refusal, match=r"there is no file .*; nearest: flux1-dev-Q8_0\.gguf"):
+        find(GenerateFlags(model=str(tmp_path / "flux1-dev-Q80.gguf")), CARDS, has_cuda=False)
     with pytest.raises(Refusal, match="--vae is for a --model that is a safetensors file, got 'demo'"):
         find(GenerateFlags(model="demo", vae="ae.safetensors"), CARDS, has_cuda=False)
 

@@ -17,6 +17,7 @@ from clear_dist.families.cards import CARDS
 from clear_dist.families.flux.card import CARD
 from clear_dist.observe import peaks
 from clear_dist.observe.progress import Phases
+from clear_dist.options import Refusal
 from clear_dist.weights import loading
 from clear_dist.weights.clear import load_clear_weights
 from clear_dist.weights.loading import load_pipeline
@@ -101,6 +102,27 @@ def test_rows_of_another_layout_are_views_of_its_file(folder: Path, tmp_path: Pa
         if not any(part in name for part in ("to_q", "to_k", "to_v", "add_q", "add_k", "add_v", "proj_mlp"))
     }
     assert copied == whole
+
+
+@pytest.mark.parametrize(
+    ("part", "tensor", "change", "message"),
+    [
+        ("text_encoder", "text_model.encoder.layers.0.mlp.fc1.weight", None, "clip_l.safetensors lacks .*fc1.weight"),
+        ("text_encoder", "text_model.encoder.layers.0.mlp.fc1.weight", (7, 16), r"fc1.weight must have the shape .*\[7, 16\]"),
+        ("vae", "decoder.mid.block_1.conv1.weight", None, "ae.safetensors must hold what can be loaded as Auto"),
+    ],
+)  # fmt: skip
+def test_a_part_in_a_file_that_lacks_something_is_refused(
+    folder: Path, tmp_path: Path, part: str, tensor: str, change: tuple[int, ...] | None, message: str
+) -> None:
+    pipe = load_pipeline(folder, CARD, with_text_encoders=True, dtype=torch.float32, device=CPU)
+    convert, name = {"vae": (original_layout.vae, "ae"), "text_encoder": (original_layout.clip, "clip_l")}[part]
+    tensors = convert(getattr(pipe, part).state_dict())
+    del tensors[tensor]
+    save_file(tensors | ({} if change is None else {tensor: torch.zeros(change)}), tmp_path / f"{name}.safetensors")
+    files = {part: PartFile(file=tmp_path / f"{name}.safetensors")}
+    with pytest.raises(Refusal, match=message):
+        load_pipeline(folder, CARD, with_text_encoders=True, dtype=torch.float32, device=CPU, files=files)
 
 
 def test_what_is_written_to_a_weight_does_not_reach_the_file(folder: Path) -> None:

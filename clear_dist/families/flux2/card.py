@@ -214,7 +214,7 @@ def _hub_model(name: str, shape: Flux2Shape, text: TextEncoders, *, is_distilled
 KLEIN = Card(
     pipeline="Flux2KleinPipeline",
     parts=_parts("transformers.Qwen3ForCausalLM"),
-    files={"text_encoder": ("qwen_3_4b", "qwen_3_8b")},
+    files={"text_encoder": ("qwen3_4b", "qwen_3_4b", "qwen3_8b", "qwen_3_8b")},
     hub_models=(
         _hub_model("klein-4B", _SMALL, _QWEN3_4B, is_distilled=True),
         _hub_model("klein-9B", _LARGE, _QWEN3_8B, is_distilled=True),

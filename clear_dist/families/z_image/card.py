@@ -172,6 +172,6 @@ CARD = Card(
     token_limits={},
     schedule={"shift": 3.0},
     originals={r"(.+\.attention)\.([qk])_norm\.weight": r"\1.norm_\2.weight", r"norm_final\.weight": ""},
-    files={"text_encoder": ("qwen_3_4b",), "vae": ("ae",)},
+    files={"text_encoder": ("qwen3_4b", "qwen_3_4b"), "vae": ("ae",)},
     hub_models=(_hub_model(TURBO, "z-image-turbo", 3.0), _hub_model(BASE, "z-image", BASE_SHIFT)),
 )
