@@ -92,11 +92,10 @@ def meet(
     device: torch.device, given: Group | None, options: Options, undo: list[Callable[[], None]]
 ) -> tuple[Group, Group, list[Group]]:
     """The group, its part that takes a pass of guidance with this rank, and those of the two that are made here."""
-    own: list[Group] = []
-    undo.append(partial(close, own))
     with as_arguments():
         group = given or Group.create(device, share_gpus=options.share_gpus)
-        own += [group] if given is None else []
+        own = [group] if given is None else []
+        undo.append(partial(close, own, group))
         require_equal_settings(group, guidance_ranks=options.guidance_ranks)
         half = group.halves() if options.halves(group.size) else group
     own += [half] if half is not group else []

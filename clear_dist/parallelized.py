@@ -95,7 +95,7 @@ class Parallelized:
             model.remove()
         if self._offloaded is not None:
             self._offloaded.remove()
-        close(self._own_groups)
+        close(self._own_groups, self.group)
 
     def close(self) -> None:
         """End all that ranks share; the pipeline is of no use afterwards."""
@@ -103,4 +103,4 @@ class Parallelized:
             model.graphs.drop()  # of a generation that was stopped; NCCL waits for all that hold its messages
             for shards in model.shards:
                 shards.close()
-        close(self._own_groups)
+        close(self._own_groups, self.group)

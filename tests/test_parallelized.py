@@ -24,5 +24,5 @@ def test_no_graph_is_left_when_the_group_is_closed() -> None:
     striped = on_stripes(pipe, Group.create("cpu"), EXACT, recorder)
     run(pipe, steps=STEPS, callback_on_step_end=stop)
     assert recorder.made() is not None
-    Parallelized(striped, (), True, None, None).close()
+    Parallelized(striped, (), [striped.group], None, None).close()
     assert recorder.made() is None

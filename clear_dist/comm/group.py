@@ -263,10 +263,13 @@ class Group:
             dist.destroy_process_group()
 
 
-def close(groups: list[Group]) -> None:
-    """Close groups, the last one first, and empty the list."""
+def close(groups: list[Group], everyone: Group) -> None:
+    """Close groups of ranks of `everyone`, the last one first, and empty the list."""
     while groups:
-        groups.pop().close()
+        closed = groups.pop()
+        closed.close()
+        if closed is not everyone:
+            everyone.barrier()  # else the process that keeps all addresses might end while others look some up
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from clear_dist.cards.card import Card
 from clear_dist.cards.folder import card_of, read_folder
 from clear_dist.comm.group import Group
 from clear_dist.comm.in_touch import in_touch
+from clear_dist.comm.mesh import image_group
 from clear_dist.comm.process_groups import device_of
 from clear_dist.drawing.previews import Previews
 from clear_dist.drawing.prompts import nothing
@@ -35,7 +36,7 @@ from clear_dist.options import Options, Refusal
 from clear_dist.parallelize import parallelize, require_machine
 from clear_dist.pictures import preview_of
 from clear_dist.plan import fit_here
-from clear_dist.plan.choice import Fewer, may_use_fewer
+from clear_dist.plan.choice import Fewer, Halves, may_have_halves, may_use_fewer
 from clear_dist.request.notes import sharing
 from clear_dist.request.outputs import require_free
 from clear_dist.request.request import Request
@@ -43,7 +44,10 @@ from clear_dist.weights import loading
 from clear_dist.weights.lora import load_loras
 from clear_dist.weights.offload import offloaded_parts
 
+Choice = tuple[Halves | None, tuple[Fewer, ...]]
 SEED_BITS = 32
+BETWEEN_MESSAGES, WHILE_OTHERS_DRAW = 600.0, 30 * 86_400.0
+"""Seconds that all ranks wait for each other; those of other pictures may draw for long before they meet again."""
 
 
 class Prepared:
@@ -59,44 +63,71 @@ class Prepared:
         place = env.read()
         self.device = device = _settle_on(request.device, place)
         self.began, self.phases = began, phases
-        join_seconds, share_gpus = request.join_timeout, request.share_gpus
-        self.group = group = Group.create(device, join_seconds=join_seconds, share_gpus=share_gpus)
-        for line in sharing(group.transport) if group.rank == 0 else ():
-            say(line)
+        self.everyone, self.group = everyone, group = met(request, device)
+        """All ranks, and those that draw this rank's pictures."""
         self.launch = time.time() - began
         """Seconds until the ranks were at work."""
-        require_free(group.broadcast_object(taken))
-        options = Options(**{each.name: getattr(request, each.name) for each in fields(Options)})
+        require_free(everyone.broadcast_object(taken))
         with refusing():
-            require_machine(options, device, getattr(torch, request.dtype))
+            require_machine(options_of(request), device, getattr(torch, request.dtype))
         with phases.phase("load", detail=" the files"):
-            self.request = request = hub.locate(request, group, CARDS, local_rank=place.local_rank)
-        fewer = choosing(request, place) if group.rank == 0 and may_use_fewer(request) else None
-        self.encoded, self.pipe = in_touch(group, partial(_load, request, group.rank, device, phases))
-        """Embeddings of each prompt on rank 0; None elsewhere, and where the pipeline keeps its text encoders."""
+            self.request = request = hub.locate(request, everyone, CARDS, local_rank=place.local_rank)
+        self.data_rank = everyone.rank // group.size
+        self.mine = request.drawn_by(self.data_rank)
+        """Prompts of this rank's group, and which pictures of each it draws."""
+        is_open = may_use_fewer(request) or may_have_halves(request)
+        choice = choosing(request, place) if everyone.rank == 0 and is_open else None
+        self.encoded, self.pipe = in_touch(everyone, partial(_load, request, group.rank, self.mine, device, phases))
+        """Embeddings of each prompt that is mine on a group's rank 0; None where the pipeline keeps its encoders."""
         with phases.phase("load"):
+            self._choose(None if choice is None else choice.result())
+            options, weights = options_of(self.request), request.clear_weights
             with refusing():
-                self.handle = parallelize(self.pipe, options, clear_weights=request.clear_weights, group=group)
+                self.handle = parallelize(self.pipe, options, clear_weights=weights, group=group)
             load_loras(self.pipe, hub.local_loras(request), CARDS)
-            self.fewer: tuple[Fewer, ...] = group.broadcast_object(() if fewer is None else fewer.result())
-            """Stages that not all ranks draw."""
         replaced = self.handle.replaced
-        if group.rank == 0 and replaced is not None and not replaced.file.is_relative_to(request.model):
+        if everyone.rank == 0 and replaced is not None and not replaced.file.is_relative_to(request.model):
             say(f"CLEAR weights: {replaced}")  # a model's own go without saying
-        for each in self.fewer if group.rank == 0 else ():
-            say(each.words(averages=self.handle.text_attention == "average"))
         self.loading_peak_bytes = peaks.peak_memory(device)
-        self.seed = group.broadcast_object(secrets.randbits(SEED_BITS) if request.seed is None else request.seed)
+        self.seed = everyone.broadcast_object(secrets.randbits(SEED_BITS) if request.seed is None else request.seed)
         torch.manual_seed(self.seed)
         self.host_memory_bytes = None if request.report is None else peaks.host_memory()
         self.peak_since_loading = peaks.reset_peak_memory(device)
         self.compile_time = CompileTime()
         every, self.previews, self.profile = request.preview_every, None, None
-        if every is not None and group.rank == 0:
+        if every is not None and everyone.rank == 0:
             self.previews = Previews(preview_of(request.output), every)
         if request.profile is not None:  # of the last stage of the first prompt
             steps = request.stages[-1].sampling.steps
-            self.profile = Profile(request.traces[group.rank], group.rank, steps=steps, drain=self.handle.drain)
+            self.profile = Profile(request.traces[everyone.rank], everyone.rank, steps=steps, drain=self.handle.drain)
+
+    def _choose(self, choice: Choice | None) -> None:
+        """Take what rank 0 has found to be sooner, and tell people."""
+        halves, fewer = self.everyone.broadcast_object(choice) or (None, ())
+        self.fewer: tuple[Fewer, ...] = fewer
+        """Stages that not all ranks draw."""
+        if halves is not None:
+            self.request = replace(self.request, guidance_ranks=2)
+        for each in (*((halves,) if halves is not None else ()), *fewer) if self.everyone.rank == 0 else ():
+            say(each.words(averages=self.request.text_attention == "average"))
+
+
+def met(request: Request, device: torch.device) -> tuple[Group, Group]:
+    """All ranks, and those that draw this rank's pictures."""
+    everyone = Group.create(
+        device,
+        timeout_seconds=WHILE_OTHERS_DRAW if request.data_ranks > 1 else BETWEEN_MESSAGES,
+        join_seconds=request.join_timeout,
+        share_gpus=request.share_gpus,
+    )
+    group = image_group(everyone, request.data_ranks)
+    for line in sharing(group.transport) if everyone.rank == 0 else ():
+        say(line)
+    return everyone, group
+
+
+def options_of(request: Request) -> Options:
+    return Options(**{each.name: getattr(request, each.name) for each in fields(Options)})
 
 
 def _settle_on(kind: str, place: Place) -> torch.device:
@@ -108,10 +139,10 @@ def _settle_on(kind: str, place: Place) -> torch.device:
     return device
 
 
-def choosing(request: Request, place: Place) -> "Future[tuple[Fewer, ...]]":
-    """Begin to find out which stages fewer ranks draw sooner, beside loading."""
+def choosing(request: Request, place: Place) -> "Future[Choice]":
+    """Begin to find out, beside loading, whether halves share guidance, and which stages fewer ranks draw sooner."""
     facts = read_folder(Path(request.model), CARDS, request.files)
-    return in_background(partial(fit_here.fewer_here, request, facts, place))
+    return in_background(partial(fit_here.chosen_here, request, facts, place))
 
 
 @contextmanager
@@ -123,14 +154,16 @@ def refusing() -> Iterator[None]:
         raise Refusal(str(error)) from error
 
 
-def _load(request: Request, rank: int, device: torch.device, phases: Phases) -> tuple[list[Encoded] | None, Any]:
-    """Embeddings on rank 0, and the pipeline, without text encoders unless they are to stay.
+def _load(
+    request: Request, rank: int, mine: Iterable[int], device: torch.device, phases: Phases
+) -> tuple[dict[int, Encoded] | None, Any]:
+    """Embeddings of prompts `mine` on rank 0, and the pipeline, without text encoders unless they are to stay.
 
     Nobody waits for rank 0 meanwhile, and on its device the text encoders make room for the transformer.
     """
     first, keep = rank == 0, request.keep_text_encoder
     card = card_of(Path(request.model), CARDS)
-    encoded = encode_ahead(request, card, device, phases) if first and not keep else None
+    encoded = encode_ahead(request, mine, card, device, phases) if first and not keep else None
     with phases.phase("load", detail=" the model"):
         pipe = loading.load_pipeline(
             Path(request.model),
@@ -152,8 +185,10 @@ def parts_on_host(request: Request, card: Card) -> tuple[str, ...]:
     return (*(offloaded_parts(card.parts) if request.offload else ()), *(("transformer",) if changed else ()))
 
 
-def encode_ahead(request: Request, card: Card, device: torch.device, phases: Phases) -> list[Encoded]:
-    """Embeddings of each prompt; the text encoders are gone from `device` afterwards. Raises as `load_pipeline`."""
+def encode_ahead(
+    request: Request, mine: Iterable[int], card: Card, device: torch.device, phases: Phases
+) -> dict[int, Encoded]:
+    """Embeddings of prompts `mine`; the text encoders are gone from `device` afterwards. Raises as `load_pipeline`."""
     with phases.phase("load", detail=" text encoders"):
         pipe = loading.load_text_pipeline(
             Path(request.model),
@@ -165,7 +200,7 @@ def encode_ahead(request: Request, card: Card, device: torch.device, phases: Pha
         )
         load_loras(pipe, hub.local_loras(request), CARDS)
     with phases.phase("text", detail="s" if len(request.prompts) > 1 else ""):
-        encoded = encode(pipe, request, request.prompts)
+        encoded = dict(zip(mine, encode(pipe, request, [request.prompts[index] for index in mine]), strict=True))
     del pipe
     gc.collect()
     peaks.give_back(device)

@@ -3,6 +3,7 @@
 import json
 import shlex
 import time
+from concurrent.futures import wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from clear_dist.comm.group import close
+from clear_dist.comm.mesh import SharedCount
+from clear_dist.comm.rows import collect_stripes
 from clear_dist.commands.prepare import Prepared, encode
 from clear_dist.commands.saving import Saving
 from clear_dist.drawing.cascade import Cascade, Drawing, nth_stage, work_of
@@ -20,7 +24,9 @@ from clear_dist.drawing.many import alike, draw_each
 from clear_dist.drawing.prompts import share
 from clear_dist.engine.family import Encoded
 from clear_dist.families.transformers import adapter_of
+from clear_dist.geometry import Rows
 from clear_dist.launch import env
+from clear_dist.launch.aside import in_background
 from clear_dist.launch.ends import Failure, say
 from clear_dist.launch.interrupts import unwinding
 from clear_dist.observe import peaks, report
@@ -33,6 +39,7 @@ from clear_dist.request.pictures import load
 from clear_dist.request.request import Request
 from clear_dist.stages import Stage, on_ranks
 
+SECONDS_BETWEEN_LOOKS = 0.5
 SAVING = 0.5
 """Share of a denoising step on a CPU; for the time left only."""
 
@@ -41,33 +48,60 @@ class Rendering(Prepared):
     def run(self) -> None:
         self.stages: list[report.StageFigures] = []
         request = self.request
-        work = 0.0
-        for index in range(len(request.prompts)):
-            stages = request.alone(index).stages
-            saved = stages if request.save_stages else stages[-1:]
-            work += sum(sum(work_of(stage).values()) for stage in stages) + sum(map(saving_work, saved))
-        self.phases.expect(work)
+        self._expect()
         latents: list[Tensor] = []
 
         def draw(index: int) -> None:
-            drawing = self._render_prompt(index)
+            drawing = self._render_prompt(index, self.mine[index])
             if request.latents_out is not None and self.group.rank == 0:
                 assert drawing.latents is not None, "rank 0 draws every stage"
                 latents.append(drawing.latents.cpu())
 
-        is_there = (lambda index: self._saving(index).is_there()) if request.resume else None
-        kind = "picture" if request.pictures else "prompt"
-        outcome = draw_each(len(request.prompts), draw, group=self.group, is_there=is_there, kind=kind)
-        if request.latents_out is not None and latents:
-            with self.phases.phase("save"), replacing(request.latents_out) as partial:
-                partial.write_bytes(save({"latents": torch.cat(latents)}))
+        is_there = (lambda index: self._saving(index, self.mine[index]).is_there()) if request.resume else None
+        kind, count = "picture" if request.pictures else "prompt", len(request.prompts)
+        outcome = draw_each(count, draw, group=self.group, mine=tuple(self.mine), is_there=is_there, kind=kind)
+        self._wait_for_all()
+        failed = set[int]().union(*self.everyone.gather_objects(set(outcome.failed)))
+        if request.latents_out is not None:
+            self._save_latents(request.latents_out, latents)
         if request.report is not None:
             self._report(request.report)
-        if outcome.failed:
-            count = len(request.prompts)
-            raise Failure(f"{len(outcome.failed)} of {count} {kind}s failed, as told above; the others are there")
+        if failed:
+            raise Failure(f"{len(failed)} of {count} {kind}s failed, as told above; the others are there")
 
-    def _saving(self, index: int, alpha: Alpha | None = None) -> Saving:
+    def _expect(self) -> None:
+        """Have progress shown of all groups' work."""
+        work, request = 0.0, self.request
+        for index in (index for group in range(request.data_ranks) for index in request.drawn_by(group)):
+            stages = request.alone(index).stages
+            saved = stages if request.save_stages else stages[-1:]
+            work += sum(sum(work_of(stage).values()) for stage in stages) + sum(map(saving_work, saved))
+        is_shared = self.group is not self.everyone and self.group.rank == 0
+        self.phases.expect(work, SharedCount(self.everyone, "work done").add if is_shared else None)
+
+    def _wait_for_all(self) -> None:
+        """Wait for groups that draw other pictures, and show what they have done."""
+        ended = in_background(self.everyone.barrier)
+        while wait([ended], SECONDS_BETWEEN_LOOKS).not_done:
+            self.phases.look()
+        ended.result()
+
+    def _save_latents(self, file: Path, drawn: list[Tensor]) -> None:
+        """Write all groups' latents, in the order of pictures; `drawn` are mine, on a group's rank 0."""
+        mine = torch.cat(drawn) if drawn else torch.empty(0)
+        everyone = self.everyone.gather_objects((len(mine), mine.shape[1:], mine.dtype))
+        counts = tuple(count for count, *_ in everyone)
+        if not sum(counts):
+            return
+        shape, dtype = next((shape, dtype) for count, shape, dtype in everyone if count)
+        held = mine if drawn else torch.empty((0, *shape), dtype=dtype)
+        with self.phases.phase("save"):
+            latents = list(collect_stripes(held, self.everyone, counts))
+            if latents:
+                with replacing(file) as partial:
+                    partial.write_bytes(save({"latents": torch.cat(latents)}))
+
+    def _saving(self, index: int, images: Rows, alpha: Alpha | None = None) -> Saving:
         request = self.request.alone(index)
         return Saving(
             request=request,
@@ -75,24 +109,27 @@ class Rendering(Prepared):
             settings=self._settings(request),
             seed=self.seed,
             group=self.group,
-            files=self.request.outputs[index * request.num_images :][: request.num_images],
+            files=self.request.outputs[index * request.num_images :][images.relative_to(0)],
+            first=images.start,
             alpha=alpha,
             began=time.perf_counter(),
         )
 
-    def _render_prompt(self, index: int) -> Drawing:
+    def _render_prompt(self, index: int, images: Rows) -> Drawing:
         request, count = self.request.alone(index), len(self.request.prompts)
         drawing, alpha = self._start(request)
-        saving = self._saving(index, alpha)
+        saving = self._saving(index, images, alpha)
         kind = "prompt" if request.picture is None else "picture"
         detail = f", {kind} {index + 1} of {count}" if count > 1 else ""
         with self.phases.phase("text", detail=detail):
-            embeddings = self._encode(index)
-        cascade = Cascade(self.pipe, embeddings, seed=self.seed, phases=self.phases, on_step=self._end_step)
+            embeddings = self._encode(index, images)
+        others = images.start, request.num_images - images.stop
+        shown: dict[str, Any] = {"phases": self.phases, "on_step": self._end_step}
+        cascade = Cascade(self.pipe, embeddings, seed=self.seed, others=others, **shown)
         stages, last = on_ranks(request.stages, by_size(self.fewer)), len(request.stages) - 1
         averages = self.handle.text_attention == "average"
         reasons = {each.size: each.words(averages=averages) for each in self.fewer}
-        profile = self.profile if index == 0 else None
+        profile = self.profile if index == next(iter(self.mine)) else None
 
         def around(number: int) -> AbstractContextManager[None]:
             return profile.recording() if profile is not None and number == last else nullcontext()
@@ -108,16 +145,16 @@ class Rendering(Prepared):
                 with self.phases.phase("save", detail=", the profile"):
                     profile.write()
                     self.group.barrier()
-                    if self.group.rank == 0:
+                    if self.everyone.rank == 0:
                         first = shlex.quote(str(request.traces[0]))
-                        print(f"profile={first} ranks={self.group.size} steps={profile.steps}", flush=True)
+                        print(f"profile={first} ranks={self.everyone.size} steps={profile.steps}", flush=True)
             if self.group.rank == 0:
                 self.stages.append(self._figures(drawn, reasons.get(stage.size)))
         assert drawing is not None, "there is at least one stage"
         return drawing
 
     def _figures(self, drawn: Drawing, why: str | None) -> report.StageFigures:
-        """Of the stage that has just been drawn; on rank 0, which draws them all."""
+        """Of the stage that has just been drawn; on a group's rank 0, which draws them all."""
         return report.StageFigures(
             grid=self.handle.grid,
             cut=self.handle.cut,
@@ -125,6 +162,8 @@ class Rendering(Prepared):
             ranks=len(list(filter(len, drawn.rows))),
             times=self.phases.stages[-1],
             why=why,
+            guidance_ranks=drawn.guidance_ranks,
+            data_rank=self.data_rank,
         )
 
     def _start(self, request: Request) -> tuple[Drawing | None, Alpha | None]:
@@ -137,14 +176,14 @@ class Rendering(Prepared):
                 image, alpha = load(request.picture)
         return from_image(image, self.group), None if alpha is None else Alpha(alpha, request.picture.background)
 
-    def _encode(self, index: int) -> dict[str, Tensor]:
+    def _encode(self, index: int, images: Rows) -> dict[str, Tensor]:
         encoded: Encoded = []
         if self.encoded is not None:
             encoded = self.encoded[index]
         elif self.group.rank == 0:
             (encoded,) = encode(self.pipe, self.request, [self.request.prompts[index]])
         adapter, counters = adapter_of(self.pipe), self.handle.counters
-        return share(adapter, self.group, counters, encoded, num_images=self.request.num_images)
+        return share(adapter, self.group, counters, encoded, num_images=len(images))
 
     def _end_step(self, pipe: Any, stage: Stage, done: int, latents: Tensor) -> None:
         if self.device.type == "cuda":
@@ -170,8 +209,8 @@ class Rendering(Prepared):
             loading_peak_bytes=self.loading_peak_bytes,
             host_memory_bytes=self.host_memory_bytes,
         )
-        ranks = self.group.gather_objects(figures)
-        if self.group.rank != 0:
+        gathered = self.everyone.gather_objects((figures, self.stages))
+        if self.everyone.rank != 0:
             return
         contents = report.build(
             seed=self.seed,
@@ -179,8 +218,8 @@ class Rendering(Prepared):
             times=self.phases.times,
             launch=self.launch,
             total=time.time() - self.began,
-            stages=self.stages,
-            ranks=ranks,
+            stages=[stage for _, stages in gathered for stage in stages],
+            ranks=[figures for figures, _ in gathered],
             clear_weights=None if self.handle.replaced is None else self.handle.replaced.figures,
             parts=self.phases.parts,
         )
@@ -201,4 +240,4 @@ def render(request: Request, began: float) -> None:
         with rendering.compile_time.measuring(), unwinding():  # from here on files are written
             rendering.run()
     rendering.handle.close()
-    rendering.group.close()
+    close(list(dict.fromkeys((rendering.everyone, rendering.group))), rendering.everyone)

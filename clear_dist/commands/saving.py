@@ -38,6 +38,8 @@ class Saving:
     group: Group
     files: Sequence[Path]
     """Names of the last stage's pictures."""
+    first: int
+    """Number of the first of them among the prompt's."""
     alpha: Alpha | None
     """The start picture's, on rank 0."""
     began: float
@@ -91,7 +93,7 @@ class Saving:
             "prompt": self.prompt,
             "seed": str(self.seed),
             "Software": f"clear-dist {__version__}",
-            "image": str(index),
+            "image": str(self.first + index),
         }
         if self.request.negative_prompt is not None:
             own["negative_prompt"] = self.request.negative_prompt

@@ -21,7 +21,7 @@ from clear_dist.drawing.encoding import encode_rows, join_rows
 from clear_dist.drawing.resize import resize_rows, rows_behind
 from clear_dist.engine.agreement import fingerprint, require_equal_settings
 from clear_dist.engine.extrapolation import Extrapolation
-from clear_dist.engine.family import Condition, OnStep
+from clear_dist.engine.family import Condition, OnStep, Others
 from clear_dist.engine.striped import require_striped
 from clear_dist.geometry import Rows, cut_in_stripes, most_stripes
 from clear_dist.observe.peaks import give_back
@@ -47,6 +47,8 @@ class Drawing:
     """My rows, bytes [B, 3, R, W]."""
     latents: Tensor | None = None
     """Whole pictures [B, tokens, C], on the ranks that drew them."""
+    guidance_ranks: int = 1
+    """2: each half of the ranks took a pass of guidance."""
 
 
 class Cascade:
@@ -58,13 +60,15 @@ class Cascade:
         embeddings: dict[str, Tensor],
         *,
         seed: int,
+        others: Others = (0, 0),
         phases: Phases | None = None,
         on_step: OnStep | None = None,
         controls: Sequence[Control] = (),
     ) -> None:
         """`pipe` is parallelized, `embeddings` are from `encode_prompts`, `controls` for its ControlNets, if any.
 
-        Raises ValueError where VAEs differ, or a ControlNet is not on stripes.
+        `others` as `PipelineAdapter.denoise` takes them. Raises ValueError where VAEs differ, or a ControlNet is not on
+        stripes.
         """
         self._pipe = pipe
         self._striped = require_striped(pipe)
@@ -74,6 +78,10 @@ class Cascade:
         self._adapter = self._striped.family.adapted(pipe)
         self._embeddings = embeddings
         self._seed = seed
+        self._others = others
+        self._is_guided = any(
+            name in embeddings for name in self._adapter.arguments[len(self._adapter.arguments) // 2 :]
+        )
         self._native_tokens = (self._adapter.native_size // self._adapter.token_size) ** 2
         self._phases = phases or Phases()
         self._on_step = on_step
@@ -136,7 +144,13 @@ class Cascade:
                 counters.pause()
         if part is not group:
             part.close()
-        return Drawing(size=stage.size, rows=held, pixels=pixels, latents=latents)
+        halves = 2 if self._splits(stage, ranks) else 1
+        return Drawing(size=stage.size, rows=held, pixels=pixels, latents=latents, guidance_ranks=halves)
+
+    def _splits(self, stage: Stage, ranks: int) -> bool:
+        """Whether each half of the ranks takes a pass of a stage's guidance."""
+        has_halves = self._striped.guidance.has_halves and ranks == self._striped.group.size
+        return has_halves and self._is_guided and stage.sampling.passes > 1
 
     def _phase(self, name: str, stage: Stage, detail: str) -> AbstractContextManager[None]:
         give_back(self._striped.group.device)
@@ -155,11 +169,13 @@ class Cascade:
     ) -> Tensor:
         pipe = self._pipe if start is None else self._refining
         adapter = controlled(self._adapter).controlled(conditions) if conditions else self._adapter
+        is_guided = self._is_guided and stage.sampling.passes > 1
+        how: dict[str, Any] = {"scheduler": pipe.scheduler, "extrapolation": self._extrapolation(stage)}
+        given: dict[str, Any] = {"seed": seed, "others": self._others, "start": start, "on_step": self._on_step}
         with ExitStack() as running:
             for model in self._models:  # a ControlNet, too, is above the size that it was trained at
-                context = model.running(group=part, scheduler=pipe.scheduler, extrapolation=self._extrapolation(stage))
-                running.enter_context(context)
-            return adapter.denoise(pipe, self._embeddings, stage, seed=seed, start=start, on_step=self._on_step)
+                running.enter_context(model.running(group=part, is_guided=is_guided, **how))
+            return adapter.denoise(pipe, self._embeddings, stage, **given)
 
     @cached_property
     def _refining(self) -> Any:

@@ -1,6 +1,6 @@
 """A list drawn with one load, alike on all ranks: what is there is skipped, what fails is told, the others go on."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -45,23 +45,26 @@ def draw_each(
     draw: Callable[[int], None],
     *,
     group: Group,
+    mine: Sequence[int] | None = None,
     is_there: Callable[[int], bool] | None = None,
     kind: str = "picture",
 ) -> Outcome:
     """Call `draw` for each index of a list on all ranks; where it raises ItemFailed, the next one's turn has come.
 
     Args:
+        mine: indices of this group's items, where other groups draw others; None: all.
         is_there: whether an item is finished, as rank 0 finds; None: all are drawn.
         kind: of an item, for the lines that tell of them.
 
     Raises ItemFailed if there is one item only, and on all ranks whatever else `draw` raises.
     """
-    found = [] if is_there is None or group.rank != 0 else [index for index in range(count) if is_there(index)]
+    indices = range(count) if mine is None else mine
+    found = [] if is_there is None or group.rank != 0 else [index for index in indices if is_there(index)]
     skipped: list[int] = [] if is_there is None else group.broadcast_object(found)
     if skipped and group.rank == 0:
         say(f"skipped: {len(skipped)} of {count} {kind}s, which are there, drawn with the same settings")
     drawn, failed = [], {}
-    for index in range(count):
+    for index in indices:
         if index in skipped:
             continue
         try:

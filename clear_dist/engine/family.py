@@ -166,6 +166,8 @@ class OnStep(Protocol):
     def __call__(self, pipe: Any, stage: Stage, done: int, latents: Tensor) -> None: ...
 
 
+Others = tuple[int, int]
+"""Pictures of a batch that other ranks draw: before these ones, and after."""
 Encoded = list[Tensor | None]
 """Embeddings with a row per text; half as many tensors as `PipelineAdapter.arguments`."""
 
@@ -199,12 +201,14 @@ class PipelineAdapter(Protocol):
         stage: Stage,
         *,
         seed: int,
+        others: Others = (0, 0),
         start: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Latents as the pipeline returns them, equal on all ranks; raises RuntimeError on all unless they are finite.
 
         `pipe` is the pipeline, or `refining()` with a start: latents from `from_vae`; `seed` of a CPU generator.
+        `others`: how many pictures of the batch other ranks draw, whose noise comes before, and after.
         """
 
     def unpacked(self, latents: Tensor, rows: slice, size: Size) -> Tensor:

@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from clear_dist.engine.family import OnStep
+from clear_dist.engine.family import OnStep, Others
 from clear_dist.options import shortened
 from clear_dist.stages import Stage, Upscaling
 
@@ -58,6 +58,7 @@ class FlowMatchAdapter:
         stage: Stage,
         *,
         seed: int,
+        others: Others = (0, 0),
         start: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
@@ -65,7 +66,7 @@ class FlowMatchAdapter:
         given = dict(self._guided(embeddings, stage))
         if start is not None:
             given |= {"image": start, "strength": 1.0, "sigmas": sigmas_of(stage)}
-        return self._drawn(pipe, stage, torch.Generator().manual_seed(seed), on_step, given)
+        return self._drawn(pipe, stage, self._generator(stage, seed, others), on_step, given)
 
     def for_vae(self, latents_BCRW: Tensor) -> Tensor:
         config = self._pipe.vae.config
@@ -78,6 +79,18 @@ class FlowMatchAdapter:
     def _guided(self, embeddings: Mapping[str, Tensor], stage: Stage) -> Mapping[str, Any]:
         """The pipeline's arguments for embeddings and guidance."""
         raise NotImplementedError
+
+    def _generator(self, stage: Stage, seed: int, others: Others) -> torch.Generator:
+        """Generator as it is once it has drawn the noise of others' pictures before these."""
+        generator = torch.Generator().manual_seed(seed)
+        self._leave(others[0], stage, generator)
+        return generator
+
+    def _leave(self, count: int, stage: Stage, generator: torch.Generator) -> None:
+        """Draw the noise of `count` pictures, for nothing."""
+        sides = stage.height // self._pipe.vae_scale_factor, stage.width // self._pipe.vae_scale_factor
+        for _ in range(count):
+            torch.randn(self._pipe.vae.config.latent_channels, *sides, generator=generator)
 
     def _statically_shifted(self, kind: type, **own: Any) -> Any:
         """A pipeline of the same parts. Not `from_pipe`, which turns all parts, the given one's too, to float32."""

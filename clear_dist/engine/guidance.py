@@ -79,21 +79,25 @@ class Guidance:
             vars(model).update(self._had)
 
     @property
+    def has_halves(self) -> bool:
+        return self.stripes is not self._group
+
+    @property
     def checked(self) -> Group:
         """Ranks that call the running forward at the same time: a half that takes no part goes ahead."""
         return self.stripes if self._takes_turns and self._clock.turn else self._group
 
     def begin(self, inputs: Inputs) -> Inputs:
         """This rank's part of a forward's inputs; raises ValueError on all ranks where guidance has ended."""
-        has_halves, names = self.stripes is not self._group, self._family.per_picture
+        names = self._family.per_picture
         if names:
             half, rest = divmod(len(self._family.latents(inputs)), 2)
-            self._is_split = has_halves and not rest
+            self._is_split = self.has_halves and not rest
             mine = slice(self._half * half, (self._half + 1) * half)
             return {name: x[mine] if name in names else x for name, x in inputs.items()} if self._is_split else inputs
         if self._clock.step == 0:
             self._first, self._passes = None, self._clock.turn + 1
-        self._is_split = has_halves and self._clock.step > 0 and self._passes == 2
+        self._is_split = self.has_halves and self._clock.step > 0 and self._passes == 2
         if self._first is not None and not self._clock.turn:
             raise ValueError(ENDED)
         self.takes_part = not self._is_split or self._clock.turn == self._half

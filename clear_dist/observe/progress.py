@@ -24,6 +24,7 @@ WHOLE = "all in all"
 SECONDS_BETWEEN_LINES = 30.0
 
 Say = Callable[[str], None]
+Add = Callable[[float], float]
 
 
 @dataclass
@@ -53,9 +54,12 @@ class Phases:
         self._task: TaskID | None = None
         self._work_per_step = 0.0
         self._step_began = 0.0
+        self._done = 0.0
+        self._add: Add = self._alone
 
-    def expect(self, work: float) -> None:
-        """Set the whole run's work, in any unit."""
+    def expect(self, work: float, add: Add | None = None) -> None:
+        """Set the whole run's work, in any unit; `add` adds to what has been done of it, and returns that."""
+        self._add = add or self._alone
         if self._progress is not None:
             self._whole = self._progress.add_task(WHOLE, total=work, shown="", known_at=0.0)
 
@@ -115,10 +119,21 @@ class Phases:
             total = self._progress.tasks[self._progress.task_ids.index(self._task)].total
             self._progress.update(self._task, completed=done, shown=f"{done}/{total:g}")
 
+    def look(self) -> None:
+        """Show what others have done of the whole run's work meanwhile."""
+        self._show(self._add(0.0))
+
     def _advance(self) -> None:
+        self._show(self._add(self._work_per_step))
+
+    def _alone(self, work: float) -> float:
+        self._done += work
+        return self._done
+
+    def _show(self, done: float) -> None:
         if self._progress is not None and self._whole is not None:
             task = self._progress.tasks[self._progress.task_ids.index(self._whole)]
-            self._progress.update(self._whole, advance=self._work_per_step, known_at=task.elapsed or 0.0)
+            self._progress.update(self._whole, completed=done, known_at=task.elapsed or 0.0)
             self._progress.update(self._whole, shown=f"{task.percentage:.0f} %")
 
 

@@ -54,6 +54,10 @@ class StageFigures:
     times: Times
     why: str | None = None
     """Why not all ranks drew it that could."""
+    guidance_ranks: int = 1
+    """2: each half of the ranks took a pass of guidance."""
+    data_rank: int = 0
+    """Number of the group that drew it."""
 
 
 def build(
@@ -104,6 +108,8 @@ def _stage(stage: StageFigures) -> dict[str, Any]:
         "stripes": [list(stripe) for stripe in stage.stripes],
         "ranks": stage.ranks,
         "why_fewer_ranks": stage.why,
+        "guidance_ranks": stage.guidance_ranks,
+        "data_rank": stage.data_rank,
         "seconds": {name: stage.times.seconds[name] for name in STAGE_PHASES},
         "seconds_per_step": stage.times.seconds_per_step,
     }

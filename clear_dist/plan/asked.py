@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from clear_dist.cards.headers import read_shapes
 from clear_dist.cards.lora import TEXT_PREFIX
-from clear_dist.geometry import HaloPlan, Striping, covering_radius, cut_in_stripes, plan_halos
+from clear_dist.geometry import HaloPlan, Rows, Striping, covering_radius, cut_in_stripes, plan_halos
 from clear_dist.options import Options
 from clear_dist.plan.model import PlannedModel
 from clear_dist.request.hardware import Gpu, Link
@@ -26,6 +26,8 @@ class Part:
 
     ranks: int
     """Ranks that take part in the stage."""
+    stripes: int
+    """Those of the transformer: fewer than ranks where halves share guidance."""
     rank: int
     rows: int
     halos: tuple[tuple[int, ...], tuple[int, ...]]
@@ -75,19 +77,26 @@ class PlanRequest:
 
     @property
     def ranks(self) -> int:
-        return self.request.world_size
+        """Ranks that draw a picture together."""
+        return self.request.ranks
 
     @property
     def text_tokens(self) -> int:
         return self.request.max_sequence_length + self.model.further_text_tokens
 
     def passes(self, stage: Stage) -> int:
-        """Forwards of a step."""
-        return 1 if self.model.guides_in_one_pass else stage.sampling.passes
+        """Forwards of a step, on a rank."""
+        return 1 if self.model.guides_in_one_pass or self.has_halves(stage) else stage.sampling.passes
 
     def images(self, stage: Stage) -> int:
-        """Batch of a forward."""
-        return self.request.num_images * stage.sampling.passes // self.passes(stage)
+        """Batch of a forward, on a rank."""
+        passes = 1 if self.has_halves(stage) else stage.sampling.passes
+        return self.request.images_at_once * passes // self.passes(stage)
+
+    def has_halves(self, stage: Stage) -> bool:
+        """Whether each half of the ranks takes a pass of a stage's guidance, or half of its batch."""
+        is_guided = self.request.negative_prompt is not None and stage.sampling.passes > 1
+        return self.request.guidance_ranks == 2 and is_guided and self._drawing(stage) == self.ranks
 
     @property
     def on_cuda(self) -> bool:
@@ -140,8 +149,10 @@ class PlanRequest:
     @property
     def is_possible(self) -> bool:
         """Whether there are tokens for all ranks, in every stage where their weights are in shards."""
-        stages = self.stages if self.in_shards else self.stages[-1:]
-        return self.ranks <= min(self.request.most_ranks(stage.size) for stage in stages)
+        request, stages = self.request, self.stages if self.in_shards else self.stages[-1:]
+        if request.world_size % request.data_ranks or (request.guidance_ranks == 2 and self.ranks % 2):
+            return False
+        return self.ranks <= min(request.most_ranks(stage.size) for stage in stages)
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
@@ -153,8 +164,12 @@ class PlanRequest:
         return tuple(self._parts_of(stage) for stage in self.stages)
 
     def striping(self, stage: Stage) -> Striping:
-        ranks = stage.ranks_among(self.ranks, self.request.most_ranks(stage.size))
-        return self.request.striping(stage.size, ranks)
+        """A stage as the transformer has it: where halves share guidance, each has all of it."""
+        return self.request.striping(stage.size, self._drawing(stage) // (2 if self.has_halves(stage) else 1))
+
+    def _drawing(self, stage: Stage) -> int:
+        """Ranks that draw a stage."""
+        return stage.ranks_among(self.ranks, self.request.most_ranks(stage.size))
 
     def lags(self, stage: Stage, ranks: int) -> bool:
         """Whether halos lag in a stage on so many ranks: one that is all warm-up keeps nothing."""
@@ -165,9 +180,9 @@ class PlanRequest:
         height, width = stage.height // self.model.token, stage.width // self.model.token
         if radius is not None:
             radius = min(radius, covering_radius(height, width))
-        in_vae = cut_in_stripes(height, len(image.stripes))
+        in_vae, stripes = cut_in_stripes(height, self._drawing(stage)), image.stripes
         return tuple(
-            _part(plan_halos(image.stripes, rank, radius), rank, image, len(in_vae[rank]), width)
+            _part(plan_halos(stripes, rank % len(stripes), radius), rank, image, in_vae, width)
             for rank in range(len(in_vae))
         )
 
@@ -177,20 +192,21 @@ def is_upper(stage: Stage) -> bool:
     return isinstance(stage.sampling, Upscaling)
 
 
-def _part(plan: HaloPlan, rank: int, image: Striping, picture_rows: int, picture_columns: int) -> Part:
+def _part(plan: HaloPlan, rank: int, image: Striping, in_vae: tuple[Rows, ...], picture_columns: int) -> Part:
     sides: tuple[list[int], list[int]] = ([], [])
     for transfer in plan.receives:
         sides[transfer.rows.start >= plan.own.stop].append(len(transfer.rows))
     first, second = sorted(tuple(sorted(side)) for side in sides)
     sent = sum(len(transfer.rows) for transfer in plan.sends)
     return Part(
-        ranks=len(image.stripes),
+        ranks=len(in_vae),
+        stripes=len(image.stripes),
         rank=rank,
         rows=len(plan.own),
         halos=(first, second),
         sent=sent,
         columns=image.width,
-        picture_rows=picture_rows,
+        picture_rows=len(in_vae[rank]),
         picture_columns=picture_columns,
     )
 

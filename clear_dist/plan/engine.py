@@ -68,21 +68,24 @@ class Engine:
         return self.ask(WeightsQuestion(module=asked.model.transformer, ranks=ranks, options=options, **asked.kind))
 
     def step(self, asked: PlanRequest, stage: Stage, part: Part) -> Step:
-        """Asked once for all ranks whose parts are alike."""
+        """Asked once for all ranks whose parts in the transformer, of which `part` is one, are alike."""
         parts, request = asked.parts[asked.stages.index(stage)], asked.request
+        calls = 2 if asked.has_halves(stage) else 1
+        batches = (calls, 1) if asked.model.guides_in_one_pass else (1, calls)
         hoist = asked.keeps_modulation_apart and request.shard_weights  # else it moves weights alone
         question = StepQuestion(
             module=asked.model.transformer,
-            ranks=part.ranks,
+            ranks=part.stripes,
             options=replace(asked.options, schedule="sync", warmup_steps=None, hoist_modulation=hoist),
             transport=asked.transport,
             height=stage.height // asked.model.token,
             width=stage.width // asked.model.token,
-            rank=next(other.rank for other in parts if other.shape == part.shape),
-            images=asked.images(stage),
+            rank=next(other.rank for other in parts if other.shape == part.shape) % part.stripes,
+            images=batches[0] * asked.images(stage),
             text_tokens=asked.text_tokens,
-            passes=asked.passes(stage),
-            steps=stage.sampling.steps if asked.lags(stage, part.ranks) else 1,
+            passes=batches[1] * asked.passes(stage),
+            halves=asked.has_halves(stage),
+            steps=stage.sampling.steps if asked.lags(stage, part.stripes) else 1,
             down_factor=request.down_factor,
             has_lora=asked.lora_numbers > 0,
             **asked.kind,
@@ -99,7 +102,7 @@ class Engine:
                 rows=asked.model.packing * part.picture_rows,
                 columns=asked.model.packing * part.picture_columns,
                 ranks=part.ranks,
-                images=asked.request.num_images,
+                images=asked.request.images_at_once,
             )
         return self.ask(question)
 

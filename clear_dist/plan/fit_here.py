@@ -11,7 +11,7 @@ from clear_dist.launch.env import Place
 from clear_dist.observe.memory import free_bytes
 from clear_dist.options import Refusal
 from clear_dist.plan import LINKS, Change, Engine, Gpu, Plan, PlanRequest, Room, model, nearest
-from clear_dist.plan.choice import Fewer, fewer_ranks
+from clear_dist.plan.choice import Fewer, Halves, fewer_ranks, halves_of
 from clear_dist.request import devices
 from clear_dist.request.hardware import FLOAT8_CAPABILITY, named_like, unknown
 from clear_dist.request.request import Request
@@ -116,14 +116,14 @@ def begin(request: Request, facts: ModelFacts, place: Place) -> Check | None:
     return Check(plan=plan, gpus=gpus, ranks=ranks, is_launched=place.launcher is not None)
 
 
-def fewer_here(request: Request, facts: ModelFacts, place: Place) -> tuple[Fewer, ...]:
-    """Stages that fewer ranks draw sooner on GPUs of this kind; none where nobody can know. It takes seconds.
+def chosen_here(request: Request, facts: ModelFacts, place: Place) -> tuple[Halves | None, tuple[Fewer, ...]]:
+    """Halves for guidance, and stages that fewer ranks draw, where that is sooner on GPUs of this kind; or none.
 
-    Those of each picture, so that it is drawn among others as it is alone.
+    Stages of each picture, so that it is drawn among others as it is alone. It takes seconds.
     """
     known, gpus = model.find(facts), devices.find_gpus()
     if known is None or not gpus:
-        return ()
+        return None, ()
     ranks = place.local_world_size if place.launcher else request.world_size
     smallest = min(gpus[:ranks], key=lambda each: each.total)
     gpu = kind_of(smallest)
@@ -132,11 +132,14 @@ def fewer_here(request: Request, facts: ModelFacts, place: Place) -> tuple[Fewer
     plan = Plan(asked=asked, room=Room(bytes=smallest.total, where=gpu.name), engine=Engine())
     pictures = {alone.stages: alone for alone in map(request.alone, range(len(request.prompts)))}
     try:
-        plans = (replace(plan, asked=replace(asked, request=alone)) for alone in pictures.values())
-        return tuple({fewer.size: fewer for each in plans for fewer in fewer_ranks(each)}.values())
+        halves = halves_of(plan)
+        guidance = request.guidance_ranks if halves is None else 2
+        requests = (replace(alone, guidance_ranks=guidance) for alone in pictures.values())
+        plans = (replace(plan, asked=replace(asked, request=each)) for each in requests)
+        return halves, tuple({fewer.size: fewer for each in plans for fewer in fewer_ranks(each)}.values())
     except (Refusal, RuntimeError) as error:  # loading tells what is wrong with the model, if anything
         say(f"{WARNING}all ranks draw every stage, as whether fewer would be sooner is not known: {error}")
-        return ()
+        return None, ()
     finally:
         plan.engine.stop()
 

@@ -79,7 +79,7 @@ class Plan:
     @property
     def _together(self) -> int:
         """Ranks in the same room."""
-        return min(self.room.sharing, self.asked.ranks)
+        return min(self.room.sharing, self.asked.request.world_size)
 
     @property
     def _least(self) -> int:
@@ -112,7 +112,7 @@ class Plan:
     @property
     def _at_once(self) -> tuple[list[Phase], list[Phase]]:
         """The phases that ranks in one room may be in together, before anything is drawn and then."""
-        ranks, of_stage = range(self.asked.ranks), self.memory.of_stage
+        ranks, of_stage = list(range(self.asked.ranks)) * self.asked.request.data_ranks, self.memory.of_stage
         drawing = ([phase for number in self._stages for phase in of_stage(rank, number)] for rank in ranks)
         return (
             self._largest(_highest_of(self.memory.before(rank)) for rank in ranks),
@@ -225,12 +225,18 @@ def _each(first: Change, group: Sequence[Change]) -> Sequence[Change]:
 def _other_ranks(asked: PlanRequest, most: int) -> Iterator[Change]:
     """Twice as many, and so on, on GPUs of their own; on a CPU, whose memory they share, half as many."""
     if not asked.on_cuda:
-        yield from (Change(flags=f"--nproc {ranks}", fields={"world_size": ranks}) for ranks in halves(asked.ranks))
+        yield from (_on_ranks(asked, ranks) for ranks in halves(asked.ranks))
         return
     ranks = 1 << asked.ranks.bit_length()
-    while ranks <= min(most, asked.request.most_ranks(asked.request.size)):
-        yield Change(flags=f"--nproc {ranks}", fields={"world_size": ranks})
+    while ranks * asked.request.data_ranks <= most and ranks <= asked.request.most_ranks(asked.request.size):
+        yield _on_ranks(asked, ranks)
         ranks *= 2
+
+
+def _on_ranks(asked: PlanRequest, ranks: int) -> Change:
+    """So many ranks for a picture."""
+    everyone = ranks * asked.request.data_ranks
+    return Change(flags=f"--nproc {everyone}", fields={"world_size": everyone})
 
 
 def halves(ranks: int) -> Iterator[int]:

@@ -109,7 +109,7 @@ class Memory:
         yield self._phase(
             "decode", number, {**self._with_vae({**kept, **held}), **drawn, "VAE activations": decoding.peak}
         )
-        sent = self._pixels(part) // asked.request.num_images if part.ranks > 1 else 0
+        sent = self._pixels(part) // asked.request.images_at_once if part.ranks > 1 else 0
         yield self._phase("save", number, {**held, **drawn, "picture": self._pixels(part) + sent})
 
     def held(self, rank: int) -> dict[str, int]:
@@ -125,7 +125,7 @@ class Memory:
     @property
     def pinned(self) -> int:
         """Bytes of the modulation that all ranks of a machine keep in its host's memory, each its own."""
-        return self.asked.ranks * self.engine.weights(self.asked).modulation * self.asked.hoists
+        return self.asked.request.world_size * self.engine.weights(self.asked).modulation * self.asked.hoists
 
     def _loaded(self, rank: int, transformer: int) -> dict[str, int]:
         items = {"transformer": transformer}
@@ -136,7 +136,7 @@ class Memory:
         return items
 
     def _surroundings(self) -> dict[str, int]:
-        several = self.asked.ranks > 1
+        several = self.asked.request.world_size > 1
         if self.asked.on_cuda:
             return {"CUDA": CONTEXT + CHANNELS_OF_NCCL * several}
         return {"libraries": FORKED if self.asked.forked and several else LIBRARIES}
@@ -181,14 +181,14 @@ class Memory:
 
     def _tables(self, stage: Stage) -> int:
         """Bytes of hoisted modulation for all steps."""
-        steps, images = max(each.sampling.steps for each in self.asked.stages), self.asked.request.num_images
+        steps, images = max(each.sampling.steps for each in self.asked.stages), self.asked.request.images_at_once
         numbers = steps * stage.sampling.passes * images * self.engine.weights(self.asked).modulation_outputs
         return numbers * self.asked.itemsize * self.asked.hoists
 
     def _latents(self, stage: Stage) -> int:
         """Bytes of all tokens' latents, once."""
         tokens = stage.height * stage.width // self.asked.model.token**2
-        return self.asked.request.num_images * tokens * self.asked.model.channels * self.asked.itemsize
+        return self.asked.request.images_at_once * tokens * self.asked.model.channels * self.asked.itemsize
 
     def _drawn_before(self, rank: int, number: int) -> Items:
         """The stage before, of which this one starts."""
@@ -202,4 +202,4 @@ class Memory:
     def _pixels(self, part: Part) -> int:
         """Bytes of a stripe's pixels, one for each channel."""
         pixels = part.picture_rows * part.picture_columns * self.asked.model.token**2
-        return self.asked.request.num_images * PICTURE_CHANNELS * pixels
+        return self.asked.request.images_at_once * PICTURE_CHANNELS * pixels

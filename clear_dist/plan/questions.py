@@ -70,6 +70,8 @@ class StepQuestion(Question):
     has_lora: bool
     steps: int
     """The stage's where halos lag; else 1."""
+    halves: bool = False
+    """Whether there are twice as many ranks, of which half takes a pass, or half of the images."""
 
 
 @dataclass(frozen=True, kw_only=True)

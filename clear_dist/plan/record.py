@@ -12,7 +12,7 @@ SCHEMA = 1
 SAME = (
     "height", "width", "cascade", "window", "num_images", "dtype", "text_attention", "schedule", "warmup_steps",
     "down_factor", "hoist_modulation", "compile", "float8", "int8", "shard_weights", "offload", "keep_text_encoder",
-    "stage_ranks", "cuda_graphs", "cut",
+    "stage_ranks", "cuda_graphs", "cut", "guidance_ranks", "data_ranks",
 )  # fmt: skip
 """Names of a request's fields that readers know from the first plans on."""
 

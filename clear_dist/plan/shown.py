@@ -81,6 +81,11 @@ def _request(asked: PlanRequest) -> Iterator[str]:
     some = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else str(counts[0])
     across = f"{image.width} {'high' if image.by_columns else 'wide'}"
     halos = f"; at most {part.received} {lines} of halo for {part.rows} of one's own" if part.received else ""
+    if asked.request.data_ranks > 1:
+        yield f"groups: {asked.request.data_ranks} of {asked.ranks} ranks, which draw different pictures"
+    if halves := [stage for stage in asked.stages if asked.has_halves(stage)]:
+        where = "" if len(halves) == len(asked.stages) else f" at {', '.join(f'{x.width}x{x.height}' for x in halves)}"
+        yield f"guidance: each half of {asked.ranks} ranks takes one of two predictions{where}"
     yield f"stripes: {len(counts)} of {some} of the {sum(counts)} {lines} of tokens, {across}{halos}"
 
 

@@ -131,7 +131,7 @@ def run_steps(question: StepQuestion, built: Built) -> dict[str, Any]:
 
 
 def _on_stripes(question: StepQuestion, built: Built, tally: Tally, allocated: Allocated) -> Weighed:
-    group = Pretended.of(question.rank, question.ranks, question.transport)
+    group = Pretended.of(question.rank, question.ranks * (2 if question.halves else 1), question.transport)
     options, elsewhere = question.options, set(built.modulation) if question.options.hoist_modulation else set()
     quantise(built, options, group)
     if question.has_lora:
@@ -144,6 +144,7 @@ def _on_stripes(question: StepQuestion, built: Built, tally: Tally, allocated: A
         group,
         _settings(question, family, allocated),
         counters=tally,
+        stripes=group.split(question.ranks) if question.halves else None,
         shards=(PretendedShards(family.blocks, group, tally, whole=elsewhere),) if in_shards else (),
     )
     striped.parts = parts_on(question.device, allocated, compile=options.compile)
@@ -207,7 +208,9 @@ def _run(question: StepQuestion, family: Family, in_blocks: InBlocks, allocated:
     shape, generation = family.latents(inputs[0]).shape, family.generation(inputs[0])
     inputs = [_of_one_generation(family, each, generation) for each in inputs]
     before = allocated.by_row()["latents"]
-    for _ in range(min(question.steps, 2)):  # in the second one halos lag, where they may
+    for _ in range(
+        2 if question.halves else min(question.steps, 2)
+    ):  # the first one has both passes, and no late halos
         in_blocks.begin_step()
         latents = _new_latents(shape, getattr(torch, question.dtype))
         calls = ({name: latents if x is None else x for name, x in each.items()} for each in inputs)

@@ -64,6 +64,8 @@ class StageTime:
     capturing: float
     """What the host takes longer than a step's computing before there is a graph."""
     steps: int
+    all_passes: bool
+    """Whether ranks take two passes in the first step, and one in each of the others."""
     encode: float
     decode: float
 
@@ -73,7 +75,7 @@ class StageTime:
 
     @property
     def total(self) -> float:
-        return self.steps * self.step + self.capturing + self.encode + self.decode
+        return (self.steps + self.all_passes) * self.step + self.capturing + self.encode + self.decode
 
 
 def stage_time(engine: Engine, asked: PlanRequest, number: int) -> StageTime | None:
@@ -84,12 +86,12 @@ def stage_time(engine: Engine, asked: PlanRequest, number: int) -> StageTime | N
     part = max(asked.parts[number], key=lambda part: (part.rows, part.received))
     step, weights = engine.step(asked, stage, part), engine.weights(asked)
     computing, link = _computing(asked, gpu, step, weights, stage), asked.link.bytes_per_second
-    launched = LAUNCH * launches(asked, part.ranks) * weights.blocks
+    launched = LAUNCH * launches(asked, part.stripes) * weights.blocks
     is_graph = is_replayed(asked, stage, part)
     host = asked.passes(stage) * (LAUNCH * LAUNCHES_REPLAYED if is_graph else launched)
     capturing = LAUNCHED * max(0.0, launched - computing / asked.passes(stage)) if is_graph else 0.0
     busy, sent = max(computing, host), step_traffic(engine, asked, stage, part)
-    hidden = HIDDEN["stale" if asked.lags(stage, part.ranks) else "sync"] * busy
+    hidden = HIDDEN["stale" if asked.lags(stage, part.stripes) else "sync"] * busy
     messages, shares = sent.in_layers / link, sent.weights / link
     first_block = shares / weights.blocks
     exposed = max(0.0, messages - hidden, messages + shares - busy) + first_block + sent.at_the_end / link
@@ -98,7 +100,8 @@ def stage_time(engine: Engine, asked: PlanRequest, number: int) -> StageTime | N
         for encode, wanted in ((True, is_upper(stage)), (False, True))
     )
     waits = {"exposed": exposed, "capturing": capturing, "encode": encode, "decode": decode}
-    return StageTime(computing=computing, host=host, steps=stage.sampling.steps, **waits)
+    both = asked.has_halves(stage) and not asked.model.guides_in_one_pass  # the first step tells how many there are
+    return StageTime(computing=computing, host=host, steps=stage.sampling.steps, all_passes=both, **waits)
 
 
 def assumptions(asked: PlanRequest) -> tuple[str, ...]:
@@ -149,7 +152,7 @@ def is_replayed(asked: PlanRequest, stage: Stage, part: Part) -> bool:
     tokens = asked.images(stage) * (part.rows * part.columns + asked.text_tokens)
     backend = None if request.radius is None else request.attention_backend
     to_come = stage.sampling.steps - (LAUNCHED - 1) // passes
-    may_replay = asked.options.may_replay(ranks=part.ranks, tokens=tokens, steps=to_come, backend=backend)
+    may_replay = asked.options.may_replay(ranks=part.stripes, tokens=tokens, steps=to_come, backend=backend)
     return may_replay and asked.on_cuda and asked.transport != "host"
 
 

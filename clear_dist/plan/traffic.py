@@ -12,6 +12,7 @@ class Traffic:
     """All passes and pictures of a step together, each kind as a run's report counts it."""
 
     ranks: int
+    """Those that a pass is cut over."""
     halos_sent: int
     halos_received: int
     text_gathered: int
@@ -22,6 +23,12 @@ class Traffic:
     pooled_received: int = 0
     weights_sent: int = 0
     """A rank's share of blocks that are in shards."""
+    halves: int = 1
+    """2: as many ranks have the other pass, with whom these join, and share weights."""
+
+    @property
+    def everyone(self) -> int:
+        return self.halves * self.ranks
 
     @property
     def in_layers(self) -> float:
@@ -34,7 +41,7 @@ class Traffic:
     @property
     def weights(self) -> int:
         """Each way through a rank's link for weights: everyone's share to everyone."""
-        return (self.ranks - 1) * self.weights_sent
+        return (self.everyone - 1) * self.weights_sent
 
     @property
     def sent(self) -> int:
@@ -45,7 +52,7 @@ class Traffic:
     @property
     def at_the_end(self) -> int:
         """Each way through a rank's link for the join: everyone's stripe to everyone."""
-        return (self.ranks - 1) * self.join
+        return (self.everyone - 1) * self.join
 
 
 def step_traffic(engine: Engine, asked: PlanRequest, stage: Stage, part: Part) -> Traffic:
@@ -54,13 +61,14 @@ def step_traffic(engine: Engine, asked: PlanRequest, stage: Stage, part: Part) -
     rows = sum(len(stripe) for stripe in asked.striping(stage).stripes)
     halos, pooled = sent.get("halo_bytes_sent", 0), sent.get("pooled_bytes_sent", 0)
     return Traffic(
-        ranks=part.ranks,
+        ranks=part.stripes,
+        halves=2 if asked.has_halves(stage) else 1,
         halos_sent=halos,
         halos_received=halos * part.received // max(1, part.sent),
         text_gathered=sent.get("text_bytes_gathered", 0),
-        text_reduced=sent.get("text_bytes_reduced", 0) * (part.ranks > 1),
+        text_reduced=sent.get("text_bytes_reduced", 0) * (part.stripes > 1),
         join=sent.get("join_bytes", 0),
         pooled_sent=pooled,
-        pooled_received=pooled * (rows - part.rows) // max(1, (part.ranks - 1) * part.rows),
+        pooled_received=pooled * (rows - part.rows) // max(1, (part.stripes - 1) * part.rows),
         weights_sent=asked.passes(stage) * engine.weights(asked).sent,
     )

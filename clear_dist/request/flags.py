@@ -51,6 +51,10 @@ class Kept(Options):
         "auto", "all draw every stage; auto: fewer do where the plan says they are clearly sooner (auto)", CUT,
         choices=("auto", "all"),
     )  # fmt: skip
+    data_ranks: int = flag(
+        1, "groups of ranks that draw different pictures of --prompts and --num-images at the same time (1)", CUT,
+        bounds=(1, 1_024),
+    )  # fmt: skip
     keep_text_encoder: bool = flag(
         False, "encode each prompt when its turn comes, not all before the rest loads", MODEL
     )
@@ -89,7 +93,7 @@ class PictureFlags(Kept):
     guidance_scale: float | None = flag(
         None, "distilled guidance (3.5; above the native size 7.5)", DRAWN, bounds=(0.0, 100.0), planned=False
     )
-    negative_prompt: str | None = flag(None, "what to keep out; with --true-cfg-scale", DRAWN, planned=False)
+    negative_prompt: str | None = flag(None, "what to keep out; with --true-cfg-scale", DRAWN)
     true_cfg_scale: float | None = flag(
         None,
         "classifier-free guidance; above 1: on (as the model asks; demo 3, at its native size)",

@@ -86,7 +86,7 @@ def _choices(flags: PictureFlags, request: Request, facts: ModelFacts, cards: Ca
         yield from _pictures(flags, request)
     if isinstance(flags, GenerateFlags) and flags.prompt is None and flags.prompts is None:
         yield f"prompt: {shortened(request.prompts[0])!r} (none was given)"
-    yield from averaging(request, request.world_size)
+    yield from averaging(request, request.ranks // (2 if request.guidance_ranks == 2 else 1))
 
 
 def _pictures(flags: UpscaleFlags, request: Request) -> Iterator[str]:
@@ -169,7 +169,7 @@ def _warnings(request: Request, facts: ModelFacts, texts: Iterable[str], ranks: 
 
 def _without_effect(flags: PictureFlags, request: Request, facts: ModelFacts) -> Iterator[str]:
     """Warnings for flags that change nothing here."""
-    alone, on_cpu, is_full = request.world_size == 1, request.device == "cpu", request.window == "full"
+    alone, on_cpu, is_full = request.ranks == 1, request.device == "cpu", request.window == "full"
     stages, is_stale = request.stages, request.schedule == "stale"
     steps = max((stage.sampling.steps for stage in stages), default=request.sampling.steps)
     is_guided = max(request.sampling.true_cfg_scale, request.upscaling.true_cfg_scale) > 1

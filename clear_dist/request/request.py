@@ -2,12 +2,12 @@
 
 import os
 from dataclasses import dataclass, replace
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
 from clear_dist.cards.single_file import Files
-from clear_dist.geometry import Striping, most_stripes, stripe_image
+from clear_dist.geometry import Rows, Striping, cut_in_stripes, most_stripes, stripe_image
 from clear_dist.pictures import numbered
 from clear_dist.request.flags import Kept
 from clear_dist.stages import Sampling, Size, Stage, Upscaling, plan_cascade, plan_upscaling
@@ -79,6 +79,34 @@ class Request(Kept):
     dtype: str
     device: str
     world_size: int
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that draw a picture together."""
+        return self.world_size // self.data_ranks
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether any stage has classifier-free guidance, as far as the stages are known."""
+        samplings = [stage.sampling for stage in self.stages] or [self.sampling, self.upscaling]
+        return self.negative_prompt is not None and max(each.passes for each in samplings) > 1
+
+    @property
+    def images_at_once(self) -> int:
+        """Most pictures of a prompt that a data group draws together."""
+        return min(self.num_images, ceil(len(self.prompts) * self.num_images / self.data_ranks))
+
+    def drawn_by(self, group: int) -> dict[int, Rows]:
+        """The prompts of a data group, and which pictures of each it draws: as many as the others, or one more."""
+        images = self.num_images
+        mine = cut_in_stripes(len(self.prompts) * images, self.data_ranks)[group]
+        of_prompts = {prompt: Rows(prompt * images, (prompt + 1) * images) for prompt in range(len(self.prompts))}
+        shares = {prompt: mine.intersect(pictures) for prompt, pictures in of_prompts.items()}
+        return {
+            prompt: Rows(share.start - prompt * images, share.stop - prompt * images)
+            for prompt, share in shares.items()
+            if len(share)
+        }
 
     @property
     def from_folder(self) -> bool:

@@ -17,6 +17,7 @@ from clear_dist.geometry import cut_in_stripes
 from clear_dist.launch.env import Place
 from clear_dist.options import Refusal, Window
 from clear_dist.request import devices
+from clear_dist.request.axes import check_axes, check_groups
 from clear_dist.request.clear_weights import down_factor, find_checkpoint
 from clear_dist.request.flags import Kept, PictureFlags
 from clear_dist.request.hardware import BFLOAT16_CAPABILITY, FLOAT8_CAPABILITY
@@ -48,6 +49,7 @@ def settle(flags: PictureFlags, place: Place, cards: Cards) -> tuple[Request, Mo
         if find_spec(package) is None:
             rule = f"{facts.name} needs the package {package}, which is not installed"
             raise Refusal(f"{rule}; nearest: pip install {package}")
+    check_groups(request)
     if request.height is not None:
         check_outputs(request)
     ranks = place.local_world_size if place.launcher else request.world_size
@@ -91,6 +93,7 @@ def choose(
         world_size=devices.world_size(flags.nproc, place, otherwise=len(gpus) or 1),
         **kept | vars(begin) | {"prompts": tuple(_understood(prompt, facts) or "" for prompt in begin.prompts)},
     )
+    check_axes(request)
     _check_sizes(request, facts)
     return request, facts, begin
 
@@ -177,8 +180,8 @@ def _check_size(request: Request) -> None:
         return
     height, width = request.size
     try:
-        request.striping(request.size, request.world_size)
-        cut_in_stripes(height // request.token_size, request.world_size)  # the VAE's
+        request.striping(request.size, request.ranks)
+        cut_in_stripes(height // request.token_size, request.ranks)  # the VAE's
     except ValueError as error:
         raise Refusal(f"{width} x {height} px: {error}") from error
     if height * width > MOST_PIXELS:
@@ -196,8 +199,8 @@ def _check_size(request: Request) -> None:
 def _check_shards(request: Request) -> None:
     smallest = min(request.stages, key=lambda stage: request.most_ranks(stage.size))
     most = request.most_ranks(smallest.size)
-    if most < request.world_size:
+    if most < request.ranks:
         raise Refusal(
             f"--shard-weights needs all ranks in every stage, and {smallest.width} x {smallest.height} pixels are for "
-            f"{most} at most, got {request.world_size} ranks; nearest: --nproc {most}"
+            f"{most} at most, got {request.ranks} ranks; nearest: --nproc {most * request.data_ranks}"
         )

@@ -107,7 +107,7 @@ def on_fewer_ranks(model: Path) -> None:
     fewer = (Fewer(size=(64, 64), ranks=1, most=2, seconds=1.0, on_most=2.0),)
     with (
         patch.object(prepare, "may_use_fewer", lambda request: True),
-        patch.object(prepare.fit_here, "fewer_here", lambda *_: fewer),
+        patch.object(prepare.fit_here, "chosen_here", lambda *_: (None, fewer)),
     ):
         generate(model, "few", "--nproc", "2")
 

@@ -254,7 +254,7 @@ def test_a_choice_of_ranks_that_failed_is_told_as_the_picture_depends_on_it(
     ended = Engine()
     ended.process.kill()
     monkeypatch.setattr(fit_here, "Engine", lambda: ended)
-    assert fit_here.fewer_here(request, facts, ALONE) == ()
+    assert fit_here.chosen_here(request, facts, ALONE) == (None, ())
     assert "warning: all ranks draw every stage, as whether fewer" in capsys.readouterr().err
 
 
@@ -270,7 +270,7 @@ def test_stages_of_all_pictures_may_have_fewer_ranks(
     kinds = [("a.png",), ("b.png",), ("a.png", "b.png")]
     flags = (UpscaleFlags(model=FLUX_DEV, images=["a fox", *files]) for files in kinds)
     settled = (settle(each, ALONE, CARDS) for each in flags)
-    first, second, both = (fit_here.fewer_here(request, facts, ALONE) for request, facts, _ in settled)
+    first, second, both = (fit_here.chosen_here(request, facts, ALONE)[1] for request, facts, _ in settled)
     assert (1024, 1280) in {each.size for each in first} and (1280, 1280) in {each.size for each in second}
     assert set(both) == {*first, *second}
 

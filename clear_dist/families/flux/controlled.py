@@ -12,7 +12,7 @@ from diffusers import FluxControlNetPipeline, FluxMultiControlNetModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from clear_dist.engine.family import Condition, OnStep
+from clear_dist.engine.family import Condition, OnStep, Others
 from clear_dist.engine.flow_match import sigmas_of, with_noise
 from clear_dist.families.flux.pipeline import FluxPipelineAdapter
 from clear_dist.stages import Stage
@@ -70,11 +70,13 @@ class FluxControlNetAdapter(FluxPipelineAdapter):
         stage: Stage,
         *,
         seed: int,
+        others: Others = (0, 0),
         start: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
         generator, like = torch.Generator().manual_seed(seed), embeddings["prompt_embeds"]
-        pictures = [self._sampled(each.picture, len(like), generator) for each in self._conditions]
+        pictures = [self._sampled(each.picture, len(like), others, generator) for each in self._conditions]
+        self._leave(others[0], stage, generator)
         drawing = Conditioned(**{**pipe.components, "vae": EncodedBefore(pipe.vae, pictures)})
         drawing.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
         given = {**self._guided(embeddings, stage), **self._controls(pictures, stage)}
@@ -84,10 +86,12 @@ class FluxControlNetAdapter(FluxPipelineAdapter):
             given |= {"latents": pipe._pack_latents(noisy, *noisy.shape), "sigmas": sigmas}
         return self._drawn(drawing, stage, generator, on_step, given)
 
-    def _sampled(self, picture_1CHW: Tensor, batch: int, generator: torch.Generator) -> Tensor:
+    def _sampled(self, picture_1CHW: Tensor, batch: int, others: Others, generator: torch.Generator) -> Tensor:
         """A ControlNet's picture for each of a batch: pixels, or latents drawn as the pipeline draws them."""
-        picture = picture_1CHW.expand(batch, -1, -1, -1)
-        return picture if self.reads_pixels else DiagonalGaussianDistribution(picture).sample(generator)
+        before, after = others
+        pictures = picture_1CHW.expand(before + batch + after, -1, -1, -1)
+        sampled = pictures if self.reads_pixels else DiagonalGaussianDistribution(pictures).sample(generator)
+        return sampled[before : before + batch]
 
     def _controls(self, pictures: Sequence[Tensor], stage: Stage) -> dict[str, Any]:
         """The pipeline's arguments: a list of each, or one where there is one ControlNet, as diffusers wants them."""

@@ -13,7 +13,7 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from torch import Tensor
 
-from clear_dist.engine.family import Encoded, OnStep
+from clear_dist.engine.family import Encoded, OnStep, Others
 from clear_dist.engine.flow_match import FlowMatchAdapter, cut_off, sigmas_of, with_noise
 from clear_dist.families.flux2.card import PACKING
 from clear_dist.stages import Size, Stage
@@ -52,11 +52,12 @@ class Flux2PipelineAdapter(FlowMatchAdapter):
         stage: Stage,
         *,
         seed: int,
+        others: Others = (0, 0),
         start: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Packed latents [B, tokens, 128]; raises ValueError for negative prompts that the model does not take."""
-        generator, given = torch.Generator().manual_seed(seed), dict(self._guided(embeddings, stage))
+        generator, given = self._generator(stage, seed, others), dict(self._guided(embeddings, stage))
         if start is not None:
             sigmas = sigmas_of(stage)
             noisy = with_noise(pipe.scheduler, start.to(embeddings["prompt_embeds"]), sigmas, generator)
