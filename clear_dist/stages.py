@@ -11,6 +11,8 @@ Size = tuple[int, int]
 
 SPARE_DOUBLINGS = 0.1
 """Stages enlarge 2 times, or up to 2.14 times where rounding to whole tokens asks for it."""
+ROUNDING = 1e-6
+"""Of tokens that a root may be short of a whole number."""
 LEAST_SHARE_OF_NATIVE = 0.5
 """Shorter side of a long, thin base picture, in native sizes: models don't draw slivers."""
 
@@ -35,17 +37,11 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Upscaling(Sampling):
-    """Refinement, by default as in CLEAR's notebook; raises ValueError for a strength outside (0, 1]."""
+class FromPicture(Sampling):
+    """Denoising of a picture with noise; raises ValueError for a strength outside (0, 1]."""
 
-    steps: int = 14
-    """Steps of every stage, the notebook's 20 x 0.7; `strength` decides where they begin."""
-    guidance_scale: float = 7.5
-    strength: float = 0.7
-    """Share of noise in the enlarged picture: 1 leaves nothing of it."""
-    ntk_factor: float = 10.0
-    """Factor of the rotary embedding's base above the native size."""
-    interpolate_positions: bool = False
+    strength: float = 0.6
+    """Share of noise in the picture: 1 leaves nothing of it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,8 +51,36 @@ class Upscaling(Sampling):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageToImage(FromPicture):
+    """A user's picture in the first stage, as in diffusers' image-to-image: `steps` are the last of `schedule`."""
+
+    schedule: int
+    """Steps from noise alone."""
+
+    @classmethod
+    def of(cls, sampling: Sampling, strength: float | None = None) -> "ImageToImage":
+        """As many steps as diffusers takes of those of `sampling`; None: its usual strength."""
+        share, schedule = cls.strength if strength is None else strength, sampling.steps
+        steps = schedule - int(max(schedule - min(schedule * share, schedule), 0))
+        return cls(**vars(sampling) | {"steps": max(1, steps)}, strength=share, schedule=schedule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upscaling(FromPicture):
+    """Refinement of an enlarged picture, by default as in CLEAR's notebook."""
+
+    steps: int = 14
+    """Steps of every stage, the notebook's 20 x 0.7; `strength` decides where they begin."""
+    guidance_scale: float = 7.5
+    strength: float = 0.7
+    ntk_factor: float = 10.0
+    """Factor of the rotary embedding's base above the native size."""
+    interpolate_positions: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One size of the cascade; with an Upscaling it starts from a picture, else from noise. ValueError: no ranks."""
+    """One size of the cascade, which starts from a picture or from noise. Raises ValueError for no ranks."""
 
     height: int
     width: int
@@ -71,6 +95,10 @@ class Stage:
     @property
     def size(self) -> Size:
         return self.height, self.width
+
+    @property
+    def starts_from_picture(self) -> bool:
+        return isinstance(self.sampling, FromPicture)
 
     def ranks_among(self, most: int, units: int) -> int:
         """Ranks that draw it of `most`, where `units` of rows can be shared out."""
@@ -90,7 +118,7 @@ def refining_steps(steps: int, strength: float) -> int:
 def plan_cascade(
     size: Size, *, native: int, token: int, sampling: Sampling, upscaling: Upscaling, cascade: bool = True
 ) -> tuple[Stage, ...]:
-    """Stages from noise to `size`, one up to the native size; `native` and `token` are sides of squares in pixels."""
+    """Stages to `size`, the first by `sampling` up to the native size; `native`, `token`: squares' sides in pixels."""
     base = base_size(size, native=native, token=token) if cascade else size
     first = Stage(height=base[0], width=base[1], sampling=sampling)
     return (first, *_refining(sizes_up_to(size, start=base, token=token), upscaling))
@@ -112,6 +140,22 @@ def base_size(size: Size, *, native: int, token: int) -> Size:
     if shrink >= 1:
         return size
     return _whole_tokens(size[0] * shrink, token), _whole_tokens(size[1] * shrink, token)
+
+
+def size_like(picture: Size, height: int | None, width: int | None, *, native: int | None, unit: int) -> Size:
+    """A size of which the picture's shape decides what is None; the native number of pixels, or less, where both are.
+
+    Sides that it decides are multiples of `unit`. Raises ValueError where the native size is asked for, and not known.
+    """
+    if height is None and width is None:
+        if native is None:
+            raise ValueError("a size is needed where the native one is not known")
+        shrink = native / sqrt(picture[0] * picture[1])
+        height, width = (max(1, int(side * shrink / unit + ROUNDING)) * unit for side in picture)
+    if height is None:
+        assert width is not None
+        return _whole_tokens(picture[0] * width / picture[1], unit), width
+    return height, width or _whole_tokens(picture[1] * height / picture[0], unit)
 
 
 def sizes_up_to(size: Size, *, start: Size, token: int) -> tuple[Size, ...]:

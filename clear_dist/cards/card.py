@@ -125,6 +125,10 @@ class Card:
     """Text tokens besides those of `--max-sequence-length`."""
     guides_in_one_pass: bool = False
     """Whether classifier-free guidance is a batch of two; else it is two passes."""
+    starts_from_pictures: bool = True
+    """Whether diffusers has image-to-image for it."""
+    reference_area: int | None = None
+    """Most pixels of a picture that it looks at; None: it looks at none."""
     hoists_modulation: bool = True
     """Whether `--hoist-modulation` has weights to move."""
     token_limits: Mapping[str, int]

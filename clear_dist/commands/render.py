@@ -19,7 +19,7 @@ from clear_dist.comm.rows import collect_stripes
 from clear_dist.commands.prepare import Prepared, encode
 from clear_dist.commands.saving import Saving
 from clear_dist.drawing.cascade import Cascade, Drawing, nth_stage, work_of
-from clear_dist.drawing.generation import from_image
+from clear_dist.drawing.given import Given, from_image
 from clear_dist.drawing.many import alike, draw_each
 from clear_dist.drawing.prompts import share
 from clear_dist.engine.family import Encoded
@@ -35,7 +35,7 @@ from clear_dist.pictures import replacing
 from clear_dist.pictures.alpha import Alpha
 from clear_dist.plan.choice import by_size
 from clear_dist.request.outputs import claimed
-from clear_dist.request.pictures import load
+from clear_dist.request.pictures import load, load_mask
 from clear_dist.request.request import Request
 from clear_dist.stages import Stage, on_ranks
 
@@ -58,7 +58,7 @@ class Rendering(Prepared):
                 latents.append(drawing.latents.cpu())
 
         is_there = (lambda index: self._saving(index, self.mine[index]).is_there()) if request.resume else None
-        kind, count = "picture" if request.pictures else "prompt", len(request.prompts)
+        kind, count = "picture" if request.enlarges else "prompt", len(request.prompts)
         outcome = draw_each(count, draw, group=self.group, mine=tuple(self.mine), is_there=is_there, kind=kind)
         self._wait_for_all()
         failed = set[int]().union(*self.everyone.gather_objects(set(outcome.failed)))
@@ -117,15 +117,17 @@ class Rendering(Prepared):
 
     def _render_prompt(self, index: int, images: Rows) -> Drawing:
         request, count = self.request.alone(index), len(self.request.prompts)
-        drawing, alpha = self._start(request)
+        given, alpha = self._start(request)
+        drawing = given.before
         saving = self._saving(index, images, alpha)
-        kind = "prompt" if request.picture is None else "picture"
+        kind = "picture" if request.enlarges else "prompt"
         detail = f", {kind} {index + 1} of {count}" if count > 1 else ""
         with self.phases.phase("text", detail=detail):
             embeddings = self._encode(index, images)
         others = images.start, request.num_images - images.stop
         shown: dict[str, Any] = {"phases": self.phases, "on_step": self._end_step}
-        cascade = Cascade(self.pipe, embeddings, seed=self.seed, others=others, **shown)
+        begun: dict[str, Any] = {"mask": given.mask, "references": given.references}
+        cascade = Cascade(self.pipe, embeddings, seed=self.seed, others=others, **shown, **begun)
         stages, last = on_ranks(request.stages, by_size(self.fewer)), len(request.stages) - 1
         averages = self.handle.text_attention == "average"
         reasons = {each.size: each.words(averages=averages) for each in self.fewer}
@@ -166,15 +168,21 @@ class Rendering(Prepared):
             data_rank=self.data_rank,
         )
 
-    def _start(self, request: Request) -> tuple[Drawing | None, Alpha | None]:
-        """The picture to start from, and its alpha on rank 0."""
-        if request.picture is None:
-            return None, None
-        image, alpha = None, None
-        with alike(self.group):
-            if self.group.rank == 0:
-                image, alpha = load(request.picture)
-        return from_image(image, self.group), None if alpha is None else Alpha(alpha, request.picture.background)
+    def _start(self, request: Request) -> tuple[Given, Alpha | None]:
+        """The picture to begin with, with its mask, and its alpha on rank 0."""
+        picture, group = request.picture, self.group
+        if picture is None:
+            return Given(), None
+        image, alpha, mask = None, None, None
+        with alike(group):
+            if group.rank == 0:
+                image, alpha = load(picture)
+                mask = load_mask(picture)
+        if request.looks:
+            return Given(references=(group.broadcast_object(image),)), None
+        masking = None if picture.mask is None else from_image(mask, group)
+        alone = None if alpha is None else Alpha(alpha, picture.background)
+        return Given(before=from_image(image, group), mask=masking), alone
 
     def _encode(self, index: int, images: Rows) -> dict[str, Tensor]:
         encoded: Encoded = []

@@ -71,11 +71,12 @@ class Saving:
 
     def is_there(self) -> bool:
         """Whether all pictures of the last stage have been written with this prompt, seed and settings."""
-        source = None if self.request.picture is None else self.request.picture.file
+        picture = self.request.picture
+        read = [] if picture is None else [each for each in (picture.file, picture.mask) if each is not None]
         for index, file in enumerate(self.files):
             if not file.is_file() or written_metadata(file) != self._metadata(index):
                 return False
-            if source is not None and source.stat().st_mtime > file.stat().st_mtime:
+            if any(source.stat().st_mtime > file.stat().st_mtime for source in read):
                 return False
         return True
 
@@ -86,9 +87,12 @@ class Saving:
         if settings["clear_weights"] is not None and Path(settings["clear_weights"]).exists():
             settings["clear_weights"] = Path(settings["clear_weights"]).name
         settings["loras"] = [asdict(lora.without_folders()) for lora in self.request.loras]
-        if self.request.picture is not None:
-            settings["upscaled_from"] = list(self.request.picture.size)
+        if (picture := self.request.picture) is not None and self.request.enlarges:
+            settings["upscaled_from"] = list(picture.size)
             del settings["sampling"]
+        elif picture is not None:
+            settings["drawn_from"] = picture.file.name
+            settings["mask"] = None if picture.mask is None else picture.mask.name
         own = {
             "prompt": self.prompt,
             "seed": str(self.seed),

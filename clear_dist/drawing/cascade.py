@@ -8,7 +8,6 @@ Shapes: B pictures, C channels, R my rows, E the rows that mine are interpolated
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,10 +17,11 @@ from clear_dist.comm.group import Group
 from clear_dist.comm.rows import move_rows
 from clear_dist.drawing.control import Control, conditions_of, controlled, striped_nets
 from clear_dist.drawing.encoding import encode_rows, join_rows
+from clear_dist.drawing.masking import Stencil
 from clear_dist.drawing.resize import resize_rows, rows_behind
 from clear_dist.engine.agreement import fingerprint, require_equal_settings
 from clear_dist.engine.extrapolation import Extrapolation
-from clear_dist.engine.family import Condition, OnStep, Others
+from clear_dist.engine.family import Condition, OnStep, Others, ReferringAdapter
 from clear_dist.engine.striped import require_striped
 from clear_dist.geometry import Rows, cut_in_stripes, most_stripes
 from clear_dist.observe.peaks import give_back
@@ -64,11 +64,15 @@ class Cascade:
         phases: Phases | None = None,
         on_step: OnStep | None = None,
         controls: Sequence[Control] = (),
+        mask: Drawing | None = None,
+        references: Sequence[Any] = (),
     ) -> None:
         """`pipe` is parallelized, `embeddings` are from `encode_prompts`, `controls` for its ControlNets, if any.
 
-        `others` as `PipelineAdapter.denoise` takes them. Raises ValueError where VAEs differ, or a ControlNet is not on
-        stripes.
+        `others` as `PipelineAdapter.denoise` takes them.
+        With a mask (grey, in three channels), the picture that `run` begins with stays as it is where that is black.
+        `references` are PIL's pictures, equal on all ranks, for a pipeline that looks at such.
+        Raises ValueError where VAEs differ, or a ControlNet is not on stripes.
         """
         self._pipe = pipe
         self._striped = require_striped(pipe)
@@ -76,6 +80,9 @@ class Cascade:
         self._controls = controls
         require_equal_settings(self._striped.group, vae=fingerprint(pipe.vae))
         self._adapter = self._striped.family.adapted(pipe)
+        if references:
+            assert isinstance(self._adapter, ReferringAdapter), "refused before"
+            self._adapter = self._adapter.referring(references)
         self._embeddings = embeddings
         self._seed = seed
         self._others = others
@@ -85,6 +92,7 @@ class Cascade:
         self._native_tokens = (self._adapter.native_size // self._adapter.token_size) ** 2
         self._phases = phases or Phases()
         self._on_step = on_step
+        self._mask = mask
         self._stages_drawn = 0
 
     def run(
@@ -105,14 +113,20 @@ class Cascade:
         for model in self._models:
             passes = sampling.passes if model is self._striped else 1
             model.require_room(grid, batch=batch, passes=passes, steps=sampling.steps)
+        own = None if self._mask is None else before
         for number, stage in enumerate(stages):
             self._phases.begin_stage()
             with around(number):
-                before = self.draw(stage, before, detail=f"{detail}{nth_stage(number, len(stages))}")
+                before = self.draw(stage, before, own, detail=f"{detail}{nth_stage(number, len(stages))}")
             yield before
 
-    def draw(self, stage: Stage, before: Drawing | None = None, *, detail: str = "") -> Drawing:
-        """Pictures of one stage, from `before` or noise; ranks beyond the stage's, or its tokens', are idle."""
+    def draw(
+        self, stage: Stage, before: Drawing | None = None, own: Drawing | None = None, *, detail: str = ""
+    ) -> Drawing:
+        """Pictures of one stage, from `before` or noise; ranks beyond the stage's, or its tokens', are idle.
+
+        Where the mask is black, `own` stays.
+        """
         group, settings, token = self._striped.group, self._striped.settings, self._adapter.token_size
         size = stage.height // token, stage.width // token
         ranks = stage.ranks_among(group.size, most_stripes(size, cut=settings.options.cut, unit=settings.unit))
@@ -126,17 +140,20 @@ class Cascade:
         self._stages_drawn += 1
         held = self._in_pixels(stripes)
         part = group if ranks == group.size else group.split(ranks)
-        start = latents = pixels = None
+        start = mask = stencil = latents = pixels = None
         if before is not None:
             with self._phase("encode", stage, detail):
-                start = self._encode(self._enlarge(before, stage, held), part, stripes)
+                rows_BCRW, stencil = self._enlarge(before, stage, held), self._stencil(own, stage, held)
+                if rows_BCRW is not None:
+                    start, mask = self._encode(rows_BCRW, stencil, part, stripes)
         if group.rank < ranks:
             conditions = self._conditions(stage, part, stripes, detail)
             with self._phase("denoise", stage, detail):
-                latents = self._denoise(stage, part, start, seed, conditions)
+                latents = self._denoise(stage, part, start, mask, seed, conditions)
             del start, conditions  # as large as the latents
             with self._phase("decode", stage, detail):
                 pixels = self._decode(latents, stage, part, stripes)
+                pixels = pixels if stencil is None else stencil.pasted(pixels)
         else:
             for counters in (model.counters for model in self._models):
                 for _ in range(stage.sampling.steps):  # the report has an entry per step for every rank
@@ -165,21 +182,23 @@ class Cascade:
             return conditions_of(self._controls, adapter, self._pipe.vae, stage, part, stripes, counters)
 
     def _denoise(
-        self, stage: Stage, part: Group, start: Tensor | None, seed: int, conditions: tuple[Condition, ...]
+        self,
+        stage: Stage,
+        part: Group,
+        start: Tensor | None,
+        mask: Tensor | None,
+        seed: int,
+        conditions: tuple[Condition, ...],
     ) -> Tensor:
-        pipe = self._pipe if start is None else self._refining
         adapter = controlled(self._adapter).controlled(conditions) if conditions else self._adapter
+        pipe = self._pipe if start is None else self._adapter.refining(stage)
         is_guided = self._is_guided and stage.sampling.passes > 1
         how: dict[str, Any] = {"scheduler": pipe.scheduler, "extrapolation": self._extrapolation(stage)}
-        given: dict[str, Any] = {"seed": seed, "others": self._others, "start": start, "on_step": self._on_step}
+        given: dict[str, Any] = {"seed": seed, "others": self._others, "start": start, "mask": mask}
         with ExitStack() as running:
             for model in self._models:  # a ControlNet, too, is above the size that it was trained at
                 running.enter_context(model.running(group=part, is_guided=is_guided, **how))
-            return adapter.denoise(pipe, self._embeddings, stage, **given)
-
-    @cached_property
-    def _refining(self) -> Any:
-        return self._adapter.refining()
+            return adapter.denoise(pipe, self._embeddings, stage, on_step=self._on_step, **given)
 
     def _extrapolation(self, stage: Stage) -> Extrapolation | None:
         tokens = stage.height * stage.width // self._adapter.token_size**2
@@ -213,14 +232,27 @@ class Cascade:
             pixels_BCEW, behind[group.rank].start, size=before.size, new_size=stage.size, rows=held[group.rank]
         )
 
-    @torch.no_grad()
-    def _encode(self, pixels_BCRW: Tensor | None, group: Group, stripes: tuple[Rows, ...]) -> Tensor | None:
-        """Latents [B, C, H, W] of whole pictures: the means, so that ranks need not share any noise."""
-        if pixels_BCRW is None:  # this rank idles
+    def _stencil(self, own: Drawing | None, stage: Stage, held: tuple[Rows, ...]) -> Stencil | None:
+        """My rows of what stays at this stage's size; None: nothing does, or this rank idles."""
+        if own is None or self._mask is None:
             return None
+        own_1CRW, mask_1CRW = (self._enlarge(each, stage, held) for each in (own, self._mask))
+        if own_1CRW is None or mask_1CRW is None:
+            return None
+        return Stencil(own=own_1CRW, mask=mask_1CRW[:, :1])
+
+    def _encode(
+        self, pixels_BCRW: Tensor, stencil: Stencil | None, group: Group, stripes: tuple[Rows, ...]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Latents [B, C, H, W] of whole pictures: the means, so that ranks need not share any noise; and the mask's."""
         counters = self._striped.counters
+        pixels_BCRW = pixels_BCRW if stencil is None else stencil.pasted(pixels_BCRW)
         mean_BCRW = encode_rows(self._pipe.vae, pixels_BCRW, group, stripes, counters).chunk(2, dim=1)[0]
-        return self._adapter.from_vae(join_rows(mean_BCRW, group, stripes, counters))
+        start = self._adapter.from_vae(join_rows(mean_BCRW, group, stripes, counters))
+        if stencil is None:
+            return start, None
+        mask = stencil.at_latents(pixels_BCRW.shape[3] // mean_BCRW.shape[3])
+        return start, join_rows(mask.to(start.dtype), group, stripes, counters)
 
     @torch.no_grad()
     def _decode(self, latents: Tensor, stage: Stage, group: Group, stripes: tuple[Rows, ...]) -> Tensor:
@@ -241,9 +273,9 @@ def nth_stage(number: int, count: int) -> str:
 
 def work_of(stage: Stage) -> dict[str, float]:
     """Cost of a stage's phases, in tokens that go through the transformer; for the time left only."""
-    tokens, upper = stage.height * stage.width, isinstance(stage.sampling, Upscaling)
+    tokens = stage.height * stage.width
     return {
-        "encode": ENCODING * tokens * upper,
+        "encode": ENCODING * tokens * stage.starts_from_picture,
         "denoise": tokens * stage.sampling.steps * stage.sampling.passes,
         "decode": DECODING * tokens,
     }

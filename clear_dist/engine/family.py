@@ -178,6 +178,9 @@ class PipelineAdapter(Protocol):
     arguments: tuple[str, ...]
     """The pipeline's arguments for embeddings of prompts, then for those of negative prompts."""
 
+    starts_from_pictures: bool
+    """Whether a first stage can start from a picture, and keep what is under a mask."""
+
     @property
     def token_size(self) -> int:
         """Pixels along the side of a token."""
@@ -191,8 +194,8 @@ class PipelineAdapter(Protocol):
     def too_long(self, prompt: str, max_sequence_length: int) -> list[str]:
         """A line per text encoder that does not see all of the prompt."""
 
-    def refining(self) -> Any:
-        """An image-to-image pipeline of the same parts; raises ValueError where it would leave one out."""
+    def refining(self, stage: Stage) -> Any:
+        """An image-to-image pipeline of the same parts for stages like this; raises ValueError where it lacks one."""
 
     def denoise(
         self,
@@ -203,12 +206,14 @@ class PipelineAdapter(Protocol):
         seed: int,
         others: Others = (0, 0),
         start: Tensor | None = None,
+        mask: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Latents as the pipeline returns them, equal on all ranks; raises RuntimeError on all unless they are finite.
 
-        `pipe` is the pipeline, or `refining()` with a start: latents from `from_vae`; `seed` of a CPU generator.
+        `pipe` is the pipeline, or `refining(stage)` with a start: latents from `from_vae`; `seed` of a CPU generator.
         `others`: how many pictures of the batch other ranks draw, whose noise comes before, and after.
+        `mask`, [1, 1, H, W] in the start's layout, is 0 where the start stays, 1 where it is drawn anew.
         """
 
     def unpacked(self, latents: Tensor, rows: slice, size: Size) -> Tensor:
@@ -229,6 +234,14 @@ class Condition:
     """Pixels from -1 to 1 [1, 3, H, W], or what the VAE's encoder returns, means first [1, 2 * C, H, W]."""
     scale: float
     mode: int | None
+
+
+@runtime_checkable
+class ReferringAdapter(PipelineAdapter, Protocol):
+    """How a pipeline draws that looks at pictures."""
+
+    def referring(self, pictures: Sequence[Any]) -> "PipelineAdapter":
+        """The adapter that draws while looking at these, PIL's, equal on all ranks."""
 
 
 @runtime_checkable

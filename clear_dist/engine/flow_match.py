@@ -5,6 +5,7 @@ Shapes: B pictures, C channels, H rows of the picture, R of this rank and W colu
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from clear_dist.engine.family import OnStep, Others
+from clear_dist.engine.inpainting import Kept
 from clear_dist.options import shortened
-from clear_dist.stages import Stage, Upscaling
+from clear_dist.stages import ImageToImage, Stage, Upscaling
 
 
 class FlowMatchAdapter:
@@ -23,6 +25,7 @@ class FlowMatchAdapter:
 
     packing: int
     """Latents along the side of a token."""
+    starts_from_pictures: bool = True
     stock: type
     image_to_image: type
 
@@ -37,8 +40,8 @@ class FlowMatchAdapter:
     def native_size(self) -> int:
         return self._pipe.vae.config.sample_size
 
-    def refining(self) -> Any:
-        """Image-to-image pipeline with the scheduler's static shift (paper, Sec. 4.3).
+    def refining(self, stage: Stage) -> Any:
+        """Image-to-image pipeline; in upper stages with the scheduler's static shift (paper, Sec. 4.3).
 
         The dynamic shift grows with the size, until every step is taken in pure noise. Raises ValueError where it would
         leave a part out.
@@ -49,7 +52,7 @@ class FlowMatchAdapter:
                 f"a cascade refines with {name}, which has no {', '.join(other)}, got {type(self._pipe).__name__}; "
                 f"nearest: a {self.stock.__name__} of the same parts, or cascade=False"
             )
-        return self._statically_shifted(self.image_to_image)
+        return self._with_parts(self.image_to_image, stage)
 
     def denoise(
         self,
@@ -60,13 +63,19 @@ class FlowMatchAdapter:
         seed: int,
         others: Others = (0, 0),
         start: Tensor | None = None,
+        mask: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Latents as from the pipeline's `output_type="latent"`."""
-        given = dict(self._guided(embeddings, stage))
+        given, kept = dict(self._guided(embeddings, stage)), None
+        generator = partial(self._generator, stage, seed, others)
         if start is not None:
-            given |= {"image": start, "strength": 1.0, "sigmas": sigmas_of(stage)}
-        return self._drawn(pipe, stage, self._generator(stage, seed, others), on_step, given)
+            given |= {"image": start, **noise_of(stage)}
+            kept = None if mask is None else Kept(start, mask, generator, self.packed)
+        return self._drawn(pipe, stage, generator(), on_step, given, kept)
+
+    def packed(self, latents_BCHW: Tensor) -> Tensor:
+        return latents_BCHW
 
     def for_vae(self, latents_BCRW: Tensor) -> Tensor:
         config = self._pipe.vae.config
@@ -92,31 +101,39 @@ class FlowMatchAdapter:
         for _ in range(count):
             torch.randn(self._pipe.vae.config.latent_channels, *sides, generator=generator)
 
-    def _statically_shifted(self, kind: type, **own: Any) -> Any:
+    def _with_parts(self, kind: type, stage: Stage, **own: Any) -> Any:
         """A pipeline of the same parts. Not `from_pipe`, which turns all parts, the given one's too, to float32."""
         pipe = self._pipe
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, use_dynamic_shifting=False)
+        scheduler = pipe.scheduler
+        if isinstance(stage.sampling, Upscaling):
+            scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, use_dynamic_shifting=False)
         made = kind(**{**pipe.components, **own, "scheduler": scheduler})
         made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
         return made
 
     def _drawn(
-        self, pipe: Any, stage: Stage, generator: torch.Generator, on_step: OnStep | None, given: Mapping[str, Any]
+        self,
+        pipe: Any,
+        stage: Stage,
+        generator: torch.Generator,
+        on_step: OnStep | None,
+        given: Mapping[str, Any],
+        kept: Kept | None = None,
     ) -> Tensor:
         """Latents after the last step; raises RuntimeError unless they are finite."""
         steps, held = stage.sampling.steps, {}
 
         def end_step(pipeline: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            held["latents"] = tensors["latents"]
+            latents = tensors["latents"]
+            held["latents"] = latents = latents if kept is None else kept.put_back(pipeline.scheduler, latents)
             if on_step is not None:
-                on_step(pipeline, stage, step + 1, tensors["latents"])
-            return {}
+                on_step(pipeline, stage, step + 1, latents)
+            return {} if kept is None else {"latents": latents}
 
         returned = pipe(
-            **given,
+            **{"num_inference_steps": steps, **given},
             height=stage.height,
             width=stage.width,
-            num_inference_steps=steps,
             generator=generator,
             output_type="latent",
             callback_on_step_end=end_step,
@@ -126,6 +143,14 @@ class FlowMatchAdapter:
         if not latents.isfinite().all():
             raise RuntimeError(f"the latents are not finite after {steps} steps in {pipe.transformer.dtype}")
         return latents
+
+
+def noise_of(stage: Stage) -> dict[str, Any]:
+    """What tells an image-to-image pipeline how much noise the picture gets, and in how many steps it goes."""
+    sampling = stage.sampling
+    if isinstance(sampling, ImageToImage):
+        return {"strength": sampling.strength, "num_inference_steps": sampling.schedule}
+    return {"strength": 1.0, "sigmas": sigmas_of(stage)}
 
 
 def sigmas_of(stage: Stage) -> list[float]:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from math import prod
+from math import prod, sqrt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from clear_dist.options import Options
 from clear_dist.plan.model import PlannedModel
 from clear_dist.request.hardware import Gpu, Link
 from clear_dist.request.request import Lora, Request
-from clear_dist.stages import Size, Stage, Upscaling, on_ranks
+from clear_dist.stages import Size, Stage, on_ranks
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -82,7 +82,19 @@ class PlanRequest:
 
     @property
     def text_tokens(self) -> int:
-        return self.request.max_sequence_length + self.model.further_text_tokens
+        """Those of a picture that is looked at, too, which are attended to alike."""
+        looked_at = 0 if self.reference is None else prod(self.reference)
+        return self.request.max_sequence_length + self.model.further_text_tokens + looked_at
+
+    @property
+    def reference(self) -> Size | None:
+        """Rows and columns of tokens of the picture that is looked at, which each rank encodes whole."""
+        picture, area = self.request.picture, self.model.reference_area
+        if picture is None or area is None or not self.request.looks:
+            return None
+        shrink = min(1.0, sqrt(area / prod(picture.size)))
+        height, width = (max(1, int(side * shrink) // self.model.token) for side in picture.size)
+        return height, width
 
     def passes(self, stage: Stage) -> int:
         """Forwards of a step, on a rank."""
@@ -185,11 +197,6 @@ class PlanRequest:
             _part(plan_halos(stripes, rank % len(stripes), radius), rank, image, in_vae, width)
             for rank in range(len(in_vae))
         )
-
-
-def is_upper(stage: Stage) -> bool:
-    """Whether a stage starts from a picture."""
-    return isinstance(stage.sampling, Upscaling)
 
 
 def _part(plan: HaloPlan, rank: int, image: Striping, in_vae: tuple[Rows, ...], picture_columns: int) -> Part:

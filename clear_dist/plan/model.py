@@ -33,6 +33,7 @@ class PlannedModel:
     channels: int
     """Numbers of a token of latents."""
     further_text_tokens: int = 0
+    reference_area: int | None = None
     guides_in_one_pass: bool = False
     hoists_modulation: bool = True
 
@@ -61,6 +62,7 @@ def find(facts: ModelFacts) -> PlannedModel | None:
         packing=card.packing,
         channels=facts.shape.in_channels * card.packing**2 // card.channels_per_latent,
         further_text_tokens=card.further_text_tokens,
+        reference_area=card.reference_area,
         guides_in_one_pass=card.guides_in_one_pass,
         hoists_modulation=card.hoists_modulation,
     )

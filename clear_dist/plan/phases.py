@@ -1,9 +1,9 @@
 """Memory of a rank by phase: weights that it holds all the time, and what the engine says that each phase adds."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from clear_dist.plan.asked import Part, PlanRequest, is_upper
+from clear_dist.plan.asked import Part, PlanRequest
 from clear_dist.plan.engine import Engine
 from clear_dist.plan.questions import Step
 from clear_dist.stages import Stage
@@ -98,9 +98,14 @@ class Memory:
             yield self._phase("idle", number, held)
             return
         part, kept = parts[rank], {**held, **self._drawn_before(rank, number)}
-        if is_upper(stage):
+        if stage.starts_from_picture:
             encoding, masks = self.engine.vae(asked, part, encode=True), self._masks(rank, number - 1)
             yield self._phase("encode", number, {**self._with_vae(kept), **masks, "VAE activations": encoding.peak})
+        if asked.reference is not None:
+            rows, columns = asked.reference
+            whole = replace(part, ranks=1, rank=0, picture_rows=rows, picture_columns=columns)
+            encoding = self.engine.vae(asked, whole, encode=True)
+            yield self._phase("encode", number, {**self._with_vae(kept), "VAE activations": encoding.peak})
         step, masks = self.engine.step(asked, stage, part), self._masks(rank, number)
         yield self._phase("denoise", number, {**kept, **self._denoising(stage, step), **masks}, step.where)
         held = {**held, **masks}
@@ -166,7 +171,7 @@ class Memory:
             rows["stale halos"] = rows.pop("halos", 0)
         else:
             rows["halos"] = rows.get("halos", 0) + rows.pop("halos on their way", 0)
-        start = latents + latents * FLOAT32 // self.asked.itemsize if is_upper(stage) else 0
+        start = latents + latents * FLOAT32 // self.asked.itemsize if stage.starts_from_picture else 0
         rows["latents"] = rows.get("latents", 0) + start + self._tables(stage)
         return {name: amount for name, amount in rows.items() if amount}
 

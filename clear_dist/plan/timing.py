@@ -10,7 +10,7 @@ Weights in shards travel beside the messages, all but the first block's behind c
 
 from dataclasses import dataclass
 
-from clear_dist.plan.asked import Part, PlanRequest, is_upper
+from clear_dist.plan.asked import Part, PlanRequest
 from clear_dist.plan.engine import Engine
 from clear_dist.plan.questions import Step, VaePass, Weights
 from clear_dist.plan.traffic import step_traffic
@@ -97,7 +97,7 @@ def stage_time(engine: Engine, asked: PlanRequest, number: int) -> StageTime | N
     exposed = max(0.0, messages - hidden, messages + shares - busy) + first_block + sent.at_the_end / link
     encode, decode = (
         _vae(asked, gpu, engine.vae(asked, part, encode=encode), part.ranks) if wanted else 0.0
-        for encode, wanted in ((True, is_upper(stage)), (False, True))
+        for encode, wanted in ((True, stage.starts_from_picture), (False, True))
     )
     waits = {"exposed": exposed, "capturing": capturing, "encode": encode, "decode": decode}
     both = asked.has_halves(stage) and not asked.model.guides_in_one_pass  # the first step tells how many there are

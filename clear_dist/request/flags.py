@@ -102,7 +102,10 @@ class PictureFlags(Kept):
     )
     max_sequence_length: int | None = flag(None, "text tokens (as many as the model asks for)", DRAWN, bounds=(1, 512))
     strength: float | None = flag(
-        None, "share of noise that enlarged pictures get (0.7; demo 0.3)", LARGE, bounds=(0.001, 1.0)
+        None,
+        "share of noise that enlarged pictures get (0.7; demo 0.3); with --image, that one (0.6)",
+        LARGE,
+        bounds=(0.001, 1.0),
     )
     upscale_steps: int | None = flag(
         None, "steps of each upper stage (the model's steps x strength)", LARGE, bounds=STEPS

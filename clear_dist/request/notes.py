@@ -16,8 +16,8 @@ from clear_dist.pictures import keeps_alpha
 from clear_dist.request.devices import FoundGpu
 from clear_dist.request.flags import GenerateFlags, PictureFlags, UpscaleFlags
 from clear_dist.request.pictures import is_listed
-from clear_dist.request.request import Request
-from clear_dist.stages import Upscaling
+from clear_dist.request.request import Picture, Request
+from clear_dist.stages import ImageToImage, Upscaling
 
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """dtypes by their names in safetensors files."""
@@ -84,6 +84,10 @@ def _choices(flags: PictureFlags, request: Request, facts: ModelFacts, cards: Ca
         yield f"cascade: {sizes} ({upper.steps} steps at strength {upper.strength:g} in each upper stage)"
     if isinstance(flags, UpscaleFlags):
         yield from _pictures(flags, request)
+    if isinstance(request.sampling, ImageToImage):
+        yield from _first_picture(request, request.sampling)
+    if request.looks:
+        yield f"image: {shortened(request.pictures[0].file.name)} is looked at, not drawn over"
     if isinstance(flags, GenerateFlags) and flags.prompt is None and flags.prompts is None:
         yield f"prompt: {shortened(request.prompts[0])!r} (none was given)"
     yield from averaging(request, request.ranks // (2 if request.guidance_ranks == 2 else 1))
@@ -103,12 +107,24 @@ def _pictures(flags: UpscaleFlags, request: Request) -> Iterator[str]:
         if left_out := sum(not is_listed(file) and not file.name.startswith(".") for file in folder.iterdir()):
             yield f"{folder}: {left_out} files or folders in it are left out: by their names no pictures, or results"
     for picture in request.pictures:
-        name, output = shortened(picture.file.name), picture.output
-        if picture.has_alpha:
-            fate = "kept apart, and put back" if keeps_alpha(output) else f"laid on --background: {output} has none"
-            yield f"{name}: its transparency is {fate}"
-        for note in picture.notes:
-            yield f"{WARNING}{name}: {note}"
+        yield from _of_picture(picture, picture.output or request.output, below="--background")
+
+
+def _first_picture(request: Request, sampling: ImageToImage) -> Iterator[str]:
+    picture, steps = request.pictures[0], f"{sampling.steps} of {sampling.schedule} steps"
+    (height, width), stage = picture.size, request.stages[0]
+    sizes = f"its middle {width}x{height} at {stage.width}x{stage.height}"
+    yield f"image: {shortened(picture.file.name)}, {sizes}: {steps} at strength {sampling.strength:g}"
+    yield from _of_picture(picture, request.output, below="white")
+
+
+def _of_picture(picture: Picture, output: Path, *, below: str) -> Iterator[str]:
+    name = shortened(picture.file.name)
+    if picture.has_alpha:
+        fate = "kept apart, and put back" if keeps_alpha(output) else f"laid on {below}: {output} has none"
+        yield f"{name}: its transparency is {fate}"
+    for note in picture.notes:
+        yield f"{WARNING}{name}: {note}"
 
 
 def averaging(options: Options, ranks: int) -> Iterator[str]:
@@ -201,6 +217,6 @@ def _without_effect(flags: PictureFlags, request: Request, facts: ModelFacts) ->
     if isinstance(flags, UpscaleFlags) and flags.background and not any(each.has_alpha for each in request.pictures):
         yield f"{WARNING}--background has no effect: nothing here is transparent"
     if not any(isinstance(stage.sampling, Upscaling) for stage in stages):
-        for name in ("base_res", "strength", "upscale_steps", "ntk_factor", "save_stages"):
+        for name in ("base_res", "upscale_steps", "ntk_factor", "save_stages"):
             if getattr(flags, name):
                 yield f"{WARNING}{spelled(name)} has no effect: this size is drawn in one stage"

@@ -51,7 +51,8 @@ def check_outputs(request: Request) -> None:
             refuse_folder(name, file, endings)
             if file.is_symlink():
                 check_file(name, file, endings)
-    given = (*written, latents_out, report, *request.traces, *(picture.file for picture in request.pictures))
+    read = dict.fromkeys(file for picture in request.pictures for file in (picture.file, picture.mask))
+    given = (*written, latents_out, report, *request.traces, *read)
     used = [file.resolve() for file in given if file is not None]
     if len(set(used)) < len(used):
         again = next(file for index, file in enumerate(used) if file in used[:index])

@@ -13,7 +13,12 @@ PICTURES = "Pictures in"
 class InputFlags(Flags):
     """Raises a Refusal for flags that need another one."""
 
-    image: Path | None = flag(None, "picture to start from, with --strength of noise", PICTURES, metavar="FILE")
+    image: Path | None = flag(
+        None,
+        "picture to start from, with --strength of noise; some models look at it instead",
+        PICTURES,
+        metavar="FILE",
+    )
     mask: Path | None = flag(
         None, "picture as large as --image: what is white is drawn anew, what is black stays", PICTURES, metavar="FILE"
     )

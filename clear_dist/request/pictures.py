@@ -1,4 +1,4 @@
-"""A user's pictures before they are made larger: whether they can be read, and their new sizes."""
+"""A user's pictures before they are made larger, or drawn anew: whether they can be read, and their new sizes."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -9,14 +9,16 @@ from PIL import Image, ImageColor, UnidentifiedImageError
 from clear_dist.cards.folder import ModelFacts
 from clear_dist.options import Refusal, shortened
 from clear_dist.pictures.decoding import Decoded, TooDeep, decode
-from clear_dist.request.flags import READ_ENDINGS, SQUARES, UPSCALED, UpscaleFlags
+from clear_dist.request.flags import READ_ENDINGS, SQUARES, UPSCALED, GenerateFlags, UpscaleFlags
 from clear_dist.request.request import Picture
-from clear_dist.stages import Size
+from clear_dist.stages import Size, size_like
 
 LARGEST_SAFE = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 """Pixels; more is a decompression bomb to Pillow."""
 DEFAULT_GROWTH = 2
 WHITE = "white"
+LEAST_WHITE = 128
+"""Byte of a mask from which diffusers draws anew."""
 
 
 def find_files(given: Iterable[Path]) -> Iterator[Path]:
@@ -73,11 +75,59 @@ def find_picture(
     return found, decoded.prompt
 
 
+def find_image(flags: GenerateFlags, facts: ModelFacts, *, unit: int) -> Picture | None:
+    """The picture that `generate` starts from, with its mask, and its size in multiples of `unit` pixels.
+
+    Both are decoded. Raises a Refusal where one cannot be read, for a mask of another size or without anything white,
+    and where no size is known.
+    """
+    if flags.image is None:
+        return None
+    decoded, native = _decoded(flags.image), flags.base_res or facts.native_size
+    picture = decoded.image.height, decoded.image.width
+    height, width = flags.height or flags.res, flags.width or flags.res
+    try:
+        target = size_like(picture, height, width, native=native, unit=unit)
+    except ValueError as error:
+        raise Refusal(
+            f"--image needs --res for a model of unknown size, got {facts.name}; nearest: --res 1024"
+        ) from error
+    is_start = facts.card is None or facts.card.starts_from_pictures
+    if flags.mask is not None:
+        _check_mask(flags.mask, picture)
+    return Picture(
+        file=flags.image.absolute(),
+        mask=None if flags.mask is None else flags.mask.absolute(),
+        box=_box(picture, target) if is_start else (0, 0, picture[1], picture[0]),
+        target=target,
+        has_alpha=is_start and decoded.alpha is not None,
+        notes=decoded.notes,
+    )
+
+
+def _check_mask(file: Path, picture: Size) -> None:
+    mask, (height, width) = _decoded(file).image, picture
+    if mask.size != (width, height):
+        raise Refusal(
+            f"--mask must be as large as --image, {width} x {height} px, got {mask.width} x {mask.height}; "
+            f"nearest: a mask of {width} x {height}"
+        )
+    if not any(mask.convert("L").histogram()[LEAST_WHITE:]):
+        raise Refusal(
+            f"--mask must be white where the picture is drawn anew, got {file}, which is black; nearest: none"
+        )
+
+
 def load(picture: Picture) -> tuple[Image.Image, Image.Image | None]:
     """The used part of the picture, upright, in RGB, its transparent parts laid on the background; and its alpha."""
     decoded = _decoded(picture.file)
     alpha = None if decoded.alpha is None else decoded.alpha.crop(picture.box)
     return decoded.laid_on(picture.background).crop(picture.box), alpha
+
+
+def load_mask(picture: Picture) -> Image.Image | None:
+    """The used part of the picture's mask in grey, upright; None: it has none."""
+    return None if picture.mask is None else _decoded(picture.mask).image.crop(picture.box).convert("L")
 
 
 def _decoded(file: Path) -> Decoded:
@@ -114,10 +164,7 @@ def _target(flags: UpscaleFlags, picture: Size, native: int, unit: int) -> Size:
         most = SQUARES[1]
         longer = flags.res or min(most, _up_to_unit(max(DEFAULT_GROWTH * max(picture), native), unit))
         height, width = (longer, None) if picture[0] >= picture[1] else (None, longer)
-    if height is None:
-        assert width is not None
-        return max(1, round(picture[0] * width / picture[1] / unit)) * unit, width
-    return height, width or max(1, round(picture[1] * height / picture[0] / unit)) * unit
+    return size_like(picture, height, width, native=native, unit=unit)
 
 
 def _box(picture: Size, target: Size) -> tuple[int, int, int, int]:

@@ -10,19 +10,22 @@ from clear_dist.cards.single_file import Files
 from clear_dist.geometry import Rows, Striping, cut_in_stripes, most_stripes, stripe_image
 from clear_dist.pictures import numbered
 from clear_dist.request.flags import Kept
-from clear_dist.stages import Sampling, Size, Stage, Upscaling, plan_cascade, plan_upscaling
+from clear_dist.stages import ImageToImage, Sampling, Size, Stage, Upscaling, plan_cascade, plan_upscaling
 
 PROFILE_ENDINGS = (".json", ".json.gz")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A user's picture to enlarge; `box` is the part used: left, top, right and bottom in pixels."""
+    """A user's picture to start from; `box` is the part used: left, top, right and bottom in pixels."""
 
     file: Path
     box: tuple[int, int, int, int]
     target: Size
-    output: Path
+    output: Path | None = None
+    """Of `upscale`, whose pictures have names of their own; None: the request's."""
+    mask: Path | None = None
+    """As large as the picture, which stays as it is where this is black."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Below transparent parts."""
     has_alpha: bool = False
@@ -138,6 +141,16 @@ class Request(Kept):
     def _tokens(self, size: Size) -> tuple[int, int]:
         return size[0] // self.token_size, size[1] // self.token_size
 
+    @property
+    def enlarges(self) -> bool:
+        """Whether its pictures are made larger."""
+        return any(picture.output is not None for picture in self.pictures)
+
+    @property
+    def looks(self) -> bool:
+        """Whether its pictures are looked at; else the first stage starts from them."""
+        return bool(self.pictures) and not self.enlarges and not isinstance(self.sampling, ImageToImage)
+
     def alone(self, prompt: int) -> "Request":
         """The request of one prompt's picture; this one where it starts from noise."""
         if not self.pictures:
@@ -148,8 +161,8 @@ class Request(Kept):
     @property
     def outputs(self) -> tuple[Path, ...]:
         """Names of all pictures, `num_images` for each prompt."""
-        if self.pictures:
-            return tuple(picture.output for picture in self.pictures)
+        if named := tuple(picture.output for picture in self.pictures if picture.output is not None):
+            return named
         count = len(self.prompts) * self.num_images
         return tuple(numbered(self.output, index, count) for index in range(count))
 
@@ -170,6 +183,6 @@ class Request(Kept):
         if native is None or self.height is None:
             return ()
         given: dict[str, Any] = {"native": native, "token": self.unit, "upscaling": self.upscaling}
-        if self.picture is not None:
+        if self.enlarges and self.picture is not None:
             return plan_upscaling(self.picture.size, self.size, **given)
         return plan_cascade(self.size, sampling=self.sampling, cascade=self.cascade, **given)

@@ -27,6 +27,7 @@ from clear_dist.request.outputs import check_outputs
 from clear_dist.request.request import Lora, Request
 from clear_dist.request.single_file import find
 from clear_dist.request.start import Start, find_start, upscaling
+from clear_dist.stages import ImageToImage
 
 LONGEST_SIDE = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500}
 """Pixels; the other formats take more than anyone asks for."""
@@ -95,6 +96,11 @@ def choose(
     )
     check_axes(request)
     _check_sizes(request, facts)
+    if flags.strength is not None and request.stages and not any(each.starts_from_picture for each in request.stages):
+        got = f"got {flags.strength:g} for {request.width} x {request.height} px from noise"
+        raise Refusal(
+            f"--strength is for a picture to start from, or a size above the native one, {got}; nearest: none"
+        )
     return request, facts, begin
 
 
@@ -155,10 +161,22 @@ def _window(flags: PictureFlags, checkpoint: str | None) -> Window:
 
 
 def _check_sizes(request: Request, facts: ModelFacts) -> None:
+    if request.pictures and facts.card is not None and not facts.card.starts_from_pictures:
+        _check_looking(request, facts)
     for index in range(len(request.pictures) or 1):
         one = request.alone(index)
         _check_positions(one, facts)
         _check_size(one)
+
+
+def _check_looking(request: Request, facts: ModelFacts) -> None:
+    """Raises a Refusal where a model that only looks at pictures is to start from one."""
+    assert facts.card is not None, "known with the model"
+    if request.pictures[0].mask is not None:
+        raise Refusal(f"--mask is for models with image to image, got {facts.name}; nearest: without --mask")
+    if isinstance(request.sampling, ImageToImage) or (not request.enlarges and facts.card.reference_area is None):
+        got = f"got {request.pictures[0].file.name} for {facts.name}"
+        raise Refusal(f"--image is for models that take one, known by their names or files, {got}; nearest: none")
 
 
 def _check_positions(request: Request, facts: ModelFacts) -> None:

@@ -12,9 +12,9 @@ from clear_dist.launch.env import Place
 from clear_dist.options import Refusal, shortened, spelled
 from clear_dist.pictures import numbered
 from clear_dist.request.flags import UPSCALED, GenerateFlags, PictureFlags, UpscaleFlags
-from clear_dist.request.pictures import find_files, find_picture
+from clear_dist.request.pictures import find_files, find_image, find_picture
 from clear_dist.request.request import Picture
-from clear_dist.stages import Sampling, Upscaling, refining_steps
+from clear_dist.stages import ImageToImage, Sampling, Upscaling, refining_steps
 
 DEFAULT_PROMPT = "a lighthouse on a cliff at dusk, its light over a calm sea"
 GUIDANCE = ("guidance_scale", "true_cfg_scale")
@@ -42,24 +42,34 @@ def find_start(flags: PictureFlags, facts: ModelFacts, place: Place, *, unit: in
     if isinstance(flags, UpscaleFlags):
         return _from_pictures(flags, facts, place, unit)
     assert isinstance(flags, GenerateFlags), flags
+    prompts, picture = _prompts(flags, facts, place), find_image(flags, facts, unit=unit)
     height, width = flags.height or flags.res, flags.width or flags.res
-    if flags.image is not None:
-        raise Refusal(f"pictures are not drawn from others yet, got {flags.image}; nearest: clear-dist upscale FILE")
+    if picture is not None:
+        height, width = picture.target
+    sampling = replace(facts.sampling, **_given(flags, "steps", *GUIDANCE))
+    is_start = picture is not None and (facts.card is None or facts.card.starts_from_pictures)
     return Start(
-        prompts=_prompts(flags, facts, place),
+        prompts=prompts,
         height=height or facts.native_size,
         width=width or facts.native_size,
-        sampling=replace(facts.sampling, **_given(flags, "steps", *GUIDANCE)),
+        sampling=ImageToImage.of(sampling, flags.strength) if is_start else sampling,
         output=flags.output,
         num_images=flags.num_images,
         cascade=flags.cascade == "auto",
+        pictures=() if picture is None else (picture,) * len(prompts),
     )
 
 
 def upscaling(flags: PictureFlags, sampling: Sampling, facts: ModelFacts) -> Upscaling:
-    """Settings of the upper stages, by default with the steps of diffusers' img2img."""
-    chosen = replace(facts.upscaling, **_given(flags, "strength", "ntk_factor", *GUIDANCE))
-    return replace(chosen, steps=flags.upscale_steps or refining_steps(sampling.steps, chosen.strength))
+    """Settings of the upper stages, by default with the steps of diffusers' img2img.
+
+    Where the first stage starts from a picture, `--strength` is that stage's.
+    """
+    own, steps = _given(flags, "strength", "ntk_factor", *GUIDANCE), sampling.steps
+    if isinstance(sampling, ImageToImage):
+        own, steps = own | {"strength": facts.upscaling.strength}, sampling.schedule
+    chosen = replace(facts.upscaling, **own)
+    return replace(chosen, steps=flags.upscale_steps or refining_steps(steps, chosen.strength))
 
 
 def _given(flags: PictureFlags, *names: str) -> dict[str, Any]:
@@ -73,11 +83,12 @@ def _from_pictures(flags: UpscaleFlags, facts: ModelFacts, place: Place, unit: i
     lines = None if flags.prompts is None else lines_of(flags.prompts, place)
     if lines is not None and len(lines) != count:
         raise Refusal(f"--prompts must hold a prompt for each of {count} pictures, got {len(lines)}; nearest: {count}")
-    pictures, prompts = [], []
+    pictures, prompts, outputs = [], [], []
     for index, file in enumerate(files):
         output = Path(f"{file.stem}{UPSCALED}.png") if flags.output is None else numbered(flags.output, index, count)
         picture, own = find_picture(file, output, flags, facts, unit=unit)
         pictures.append(picture)
+        outputs.append(output)
         given = flags.prompt if lines is None else lines[index]
         prompts.append((own or "") if given is None else given)
     height, width = max((picture.target for picture in pictures), key=prod)
@@ -86,7 +97,7 @@ def _from_pictures(flags: UpscaleFlags, facts: ModelFacts, place: Place, unit: i
         height=height,
         width=width,
         sampling=facts.sampling,
-        output=flags.output or pictures[0].output,
+        output=flags.output or outputs[0],
         pictures=tuple(pictures),
     )
 

@@ -129,6 +129,45 @@ def test_several_pictures_with_one_load(model: Path, here: Path) -> None:
     assert [stage["grid"] for stage in stages] == [[8, 12], [8, 8]]
 
 
+def test_generate_starts_from_a_picture_and_keeps_what_a_mask_keeps(
+    model: Path, here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Lying on its side, and half transparent; in three stages, on two ranks, two prompts."""
+    values = np.random.default_rng(4).integers(0, 256, (64, 96, 4), np.uint8)
+    values[..., 3] = np.where(np.arange(96) < 48, 0, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(values).save("in.png", exif=exif)
+    mask = np.zeros((96, 64), np.uint8)
+    mask[:72] = 255
+    Image.fromarray(mask).save("mask.png")
+    Path("prompts.txt").write_text("a fox\ntwo dogs\n")
+    flags = ("--prompts", "prompts.txt", "--steps", "4", "--strength", "0.5", "--width", "128", "--upscale-steps", "1")
+    command = ("generate", "--image", "in.png", "--mask", "mask.png", *flags, "--nproc", "2", "--report", "r.json")
+    assert run(model, *command) == 0
+    report = json.loads(Path("r.json").read_text())
+    assert [stage["grid"] for stage in report["stages"]] == [[5, 3], [8, 5], [12, 8]] * 2
+    assert [len(stage["seconds_per_step"]) for stage in report["stages"]] == [2, 1, 1] * 2
+    assert report["seconds"]["encode"] > 0
+    upright = Image.fromarray(values).transpose(Image.Transpose.ROTATE_270)
+    white = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB")
+    own = np.asarray(white.resize((128, 192), Image.Resampling.BICUBIC), int)
+    for index, prompt in enumerate(("a fox", "two dogs")):
+        with Image.open(f"clear-dist-{index}.png") as picture:
+            assert (picture.size, picture.mode) == ((128, 192), "RGBA")
+            assert picture.text["prompt"] == prompt  # type: ignore[attr-defined]
+            settings = json.loads(picture.text["settings"])  # type: ignore[attr-defined]
+            assert (settings["drawn_from"], settings["mask"]) == ("in.png", "mask.png")
+            assert (settings["sampling"]["strength"], settings["upscaling"]["strength"]) == (0.5, 0.7)
+            shown = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+            error = np.abs(np.asarray(shown.convert("RGB"), int) - own)
+        assert error[152:].max() <= 1 and error[104:136].max() > 30
+    os.utime("mask.png", (later := Path("clear-dist-0.png").stat().st_mtime + 1, later))
+    capfd.readouterr()
+    assert run(model, *command, "--resume") == 0
+    assert "skipped" not in capfd.readouterr().err
+
+
 def test_of_a_list_what_is_there_is_left_out_and_what_fails_is_told(
     model: Path, here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

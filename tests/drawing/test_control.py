@@ -19,7 +19,7 @@ from torch import Tensor
 import clear_dist
 from clear_dist.comm.group import Group
 from clear_dist.drawing.cascade import SEED_STRIDE, Cascade
-from clear_dist.drawing.generation import controls_of
+from clear_dist.drawing.given import controls_of
 from clear_dist.drawing.prompts import encode_prompts
 from clear_dist.engine.striped import require_striped
 from clear_dist.families.transformers import adapter_of

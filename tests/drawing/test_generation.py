@@ -10,7 +10,7 @@ from PIL.Image import fromarray, new
 
 import clear_dist
 from clear_dist.comm.group import Group
-from clear_dist.drawing.generation import from_image
+from clear_dist.drawing.given import from_image
 from tests.ranks import run_ranks
 from tests.tiny import make_tiny_pipeline
 

@@ -195,7 +195,7 @@ def test_a_checkpoint_without_a_radius_needs_a_window(folder: Path) -> None:
         ({"text_tokens": "sharded"}, "--text-tokens has no effect on one rank"),
         ({"res": 1024, "cascade": "off"}, "1024 px in one stage is far above the model's 128"),
         ({"res": 512, "strength": 0.5, "steps": 8}, "cascade: 128x128 -> 256x256 -> 512x512 (4 steps at strength 0.5"),
-        ({"strength": 0.5}, "--strength has no effect: this size is drawn in one stage"),
+        ({"upscale_steps": 2}, "--upscale-steps has no effect: this size is drawn in one stage"),
         ({"res": 256, "cascade": "off", "save_stages": True}, "--save-stages has no effect"),
         ({"warmup_steps": 2}, "--warmup-steps has no effect with --schedule sync"),
         ({"schedule": "stale"}, "--schedule stale has no effect on one rank"),

@@ -27,7 +27,7 @@ class FluxControlNetAdapter(FluxPipelineAdapter):
     Not by FluxControlNetImg2ImgPipeline: it has no classifier-free guidance, and mistakes modes in batches.
     """
 
-    stock, image_to_image = FluxControlNetPipeline, FluxControlNetPipeline
+    stock, image_to_image, starts_from_pictures = FluxControlNetPipeline, FluxControlNetPipeline, False
 
     def __init__(self, pipe: Any, conditions: Sequence[Condition] = ()) -> None:
         super().__init__(pipe)
@@ -72,8 +72,10 @@ class FluxControlNetAdapter(FluxPipelineAdapter):
         seed: int,
         others: Others = (0, 0),
         start: Tensor | None = None,
+        mask: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
+        assert mask is None, "refused before"
         generator, like = torch.Generator().manual_seed(seed), embeddings["prompt_embeds"]
         pictures = [self._sampled(each.picture, len(like), others, generator) for each in self._conditions]
         self._leave(others[0], stage, generator)

@@ -44,3 +44,6 @@ class FluxPipelineAdapter(FlowMatchAdapter):
         mine_BLC = latents.unflatten(1, (-1, width))[:, rows].flatten(1, 2)
         height = mine_BLC.shape[1] // width * self.token_size
         return self._pipe._unpack_latents(mine_BLC, height, size[1], self._pipe.vae_scale_factor)
+
+    def packed(self, latents_BCHW: Tensor) -> Tensor:
+        return self._pipe._pack_latents(latents_BCHW, *latents_BCHW.shape)

@@ -173,6 +173,8 @@ _SHARED: Mapping[str, Any] = {
     "vae_channels": (128, 256, 512, 512),
     "latent_channels": 32,
     "native_size": 1024,
+    "starts_from_pictures": False,
+    "reference_area": 1024**2,
     "token_limits": {},
     "schedule": {"shift": 3.0},
     "originals": NORMS,

@@ -6,7 +6,7 @@ image-to-image for them: a refinement is a text-to-image run whose first latents
 Shapes: B pictures, T text tokens, C channels, H rows of the picture, R of this rank and W columns in the VAE's layout.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,10 @@ from clear_dist.stages import Size, Stage
 
 
 class Flux2PipelineAdapter(FlowMatchAdapter):
-    packing = PACKING
+    packing, starts_from_pictures = PACKING, False
     arguments: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, references: Sequence[Any] = ()) -> None:
         """Raises ValueError for pipelines that draw from other inputs."""
         if type(pipe) not in (Flux2Pipeline, Flux2KleinPipeline):
             raise ValueError(
@@ -31,6 +31,7 @@ class Flux2PipelineAdapter(FlowMatchAdapter):
                 "nearest: one of the same parts, or a call of the pipeline itself"
             )
         super().__init__(pipe)
+        self._references = references
 
     @torch.no_grad()
     def encode(self, texts: list[str], max_sequence_length: int) -> Encoded:
@@ -40,10 +41,10 @@ class Flux2PipelineAdapter(FlowMatchAdapter):
     def too_long(self, prompt: str, max_sequence_length: int) -> list[str]:
         return cut_off(self._encoder, self._tokenizer, self._tokens_of(prompt), max_sequence_length)
 
-    def refining(self) -> Any:
+    def refining(self, stage: Stage) -> Any:
         """The same pipeline with the scheduler's static shift (with the dynamic one mu is 11.5 at 4096 px)."""
         own = {"is_distilled": self._pipe.config.is_distilled} if self._is_klein else {}
-        return self._statically_shifted(type(self._pipe), **own)
+        return self._with_parts(type(self._pipe), stage, **own)
 
     def denoise(
         self,
@@ -54,15 +55,20 @@ class Flux2PipelineAdapter(FlowMatchAdapter):
         seed: int,
         others: Others = (0, 0),
         start: Tensor | None = None,
+        mask: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Packed latents [B, tokens, 128]; raises ValueError for negative prompts that the model does not take."""
+        assert mask is None, "refused before"
         generator, given = self._generator(stage, seed, others), dict(self._guided(embeddings, stage))
         if start is not None:
             sigmas = sigmas_of(stage)
             noisy = with_noise(pipe.scheduler, start.to(embeddings["prompt_embeds"]), sigmas, generator)
             given |= {"latents": noisy, "sigmas": sigmas}
         return self._drawn(pipe, stage, generator, on_step, given)
+
+    def referring(self, pictures: Sequence[Any]) -> "Flux2PipelineAdapter":
+        return type(self)(self._pipe, pictures)
 
     def _guided(self, embeddings: Mapping[str, Tensor], stage: Stage) -> dict[str, Any]:
         is_guided = "negative_prompt_embeds" in embeddings
@@ -71,7 +77,8 @@ class Flux2PipelineAdapter(FlowMatchAdapter):
         guidance = stage.sampling.guidance_scale
         if self._is_klein:
             guidance = stage.sampling.true_cfg_scale if is_guided else 1.0
-        return {**embeddings, "guidance_scale": guidance}
+        looking = {"image": list(self._references)} if self._references else {}
+        return {**embeddings, **looking, "guidance_scale": guidance}
 
     def unpacked(self, latents: Tensor, rows: slice, size: Size) -> Tensor:
         """Rows as the decoder takes them, the batch norm undone."""

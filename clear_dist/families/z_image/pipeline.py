@@ -42,9 +42,9 @@ class ZImagePipelineAdapter(FlowMatchAdapter):
         ids = tokenizer(text, truncation=False, verbose=False).input_ids
         return cut_off("Qwen3", tokenizer, ids, max_sequence_length)
 
-    def refining(self) -> Any:
+    def refining(self, stage: Stage) -> Any:
         """As of all families, but that diffusers' own takes latents for a picture."""
-        refining, channels = super().refining(), self._pipe.vae.config.latent_channels
+        refining, channels = super().refining(stage), self._pipe.vae.config.latent_channels
         refining.image_processor = VaeImageProcessor(vae_scale_factor=self.token_size, vae_latent_channels=channels)
         return refining
 

@@ -27,7 +27,9 @@ from clear_dist.geometry import cut_in_stripes
 from clear_dist.launch.env import Place
 from clear_dist.options import Refusal
 from clear_dist.plan import model
+from clear_dist.plan.asked import PlanRequest
 from clear_dist.request.flags import GenerateFlags
+from clear_dist.request.hardware import LINKS
 from clear_dist.request.settle import settle
 from clear_dist.stages import Sampling, Stage, Upscaling
 from clear_dist.vae import decode_stripes, encode_stripes
@@ -231,3 +233,57 @@ def test_dev_needs_a_package_for_its_tokenizer(monkeypatch: pytest.MonkeyPatch) 
     ):
         settle(GenerateFlags(model="flux2-dev", device="cpu"), Place(), CARDS)
     assert settle(GenerateFlags(model="flux2-klein-4b", device="cpu"), Place(), CARDS)[0].window == "full"
+
+
+LOOKED_AT = Image.fromarray(np.random.default_rng(3).integers(0, 256, (80, 96, 3), np.uint8))
+
+
+def looking(group: Group) -> list[np.ndarray]:
+    pipe = make_tiny_klein(sample_size=NATIVE)
+    pipe.set_progress_bar_config(disable=True)
+    clear_dist.parallelize(pipe, group=group, window="full")
+    given: dict[str, Any] = {"num_inference_steps": STEPS, "max_sequence_length": TEXT, "seed": SEED}
+    with pytest.raises(ValueError, match="mask_image and strength are for image to image, got Flux2KleinPipeline"):
+        clear_dist.generate(pipe, "a hill", image=LOOKED_AT, strength=0.5)
+    image = LOOKED_AT if group.rank == 0 else None
+    pictures = clear_dist.generate(pipe, "a hill", image=image, height=64, width=48, **given)
+    upper = Upscaling(steps=1, guidance_scale=0.0)
+    pictures += clear_dist.generate(pipe, "a hill", image=image, height=128, width=96, upscaling=upper, **given)
+    return [np.asarray(picture).astype(int) for picture in pictures]
+
+
+def test_a_picture_is_looked_at_as_by_the_stock_pipeline() -> None:
+    alone, two = (run_ranks(looking, size)[0] for size in (1, 2))
+    pipe = make_tiny_klein(sample_size=NATIVE)
+    common: dict[str, Any] = {"num_inference_steps": STEPS, "max_sequence_length": TEXT, "height": 64, "width": 48}
+    generators = [torch.Generator().manual_seed(SEED) for _ in range(2)]
+    looked, blind = (
+        np.asarray(pipe(prompt="a hill", generator=generator, **picture, **common).images[0]).astype(int)
+        for generator, picture in zip(generators, ({"image": LOOKED_AT}, {}), strict=True)
+    )
+    for found in (alone, two):
+        assert np.abs(found[0] - looked).max() <= 1
+        assert np.abs(found[1] - alone[1]).max() <= 2
+    assert np.abs(looked - blind).max() > 20
+
+
+def test_a_picture_that_is_looked_at_is_checked_and_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (2048, 1024), "white").save("in.png")
+    given: dict[str, Any] = {"model": "flux2-klein-4b", "device": "cpu", "image": Path("in.png")}
+    request, facts, lines = settle(GenerateFlags(**given), Place(), CARDS)
+    assert (
+        request.looks
+        and request.size == (720, 1440)
+        and [stage.starts_from_picture for stage in request.stages] == [False]
+    )
+    assert "image: in.png is looked at, not drawn over" in lines
+    planned = model.find(facts)
+    assert planned is not None
+    asked = PlanRequest(request=request, model=planned, gpu=None, link=LINKS["nvlink"])
+    assert asked.reference == (45, 90)
+    assert asked.text_tokens == 512 + 45 * 90
+    with pytest.raises(Refusal, match=r"--mask is for models with image to image, got .*klein-4B"):
+        settle(GenerateFlags(**given, mask=Path("in.png")), Place(), CARDS)
+    with pytest.raises(Refusal, match="--strength is for a picture to start from"):
+        settle(GenerateFlags(**given, strength=0.5), Place(), CARDS)

@@ -175,7 +175,7 @@ def test_refinement_is_stock_image_to_image() -> None:
     ).images  # fmt: skip
     try:
         clear_dist.parallelize(pipe, window="full", group=group)
-        found = adapter.denoise(adapter.refining(), embeddings, stage, seed=9, start=start)
+        found = adapter.denoise(adapter.refining(stage), embeddings, stage, seed=9, start=start)
     finally:
         group.close()
     assert relative_error(found, expected) < 1e-4

@@ -76,7 +76,7 @@ def refined(group: Group) -> Tensor:
     embeddings = dict(zip(adapter.arguments, adapter.encode([PROMPT], 512), strict=False))
     sampling = Upscaling(steps=STEPS, strength=STRENGTH, guidance_scale=0.0)
     stage = Stage(height=LARGE[0], width=LARGE[1], sampling=sampling)
-    with require_striped(pipe).running(scheduler=(refining := adapter.refining()).scheduler):
+    with require_striped(pipe).running(scheduler=(refining := adapter.refining(stage)).scheduler):
         return adapter.denoise(refining, embeddings, stage, seed=3, start=start_of(LARGE))
 
 
