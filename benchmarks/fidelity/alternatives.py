@@ -34,7 +34,7 @@ from clear_dist.demo.grammar import random_caption
 from clear_dist.families.flux.card import CARD
 from clear_dist.families.transformers import family_of
 from clear_dist.pictures import replacing
-from clear_dist.request.distill import PATTERN_SIZES, Recipe
+from clear_dist.request.distill import Recipe
 from clear_dist.training.attention import Layout
 from clear_dist.training.patterns import pattern_of
 from clear_dist.training.samples import Samples
@@ -51,14 +51,15 @@ class Contender:
 
     title: str
     pattern: str
-    size: int = 1
-    paper_size: int = 1
+    size: int | None = None
+    """None: the pattern has none."""
+    paper_size: int | None = None
     printed: float | None = None
     """GFLOPs in Table 2."""
 
     @property
     def name(self) -> str:
-        return f"{self.pattern}_{self.size}" if PATTERN_SIZES[self.pattern] else self.pattern
+        return self.pattern if self.size is None else f"{self.pattern}_{self.size}"
 
 
 CONTENDERS = (
@@ -126,7 +127,7 @@ def recipe(contender: Contender, arguments: Any) -> Recipe:
         data=arguments.cache,
         output=arguments.results / contender.name,
         pattern=contender.pattern,
-        window=contender.size,
+        window=contender.size or 1,
         res=arguments.res,
         steps=arguments.steps,
         batch_size=arguments.batch_size,
@@ -141,7 +142,7 @@ def distilled(contender: Contender, arguments: Any, group: Group) -> tuple[Any, 
     pipe = loaded(arguments.teacher, group)
     family, settings = family_of(pipe.transformer), recipe(contender, arguments)
     side = arguments.res // TOKEN
-    student = Student.of(pipe.transformer, pattern_of(contender.pattern, contender.size), (side, side))
+    student = Student.of(pipe.transformer, pattern_of(contender.pattern, contender.size or 1), (side, side))
     samples = Samples(arguments.cache, settings.held_out, settings.seed)
     trainer = Trainer(student, family, samples, settings, group)
     curve = Curve(settings.output / "curve.csv")
@@ -182,8 +183,8 @@ def operations(contender: Contender, side: int, config: Any) -> dict[str, float]
     }
 
 
-def _gflops(contender: Contender, size: int, side: int, layers: int, text: int, channels: int) -> float:
-    pattern = pattern_of(contender.pattern, size)
+def _gflops(contender: Contender, size: int | None, side: int, layers: int, text: int, channels: int) -> float:
+    pattern = pattern_of(contender.pattern, size or 1)
     layouts = (Layout(layer=layer, height=side, width=side, text_first=True) for layer in range(layers))
     return mean(pattern.operations(layout, text, 1, channels) for layout in layouts) / 1e9
 

@@ -26,6 +26,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def curves(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Distance to the teacher's prediction over the steps."""
     figure, axes = pyplot.subplots(figsize=(8, 5))
+    axes.set_prop_cycle(color=pyplot.colormaps["tab20"].colors)
     for row in rows:
         steps, losses = np.array(row["curve"]).T
         parts = np.array_split(np.arange(len(steps)), min(SMOOTHED, len(steps)))
