@@ -10,7 +10,8 @@ from tests.oracle import DenseClearProcessor
 from tests.ranks import run_ranks
 from tests.tiny import make_tiny_pipeline
 
-HEIGHT, WIDTH, RADII = 13, 11, (4, 6)
+HEIGHT, WIDTH = 13, 11
+CASES = ((4, "rows"), (6, "rows"), (4, "columns"))
 
 
 def run(pipe: object) -> Tensor:
@@ -23,8 +24,8 @@ def run(pipe: object) -> Tensor:
 
 def striped(group: Group) -> list[Tensor]:
     pipe, results = make_tiny_pipeline(), []
-    for radius in RADII:
-        made = parallelize(pipe, group=group, window=radius, window_shape="square", text_attention="exact")
+    for radius, cut in CASES:
+        made = parallelize(pipe, group=group, window=radius, window_shape="square", text_attention="exact", cut=cut)
         results.append(run(pipe))
         made.undo()
     return results
@@ -36,7 +37,7 @@ def test_ranks_draw_what_a_dense_mask_does(ranks: int) -> None:
     row, column = place // WIDTH, place % WIDTH
     down, across = (row[:, None] - row).abs(), (column[:, None] - column).abs()
     results = run_ranks(striped, ranks)
-    for index, radius in enumerate(RADII):
+    for index, (radius, _) in enumerate(CASES):
         pipe = make_tiny_pipeline()
         processor = DenseClearProcessor(HEIGHT, WIDTH, radius)
         circle, processor.seen = processor.seen, torch.maximum(down, across) < radius
