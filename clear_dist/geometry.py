@@ -233,8 +233,10 @@ def covering_radius(height: int, width: int) -> int:
     return isqrt((height - 1) ** 2 + (width - 1) ** 2) + 1
 
 
-def reached_tiles(radius: int, query_tile: tuple[int, int], key_tile: tuple[int, int]) -> dict[int, range]:
-    """Columns of tiles of keys that circles of a tile of queries touch, by row; tiles are (rows, columns) in tokens.
+def reached_tiles(
+    radius: int, query_tile: tuple[int, int], key_tile: tuple[int, int], *, square: bool = False
+) -> dict[int, range]:
+    """Columns of tiles of keys that windows of a tile of queries touch, by row; tiles are (rows, columns) in tokens.
 
     Tile (y, x) begins y * key_tile[0] rows below and x * key_tile[1] columns right of the first query.
     """
@@ -243,7 +245,7 @@ def reached_tiles(radius: int, query_tile: tuple[int, int], key_tile: tuple[int,
     tiles = {}
     for y in range((1 - radius) // key_rows, (query_rows + radius - 2) // key_rows + 1):
         distance = max(0, y * key_rows - query_rows + 1, -(y + 1) * key_rows + 1)
-        width = widths[distance]
+        width = radius - 1 if square else widths[distance]
         tiles[y] = range(-width // key_columns, (query_columns - 1 + width) // key_columns + 1)
     return tiles
 

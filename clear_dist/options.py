@@ -19,6 +19,7 @@ Schedule = Literal["sync", "stale"]
 CudaGraphs = Literal["auto", "off"]
 GuidanceRanks = Literal["auto", 1, 2]
 Lines = Literal["auto", "rows", "columns"]
+WindowShape = Literal["circle", "square"]
 
 ATTENTION_BACKENDS = ("auto", "reference", "masked", "tiled", "flex", "flash", "triton")
 WARMUP_STEPS = 4
@@ -124,6 +125,10 @@ class Options(Flags):
         read=read_window,
     )  # fmt: skip
     """Radius in tokens that an image token sees (paper, Sec. 3.2), or `full`."""
+    window_shape: WindowShape = flag(
+        "circle", "circle: CLEAR's; square: neighbourhood attention's, for weights distilled to it (circle)", MODEL,
+        choices=get_args(WindowShape),
+    )  # fmt: skip
     hoist_modulation: bool = flag(
         False, "AdaLN's weights (about a quarter of all) in host memory; no effect on a CPU", MODEL
     )
@@ -175,6 +180,8 @@ class Options(Flags):
             )
         if self.float8 and self.int8:
             raise Refusal("either --float8 or --int8 can be given, got both; leave one out")
+        if self.window_shape == "square" and self.attention_backend == "triton":
+            raise Refusal("--attention-backend triton has circles only, got --window-shape square; nearest: auto")
         if self.window == "full" and self.text_attention == "average":
             raise Refusal("--text-attention must be exact where the window is full, got average; nearest: exact")
 

@@ -3,8 +3,8 @@
     python -m benchmarks.fidelity.alternatives --cache CACHE --results alternatives
 
 Distils the teacher to each pattern by one recipe, draws the same prompts from the same noise, and compares the pictures
-with the teacher's. CACHE is what `clear-dist distill` has made of its pictures. What is distilled is kept, so that an
-interrupted run goes on, and a longer one, too (--steps).
+with the teacher's. CACHE is the folder `cache` that `clear-dist distill` makes of its pictures. What is distilled is
+kept, so that an interrupted run goes on, as does a longer one (--steps).
 
 - GFLOPs: of attention in a layer. Here it is the mean over layers, at FLUX.1-dev's shape the first layer's, beside the
   paper's, which were rounded twice. Linear attention counts as one head of all channels, as in the paper.
@@ -13,6 +13,7 @@ interrupted run goes on, and a longer one, too (--steps).
 """
 
 import csv
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from benchmarks.fidelity.alternatives_shown import contact_sheet, curves, table
+from benchmarks.fidelity.alternatives_shown import contact_sheet, plot, table
 from benchmarks.lib.counts import TOKEN
 from benchmarks.lib.flags import Parser, pixels, positive, whole_number
 from benchmarks.lib.machine import machine, save
@@ -34,12 +35,13 @@ from clear_dist.demo.grammar import random_caption
 from clear_dist.families.flux.card import CARD
 from clear_dist.families.transformers import family_of
 from clear_dist.pictures import replacing
-from clear_dist.request.distill import PATTERN_SIZES, Recipe
+from clear_dist.request.distill import Recipe
 from clear_dist.training.attention import Layout
+from clear_dist.training.curves import Curves
 from clear_dist.training.patterns import pattern_of
 from clear_dist.training.samples import Samples
 from clear_dist.training.student import Student
-from clear_dist.training.trainer import Figures, Trainer
+from clear_dist.training.trainer import Trainer
 from clear_dist.weights.loading import load_pipeline
 
 FLUX_TEXT, FLUX_SIDE, FLUX_CHANNELS = 512, 64, 3072
@@ -51,14 +53,15 @@ class Contender:
 
     title: str
     pattern: str
-    size: int = 1
-    paper_size: int = 1
+    size: int | None = None
+    """None: the pattern has none."""
+    paper_size: int | None = None
     printed: float | None = None
     """GFLOPs in Table 2."""
 
     @property
     def name(self) -> str:
-        return f"{self.pattern}_{self.size}" if PATTERN_SIZES[self.pattern] else self.pattern
+        return self.pattern if self.size is None else f"{self.pattern}_{self.size}"
 
 
 CONTENDERS = (
@@ -93,6 +96,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.results.mkdir(parents=True, exist_ok=True)
     contenders = [each for each in CONTENDERS if arguments.only is None or each.name in arguments.only]
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # nothing writes into a block's output
     group = Group.create("cpu" if not torch.cuda.is_available() else "cuda")
     pipe = loaded(arguments.teacher, group)
     shape = pipe.transformer.config
@@ -111,7 +115,7 @@ def main() -> None:
         )
         print(f"{contender.title}: {rows[-1]['psnr']:.1f} dB", flush=True)
         write(rows, arguments.results)
-        curves(rows, arguments.results / "curves.png")
+        plot(rows, arguments.results / "curves.png")
         contact_sheet(pictures, prompts(arguments.prompts), arguments.results / "pictures.jpg")
     print(table(rows))
     group.close()
@@ -126,7 +130,7 @@ def recipe(contender: Contender, arguments: Any) -> Recipe:
         data=arguments.cache,
         output=arguments.results / contender.name,
         pattern=contender.pattern,
-        window=contender.size,
+        window=contender.size or 1,
         res=arguments.res,
         steps=arguments.steps,
         batch_size=arguments.batch_size,
@@ -141,33 +145,23 @@ def distilled(contender: Contender, arguments: Any, group: Group) -> tuple[Any, 
     pipe = loaded(arguments.teacher, group)
     family, settings = family_of(pipe.transformer), recipe(contender, arguments)
     side = arguments.res // TOKEN
-    student = Student.of(pipe.transformer, pattern_of(contender.pattern, contender.size), (side, side))
+    student = Student.of(pipe.transformer, pattern_of(contender.pattern, contender.size or 1), (side, side))
     samples = Samples(arguments.cache, settings.held_out, settings.seed)
     trainer = Trainer(student, family, samples, settings, group)
-    curve = Curve(settings.output / "curve.csv")
-    trainer.run(curve.add, lambda step: None)
+    settings.output.mkdir(exist_ok=True)
+    curves = Curves(settings.output, trainer.optimisation.steps)
+    trainer.run(lambda figures: curves.add(figures, None))
     held_out = trainer.held_out()
-    student.passes.compared = frozenset()  # it draws from now on, with no teacher beside it
+    student.passes.outputs.clear()  # it draws from now on, with no teacher beside it
     assert held_out is not None
-    return pipe, {"held_out": held_out[0], "held_out_teacher": held_out[1], "curve": curve.totals()}
+    curve = distances(settings.output / "losses.csv")
+    return pipe, {"held_out": held_out[0], "held_out_teacher": held_out[1], "curve": curve}
 
 
-class Curve:
-    """Losses of each step in a file, over interruptions."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        file.parent.mkdir(parents=True, exist_ok=True)
-
-    def add(self, figures: Figures) -> None:
-        with self._file.open("a", newline="") as stream:
-            csv.writer(stream).writerow([figures.step, figures.flow, figures.prediction, figures.attention])
-
-    def totals(self) -> list[tuple[int, float]]:
-        """(step, distance to the teacher's prediction); steps that an interruption has repeated count once."""
-        with self._file.open(newline="") as stream:
-            found = {int(step): float(prediction) for step, _, prediction, _ in csv.reader(stream)}
-        return sorted(found.items())
+def distances(file: Path) -> list[tuple[int, float]]:
+    """(step, distance to the teacher's prediction) of `losses.csv`."""
+    with file.open(newline="") as stream:
+        return [(int(row["step"]), float(row["prediction"])) for row in csv.DictReader(stream)]
 
 
 def operations(contender: Contender, side: int, config: Any) -> dict[str, float]:
@@ -182,8 +176,8 @@ def operations(contender: Contender, side: int, config: Any) -> dict[str, float]
     }
 
 
-def _gflops(contender: Contender, size: int, side: int, layers: int, text: int, channels: int) -> float:
-    pattern = pattern_of(contender.pattern, size)
+def _gflops(contender: Contender, size: int | None, side: int, layers: int, text: int, channels: int) -> float:
+    pattern = pattern_of(contender.pattern, size or 1)
     layouts = (Layout(layer=layer, height=side, width=side, text_first=True) for layer in range(layers))
     return mean(pattern.operations(layout, text, 1, channels) for layout in layouts) / 1e9
 

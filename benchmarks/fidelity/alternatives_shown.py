@@ -23,9 +23,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def curves(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Distance to the teacher's prediction over the steps."""
     figure, axes = pyplot.subplots(figsize=(8, 5))
+    axes.set_prop_cycle(color=pyplot.colormaps["tab20"].colors)
     for row in rows:
         steps, losses = np.array(row["curve"]).T
         parts = np.array_split(np.arange(len(steps)), min(SMOOTHED, len(steps)))

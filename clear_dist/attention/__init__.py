@@ -47,6 +47,7 @@ def window_attention(
     radius: int,
     row_offset: int,
     scale: float | None = None,
+    square: bool = False,
     backend: Backend,
     out_BRWND: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -56,13 +57,14 @@ def window_attention(
         radius: in tokens, at least 1; a key is seen if dx^2 + dy^2 < radius^2, strictly.
         row_offset: row i of the queries is row i + row_offset of the keys, which may lie wholly above or below.
         scale: factor of the scores, positive; None: 1 / sqrt(D).
+        square: the square around the circle instead of it; dx^2 and dy^2 are both less.
         out_BRWND: where the output may be written, of any strides, and is by backends that can: then it is returned.
 
     Returns (out [B, R, W, N, D] in the queries' dtype, lse [B, R, W, N] in float32), 0 and -inf where no key is seen.
     Raises ValueError for shapes that don't fit together, a radius or scale out of range, or a backend that cannot run.
     """
     tensors = query_BRWND, key_BEWND, value_BEWND, key_text_BTND, value_text_BTND
-    return _run(backend, _checked(tensors, radius, row_offset, scale, out_BRWND))
+    return _run(backend, _checked(tensors, radius, row_offset, scale, out_BRWND, square=square))
 
 
 def extend_attention(
@@ -107,6 +109,7 @@ def choose_backend(
     columns: int = 0,
     text: int = 0,
     radius: int = 0,
+    square: bool = False,
     anywhere: bool = False,
 ) -> Backend:
     """Backend called `name`; for `auto` the fastest in the nearest measured shape, else the first that can run.
@@ -115,7 +118,8 @@ def choose_backend(
     something for it. The log says why backends were skipped.
     Raises ValueError, naming what works, where `name` does not exist or cannot run here.
     """
-    shape = CallShape(torch.device(device).type, dtype, head_dim, heads, rows, key_rows, columns, text, radius)
+    kind = torch.device(device).type, dtype, head_dim, heads
+    shape = CallShape(*kind, rows, key_rows, columns, text, radius, square)
     if dtype == torch.bfloat16 and is_before_ampere(shape.device_type) and not anywhere:
         rule = f"bfloat16 needs a GPU of compute capability {AMPERE} or higher"
         raise ValueError(f"{rule}, got {capability()}; nearest: float16")
@@ -189,7 +193,13 @@ def _cut_down(call: WindowCall) -> tuple[slice, WindowCall]:
 
 
 def _checked(
-    tensors: tuple[Tensor, ...], radius: int, row_offset: int, scale: float | None, out_BRWND: Tensor | None
+    tensors: tuple[Tensor, ...],
+    radius: int,
+    row_offset: int,
+    scale: float | None,
+    out_BRWND: Tensor | None,
+    *,
+    square: bool = False,
 ) -> WindowCall:
     """The call of queries, keys, values, text keys and text values that fit together."""
     query, key, text = (tensors[index].shape for index in (0, 1, 3))
@@ -212,4 +222,4 @@ def _checked(
         raise ValueError(f"scale must be positive, got {scale}; nearest: {query[-1] ** -0.5:g}")
     names = "query", "key", "value", "key_text", "value_text"
     named = dict(zip(names, tensors, strict=True))
-    return WindowCall(**named, radius=radius, row_offset=row_offset, scale=scale, out=out_BRWND)
+    return WindowCall(**named, radius=radius, row_offset=row_offset, scale=scale, square=square, out=out_BRWND)

@@ -24,6 +24,7 @@ class CallShape:
     columns: int = 0
     text: int = 0
     radius: int = 0
+    square: bool = False
 
     @property
     def queries(self) -> int:
@@ -44,6 +45,7 @@ class Geometry:
     text: int
     radius: int
     row_offset: int
+    square: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,8 @@ class WindowCall:
     """One checked call of windowed attention, cut down to rows that matter: every query sees a key.
 
     Queries are [B, R, W, N, D], keys and values [B, E, W, N, D], those of the text [B, T, N, D]; E or T may be 0. A key
-    is seen if dx^2 + dy^2 < radius^2 in tokens, strictly; row i of the queries is row i + row_offset of the keys.
+    is seen if dx^2 + dy^2 < radius^2 in tokens, strictly; row i of the queries is row i + row_offset of the keys. With
+    `square` it is seen if both squares are less.
 
     Shape suffixes: B batch, R rows of queries, E rows of keys, W columns, N heads, T text tokens, D head dim.
     """
@@ -64,6 +67,7 @@ class WindowCall:
     radius: int
     row_offset: int
     scale: float
+    square: bool = False
     out: Tensor | None = None
     """Where a backend that can writes its output, [B, R, W, N, D] of any strides; others leave it alone."""
 
@@ -71,17 +75,23 @@ class WindowCall:
     def shape(self) -> CallShape:
         batch, rows, columns, heads, head_dim = self.query.shape
         kind = self.query.device.type, self.query.dtype, head_dim, batch * heads
-        return CallShape(*kind, rows, self.key.shape[1], columns, self.key_text.shape[1], self.radius)
+        return CallShape(*kind, rows, self.key.shape[1], columns, self.key_text.shape[1], self.radius, self.square)
 
     @property
     def geometry(self) -> Geometry:
         rows, columns = self.query.shape[1:3]
-        return Geometry(rows, self.key.shape[1], columns, self.key_text.shape[1], self.radius, self.row_offset)
+        key_rows, text = self.key.shape[1], self.key_text.shape[1]
+        return Geometry(rows, key_rows, columns, text, self.radius, self.row_offset, self.square)
 
     @property
     def sees_itself(self) -> bool:
         """Whether keys are those of the queries, so that each query sees an image key."""
         return self.query.shape == self.key.shape and self.row_offset == 0
+
+
+def squared_distance(down: Tensor, across: Tensor, square: bool) -> Tensor:
+    """Of keys from queries, from its squares along both axes; in a square window the larger of these."""
+    return torch.maximum(down, across) if square else down + across
 
 
 def capability() -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import pad
 
-from clear_dist.attention.backend import Geometry
+from clear_dist.attention.backend import Geometry, squared_distance
 
 TILE_ROWS, TILE_COLUMNS = 8, 16
 BLOCK = TILE_ROWS * TILE_COLUMNS
@@ -76,9 +76,9 @@ def mask_of(geometry: Geometry, query_rows: int = TILE_ROWS) -> Callable[[Tensor
         row, column = position(query, query_rows)
         key_row, key_column = position(key - first_image_key, TILE_ROWS)
         down, across = row + geometry.row_offset - key_row, column - key_column
-        in_circle = down * down + across * across < geometry.radius**2
+        in_window = squared_distance(down * down, across * across, geometry.square) < geometry.radius**2
         in_image = (key_row < geometry.key_rows) & (key_column < geometry.columns)
-        return torch.where(key < first_image_key, key < geometry.text, in_circle & in_image)
+        return torch.where(key < first_image_key, key < geometry.text, in_window & in_image)
 
     return sees
 
@@ -92,11 +92,14 @@ def _image_blocks(geometry: Geometry, query_rows: int) -> tuple[Tensor, Tensor, 
         geometry.columns, 0, geometry.columns, (TILE_COLUMNS, TILE_COLUMNS), geometry.radius
     )
 
-    def all_pairs(rows: Tensor, columns: Tensor) -> Tensor:
-        return (rows[:, None, :, None] + columns[None, :, None, :]).flatten(2, 3).flatten(0, 1)
+    def all_pairs(rows: Tensor, columns: Tensor, joined: Callable[..., Tensor]) -> Tensor:
+        return joined(rows[:, None, :, None], columns[None, :, None, :]).flatten(2, 3).flatten(0, 1)
 
-    tile = all_pairs(row_tile * tiles_in(geometry.columns, TILE_COLUMNS), column_tile)
-    return tile, all_pairs(row_near.square(), column_near.square()), all_pairs(row_far.square(), column_far.square())
+    def squared(down: Tensor, across: Tensor) -> Tensor:
+        return squared_distance(down.square(), across.square(), geometry.square)
+
+    tile = all_pairs(row_tile * tiles_in(geometry.columns, TILE_COLUMNS), column_tile, torch.add)
+    return tile, all_pairs(row_near, column_near, squared), all_pairs(row_far, column_far, squared)
 
 
 def _neighbours(

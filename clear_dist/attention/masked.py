@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from clear_dist.attention.apart import with_text_apart
-from clear_dist.attention.backend import Backend, CallShape, Geometry, WindowCall
+from clear_dist.attention.backend import Backend, CallShape, Geometry, WindowCall, squared_distance
 from clear_dist.attention.dense import BIAS_ALIGNMENT, fused, heads_last
 from clear_dist.geometry import Rows, reach
 
@@ -93,7 +93,7 @@ def _mask(call: WindowCall) -> Tensor:
 def _band_mask(band: WindowCall, rows: int) -> Tensor:
     """Part of the mask [L, S] that all bands of so many rows share, with 0 for any text keys in front."""
     reached, columns = band.radius - 1, band.query.shape[2]
-    whole = Geometry(rows, rows + 2 * reached, columns, 0, band.radius, row_offset=reached)
+    whole = Geometry(rows, rows + 2 * reached, columns, 0, band.radius, row_offset=reached, square=band.square)
     first = reached - band.row_offset
     keys = slice(first * columns, (first + band.key.shape[1]) * columns)
     mask_LS = bias(whole, band.query.dtype, band.query.device)[: band.query.shape[1] * columns, keys]
@@ -106,8 +106,8 @@ def bias(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Tensor
     row, column = torch.arange(geometry.rows, device=device), torch.arange(geometry.columns, device=device)
     down_RE = row[:, None] + geometry.row_offset - torch.arange(geometry.key_rows, device=device)
     across_WW = column[:, None] - column
-    left_RE = geometry.radius**2 - down_RE.square()
-    hidden_RWEW = across_WW.square()[None, :, None, :] >= left_RE[:, None, :, None]
+    squared = down_RE.square()[:, None, :, None], across_WW.square()[None, :, None, :]
+    hidden_RWEW = squared_distance(*squared, geometry.square) >= geometry.radius**2
     keys = geometry.text + geometry.key_rows * geometry.columns
     bias_LS = torch.zeros(geometry.rows * geometry.columns, keys + -keys % BIAS_ALIGNMENT, dtype=dtype, device=device)
     bias_LS = bias_LS[:, :keys]

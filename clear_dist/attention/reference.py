@@ -6,7 +6,7 @@ Shape suffixes: B batch, R rows of queries, E rows of keys, W columns, N heads, 
 import torch
 from torch import Tensor
 
-from clear_dist.attention.backend import Backend, WindowCall, why_too_many_scores
+from clear_dist.attention.backend import Backend, WindowCall, squared_distance, why_too_many_scores
 
 
 def run(call: WindowCall) -> tuple[Tensor, Tensor]:
@@ -28,7 +28,8 @@ def visible_keys(call: WindowCall) -> Tensor:
     column = torch.arange(columns, device=device).repeat(rows)
     key_row = torch.arange(key_rows, device=device).repeat_interleave(columns)
     key_column = torch.arange(columns, device=device).repeat(key_rows)
-    squared = (row[:, None] - key_row).square() + (column[:, None] - key_column).square()
+    down, across = (row[:, None] - key_row).square(), (column[:, None] - key_column).square()
+    squared = squared_distance(down, across, call.square)
     all_text = torch.ones(rows * columns, text, dtype=torch.bool, device=device)
     return torch.cat([all_text, squared < call.radius**2], dim=1)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from clear_dist.attention.apart import with_text_apart
-from clear_dist.attention.backend import Backend, CallShape, WindowCall
+from clear_dist.attention.backend import Backend, CallShape, WindowCall, squared_distance
 from clear_dist.attention.dense import BIAS_ALIGNMENT, fused, heads_last
 from clear_dist.geometry import half_widths
 
@@ -77,9 +77,10 @@ def _in_tiles(call: WindowCall, tiling: Tiling) -> tuple[Tensor, Tensor]:
     lse_BRWN1 = call.query.new_empty((*call.query.shape[:-1], 1), dtype=torch.float32)
     rows, columns = call.query.shape[1:3]
     row_spans = cut_in_spans(rows, call.row_offset, call.key.shape[1], tiling.side, call.radius)
-    bias = circle_bias(call.radius, tiling.side, call.query.dtype, call.query.device)
+    bias = window_bias(call.radius, call.square, tiling.side, call.query.dtype, call.query.device)
     for row_span in row_spans:
-        for column_span in cut_in_spans(columns, 0, columns, tiling.side, radius_across(row_span, call.radius)):
+        across = call.radius if call.square else radius_across(row_span, call.radius)
+        for column_span in cut_in_spans(columns, 0, columns, tiling.side, across):
             _attend_alike(call, (out_BRWND, lse_BRWN1), bias, row_span, column_span, tiling)
     return out_BRWND, lse_BRWN1.squeeze(-1)
 
@@ -113,13 +114,13 @@ def radius_across(row_span: Span, radius: int) -> int:
 
 
 @lru_cache(maxsize=4)
-def circle_bias(radius: int, side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def window_bias(radius: int, square: bool, side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Bias [side, side, side + 2 * radius - 2, same], row and column of query, then of key: 0 inside, -inf outside."""
     reach = radius - 1
     query = torch.arange(side, device=device) + reach
     key = torch.arange(side + 2 * reach, device=device)
     squared = (query[:, None] - key).square()
-    hidden = squared[:, None, :, None] + squared[None, :, None, :] >= radius**2
+    hidden = squared_distance(squared[:, None, :, None], squared[None, :, None, :], square) >= radius**2
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
 
 

@@ -149,6 +149,8 @@ def why_not(shape: CallShape) -> str | None:
         return f"it runs on cuda, and for tests on cpu, got {shape.device_type}"
     if shape.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 and float16, got {shape.dtype}"
+    if shape.square:
+        return "its windows are circles"
     if shape.head_dim and shape.head_dim not in HEAD_DIMS:
         return f"it takes heads of {', '.join(map(str, HEAD_DIMS))}, got {shape.head_dim}"
     return None

@@ -77,10 +77,11 @@ def settled(recipe: Recipe, place: Place) -> Request:
 
 
 def _check_grid(recipe: Recipe, side: int, token: int) -> None:
-    factor = recipe.down_factor
+    is_convolved = recipe.pattern == "convolved"
+    name, factor = ("--window", recipe.window) if is_convolved else ("--down-factor", recipe.down_factor)
     if side % factor:
         nearest = max(side // factor, 1) * factor * token
-        raise Refusal(f"--down-factor must divide the {side} tokens of a side, got {factor}; nearest: --res {nearest}")
+        raise Refusal(f"{name} must divide the {side} tokens of a side, got {factor}; nearest: --res {nearest}")
 
 
 def _distill(recipe: Recipe, request: Request, samples: tuple[Any, ...], prompts: tuple[str, ...]) -> None:

@@ -112,8 +112,9 @@ def cut_image(
     }
     joint_attention: JointAttention = FullJointAttention(**shared)
     if radius is not None:
-        backend = settings.choose_backend(**largest_call(image, radius), text=text_tokens)
-        joint_attention = WindowJointAttention(radius=radius, backend=backend, **shared)
+        square = settings.options.window_shape == "square"
+        backend = settings.choose_backend(**largest_call(image, radius), text=text_tokens, square=square)
+        joint_attention = WindowJointAttention(radius=radius, square=square, backend=backend, **shared)
     return Cut(
         height=height,
         width=width,

@@ -64,6 +64,7 @@ class WindowJointAttention(Stripe):
     """Image queries see text, circle (Sec. 3.2) and any down-sampled keys, text queries all but the latter (Eq. 7)."""
 
     radius: int
+    square: bool
     backend: Backend
 
     def __call__(
@@ -126,7 +127,9 @@ class WindowJointAttention(Stripe):
             key_text = value_text = no_text
         with labelled("compute: own keys"):
             keys = key, value, key_text, value_text
-            out, lse = window_attention(query_BRWND, *keys, row_offset=0, out_BRWND=output_BRWND, **how)
+            out, lse = window_attention(
+                query_BRWND, *keys, row_offset=0, square=self.square, out_BRWND=output_BRWND, **how
+            )
         parts.append(RowsPart(self.plan.own, out, lse))
         for held, halo in zip(self.plan.halos, halos.wait(), strict=True):
             if len(held):
@@ -139,7 +142,8 @@ class WindowJointAttention(Stripe):
                             *to_halo, no_text, no_text, out_BRWND=out[:, mine], lse_BRWN=lse[:, mine], **how
                         )
                     else:
-                        parts.append(RowsPart(reaching, *window_attention(*to_halo, no_text, no_text, **how)))
+                        results = window_attention(*to_halo, no_text, no_text, square=self.square, **how)
+                        parts.append(RowsPart(reaching, *results))
         halos.release()
         return parts
 

@@ -108,7 +108,7 @@ class InBlocks:
 def run_steps(question: StepQuestion, built: Built) -> dict[str, Any]:
     """Bytes by row where a step holds most, bytes sent, and operations, of the whole model; `built` is changed."""
     masked.bias.cache_clear()  # or those of the last question would not be counted
-    tiled.circle_bias.cache_clear()
+    tiled.window_bias.cache_clear()
     tally, allocated = Tally(), Allocated()
     striped = _on_stripes(question, built, tally, allocated)
     in_blocks = InBlocks(built, tally, allocated)
@@ -155,7 +155,7 @@ def _settings(question: StepQuestion, family: Family, allocated: Allocated) -> S
     factor, layers = question.down_factor, len(family.blocks)
     pooling = Pooling(weights=(torch.empty(factor, factor, device=META),) * layers) if factor > 1 else None
 
-    def choose(**call: int) -> Backend:
+    def choose(**call: Any) -> Backend:
         chosen = choose_backend(
             question.options.attention_backend,
             device=question.device,
@@ -197,7 +197,7 @@ def visited_pairs(backend: str, call: WindowCall, all_tokens: int) -> int:
         return 0
     size, tile = TILE_ROWS * TILE_COLUMNS, (TILE_ROWS, TILE_COLUMNS)
     tiles = -(-rows // TILE_ROWS) * -(-columns // TILE_COLUMNS)
-    reached = size * sum(map(len, reached_tiles(call.radius, tile, tile).values()))
+    reached = size * sum(map(len, reached_tiles(call.radius, tile, tile, square=call.square).values()))
     return tiles * size * (text + min(reached, all_tokens))
 
 

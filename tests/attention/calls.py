@@ -24,6 +24,7 @@ class Case:
     head_dim: int = 16
     dtype: torch.dtype = torch.float32
     scale: float | None = None
+    square: bool = False
     seed: int = field(default=0, repr=False)
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -41,5 +42,10 @@ class Case:
 
     def run(self, name: str, tensors: tuple[Tensor, ...], **changed: Any) -> tuple[Tensor, Tensor]:
         """The output of the backend called `name` and its log-sum-exp."""
-        options = {"radius": self.radius, "row_offset": self.row_offset, "scale": self.scale} | changed
+        options = {
+            "radius": self.radius,
+            "row_offset": self.row_offset,
+            "scale": self.scale,
+            "square": self.square,
+        } | changed
         return window_attention(*tensors, **options, backend=BACKENDS[name])

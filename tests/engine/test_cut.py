@@ -58,7 +58,7 @@ def test_ranks_choose_alike_and_anew_for_another_image() -> None:
     """13 rows of tokens on 3 ranks: 5, 4 and 4, and 3 rows of halo on either side."""
     first, *others = run_ranks(choices, 3)
     assert all(asked == first for asked in others)
-    known = {"columns": 6, "radius": 4}
+    known = {"columns": 6, "radius": 4, "square": False}
     assert first == [
         {"rows": 5, "key_rows": 11, "text": 9} | known,
         {"rows": 4, "key_rows": 10, "text": 9} | known,
