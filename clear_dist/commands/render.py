@@ -15,7 +15,8 @@ from torch import Tensor
 from clear_dist.commands.prepare import Prepared, encode
 from clear_dist.commands.saving import Saving
 from clear_dist.drawing.cascade import Cascade, Drawing, nth_stage, work_of
-from clear_dist.drawing.generation import from_image
+from clear_dist.drawing.control import Control
+from clear_dist.drawing.generation import WHITE, from_image
 from clear_dist.drawing.many import alike, draw_each
 from clear_dist.drawing.prompts import share
 from clear_dist.engine.family import Encoded
@@ -29,7 +30,7 @@ from clear_dist.pictures import replacing
 from clear_dist.pictures.alpha import Alpha
 from clear_dist.plan.choice import by_size
 from clear_dist.request.outputs import claimed
-from clear_dist.request.pictures import load
+from clear_dist.request.pictures import decoded_file, load
 from clear_dist.request.request import Request
 from clear_dist.stages import Stage, on_ranks
 
@@ -88,7 +89,14 @@ class Rendering(Prepared):
         detail = f", {kind} {index + 1} of {count}" if count > 1 else ""
         with self.phases.phase("text", detail=detail):
             embeddings = self._encode(index)
-        cascade = Cascade(self.pipe, embeddings, seed=self.seed, phases=self.phases, on_step=self._end_step)
+        cascade = Cascade(
+            self.pipe,
+            embeddings,
+            seed=self.seed,
+            phases=self.phases,
+            on_step=self._end_step,
+            controls=self._controls(request),
+        )
         stages, last = on_ranks(request.stages, by_size(self.fewer)), len(request.stages) - 1
         averages = self.handle.text_attention == "average"
         reasons = {each.size: each.words(averages=averages) for each in self.fewer}
@@ -136,6 +144,19 @@ class Rendering(Prepared):
             if self.group.rank == 0:
                 image, alpha = load(request.picture)
         return from_image(image, self.group), None if alpha is None else Alpha(alpha, request.picture.background)
+
+    def _controls(self, request: Request) -> tuple[Control, ...]:
+        """What the ControlNet is shown, on rank 0: the picture that is enlarged where no other was given."""
+        control, image = request.control, None
+        if control is None:
+            return ()
+        with alike(self.group):
+            if self.group.rank == 0 and control.image is not None:
+                image = decoded_file(control.image).laid_on(WHITE)
+            elif self.group.rank == 0:
+                assert request.picture is not None, "generate has been given a picture for it"
+                image, _ = load(request.picture)
+        return (Control(image=image, scale=control.scale, mode=control.mode),)
 
     def _encode(self, index: int) -> dict[str, Tensor]:
         encoded: Encoded = []

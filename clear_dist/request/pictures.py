@@ -45,7 +45,7 @@ def find_picture(
     All of it is decoded, as it will be when it is its turn. Raises a Refusal for a picture that cannot be read, is a
     decompression bomb, or would become smaller.
     """
-    decoded = _decoded(file)
+    decoded = decoded_file(file)
     picture = decoded.image.height, decoded.image.width
     native = flags.base_res or facts.native_size or 0
     target = _target(flags, picture, native, unit)
@@ -75,12 +75,13 @@ def find_picture(
 
 def load(picture: Picture) -> tuple[Image.Image, Image.Image | None]:
     """The used part of the picture, upright, in RGB, its transparent parts laid on the background; and its alpha."""
-    decoded = _decoded(picture.file)
+    decoded = decoded_file(picture.file)
     alpha = None if decoded.alpha is None else decoded.alpha.crop(picture.box)
     return decoded.laid_on(picture.background).crop(picture.box), alpha
 
 
-def _decoded(file: Path) -> Decoded:
+def decoded_file(file: Path) -> Decoded:
+    """A user's picture; raises a Refusal where it cannot be read."""
     shown = shortened(str(file))
     if file.exists() and not file.is_file() and not file.is_dir():  # a pipe can be read once only
         raise Refusal(f"the picture must be a file, got {shown}, which is none")
