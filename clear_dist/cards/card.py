@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from clear_dist.cards.clear import Shapes
+from clear_dist.cards.controlnets import ControlNets, HubControlNet
 from clear_dist.stages import Sampling, Upscaling
 
 INDEX = "model_index.json"
@@ -173,6 +174,8 @@ class Cards:
 
     cards: tuple[Card, ...]
     default: str
+    controlnets: Mapping[str, ControlNets] = field(default_factory=dict)
+    """By the name of the pipeline without them."""
 
     @property
     def hub_models(self) -> Iterator[tuple[Card, HubModel]]:
@@ -186,6 +189,10 @@ class Cards:
 
     def on_hub(self, model: str) -> tuple[Card, HubModel] | None:
         return next(((card, known) for card, known in self.hub_models if model in (known.id, known.short)), None)
+
+    def controlnet_on_hub(self, name: str) -> HubControlNet | None:
+        known = (each for kind in self.controlnets.values() for each in kind.on_hub)
+        return next((each for each in known if name in (each.id, each.short)), None)
 
     @property
     def hub_ids(self) -> tuple[str, ...]:

@@ -30,7 +30,6 @@ COMMANDS = {
 }
 ELSEWHERE = {
     "--prompt": "the prompt stands by itself, in quotes; nearest: 'a lighthouse at dusk'",
-    "--controlnet": "nearest: diffusers' ControlNet pipelines from Python (docs/diffusers.md)",
 }
 """Flags of other programs: what we have instead."""
 

@@ -48,7 +48,7 @@ def planned_for(flags: PlanFlags) -> Plan:
     device = "cpu" if gpu is None else "cuda"
     place = env.read_for(flags.nproc)
     request, facts, _ = choose(flags, place, CARDS, device=device, gpus=found)
-    known = model.find(facts)
+    known = model.find(facts, request.control)
     if known is None:
         raise Refusal(
             "--model must be in a folder, or one whose configuration is known, "

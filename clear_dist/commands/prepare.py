@@ -32,14 +32,14 @@ from clear_dist.launch.env import Place
 from clear_dist.observe import peaks
 from clear_dist.observe.profiling import CompileTime, Profile
 from clear_dist.observe.progress import Phases
-from clear_dist.options import Options, Refusal
+from clear_dist.options import Options, Refusal, Window
 from clear_dist.parallelize import parallelize, require_machine
 from clear_dist.pictures import preview_of
 from clear_dist.plan import fit_here
 from clear_dist.plan.choice import Fewer, Halves, may_have_halves, may_use_fewer
 from clear_dist.request.notes import sharing
 from clear_dist.request.outputs import require_free
-from clear_dist.request.request import Request
+from clear_dist.request.request import Control, Request
 from clear_dist.weights import loading
 from clear_dist.weights.lora import load_loras
 from clear_dist.weights.offload import offloaded_parts
@@ -83,7 +83,8 @@ class Prepared:
             self._choose(None if choice is None else choice.result())
             options, weights = options_of(self.request), request.clear_weights
             with refusing():
-                self.handle = parallelize(self.pipe, options, clear_weights=weights, group=group)
+                given: dict[str, Any] = {"clear_weights": weights, "controlnet_window": window_of(request.control)}
+                self.handle = parallelize(self.pipe, options, group=group, **given)
             load_loras(self.pipe, hub.local_loras(request), CARDS)
         replaced = self.handle.replaced
         if everyone.rank == 0 and replaced is not None and not replaced.file.is_relative_to(request.model):
@@ -164,6 +165,7 @@ def _load(
     first, keep = rank == 0, request.keep_text_encoder
     card = card_of(Path(request.model), CARDS)
     encoded = encode_ahead(request, mine, card, device, phases) if first and not keep else None
+    on_host = parts_on_host(request, card)
     with phases.phase("load", detail=" the model"):
         pipe = loading.load_pipeline(
             Path(request.model),
@@ -171,10 +173,14 @@ def _load(
             with_text_encoders=first and keep,
             dtype=getattr(torch, request.dtype),
             device=device,
-            on_host=parts_on_host(request, card),
+            on_host=on_host,
             phases=phases,
             files=request.files,
         )
+        if (controlnet := hub.local_controlnet(request)) is not None:
+            place = loading.HOST if "transformer" in on_host else device
+            dtype, kinds = getattr(torch, request.dtype), CARDS.controlnets[card.pipeline]
+            pipe = loading.with_controlnet(pipe, controlnet, kinds, dtype=dtype, device=place, phases=phases)
     return encoded, pipe
 
 
@@ -183,6 +189,10 @@ def parts_on_host(request: Request, card: Card) -> tuple[str, ...]:
     in_shards = request.shard_weights and request.world_size > 1
     changed = in_shards or request.int8 or request.float8 or request.hoist_modulation
     return (*(offloaded_parts(card.parts) if request.offload else ()), *(("transformer",) if changed else ()))
+
+
+def window_of(control: Control | None) -> Window | None:
+    return None if control is None else control.window
 
 
 def encode_ahead(

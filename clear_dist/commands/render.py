@@ -19,7 +19,8 @@ from clear_dist.comm.rows import collect_stripes
 from clear_dist.commands.prepare import Prepared, encode
 from clear_dist.commands.saving import Saving
 from clear_dist.drawing.cascade import Cascade, Drawing, nth_stage, work_of
-from clear_dist.drawing.given import Given, from_image
+from clear_dist.drawing.control import Control
+from clear_dist.drawing.given import WHITE, Given, from_image
 from clear_dist.drawing.many import alike, draw_each
 from clear_dist.drawing.prompts import share
 from clear_dist.engine.family import Encoded
@@ -35,7 +36,7 @@ from clear_dist.pictures import replacing
 from clear_dist.pictures.alpha import Alpha
 from clear_dist.plan.choice import by_size
 from clear_dist.request.outputs import claimed
-from clear_dist.request.pictures import load, load_mask
+from clear_dist.request.pictures import decoded_file, load, load_mask
 from clear_dist.request.request import Request
 from clear_dist.stages import Stage, on_ranks
 
@@ -126,7 +127,11 @@ class Rendering(Prepared):
             embeddings = self._encode(index, images)
         others = images.start, request.num_images - images.stop
         shown: dict[str, Any] = {"phases": self.phases, "on_step": self._end_step}
-        begun: dict[str, Any] = {"mask": given.mask, "references": given.references}
+        begun: dict[str, Any] = {
+            "mask": given.mask,
+            "references": given.references,
+            "controls": self._controls(request),
+        }
         cascade = Cascade(self.pipe, embeddings, seed=self.seed, others=others, **shown, **begun)
         stages, last = on_ranks(request.stages, by_size(self.fewer)), len(request.stages) - 1
         averages = self.handle.text_attention == "average"
@@ -183,6 +188,19 @@ class Rendering(Prepared):
         masking = None if picture.mask is None else from_image(mask, group)
         alone = None if alpha is None else Alpha(alpha, picture.background)
         return Given(before=from_image(image, group), mask=masking), alone
+
+    def _controls(self, request: Request) -> tuple[Control, ...]:
+        """What the ControlNet is shown, on rank 0: the picture that is enlarged where no other was given."""
+        control, image = request.control, None
+        if control is None:
+            return ()
+        with alike(self.group):
+            if self.group.rank == 0 and control.image is not None:
+                image = decoded_file(control.image).laid_on(WHITE)
+            elif self.group.rank == 0:
+                assert request.picture is not None, "generate has been given a picture for it"
+                image, _ = load(request.picture)
+        return (Control(image=image, scale=control.scale, mode=control.mode),)
 
     def _encode(self, index: int, images: Rows) -> dict[str, Tensor]:
         encoded: Encoded = []

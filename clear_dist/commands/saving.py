@@ -87,6 +87,9 @@ class Saving:
         if settings["clear_weights"] is not None and Path(settings["clear_weights"]).exists():
             settings["clear_weights"] = Path(settings["clear_weights"]).name
         settings["loras"] = [asdict(lora.without_folders()) for lora in self.request.loras]
+        if self.request.control is not None:
+            control = self.request.control.without_folders()
+            settings["control"] = asdict(control) | {"image": None if control.image is None else str(control.image)}
         if (picture := self.request.picture) is not None and self.request.enlarges:
             settings["upscaled_from"] = list(picture.size)
             del settings["sampling"]

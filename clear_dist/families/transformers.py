@@ -33,7 +33,7 @@ PIPELINES: Mapping[str, Callable[[Any], PipelineAdapter]] = {
     "StableDiffusion3Pipeline": SD3PipelineAdapter,
     "ZImagePipeline": ZImagePipelineAdapter,
 }
-TRANSFORMERS: Mapping[str, Callable[[Any], Family]] = {
+TRANSFORMERS: dict[str, Callable[[Any], Family]] = {
     "FluxTransformer2DModel": Flux,
     "Flux2Transformer2DModel": Flux2,
     "SD3Transformer2DModel": SD3,
@@ -45,7 +45,7 @@ TRAINABLE: Mapping[str, Callable[[Any], Trainable]] = {
     "SD3Transformer2DModel": SD3Training,
     "ZImageTransformer2DModel": ZImageTraining,
 }
-CONTROLNETS: Mapping[str, Callable[[Any], Family]] = {"FluxControlNetModel": FluxControlNet}
+CONTROLNETS: dict[str, Callable[[Any], Family]] = {"FluxControlNetModel": FluxControlNet}
 SAMPLES: tuple[Sample, ...] = (FluxSample(), Flux2Sample(), SD3Sample(), ZImageSample())
 
 
@@ -56,6 +56,11 @@ def family_of(transformer: Any) -> Family:
     if name not in TRANSFORMERS:
         raise ValueError(f"the transformer must be one of {', '.join(TRANSFORMERS)}, got {name}")
     return TRANSFORMERS[name](transformer)
+
+
+def model_family(model: Any) -> Family:
+    """Family of a transformer or ControlNet of a known class."""
+    return (TRANSFORMERS | CONTROLNETS)[type(model).__name__](model)
 
 
 def adapter_of(pipe: Any) -> PipelineAdapter:

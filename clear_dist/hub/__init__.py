@@ -17,6 +17,7 @@ from clear_dist.hub import fetching
 from clear_dist.hub.fetching import Wanted, cached, fetch
 from clear_dist.launch.ends import Failure, describe
 from clear_dist.options import Refusal
+from clear_dist.request.controlnet import CONFIG, STEM
 from clear_dist.request.request import Lora, Request
 from clear_dist.request.settle import located
 
@@ -40,8 +41,8 @@ def locate(request: Request, group: "Group", cards: Cards, *, local_rank: int) -
     """
     from clear_dist.comm.in_touch import in_touch  # torch, which `ask` does without
 
-    model, checkpoint, *loras = wanted(request, cards)
-    wants = [want for want in (model, checkpoint, *loras) if want is not None]
+    model, checkpoint, *others = wanted(request, cards)
+    wants = [want for want in (model, checkpoint, *others) if want is not None]
     if not wants:
         return request
     fetching = partial(_failure_of, wants, request.quiet) if local_rank == 0 else lambda: None
@@ -50,13 +51,13 @@ def locate(request: Request, group: "Group", cards: Cards, *, local_rank: int) -
     if model is not None:
         require_same_commit(group, model.repository, folder.name)
     file = request.clear_weights if checkpoint is None else str(_held(checkpoint) / checkpoint.needed)
-    return located(request, folder, file, local_loras(request), cards)
+    return located(request, folder, file, local_loras(request), cards, local_controlnet(request))
 
 
 def wanted(request: Request, cards: Cards) -> tuple[Wanted | None, ...]:
-    """Files of the model, of CLEAR's weights and of each LoRA; None: here, or not asked for."""
+    """Files of the model, of CLEAR's weights, of the ControlNet and of each LoRA; None: here, or not asked for."""
     checkpoint = wanted_file(request.clear_weights, "--clear-weights auto")
-    return wanted_model(request, cards), checkpoint, *map(wanted_lora, request.loras)
+    return wanted_model(request, cards), checkpoint, wanted_controlnet(request), *map(wanted_lora, request.loras)
 
 
 def wanted_model(request: Request, cards: Cards) -> Wanted | None:
@@ -86,6 +87,30 @@ def wanted_lora(lora: Lora) -> Wanted | None:
     if want is None or PurePath(want.needed).name != PEFT_FILE:
         return want
     return replace(want, patterns=(*want.patterns, escape(str(PurePath(want.needed).with_name(PEFT_SETTINGS)))))
+
+
+def wanted_controlnet(request: Request) -> Wanted | None:
+    """Files of the ControlNet to fetch; None: a folder, or none."""
+    source = None if request.control is None else request.control.source
+    hub = None if source is None or os.path.isdir(source) else HubFile.of(source, default=CONFIG)
+    if hub is None:
+        return None
+    patterns = (CONFIG, *(f"{STEM}*.{ending}" for ending in ("safetensors", "safetensors.index.json")))
+    return Wanted(
+        repository=hub.repository,
+        revision=hub.revision,
+        patterns=patterns,
+        needed=CONFIG,
+        nearest="--controlnet union-pro",
+    )
+
+
+def local_controlnet(request: Request) -> Path | None:
+    """The folder of the request's ControlNet, once fetched; None: it has none."""
+    if request.control is None:
+        return None
+    want = wanted_controlnet(request)
+    return Path(request.control.source) if want is None else _held(want)
 
 
 def local_loras(request: Request) -> Iterator[Lora]:

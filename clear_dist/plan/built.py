@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.pretend import META, Pretended, share_of
 from clear_dist.engine.family import Family
-from clear_dist.families.transformers import family_of
+from clear_dist.families.transformers import model_family
 from clear_dist.options import Options
 from clear_dist.plan.allocated import Allocated
 from clear_dist.weights.blocks import quantise_and_shard, tensors_of
@@ -37,7 +37,7 @@ class Built:
 
     @property
     def family(self) -> Family:
-        return family_of(self.transformer)
+        return model_family(self.transformer)
 
     def copy(self) -> "Built":
         return replace(self, transformer=deepcopy(self.transformer))
@@ -72,7 +72,7 @@ def load(kind: str, config: Mapping[str, Any], dtype: str) -> Any:
 
 def cut_down(transformer: Any) -> Built:
     """Leave two blocks of each kind."""
-    blocks = family_of(transformer).blocks
+    blocks = model_family(transformer).blocks
     lists = {module: name.rpartition(".")[0] for name, module in transformer.named_modules()}
     kinds: dict[Any, list[nn.Module]] = {}
     for block in blocks:
@@ -88,7 +88,7 @@ def cut_down(transformer: Any) -> Built:
         for name, child in module.named_children():
             if isinstance(child, nn.ModuleList) and set(child) & set(blocks):
                 setattr(module, name, nn.ModuleList(block for block in child if block in kept))
-    left = list(family_of(transformer).blocks)
+    left = list(model_family(transformer).blocks)
     return Built(transformer=transformer, further={left.index(block): count for block, count in further.items()})
 
 

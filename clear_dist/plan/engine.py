@@ -69,11 +69,14 @@ class Engine:
 
     def step(self, asked: PlanRequest, stage: Stage, part: Part) -> Step:
         """Asked once for all ranks whose parts in the transformer, of which `part` is one, are alike."""
+        return self.ask(self._question(asked, stage, part))
+
+    def _question(self, asked: PlanRequest, stage: Stage, part: Part) -> StepQuestion:
         parts, request = asked.parts[asked.stages.index(stage)], asked.request
         calls = 2 if asked.has_halves(stage) else 1
         batches = (calls, 1) if asked.model.guides_in_one_pass else (1, calls)
         hoist = asked.keeps_modulation_apart and request.shard_weights  # else it moves weights alone
-        question = StepQuestion(
+        return StepQuestion(
             module=asked.model.transformer,
             ranks=part.stripes,
             options=replace(asked.options, schedule="sync", warmup_steps=None, hoist_modulation=hoist),
@@ -89,6 +92,33 @@ class Engine:
             down_factor=request.down_factor,
             has_lora=asked.lora_numbers > 0,
             **asked.kind,
+        )
+
+    def control_weights(self, asked: PlanRequest) -> Weights | None:
+        """The ControlNet's; None: there is none."""
+        chosen = {name: getattr(asked.request, name) for name in OF_WEIGHTS}
+        options = Options(**chosen, hoist_modulation=asked.keeps_modulation_apart)
+        if asked.model.controlnet is None:
+            return None
+        ranks = asked.ranks if asked.in_shards else 1
+        return self.ask(WeightsQuestion(module=asked.model.controlnet, ranks=ranks, options=options, **asked.kind))
+
+    def control_step(self, asked: PlanRequest, stage: Stage, part: Part) -> Step | None:
+        """The ControlNet's forward in a step, one for all passes; None: there is none."""
+        control, module = asked.request.control, asked.model.controlnet
+        if control is None or module is None:
+            return None
+        text_attention = "exact" if control.window == "full" else asked.options.text_attention
+        own: dict[str, Any] = {"window": control.window, "text_attention": text_attention, "text_tokens": "replicated"}
+        question = replace(
+            self._question(asked, stage, part),
+            module=module,
+            options=replace(asked.options, schedule="sync", warmup_steps=None, hoist_modulation=False, **own),
+            images=asked.request.num_images,
+            passes=1,
+            steps=1,
+            down_factor=1,
+            has_lora=False,
         )
         return self.ask(question)
 

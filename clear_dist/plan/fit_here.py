@@ -5,7 +5,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, prod
 
+from clear_dist.cards.card import TransformerShape
+from clear_dist.cards.controlnets import ControlNetShape
 from clear_dist.cards.folder import ModelFacts
+from clear_dist.families.cards import CARDS
 from clear_dist.launch.ends import say
 from clear_dist.launch.env import Place
 from clear_dist.observe.memory import free_bytes
@@ -13,6 +16,7 @@ from clear_dist.options import Refusal
 from clear_dist.plan import LINKS, Change, Engine, Gpu, Plan, PlanRequest, Room, model, nearest
 from clear_dist.plan.choice import Fewer, Halves, fewer_ranks, halves_of
 from clear_dist.request import devices
+from clear_dist.request.controlnet import folder_of, shape_of
 from clear_dist.request.hardware import FLOAT8_CAPABILITY, named_like, unknown
 from clear_dist.request.request import Request
 
@@ -93,7 +97,7 @@ class Check:
 
 def begin(request: Request, facts: ModelFacts, place: Place) -> Check | None:
     """Begin to find out; None where it fits by far, or where nobody can know by now."""
-    known = model.find(facts)
+    known = model.find(facts, request.control)
     # One process of a machine looks, before any of its ranks has loaded something.
     if known is None or request.height is None or place.local_rank:
         return None
@@ -110,7 +114,7 @@ def begin(request: Request, facts: ModelFacts, place: Place) -> Check | None:
         forked=place.launcher is None,
         shares_gpus=bool(gpus) and room.sharing > 1,
     )
-    if facts.shape is not None and fits_by_far(asked, room, sum(map(prod, facts.shape.tensors().values()))):
+    if facts.shape is not None and fits_by_far(asked, room, numbers_in(request, facts)):
         return None
     plan = Plan(asked=asked, room=room, engine=Engine())
     return Check(plan=plan, gpus=gpus, ranks=ranks, is_launched=place.launcher is not None)
@@ -121,7 +125,7 @@ def chosen_here(request: Request, facts: ModelFacts, place: Place) -> tuple[Halv
 
     Stages of each picture, so that it is drawn among others as it is alone. It takes seconds.
     """
-    known, gpus = model.find(facts), devices.find_gpus()
+    known, gpus = model.find(facts, request.control), devices.find_gpus()
     if known is None or not gpus:
         return None, ()
     ranks = place.local_world_size if place.launcher else request.world_size
@@ -144,8 +148,16 @@ def chosen_here(request: Request, facts: ModelFacts, place: Place) -> tuple[Halv
         plan.engine.stop()
 
 
+def numbers_in(request: Request, facts: ModelFacts) -> int:
+    """Numbers of the weights of transformer and ControlNet, which are known."""
+    shapes: list[TransformerShape | ControlNetShape | None] = [facts.shape]
+    if request.control is not None:
+        shapes.append(shape_of(request.control, folder_of(request.control), facts, CARDS))
+    return sum(prod(shape) for model in shapes if model is not None for shape in model.tensors().values())
+
+
 def fits_by_far(asked: PlanRequest, room: Room, numbers: int) -> bool:
-    """Whether even a bound that is far too high is below what is free; `numbers`: of the transformer's weights."""
+    """Whether even a bound that is far too high is below what is free; `numbers`: of the models' weights."""
     (height, width), ranks = asked.request.size, min(room.sharing, asked.ranks)
     weights = asked.itemsize * (numbers + asked.model.text.numbers) + asked.itemsize * asked.lora_numbers
     pictures = asked.request.num_images * height * width * MOST_PER_PIXEL

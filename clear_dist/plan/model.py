@@ -10,7 +10,10 @@ from clear_dist.cards.card import Card, TextEncoders
 from clear_dist.cards.folder import ModelFacts
 from clear_dist.cards.headers import read_json, whole_number
 from clear_dist.cards.single_file import Files, weight_shapes
+from clear_dist.families.cards import CARDS
 from clear_dist.plan.questions import Module
+from clear_dist.request.controlnet import CONFIG, folder_of, kinds_for
+from clear_dist.request.request import Control
 
 WIDTHS = {
     "heads": (("num_heads", 8), ("num_attention_heads", 8)),
@@ -25,6 +28,7 @@ class PlannedModel:
     name: str
     transformer: Module
     vae: Module
+    controlnet: Module | None = None
     text: TextEncoders
     token: int
     """Pixels along the side of a token."""
@@ -38,10 +42,14 @@ class PlannedModel:
     hoists_modulation: bool = True
 
 
-def find(facts: ModelFacts) -> PlannedModel | None:
-    """The model; None: one of the hub whose configuration is not known yet. Raises a Refusal for a damaged file."""
+def find(facts: ModelFacts, control: Control | None = None) -> PlannedModel | None:
+    """The model with its ControlNet; None: one of both is the hub's, and its configuration not known yet.
+
+    Raises a Refusal for a damaged file.
+    """
     card = facts.card
-    if card is None:
+    controlnet = None if control is None else controlnet_of(control, facts)
+    if card is None or (controlnet is None) != (control is None):
         return None
     configs: Mapping[str, Mapping[str, Any]]
     if facts.folder is not None:
@@ -57,6 +65,7 @@ def find(facts: ModelFacts) -> PlannedModel | None:
         name=facts.name,
         transformer=transformer,
         vae=vae,
+        controlnet=controlnet,
         text=text,
         token=facts.token_size,
         packing=card.packing,
@@ -66,6 +75,18 @@ def find(facts: ModelFacts) -> PlannedModel | None:
         guides_in_one_pass=card.guides_in_one_pass,
         hoists_modulation=card.hoists_modulation,
     )
+
+
+def controlnet_of(control: Control, facts: ModelFacts) -> Module | None:
+    known, folder = CARDS.controlnet_on_hub(control.source), folder_of(control)
+    config: Mapping[str, Any]
+    if folder is not None:
+        config = read_json(folder / CONFIG)
+    elif known is not None:
+        config = known.config
+    else:
+        return None
+    return Module(kind=f"diffusers.{kinds_for(facts, CARDS).kind}", config=config)
 
 
 def text_encoders(folder: Path, card: Card, files: Files) -> TextEncoders:

@@ -107,7 +107,12 @@ class Memory:
             encoding = self.engine.vae(asked, whole, encode=True)
             yield self._phase("encode", number, {**self._with_vae(kept), "VAE activations": encoding.peak})
         step, masks = self.engine.step(asked, stage, part), self._masks(rank, number)
-        yield self._phase("denoise", number, {**kept, **self._denoising(stage, step), **masks}, step.where)
+        controlled, residuals = self.engine.control_step(asked, stage, part), self._residuals(stage, part)
+        if controlled is not None:
+            rows = {**kept, **self._denoising(stage, controlled), **residuals[1], **masks}
+            yield self._phase("denoise", number, rows, controlled.where)
+        rows = {**kept, **self._denoising(stage, step), **residuals[0], **masks}
+        yield self._phase("denoise", number, rows, step.where)
         held = {**held, **masks}
         joined = 2 * self._latents(stage) + self._latents(stage) // part.ranks  # and buffers of all, and of mine
         drawn, decoding = {"latents": joined}, self.engine.vae(asked, part)
@@ -134,6 +139,8 @@ class Memory:
 
     def _loaded(self, rank: int, transformer: int) -> dict[str, int]:
         items = {"transformer": transformer}
+        if (controlnet := self.engine.control_weights(self.asked)) is not None:
+            items["ControlNet"] = controlnet.held
         if not self.asked.offloads:
             items["VAE"] = self.engine.vae(self.asked).weights
             if rank == 0 and self.asked.request.keep_text_encoder:
@@ -162,6 +169,8 @@ class Memory:
         if not self.asked.on_cuda and "transformer" in items:
             weights = self.engine.weights(self.asked)
             as_stored = (weights.whole if name == "load" else weights.as_stored) + items["VAE"]
+            if (controlnet := self.engine.control_weights(self.asked)) is not None:
+                as_stored += controlnet.as_stored
         return Phase(name=name, stage=stage, items=items, where=where, as_stored=as_stored)
 
     def _denoising(self, stage: Stage, step: Step) -> Items:
@@ -174,6 +183,16 @@ class Memory:
         start = latents + latents * FLOAT32 // self.asked.itemsize if stage.starts_from_picture else 0
         rows["latents"] = rows.get("latents", 0) + start + self._tables(stage)
         return {name: amount for name, amount in rows.items() if amount}
+
+    def _residuals(self, stage: Stage, part: Part) -> tuple[Items, Items]:
+        """What a ControlNet hands to the transformer's blocks, and at most holds of its own at its end: hidden states,
+        outputs, and those scaled."""
+        controlled, weights = self.engine.control_step(self.asked, stage, part), self.engine.control_weights(self.asked)
+        if controlled is None or weights is None:
+            return {}, {}
+        tokens = self.asked.request.num_images * part.rows * part.columns
+        one = tokens * controlled.channels * self.asked.itemsize
+        return {"residuals": weights.blocks * one}, {"residuals": 3 * weights.blocks * one}
 
     def _masks(self, rank: int, number: int) -> Items:
         """Masks kept after stage `number`; several ranks have up to three in one, which take the places of others."""

@@ -85,11 +85,16 @@ def stage_time(engine: Engine, asked: PlanRequest, number: int) -> StageTime | N
         return None
     part = max(asked.parts[number], key=lambda part: (part.rows, part.received))
     step, weights = engine.step(asked, stage, part), engine.weights(asked)
-    computing, link = _computing(asked, gpu, step, weights, stage), asked.link.bytes_per_second
+    images, passes = asked.images(stage), asked.passes(stage)
+    computing, link = _computing(asked, gpu, step, weights, images, passes), asked.link.bytes_per_second
     launched = LAUNCH * launches(asked, part.stripes) * weights.blocks
     is_graph = is_replayed(asked, stage, part)
-    host = asked.passes(stage) * (LAUNCH * LAUNCHES_REPLAYED if is_graph else launched)
-    capturing = LAUNCHED * max(0.0, launched - computing / asked.passes(stage)) if is_graph else 0.0
+    host = passes * (LAUNCH * LAUNCHES_REPLAYED if is_graph else launched)
+    capturing = LAUNCHED * max(0.0, launched - computing / passes) if is_graph else 0.0
+    net, net_weights = engine.control_step(asked, stage, part), engine.control_weights(asked)
+    if net is not None and net_weights is not None:
+        computing += _computing(asked, gpu, net, net_weights, asked.request.images_at_once, 1)
+        host += LAUNCH * (LAUNCHES_REPLAYED if is_graph else launches(asked, part.stripes) * net_weights.blocks)
     busy, sent = max(computing, host), step_traffic(engine, asked, stage, part)
     hidden = HIDDEN["stale" if asked.lags(stage, part.stripes) else "sync"] * busy
     messages, shares = sent.in_layers / link, sent.weights / link
@@ -156,10 +161,9 @@ def is_replayed(asked: PlanRequest, stage: Stage, part: Part) -> bool:
     return may_replay and asked.on_cuda and asked.transport != "host"
 
 
-def _computing(asked: PlanRequest, gpu: Gpu, step: Step, weights: Weights, stage: Stage) -> float:
+def _computing(asked: PlanRequest, gpu: Gpu, step: Step, weights: Weights, images: int, passes: int) -> float:
     rate, memory = gpu.flops * PRODUCTS * (EIGHT_BITS if eight_bit_products(asked) else 1), gpu.bandwidth * MEMORY
-    passes = asked.passes(stage)
-    numbers = asked.images(stage) * passes * step.tokens * step.channels * weights.blocks
+    numbers = images * passes * step.tokens * step.channels * weights.blocks
     moved = PASSES * numbers * asked.itemsize / memory
     unpacked = passes * UNPACKING * weights.products / memory if asked.request.int8 else 0.0
     window = 4 * step.channels * step.operations.get("visited", 0) / (gpu.flops * WINDOW_KERNEL)

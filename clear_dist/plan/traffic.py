@@ -57,18 +57,21 @@ class Traffic:
 
 def step_traffic(engine: Engine, asked: PlanRequest, stage: Stage, part: Part) -> Traffic:
     """One rank's; what it receives follows from the rows that it sends, which are as long."""
-    sent = engine.step(asked, stage, part).bytes
+    sent, controlled = engine.step(asked, stage, part).bytes, engine.control_step(asked, stage, part)
+    net = {} if controlled is None else controlled.bytes
     rows = sum(len(stripe) for stripe in asked.striping(stage).stripes)
     halos, pooled = sent.get("halo_bytes_sent", 0), sent.get("pooled_bytes_sent", 0)
+    others_rows = (rows - part.rows) / max(1, (part.stripes - 1) * part.rows)
+    net_halos, weights = net.get("halo_bytes_sent", 0), engine.control_weights(asked)
     return Traffic(
         ranks=part.stripes,
         halves=2 if asked.has_halves(stage) else 1,
-        halos_sent=halos,
-        halos_received=halos * part.received // max(1, part.sent),
+        halos_sent=halos + net_halos,
+        halos_received=halos * part.received // max(1, part.sent) + round(net_halos * others_rows),
         text_gathered=sent.get("text_bytes_gathered", 0),
-        text_reduced=sent.get("text_bytes_reduced", 0) * (part.stripes > 1),
+        text_reduced=(sent.get("text_bytes_reduced", 0) + net.get("text_bytes_reduced", 0)) * (part.stripes > 1),
         join=sent.get("join_bytes", 0),
         pooled_sent=pooled,
-        pooled_received=pooled * (rows - part.rows) // max(1, (part.stripes - 1) * part.rows),
-        weights_sent=asked.passes(stage) * engine.weights(asked).sent,
+        pooled_received=round(pooled * others_rows),
+        weights_sent=asked.passes(stage) * engine.weights(asked).sent + (0 if weights is None else weights.sent),
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from clear_dist.options import CUT, JOIN_SECONDS, MODEL, Flags, Options, Refusal, check_encoding, flag, shortened
 from clear_dist.request.hardware import GPUS, LINKS
-from clear_dist.request.picture_flags import PICTURES, InputFlags
+from clear_dist.request.picture_flags import PICTURES, ControlFlags, InputFlags
 
 DRAWN, LARGE, WRITTEN = "What to draw", "Above the native size", "What is written"
 PANELS = (DRAWN, PICTURES, LARGE, MODEL, CUT, WRITTEN, None)
@@ -81,7 +81,7 @@ class Kept(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureFlags(Kept):
+class PictureFlags(Kept, ControlFlags):
     """Flags of every command that draws; raises a Refusal for values out of bounds or contradictory flags."""
 
     res: int | None = flag(
@@ -189,6 +189,10 @@ class GenerateFlags(PictureFlags, InputFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_prompts(self)
+        if self.controlnet is not None and self.control_image is None and not self.only_planned:
+            raise Refusal(f"--controlnet needs a picture, got {self.controlnet} alone; nearest: --control-image FILE")
+        if self.controlnet is not None and self.mask is not None:
+            raise Refusal("either --controlnet or --mask can be given, got both; leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)

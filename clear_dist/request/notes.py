@@ -13,6 +13,7 @@ from clear_dist.cards.headers import read_tensors
 from clear_dist.cards.single_file import weight_files
 from clear_dist.options import Options, shortened, spelled
 from clear_dist.pictures import keeps_alpha
+from clear_dist.request.controlnet import stretching
 from clear_dist.request.devices import FoundGpu
 from clear_dist.request.flags import GenerateFlags, PictureFlags, UpscaleFlags
 from clear_dist.request.pictures import is_listed
@@ -45,6 +46,7 @@ def notes_of(
         *_choices(flags, request, facts, cards, len(gpus)),
         *_kinds(gpus[:ranks]),
         *_warnings(request, facts, (*prompts, flags.negative_prompt or ""), ranks),
+        *stretching(request),
         *_without_effect(flags, request, facts),
     )
 

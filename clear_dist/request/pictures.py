@@ -47,7 +47,7 @@ def find_picture(
     All of it is decoded, as it will be when it is its turn. Raises a Refusal for a picture that cannot be read, is a
     decompression bomb, or would become smaller.
     """
-    decoded = _decoded(file)
+    decoded = decoded_file(file)
     picture = decoded.image.height, decoded.image.width
     native = flags.base_res or facts.native_size or 0
     target = _target(flags, picture, native, unit)
@@ -83,7 +83,7 @@ def find_image(flags: GenerateFlags, facts: ModelFacts, *, unit: int) -> Picture
     """
     if flags.image is None:
         return None
-    decoded, native = _decoded(flags.image), flags.base_res or facts.native_size
+    decoded, native = decoded_file(flags.image), flags.base_res or facts.native_size
     picture = decoded.image.height, decoded.image.width
     height, width = flags.height or flags.res, flags.width or flags.res
     try:
@@ -106,7 +106,7 @@ def find_image(flags: GenerateFlags, facts: ModelFacts, *, unit: int) -> Picture
 
 
 def _check_mask(file: Path, picture: Size) -> None:
-    mask, (height, width) = _decoded(file).image, picture
+    mask, (height, width) = decoded_file(file).image, picture
     if mask.size != (width, height):
         raise Refusal(
             f"--mask must be as large as --image, {width} x {height} px, got {mask.width} x {mask.height}; "
@@ -120,17 +120,18 @@ def _check_mask(file: Path, picture: Size) -> None:
 
 def load(picture: Picture) -> tuple[Image.Image, Image.Image | None]:
     """The used part of the picture, upright, in RGB, its transparent parts laid on the background; and its alpha."""
-    decoded = _decoded(picture.file)
+    decoded = decoded_file(picture.file)
     alpha = None if decoded.alpha is None else decoded.alpha.crop(picture.box)
     return decoded.laid_on(picture.background).crop(picture.box), alpha
 
 
 def load_mask(picture: Picture) -> Image.Image | None:
     """The used part of the picture's mask in grey, upright; None: it has none."""
-    return None if picture.mask is None else _decoded(picture.mask).image.crop(picture.box).convert("L")
+    return None if picture.mask is None else decoded_file(picture.mask).image.crop(picture.box).convert("L")
 
 
-def _decoded(file: Path) -> Decoded:
+def decoded_file(file: Path) -> Decoded:
+    """A user's picture; raises a Refusal where it cannot be read."""
     shown = shortened(str(file))
     if file.exists() and not file.is_file() and not file.is_dir():  # a pipe can be read once only
         raise Refusal(f"the picture must be a file, got {shown}, which is none")

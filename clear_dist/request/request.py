@@ -8,6 +8,7 @@ from typing import Any
 
 from clear_dist.cards.single_file import Files
 from clear_dist.geometry import Rows, Striping, cut_in_stripes, most_stripes, stripe_image
+from clear_dist.options import Window
 from clear_dist.pictures import numbered
 from clear_dist.request.flags import Kept
 from clear_dist.stages import ImageToImage, Sampling, Size, Stage, Upscaling, plan_cascade, plan_upscaling
@@ -50,6 +51,26 @@ class Lora:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Control:
+    """A ControlNet, and what it is shown."""
+
+    source: str
+    """A folder, or on the hub `owner/name` or `owner/name@revision`."""
+    image: Path | None
+    """None: the picture that is enlarged."""
+    size: Size | None
+    """The image's, in pixels."""
+    scale: float
+    mode: int | None
+    """Of a union."""
+    window: Window
+
+    def without_folders(self) -> "Control":
+        source = Path(self.source).name if os.path.isdir(self.source) else self.source
+        return replace(self, source=source, image=None if self.image is None else Path(self.image.name))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request(Kept):
     """A checked request, sizes in pixels, with everything chosen that can be known before loading.
 
@@ -66,6 +87,7 @@ class Request(Kept):
     clear_weights: str | None
     """A file, or a hub file as `owner/name:file` or `owner/name@revision:file`."""
     loras: tuple[Lora, ...]
+    control: Control | None = None
     files: Files
     """Weights that are not in the model's folder."""
     height: int | None

@@ -19,6 +19,7 @@ from clear_dist.options import Refusal, Window
 from clear_dist.request import devices
 from clear_dist.request.axes import check_axes, check_groups
 from clear_dist.request.clear_weights import down_factor, find_checkpoint
+from clear_dist.request.controlnet import compare_control, find_control
 from clear_dist.request.flags import Kept, PictureFlags
 from clear_dist.request.hardware import BFLOAT16_CAPABILITY, FLOAT8_CAPABILITY
 from clear_dist.request.lora import compare_loras, find_loras
@@ -84,6 +85,7 @@ def choose(
         clear_weights=checkpoint,
         files=facts.files,
         loras=find_loras(flags.lora, facts, cards, flags),
+        control=find_control(flags, facts, cards),
         native_size=facts.native_size,
         token_size=facts.token_size,
         down_factor=factor,
@@ -104,8 +106,18 @@ def choose(
     return request, facts, begin
 
 
-def located(request: Request, folder: Path, checkpoint: str | None, loras: Iterable[Lora], cards: Cards) -> Request:
-    """The request once all files are here; raises as `settle`. It keeps the names that `loras` were asked for by."""
+def located(
+    request: Request,
+    folder: Path,
+    checkpoint: str | None,
+    loras: Iterable[Lora],
+    cards: Cards,
+    controlnet: Path | None = None,
+) -> Request:
+    """The request once all files are here; raises as `settle`.
+
+    It keeps the names that `loras`, and the ControlNet in the folder `controlnet`, were asked for by.
+    """
     facts = read_folder(folder, cards, request.files)
     native = facts.native_size
     found = find_checkpoint(checkpoint or "none", request.window, facts, cards)
@@ -120,6 +132,8 @@ def located(request: Request, folder: Path, checkpoint: str | None, loras: Itera
         token_size=facts.token_size,
     )
     compare_loras(loras, facts, cards, request)
+    if request.control is not None:
+        compare_control(request.control, controlnet, facts, cards)
     _check_sizes(settled, facts)
     check_outputs(settled)
     return settled

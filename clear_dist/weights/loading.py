@@ -1,7 +1,7 @@
 """A pipeline from a folder, quietly, with nothing missing from its weights."""
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -13,9 +13,10 @@ import transformers
 from accelerate import init_empty_weights
 from safetensors import safe_open
 
-from clear_dist.cards.card import Card
-from clear_dist.cards.headers import read_json
-from clear_dist.cards.single_file import Files, PartFile, layout_of, weight_files
+from clear_dist.cards.card import STEMS, Card
+from clear_dist.cards.controlnets import ControlNets
+from clear_dist.cards.headers import component_files, read_json
+from clear_dist.cards.single_file import Files, Layout, PartFile, layout_of, weight_files
 from clear_dist.observe.progress import Phases
 from clear_dist.options import Refusal
 from clear_dist.weights.mapped import load_mapped
@@ -60,6 +61,18 @@ def load_encoders(folder: Path, card: Card, *, dtype: torch.dtype, device: torch
     return _assemble(folder, card, places, ("transformer",), dtype, phases, {})
 
 
+def with_controlnet(
+    pipe: Any, folder: Path, kinds: ControlNets, *, dtype: torch.dtype, device: torch.device, phases: Phases
+) -> Any:
+    """A pipeline of the same parts and the ControlNet of a folder, compared with its configuration before."""
+    files = component_files(folder, STEMS["diffusers"])
+    with _quietly(), phases.loading("controlnet", sum(file.stat().st_size for file in files)) as advance:
+        net = _load_mapped(getattr(diffusers, kinds.kind), folder, files, dtype, device, advance)
+        controlled = getattr(diffusers, kinds.pipeline)(**pipe.components, controlnet=net)
+    controlled.set_progress_bar_config(disable=True)
+    return controlled
+
+
 def _assemble(
     folder: Path,
     card: Card,
@@ -96,15 +109,27 @@ def _load_part(
             return _load_file(stock, folder / name, files[name], dtype).to(device)
         if name != "transformer":
             return _load_stock(stock, folder, name, dtype).to(device)
-        # By ourselves: it is the largest part, and all ranks have it.
-        # Buffers too: a table of positions is in the files, and takes seconds and gigabytes to make.
-        with _refusing(folder / name, kind), init_empty_weights(include_buffers=True):
-            transformer = stock.from_config(stock.load_config(folder / name))
         layout = None
         if name in files:
             layout = layout_of(files[name], card, card.shape_of(read_json(folder / name / "config.json"), folder))
-        load_mapped(transformer, weights, dtype=dtype, device=device, advance=advance, layout=layout)
-        return transformer.eval()
+        return _load_mapped(stock, folder / name, weights, dtype, device, advance, layout)
+
+
+def _load_mapped(
+    stock: Any,
+    folder: Path,
+    files: list[Path],
+    dtype: torch.dtype,
+    device: torch.device,
+    advance: Callable[[int], None],
+    layout: Layout | None = None,
+) -> Any:
+    """Load by ourselves what all ranks have, and is large."""
+    # Buffers too: a table of positions is in the files, and takes seconds and gigabytes to make.
+    with _refusing(folder, stock.__name__), init_empty_weights(include_buffers=True):
+        model = stock.from_config(stock.load_config(folder))
+    load_mapped(model, files, dtype=dtype, device=device, advance=advance, layout=layout)
+    return model.eval()
 
 
 def _load_file(kind: Any, folder: Path, source: PartFile, dtype: torch.dtype) -> Any:

@@ -18,6 +18,9 @@ from clear_dist.engine.family import Inputs, Removable, Stripes
 from clear_dist.families.flux.transformer import Flux, own_tokens
 from clear_dist.geometry import TextPlan
 
+SCALE = 8
+"""Pixels along a side of what the network that reads them makes of them."""
+
 
 @dataclass(frozen=True)
 class FluxControlNet(Flux):
@@ -34,6 +37,16 @@ class FluxControlNet(Flux):
         drawn, encoded = super().replicated(inputs)
         mode, scale = inputs.get("controlnet_mode"), torch.tensor(float(inputs.get("conditioning_scale", 1.0)))
         return [*drawn, inputs["controlnet_cond"], scale, *([] if mode is None else [mode])], encoded
+
+    def empty_inputs(self, size: tuple[int, int], *, images: int, text_tokens: int) -> Inputs:
+        inputs = super().empty_inputs(size, images=images, text_tokens=text_tokens)
+        like, config = inputs["hidden_states"], self.transformer.config
+        condition = like
+        if self.transformer.input_hint_block is not None:
+            condition = like.new_empty(images, 3, *(SCALE * config.patch_size * side for side in size))
+        mode = {} if config.num_mode is None else {"controlnet_mode": like.new_empty(images, 1, dtype=torch.long)}
+        # As pipelines call it: diffusers' object for the results has no room for blocks of one kind alone.
+        return {**inputs, "controlnet_cond": condition, "return_dict": False, **mode}
 
     def hooks(self, striped: Stripes) -> Sequence[Removable]:
         hint_block = self.transformer.input_hint_block
