@@ -114,7 +114,7 @@ class Engine:
             self._question(asked, stage, part),
             module=module,
             options=replace(asked.options, schedule="sync", warmup_steps=None, hoist_modulation=False, **own),
-            images=asked.request.num_images,
+            images=asked.request.images_at_once,
             passes=1,
             steps=1,
             down_factor=1,

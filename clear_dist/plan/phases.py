@@ -102,8 +102,8 @@ class Memory:
             encoding, masks = self.engine.vae(asked, part, encode=True), self._masks(rank, number - 1)
             yield self._phase("encode", number, {**self._with_vae(kept), **masks, "VAE activations": encoding.peak})
         if asked.reference is not None:
-            rows, columns = asked.reference
-            whole = replace(part, ranks=1, rank=0, picture_rows=rows, picture_columns=columns)
+            height, width = asked.reference
+            whole = replace(part, ranks=1, rank=0, picture_rows=height, picture_columns=width)
             encoding = self.engine.vae(asked, whole, encode=True)
             yield self._phase("encode", number, {**self._with_vae(kept), "VAE activations": encoding.peak})
         step, masks = self.engine.step(asked, stage, part), self._masks(rank, number)
