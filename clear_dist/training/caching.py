@@ -23,7 +23,6 @@ from clear_dist.comm.in_touch import in_touch
 from clear_dist.families.transformers import adapter_of
 from clear_dist.launch.ends import Failure, say
 from clear_dist.options import Refusal
-from clear_dist.pictures import replacing
 from clear_dist.pictures.decoding import decoded
 from clear_dist.request.captioned import Captioned
 from clear_dist.training.samples import DEVIATION, MEAN
@@ -154,10 +153,12 @@ def _latents(pipe: Any, sample: Captioned, settings: CacheSettings) -> tuple[Ten
 
 
 def _write(file: Path, tensors: Mapping[str, Tensor], broken: Sequence[str]) -> None:
+    partial = file.with_suffix(".part")
     try:
-        with replacing(file) as partial:
-            save_file(dict(tensors), partial, metadata={"broken": json.dumps(broken)})
+        save_file(dict(tensors), partial, metadata={"broken": json.dumps(broken)})
+        partial.replace(file)
     except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
         is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         why = "the disk is full" if is_full else str(error)
         raise Failure(f"{why} while {file} was written; what was made before it stays") from error

@@ -16,6 +16,7 @@ from clear_dist.families.cards import CARDS
 from clear_dist.families.transformers import family_of
 from clear_dist.launch import env
 from clear_dist.launch.ends import say
+from clear_dist.launch.interrupts import unwinding
 from clear_dist.observe import peaks
 from clear_dist.observe.progress import watched
 from clear_dist.request.captioned import Captioned, find_captioned
@@ -78,10 +79,10 @@ def distill(work: Distillation) -> None:
     group = Group.create(device, join_seconds=work.request.join_timeout)
     request = hub.locate(work.request, group, CARDS, local_rank=place.local_rank)
     work = replace(work, request=request)
-    if work.recipe.self_generate is not None:
-        work = _generated(work, group)
-    cache = _encoded(work, group)
-    _train(work, cache, group)
+    with unwinding():  # from here on files are written
+        if work.recipe.self_generate is not None:
+            work = _generated(work, group)
+        _train(work, _encoded(work, group), group)
     group.close()
 
 
