@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from clear_dist.commands.app import COMMANDS
-from clear_dist.commands.flags import Command
+from clear_dist.commands.flags import ALL_PANELS, Command
 from clear_dist.options import Flag, Options, spelled
-from clear_dist.request.flags import PANELS
 
 FOLDER = Path(__file__).parent
 PAGE, LONG = FOLDER / "flags.md", FOLDER / "flags_long.md"
 NOTICE = "<!-- Made by `python -m docs.flags`; change the records of flags, or flags_long.md, instead. -->"
 ARGUMENTS, OTHERS = "Arguments", "Others"
-TITLES = [ARGUMENTS, *(panel or OTHERS for panel in PANELS)]
+TITLES = [ARGUMENTS, *(panel or OTHERS for panel in ALL_PANELS)]
 HEADS = "| flag | values | default | what it does | commands | in Python |\n|---|---|---|---|---|---|"
 
 
@@ -70,7 +69,7 @@ def rows_of(command: Command) -> Iterator[Row]:
     """The flags of a command."""
     hints, defaults = get_type_hints(command.record), {each.name: each.default for each in fields(command.record)}
     for name, flag in command.flags().items():
-        values = "" if hints[name] is bool else values_of(flag, hints[name])
+        values = "" if hints[name] in (bool, bool | None) else values_of(flag, hints[name])
         yield Row(name=name, flag=flag, values=values, default=default_of(defaults[name], flag))
 
 

@@ -14,7 +14,7 @@ from clear_dist.options import Flag, Flags, Refusal, flag_of, shortened, spelled
 from clear_dist.request.distill import DISTILL_PANELS
 from clear_dist.request.flags import PANELS
 
-ALL_PANELS = (*DISTILL_PANELS, *PANELS)
+ALL_PANELS = (*PANELS[:-1], *DISTILL_PANELS, None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ COUNT, MANY = (1, 1_000_000), (0, 1_000_000)
 OPTIMISERS = {"adamw": None, "adamw8bit": "torchao", "prodigy": "prodigyopt"}
 """Packages that they are in, of the extra `train`."""
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+READY = Path(__file__).parents[1] / "training" / "recipes"
 RECIPE = "recipe.toml"
 """Name in a checkpoint and beside the result."""
 WORDS = {int: "a whole number", float: "a number", str: "a text", Path: "a path", bool: "true or false"}
@@ -155,7 +156,9 @@ def _optional(each: Field) -> tuple[str, Any, Any]:
 class _About(Flags):
     """Flags that are no part of a recipe."""
 
-    config: Path | None = flag(None, "a recipe, TOML, that flags override", WHAT, metavar="FILE")
+    config: Path | None = flag(
+        None, "a recipe, TOML, or a ready one's name (flux-dev-r16), that flags override", WHAT, metavar="FILE"
+    )
     plan: bool = flag(False, "tell memory and time, and load nothing")
     gpu: str = flag("auto", "kind of GPU that --plan is for (those of this machine; else H100)")
     traceback: bool = flag(False, "if a rank fails, show where")
@@ -170,8 +173,14 @@ NAMES = tuple(each.name for each in fields(Recipe))
 
 def read_recipe(flags: Any) -> Recipe:
     """The recipe of `--config`, or the defaults, with what the flags give on top."""
-    values = {} if flags.config is None else _read(flags.config, "--config")
+    values = {} if flags.config is None else _read(_config(flags.config), "--config")
     return Recipe(**values | {name: getattr(flags, name) for name in NAMES if getattr(flags, name) is not None})
+
+
+def _config(file: Path) -> Path:
+    """A file, or a ready recipe by its name."""
+    ready = READY / f"{file}.toml"
+    return ready if ready.is_file() and not file.exists() else file
 
 
 def newest_checkpoint(output: Path) -> Path | None:

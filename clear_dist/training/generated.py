@@ -43,7 +43,7 @@ def _drawn(files: Sequence[Path], prompts: Sequence[str], request: Request, grou
     model = Path(request.model)
     pipe = loading.load_pipeline(
         model, card_of(model, CARDS), with_text_encoders=group.rank == 0, dtype=getattr(torch, request.dtype),
-        device=group.device, phases=Phases(),
+        device=group.device, phases=Phases(), files=request.files,
     )  # fmt: skip
     parallelize(pipe, Options(window="full", text_attention="exact"), group=group)
     sampling, (height, width) = request.sampling, request.size

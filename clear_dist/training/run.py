@@ -100,7 +100,15 @@ def _encoded(work: Distillation, group: Group) -> Path:
     card, cache = card_of(folder, CARDS), recipe.output / CACHE
     with watched(rank=group.rank, say=say) as phases:
         dtype = getattr(torch, work.request.dtype)
-        load = partial(loading.load_encoders, folder, card, dtype=dtype, device=group.device, phases=phases)
+        load = partial(
+            loading.load_encoders,
+            folder,
+            card,
+            dtype=dtype,
+            device=group.device,
+            phases=phases,
+            files=work.request.files,
+        )
         with phases.phase("text", detail="s and pictures"):
             fill(cache, work.samples, work.settings, group, load)
     gc.collect()
@@ -114,7 +122,7 @@ def _train(work: Distillation, cache: Path, group: Group) -> None:
     with watched(rank=group.rank, say=say) as phases, phases.phase("load", detail=" the model"):
         pipe = loading.load_pipeline(
             folder, card_of(folder, CARDS), with_text_encoders=False, dtype=dtype, device=group.device,
-            on_host=("vae",), phases=phases,
+            on_host=("vae",), phases=phases, files=work.request.files,
         )  # fmt: skip
     family = family_of(pipe.transformer)
     adapter = family.adapted(pipe)

@@ -55,10 +55,12 @@ def load_text_pipeline(
     return _assemble(folder, card, dict.fromkeys(card.text_encoders, device), CUTTABLE, dtype, phases, files or {})
 
 
-def load_encoders(folder: Path, card: Card, *, dtype: torch.dtype, device: torch.device, phases: Phases) -> Any:
+def load_encoders(
+    folder: Path, card: Card, *, dtype: torch.dtype, device: torch.device, phases: Phases, files: Files | None = None
+) -> Any:
     """Pipeline of text encoders, tokenizers and VAE, without a transformer, as `load_pipeline`."""
     places = dict.fromkeys((*card.text_encoders, "vae"), device)
-    return _assemble(folder, card, places, ("transformer",), dtype, phases, {})
+    return _assemble(folder, card, places, ("transformer",), dtype, phases, files or {})
 
 
 def with_controlnet(

@@ -125,7 +125,10 @@ def test_the_teacher_draws_its_own_pictures_once(model: Path, here: Path, capsys
         (("--config", "wrong.toml"), "wrong.toml has the unknown setting window_size; nearest: window"),
         (("--config", "text.toml"), "steps must be a whole number in text.toml, got 'many'; nearest: leave it out"),
         (("--teacher", "float8"), "--teacher float8 needs a CUDA GPU"),
-        (("--pattern", "swin", "--down-factor", "2"), "--down-factor is for the circle, got it with swin"),
+        (
+            ("--pattern", "swin", "--down-factor", "2"),
+            "--down-factor must be 1 for --pattern swin, got 2; nearest: --pattern circle",
+        ),
         (("--data", "bare"), "each picture must have a caption, got 1 without, 0 first; nearest: NAME.txt"),
         (("--data", "cut.tar"), "the tar cut.tar is cut off"),
         (
