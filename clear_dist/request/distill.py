@@ -157,7 +157,7 @@ class _About(Flags):
     """Flags that are no part of a recipe."""
 
     config: Path | None = flag(
-        None, "a recipe, TOML, or a ready one's name (flux-dev-r16), that flags override", WHAT, metavar="FILE"
+        None, "a recipe, TOML, or a ready one's name (demo-r4), that flags override", WHAT, metavar="FILE"
     )
     plan: bool = flag(False, "tell memory and time, and load nothing")
     gpu: str = flag("auto", "kind of GPU that --plan is for (those of this machine; else H100)")
