@@ -47,7 +47,7 @@ class Budget:
 def show(recipe: Recipe, request: Request, gpu_name: str) -> int:
     """Print the budget; returns 0 where it fits, 2 where it does not."""
     gpu = _gpu(gpu_name, request)
-    budget = budget_of(recipe, request, counted(recipe, request), gpu)
+    budget = budget_of(recipe, request.world_size, counted(recipe, request), gpu)
     table = Table("on each rank", "GB", title=f"{recipe.checkpoint_name} of {request.model_name}", title_justify="left")
     for name, size in (*budget.rows.items(), ("all in all", budget.total)):
         table.add_row(name, f"{size / GB:.2f}")
@@ -84,8 +84,8 @@ def counted(recipe: Recipe, request: Request) -> Counted:
     )
 
 
-def budget_of(recipe: Recipe, request: Request, found: Counted, gpu: Gpu | None) -> Budget:
-    ranks, average = request.world_size, AVERAGE_BYTES if recipe.ema_decay else 0
+def budget_of(recipe: Recipe, ranks: int, found: Counted, gpu: Gpu | None) -> Budget:
+    average = AVERAGE_BYTES if recipe.ema_decay else 0
     again = int(recipe.gradient_checkpointing)
     activations = found.checkpoints + found.saved / found.blocks if again else found.saved
     rows = {
