@@ -90,7 +90,7 @@ def budget_of(recipe: Recipe, ranks: int, found: Counted, gpu: Gpu | None) -> Bu
     activations = found.checkpoints + found.saved / found.blocks if again else found.saved
     rows = {
         "weights, student's and teacher's": (found.frozen + found.trained * found.itemsize) / ranks,
-        "blocks while they are whole": GATHERED_BLOCKS * found.largest_block,
+        "blocks while they are whole": GATHERED_BLOCKS * found.largest_block * (ranks > 1),
         "masters, gradients, average": found.trained * (MASTER_BYTES + average + found.itemsize) / ranks,
         f"state of {recipe.optimizer}": found.trained * STATE_BYTES[recipe.optimizer] / ranks,
         "activations": activations,
