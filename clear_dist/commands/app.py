@@ -30,6 +30,7 @@ COMMANDS = {
 }
 ELSEWHERE = {
     "--prompt": "the prompt stands by itself, in quotes; nearest: 'a lighthouse at dusk'",
+    "--image": "it is for clear-dist generate, and upscale takes pictures without a flag; nearest: holiday.jpg",
 }
 """Flags of other programs: what we have instead."""
 

@@ -245,7 +245,7 @@ def test_in_a_cascade() -> None:
 def idle_ranks(group: Group) -> None:
     pipe = make_tiny_pipeline(sample_size=64)
     parallelize(pipe, group=group, shard_weights=True, **EXACT)
-    message = r"all ranks in every stage, and 64 x 64 pixels are for 4 at most, by rows of tokens and Stage.ranks, got 5 ranks; nearest: 4"
+    message = r"all ranks in every stage, and 64 x 64 pixels are for 4 at most, by their tokens and Stage.ranks, got 5 ranks; nearest: 4"
     with pytest.raises(ValueError, match=message):
         clear_dist.generate(pipe, "a hill", height=128, width=128, num_inference_steps=1, max_sequence_length=9)
 

@@ -45,7 +45,8 @@ def striped(group: Group, clear: Path, style: Path) -> list[Tensor]:
     results = []
     for case in CASES:
         pipe = make_pipeline()
-        handle = parallelize(pipe, group=group, clear_weights=clear, text_attention="exact", **case)
+        windows = {"clear_weights": clear, "controlnet_window": RADIUS}
+        handle = parallelize(pipe, group=group, text_attention="exact", **windows, **case)
         load_loras(pipe, [Lora(source=str(style), weight=WEIGHT)], CARDS)
         results.append(controlled(pipe))
         handle.undo()

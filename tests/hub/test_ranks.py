@@ -23,6 +23,7 @@ class FromTheHub:
     clear_weights: str = "owner/name:file"
     from_folder: bool = True
     loras: tuple[()] = ()
+    control: None = None
     quiet: bool = True
 
 

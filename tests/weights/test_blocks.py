@@ -53,7 +53,7 @@ def test_what_cannot_work_is_refused() -> None:
 
 def test_shards_need_all_ranks_in_every_stage(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny model's native size is 128 pixels, 8 rows of tokens; whether files are here is found out later."""
-    message = r"128 x 128 pixels are 8 rows of tokens, got 9 ranks; nearest: --nproc 8"
+    message = r"128 x 128 pixels are for 8 at most, got 9 ranks; nearest: --nproc 8"
     with pytest.raises(Refusal, match=message):
         settled(model, shard_weights=True, nproc=9, res=256)
     assert settled(model, shard_weights=True, nproc=8, res=256)[0].shard_weights
@@ -70,7 +70,7 @@ def test_shards_need_all_ranks_where_down_sampled_keys_bind_rows_together(model:
     transformer = make_tiny_pipeline(double_blocks=2).transformer
     file = str(make_clear_weights(transformer, tmp_path / "clear_local_2_down_4.safetensors", down_factor=4))
     with pytest.raises(
-        Refusal, match=r"128 x 128 pixels are 2 times 4 rows of tokens.*got 3 ranks; nearest: --nproc 2"
+        Refusal, match=r"128 x 128 pixels are for 2 at most, got 3 ranks; nearest: --nproc 2"
     ):
         settled(model, shard_weights=True, nproc=3, res=256, clear_weights=file)
     assert settled(model, shard_weights=True, nproc=2, res=256, clear_weights=file)[0].down_factor == 4

@@ -88,7 +88,7 @@ def test_halos_are_a_fourteenth_of_gathering():
 def drawn(group: Group, window: int | str, schedule: str) -> dict:
     pipe = make_tiny_pipeline(heads=TINY.heads, head_dim=TINY.head_dim)
     pipe.set_progress_bar_config(disable=True)
-    handle = parallelize(pipe, window=window, schedule=schedule, warmup_steps=0, group=group)
+    handle = parallelize(pipe, window=window, cut="rows", schedule=schedule, warmup_steps=0, group=group)
     embeddings = {"prompt_embeds": torch.ones(1, TINY.text_tokens, 24), "pooled_prompt_embeds": torch.ones(1, 16)}
     generator = torch.Generator().manual_seed(0)
     pipe(**embeddings, height=208, width=96, num_inference_steps=3, generator=generator, output_type="latent")

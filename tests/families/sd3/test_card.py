@@ -112,4 +112,4 @@ def test_flags_of_other_families_are_told_of() -> None:
         "warning: 3088 px is beyond the model's 3072 px of positions: they are interpolated, which is untried"
     ]
     assert not any("positions:" in line for line in lines)
-    assert f"window: full ({CARD.hub_models[0].id} without CLEAR weights)" in lines
+    assert f"window: full ({CARD.hub_models[0].id} without CLEAR weights; clear-dist distill makes some)" in lines
