@@ -143,9 +143,8 @@ class Cascade:
         start = mask = stencil = latents = pixels = None
         if before is not None:
             with self._phase("encode", stage, detail):
-                rows_BCRW, stencil = self._enlarge(before, stage, held), self._stencil(own, stage, held)
-                if rows_BCRW is not None:
-                    start, mask = self._encode(rows_BCRW, stencil, part, stripes)
+                stencil = self._stencil(own, stage, held)
+                start, mask = self._encode(self._enlarge(before, stage, held), stencil, part, stripes)
         if group.rank < ranks:
             conditions = self._conditions(stage, part, stripes, detail)
             with self._phase("denoise", stage, detail):
@@ -242,10 +241,12 @@ class Cascade:
         return Stencil(own=own_1CRW, mask=mask_1CRW[:, :1])
 
     def _encode(
-        self, pixels_BCRW: Tensor, stencil: Stencil | None, group: Group, stripes: tuple[Rows, ...]
-    ) -> tuple[Tensor, Tensor | None]:
+        self, pixels_BCRW: Tensor | None, stencil: Stencil | None, group: Group, stripes: tuple[Rows, ...]
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Latents [B, C, H, W] of whole pictures: the means, so that ranks need not share any noise; and the mask's."""
         counters = self._striped.counters
+        if pixels_BCRW is None:  # this rank idles
+            return None, None
         pixels_BCRW = pixels_BCRW if stencil is None else stencil.pasted(pixels_BCRW)
         mean_BCRW = encode_rows(self._pipe.vae, pixels_BCRW, group, stripes, counters).chunk(2, dim=1)[0]
         start = self._adapter.from_vae(join_rows(mean_BCRW, group, stripes, counters))
