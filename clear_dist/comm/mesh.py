@@ -21,8 +21,9 @@ def image_group(everyone: Group, data_ranks: int) -> Group:
     # GPUs that are shared have been agreed to, and those of other rows are not idle.
     group = Group.create(everyone.device, process_group=mesh.get_group(IMAGE), share_gpus=True)
     everyone.barrier()  # some may still connect
-    for axis in (DATA, IMAGE):
-        dist.destroy_process_group(mesh.get_group(axis))
+    for made in map(mesh.get_group, (DATA, IMAGE)):
+        if made is not dist.group.WORLD:  # which torch takes for an axis of all ranks
+            dist.destroy_process_group(made)
     return group
 
 
