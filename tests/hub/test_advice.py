@@ -17,8 +17,8 @@ def test_a_link_that_leads_to_nothing_is_no_file(hub: Hub, tmp_path: Path) -> No
     ((told, _),), errors = fetch(hub.endpoint, tmp_path, tiny, HF_HUB_OFFLINE="1")
     assert told == [
         "Failure",
-        "cannot get someone/tiny from the hub (HF_HUB_OFFLINE is set): unset it, or pass local files (--model FOLDER, "
-        "--clear-weights FILE, --lora FILE)",
+        "cannot get someone/tiny from the hub (HF_HUB_OFFLINE is set): unset it, or pass local files (--model or --base "
+        "FOLDER, --clear-weights FILE, --lora FILE)",
     ]
     assert errors == ""
     ((told, _),), _ = fetch(hub.endpoint, tmp_path, tiny)
