@@ -180,7 +180,7 @@ def read_recipe(flags: Any) -> Recipe:
 def _config(file: Path) -> Path:
     """A file, or a ready recipe by its name."""
     ready = READY / f"{file}.toml"
-    return ready if ready.is_file() and not file.exists() else file
+    return ready if ready.is_file() and not file.is_file() else file  # a result's folder may have its name
 
 
 def newest_checkpoint(output: Path) -> Path | None:

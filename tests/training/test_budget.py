@@ -45,7 +45,10 @@ def test_weights_and_operations_of_flux() -> None:
 
 
 @pytest.mark.parametrize("file", sorted(READY.glob("*.toml")), ids=lambda file: file.stem)
-def test_ready_recipes_are_read_by_their_names(file: Path) -> None:
+def test_ready_recipes_are_read_by_their_names(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the result of a run lies beside, in a folder of that name."""
+    monkeypatch.chdir(tmp_path)
+    Path(file.stem).mkdir()
     flags: Any = DistillFlags
     recipe = read_recipe(flags(config=Path(file.stem), data=Path("data")))
     assert recipe.output == Path(file.stem)

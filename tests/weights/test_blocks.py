@@ -69,9 +69,7 @@ def test_shards_need_all_ranks_where_down_sampled_keys_bind_rows_together(model:
     """8 rows of tokens are 2 times 4: a third rank would idle in the first stage of what has 16."""
     transformer = make_tiny_pipeline(double_blocks=2).transformer
     file = str(make_clear_weights(transformer, tmp_path / "clear_local_2_down_4.safetensors", down_factor=4))
-    with pytest.raises(
-        Refusal, match=r"128 x 128 pixels are for 2 at most, got 3 ranks; nearest: --nproc 2"
-    ):
+    with pytest.raises(Refusal, match=r"128 x 128 pixels are for 2 at most, got 3 ranks; nearest: --nproc 2"):
         settled(model, shard_weights=True, nproc=3, res=256, clear_weights=file)
     assert settled(model, shard_weights=True, nproc=2, res=256, clear_weights=file)[0].down_factor == 4
     assert not settled(model, nproc=3, res=256, clear_weights=file)[0].shard_weights
