@@ -82,7 +82,8 @@ def _known(base: str, transformer: PartFile, cards: Cards) -> tuple[Card, HubMod
     family = next((card for card, known in cards.hub_models if is_like(transformer, card, known.shape)), None)
     got = f"{transformer.file} with {shortened(', '.join(sorted(transformer.shapes())[:2]))}"
     if family is None:
-        rule = f"--model must have the layout of a {' or '.join(card.transformer for card in cards.cards)}"
+        layouts = dict.fromkeys(card.transformer for card in cards.cards)
+        rule = f"--model must have the layout of a {' or '.join(layouts)}"
         raise Refusal(f"{rule}, got {got}; nearest: {cards.default}")
     if not base:
         rule = f"a {family.transformer} of another size than {', '.join(cards.short_names)} needs --base"

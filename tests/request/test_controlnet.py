@@ -109,7 +109,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "an unreadable picture": ("plain", {"control_image": Path("nowhere.png")}, "must be a file that can be read, got"),
     "a scale": ("plain", {"control_scale": 2.5}, "--control-scale must be a number from 0 to 2, got 2.5; nearest: 2"),
     "a window": ("plain", {"controlnet_window": 0}, "--controlnet-window must be from 1 to 8192, got 0; nearest: 1"),
-    "a mask": ("plain", {"image": Path("a.png"), "mask": Path("b.png")}, "either --controlnet or --mask"),
+    "a start": ("plain", {"image": Path("a.png")}, "either --controlnet or --image"),
 }
 
 
