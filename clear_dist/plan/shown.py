@@ -60,7 +60,7 @@ def _title(asked: PlanRequest) -> Iterator[str]:
     request = asked.request
     where = "CPU" if asked.gpu is None else f"{asked.gpu.name}, {asked.link.name}"
     window = "full attention" if request.window == "full" else f"radius {request.window}"
-    images = f", {request.num_images} pictures at once" if request.num_images > 1 else ""
+    images = f", {request.images_at_once} pictures at once" if request.images_at_once > 1 else ""
     if request.down_factor > 1 and request.window != "full":
         window += f" and keys of {request.down_factor}x{request.down_factor} tokens"
     yield f"{asked.model.name}, {request.width}x{request.height} px, {window}, {request.dtype}{images} on {where}"

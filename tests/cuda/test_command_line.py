@@ -38,6 +38,7 @@ RUNS = (
     Run("one GPU for two, shards", 1, "--nproc 2 --shard-weights --attention-backend tiled", "host"),
     Run("cascade", 2, "--nproc 2 --res 512 --preview-every 1 --save-stages --attention-backend tiled"),
     Run("columns", 2, "--nproc 2 --res 512x256 --attention-backend tiled"),
+    Run("guidance ranks", 2, "--nproc 2 --guidance-ranks 2 --steps 8 --attention-backend triton"),
     Run("profile", 2, "--nproc 2 --profile trace.json --attention-backend tiled"),
     Run("two pictures", 2, "--nproc 2 --num-images 2 --attention-backend tiled"),
     Run("float32", 2, "--nproc 2 --dtype float32 --attention-backend tiled"),
