@@ -26,7 +26,8 @@ def distill(flags: Any) -> int:
     """
     place = env.read_for(flags.nproc)
     recipe = read_recipe(flags)
-    request = settled(recipe, place)
+    elsewhere = flags.gpu != "auto" or recipe.model not in ("auto", "demo")
+    request = settled(recipe, place, for_gpu=flags.plan and elsewhere)
     if flags.plan:
         ranks.hush()
         return import_module("clear_dist.training.budget").show(recipe, request, flags.gpu)
@@ -47,14 +48,14 @@ def distill(flags: Any) -> int:
     )
 
 
-def settled(recipe: Recipe, place: Place) -> Request:
-    """Model, size, device and ranks; raises a Refusal for what is wrong before anything is loaded."""
+def settled(recipe: Recipe, place: Place, *, for_gpu: bool = False) -> Request:
+    """Model, size, device (`for_gpu`: as if there were one) and ranks; a Refusal for what is wrong before loading."""
     if recipe.output.exists() and not recipe.output.is_dir():
         raise Refusal(f"--output must be a folder, got the file {recipe.output}; nearest: {recipe.output}-distilled")
     if (newest := newest_checkpoint(recipe.output)) is not None:
         require_same(recipe, newest)
     gpus = devices.gpus_for(recipe.device)
-    device = "cuda" if gpus else "cpu"
+    device = "cuda" if gpus or for_gpu else "cpu"
     if recipe.teacher == "float8" and device == "cpu":
         raise Refusal("--teacher float8 needs a CUDA GPU of compute capability 8.9, got cpu; nearest: int8")
     flags = GenerateFlags(

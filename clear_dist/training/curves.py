@@ -24,8 +24,14 @@ class Curves:
             _writer(stream).writeheader()
             _writer(stream).writerows(self._rows)
 
+    def begin(self, held_out: tuple[float, float]) -> None:
+        """A line of update 0, before anything is trained."""
+        self._write({"step": "0"}, held_out)
+
     def add(self, figures: Figures, held_out: tuple[float, float] | None) -> None:
-        row = {name: f"{value:.6g}" for name, value in asdict(figures).items()}
+        self._write({name: f"{value:.6g}" for name, value in asdict(figures).items()}, held_out)
+
+    def _write(self, row: dict[str, str], held_out: tuple[float, float] | None) -> None:
         row |= {name: f"{value:.6g}" for name, value in zip(HELD_OUT, held_out or (), strict=False)}
         self._rows.append(row)
         with self._file.open("a", newline="") as stream:
@@ -56,4 +62,4 @@ def _read(file: Path) -> list[dict[str, str]]:
     if not file.exists():
         return []
     with file.open(newline="") as stream:
-        return [row for row in csv.DictReader(stream) if row["seconds"]]
+        return [row for row in csv.DictReader(stream) if None not in row.values()]  # a line may be cut off

@@ -144,6 +144,9 @@ def _watched(trainer: Trainer, sheets: Sheets | None, recipe: Recipe, group: Gro
     curves = Curves(recipe.output, done) if group.rank == 0 else None
     pictures = recipe.batch_size * recipe.gradient_accumulation_steps * group.size
     with displayed(group.rank) as progress:
+        before = trainer.held_out() if done == 0 else None
+        if curves is not None and before is not None:
+            curves.begin(before)
         display = Display(progress, steps=recipe.steps, done=done, pictures=pictures, device=group.device)
 
         def told(figures: Figures) -> None:

@@ -58,8 +58,8 @@ def test_a_run_its_files_and_how_it_goes_on(model: Path, here: Path, capsys: pyt
     assert distill(model, *config, "--steps", "2") == 0
     output = capsys.readouterr()
     assert output.out == "distilled/clear_local_2_down_2.safetensors\n"
-    assert [row["step"] for row in rows()] == ["1", "2"]
-    assert float(rows()[1]["held_out"]) > 0 < float(rows()[1]["held_out_teacher"])
+    assert [row["step"] for row in rows()] == ["0", "1", "2"]
+    assert float(rows()[2]["held_out"]) > 0 < float(rows()[2]["held_out_teacher"])
     assert "down_factor = 2\n" in Path("distilled/recipe.toml").read_text()
     with Image.open("distilled/samples/step_000002.png") as sheet:
         assert sheet.size == (SIZE, 2 * SIZE)
@@ -68,7 +68,7 @@ def test_a_run_its_files_and_how_it_goes_on(model: Path, here: Path, capsys: pyt
     shutil.copyfile("distilled/clear_local_2_down_2.safetensors", "first.safetensors")
     assert distill(model, *config, "--steps", "3") == 0
     assert "going on from distilled/checkpoint-2" in capsys.readouterr().err
-    assert [row["step"] for row in rows()] == ["1", "2", "3"]
+    assert [row["step"] for row in rows()] == ["0", "1", "2", "3"]
     before, after = load_file("first.safetensors"), load_file("distilled/clear_local_2_down_2.safetensors")
     assert any((before[name] != x).any() for name, x in after.items())
     assert distill(model, *config, "--steps", "3", "--seed", "1") == 2
