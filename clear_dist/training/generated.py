@@ -61,7 +61,8 @@ def _drawn(files: Sequence[Path], prompts: Sequence[str], request: Request, grou
             for picture in pictures:
                 with replacing(files[index]) as partial:
                     picture.save(partial)
-                files[index].with_suffix(".json").write_text(json.dumps({"prompt": prompt, "seed": index}))
+                with replacing(files[index].with_suffix(".json")) as partial:
+                    partial.write_text(json.dumps({"prompt": prompt, "seed": index}))
 
     return draw_each(len(files), draw, group=group, is_there=lambda index: _is_there(files[index])).failed
 

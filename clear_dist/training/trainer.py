@@ -50,6 +50,9 @@ class Trainer:
         state = self.checkpoints.read()
         if state is not None:
             self.optimisation.restore(state)
+            newest = self.checkpoints.newest
+            assert newest is not None, "it has just been read"
+            self.checkpoints.publish(newest)  # a run may have been killed before it did
 
     def run(self, told: Callable[[Figures], None]) -> None:
         """Train to the last step; `told` of each update. Raises a Failure for a loss that is no number."""

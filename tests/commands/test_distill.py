@@ -71,6 +71,10 @@ def test_a_run_its_files_and_how_it_goes_on(model: Path, here: Path, capsys: pyt
     assert [row["step"] for row in rows()] == ["0", "1", "2", "3"]
     before, after = load_file("first.safetensors"), load_file("distilled/clear_local_2_down_2.safetensors")
     assert any((before[name] != x).any() for name, x in after.items())
+    Path("distilled/clear_local_2_down_2.safetensors").unlink()  # as if killed between the checkpoint and its result
+    assert distill(model, *config, "--steps", "3") == 0
+    again = load_file("distilled/clear_local_2_down_2.safetensors")
+    assert all(torch.equal(x, again[name]) for name, x in after.items())
     assert distill(model, *config, "--steps", "3", "--seed", "1") == 2
     assert (
         "checkpoint-3 is of another recipe, whose seed is 0, got 1; nearest: another --output"
