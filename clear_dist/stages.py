@@ -12,7 +12,7 @@ Size = tuple[int, int]
 SPARE_DOUBLINGS = 0.1
 """Stages enlarge 2 times, or up to 2.14 times where rounding to whole tokens asks for it."""
 ROUNDING = 1e-6
-"""Of tokens that a root may be short of a whole number."""
+"""Tokens by which a root may fall short of a whole number."""
 LEAST_SHARE_OF_NATIVE = 0.5
 """Shorter side of a long, thin base picture, in native sizes: models don't draw slivers."""
 

@@ -90,7 +90,7 @@ class WindowCall:
 
 
 def squared_distance(down: Tensor, across: Tensor, square: bool) -> Tensor:
-    """Of keys from queries, from its squares along both axes; in a square window the larger of these."""
+    """Squared distance of keys from queries, from the squares along both axes: their sum, in a square the larger."""
     return torch.maximum(down, across) if square else down + across
 
 

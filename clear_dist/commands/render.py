@@ -161,7 +161,7 @@ class Rendering(Prepared):
         return drawing
 
     def _figures(self, drawn: Drawing, why: str | None) -> report.StageFigures:
-        """Of the stage that has just been drawn; on a group's rank 0, which draws them all."""
+        """Report's figures of the stage just drawn; for a group's rank 0, which draws every stage."""
         return report.StageFigures(
             grid=self.handle.grid,
             cut=self.handle.cut,

@@ -28,7 +28,7 @@ class Control:
     scale: float = 1.0
     """Factor of the ControlNet's outputs."""
     mode: int | None = None
-    """Of a union, which was trained for several kinds of pictures."""
+    """Kind of picture, for a union, which was trained for several; else None."""
 
 
 def conditions_of(

@@ -31,7 +31,7 @@ class Given:
     references: tuple[Image, ...] = ()
     """Pictures that the pipeline looks at, on all ranks."""
     size: Size | None = None
-    """Of the picture given."""
+    """Height and width of the given picture, in pixels."""
 
 
 def from_image(image: Image | None, group: Group) -> Drawing:

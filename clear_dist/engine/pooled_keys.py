@@ -24,7 +24,7 @@ class Pooling:
         return len(self.weights[0])
 
     def transposed(self) -> "Pooling":
-        """Of the transposed image."""
+        """Weights for the transposed image."""
         return Pooling(weights=tuple(weight_dd.T for weight_dd in self.weights))
 
 

@@ -23,7 +23,7 @@ class Settings:
     capture: Capture | None = None
     """How a forward is captured; None: each one is launched kernel by kernel."""
     transformer: "Settings | None" = None
-    """Of a ControlNet: those of the transformer, which has the same stripes."""
+    """Settings of the transformer whose stripes a ControlNet shares; None: it is no ControlNet."""
 
     @property
     def reduction(self) -> Reduction:

@@ -16,7 +16,7 @@ SMALLEST = 161
 
 @dataclass(frozen=True, kw_only=True)
 class Likeness:
-    """Of each picture to its reference; see `likeness`."""
+    """Scores of each picture against its reference; see `likeness`."""
 
     psnr: tuple[float, ...]
     """dB; infinite where a picture is its reference."""

@@ -234,7 +234,7 @@ def _other_ranks(asked: PlanRequest, most: int) -> Iterator[Change]:
 
 
 def _on_ranks(asked: PlanRequest, ranks: int) -> Change:
-    """So many ranks for a picture."""
+    """Change to `ranks` ranks for a picture, in each group of data."""
     everyone = ranks * asked.request.data_ranks
     return Change(flags=f"--nproc {everyone}", fields={"world_size": everyone})
 

@@ -24,7 +24,7 @@ class Picture:
     box: tuple[int, int, int, int]
     target: Size
     output: Path | None = None
-    """Of `upscale`, whose pictures have names of their own; None: the request's."""
+    """File that `upscale` writes for this picture; None: the request's."""
     mask: Path | None = None
     """As large as the picture, which stays as it is where this is black."""
     background: tuple[int, int, int] = (255, 255, 255)
@@ -62,7 +62,7 @@ class Control:
     """The image's, in pixels."""
     scale: float
     mode: int | None
-    """Of a union."""
+    """Kind of control picture, for a union; else None."""
     window: Window
 
     def without_folders(self) -> "Control":

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from clear_dist.comm.group import Group
 from clear_dist.comm.in_touch import in_touch
+from clear_dist.drawing.given import WHITE
 from clear_dist.families.transformers import adapter_of
 from clear_dist.launch.ends import Failure, say
 from clear_dist.options import Refusal
@@ -33,7 +34,6 @@ MOST_BROKEN = 0.01
 SETTINGS = "cache.json"
 NEGATIVE = "negative/000000.safetensors"
 """Embeddings of the empty prompt, for samples that are drawn with guidance."""
-WHITE = (255, 255, 255)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from clear_dist.training.student import Student
 
 @dataclass(frozen=True, kw_only=True)
 class Counted:
-    """Of one forward of `batch` pictures on one rank; weights are the whole model's."""
+    """Counts of one forward of `batch` pictures on one rank; weights are the whole model's."""
 
     frozen: int
     """Bytes, the teacher's own weights included."""

@@ -27,7 +27,7 @@ class Batch:
     deviation: Tensor
     embeddings: Sequence[Tensor]
     numbers: Sequence[int]
-    """Of each sample in the whole training."""
+    """Number of each sample in the whole training."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ class Distillation:
     request: Request
     samples: tuple[Captioned, ...] = ()
     prompts: tuple[str, ...] = ()
-    """Of pictures that the teacher is to draw."""
+    """Prompts for the pictures that the teacher is to draw."""
 
     @property
     def data(self) -> Path:

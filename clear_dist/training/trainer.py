@@ -23,7 +23,7 @@ RESULT = {"bfloat16": torch.bfloat16, "float32": torch.float16}
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Of one update; means over its whole batch."""
+    """Figures of one update, means over its whole batch."""
 
     step: int
     flow: float

@@ -11,7 +11,7 @@ from clear_dist.engine.family import Inputs
 from clear_dist.families.sd3.card import PACKING
 
 TIMESTEPS = 1000
-"""Of the scheduler."""
+"""Steps of the schedule that the model was trained with."""
 
 
 @dataclass(frozen=True)
