@@ -15,8 +15,17 @@ from clear_dist.demo.grammar import Landscape, random_landscape
 from clear_dist.demo.renderer import render
 
 SIZE = 256  # pixels of the native picture; 16 pixels are one token
-LARGE = {512: 250, 1024: 60}  # pictures of larger sizes: cut-outs of them teach what upper stages of a cascade see
 TRAINING_SEED, HELD_OUT_SEED, LARGE_SEED = 1_000_000, 2_000_000, 3_000_000  # scene i of a set has seed first + i
+SETS = {
+    "native": (TRAINING_SEED, 12000, SIZE),
+    "held_out": (HELD_OUT_SEED, 96, SIZE),
+    "large": (LARGE_SEED + 512, 1500, 512),
+    "held_out_large": (HELD_OUT_SEED, 24, 512),
+    "largest": (LARGE_SEED + 1024, 120, 1024),
+}
+"""Seed of the first scene, number of scenes, and pixels along a side, of each set of pictures."""
+Scenes = tuple[np.ndarray, list[Landscape]]
+"""Pictures, bytes [count, size, size, 3], and what they show."""
 
 
 def scene(seed: int, size: int) -> tuple[Landscape, np.ndarray]:
@@ -25,10 +34,9 @@ def scene(seed: int, size: int) -> tuple[Landscape, np.ndarray]:
     return words, render(words, seed, size, size)
 
 
-def load_or_render(
-    folder: Path, name: str, first_seed: int, count: int, size: int = SIZE
-) -> tuple[np.ndarray, list[Landscape]]:
-    """`count` pictures, uint8 [count, size, size, 3], and their landscapes; rendered once, then read from `folder`."""
+def load_or_render(folder: Path, name: str) -> Scenes:
+    """Pictures of a set of `SETS` with their landscapes; rendered once, then read from `folder`."""
+    first_seed, count, size = SETS[name]
     pictures, captions = folder / f"{name}.npy", folder / f"{name}.json"
     if not captions.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,5 +45,4 @@ def load_or_render(
             scenes = list(pool.map(scene, seeds, itertools.repeat(size), chunksize=20))
         np.save(pictures, np.stack([picture for _, picture in scenes]))
         captions.write_text(json.dumps([dataclasses.asdict(words) for words, _ in scenes]))
-    landscapes = [Landscape(**words) for words in json.loads(captions.read_text())]
-    return np.load(pictures, mmap_mode="r"), landscapes
+    return np.load(pictures), [Landscape(**words) for words in json.loads(captions.read_text())]

@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from clear_dist.demo import tokenizers
 
-WIDTH, HEAD_DIM, DOUBLE_BLOCKS, SINGLE_BLOCKS = 192, 32, 2, 4
+WIDTH, HEAD_DIM, DOUBLE_BLOCKS, SINGLE_BLOCKS = 192, 32, 2, 6
 TEXT_WIDTH, TEXT_LAYERS, TEXT_HEADS = 128, 2, 4
 T5_POSITIONS = 512  # the length to which FluxPipeline pads by default
 

@@ -1,13 +1,15 @@
-"""Train the embedded demo model: renders -> VAE -> transformer and text encoders -> CLEAR -> export.
+"""Train the embedded demo model: renders -> VAE -> transformer and text encoders -> export.
 
-    python -m clear_dist.demo.train --output DIR [--resume] [--stage vae]
+    python -m clear_dist.demo.train --output DIR [--start WEIGHTS] [--resume] [--stage vae]
 
-Every stage keeps checkpoints and figures in DIR and goes on where it stopped; a finished stage is only loaded.
+Every stage keeps checkpoints and figures in DIR and goes on where it stopped; a finished stage is only loaded. With
+--start, weights begin as in that folder. The files for windows are made from the result by `clear-dist distill`.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from pathlib import Path
 
@@ -15,65 +17,66 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from clear_dist.demo import CLEAR_WEIGHTS, data, pipeline, train_vae
-from clear_dist.demo.train_clear import train_clear
+from clear_dist.demo import WEIGHTS, data, pipeline, train_vae
 from clear_dist.demo.train_transformer import LatentSet, train_transformer
 
-TRAINING_SCENES, HELD_OUT_SCENES = 8000, 96
-LATENT_SCENES = 6000  # of the training scenes, those that the transformer sees
-MINUTES = {"vae": 32.0, "transformer": 160.0, "clear": 4.0}
+MINUTES = {"vae": 28.0, "transformer": 60.0}
 STAGES = (*MINUTES, "export")
 
 
 def main() -> None:
     arguments = _arguments()
-    output, last = arguments.output, STAGES.index(arguments.stage)
+    output, start, last = arguments.output, arguments.start, STAGES.index(arguments.stage)
     if (output / "figures.jsonl").exists() and not arguments.resume:
         raise SystemExit(f"{output} holds an earlier run: pass --resume to go on with it, or choose another folder")
     torch.set_num_threads(arguments.threads)
-    renders = output / "renders"
-    pictures, landscapes = data.load_or_render(renders, "training", data.TRAINING_SEED, TRAINING_SCENES)
-    held_out, held_out_landscapes = data.load_or_render(renders, "held_out", data.HELD_OUT_SEED, HELD_OUT_SCENES)
-    vae = train_vae.train_vae(output, pictures, held_out, MINUTES["vae"])
+    scenes = {name: data.load_or_render(output / "renders", name) for name in data.SETS}
+    vae = train_vae.train_vae(
+        output, scenes["native"][0], scenes["large"][0], scenes["held_out"][0], MINUTES["vae"], start and start / "vae"
+    )
     if last == 0:
         return
-    latents = _cached_latents(output, "training", vae, pictures[:LATENT_SCENES], fit=True)
-    native = LatentSet(latents, landscapes[:LATENT_SCENES])
-    validation = LatentSet(_cached_latents(output, "held_out", vae, held_out), held_out_landscapes)
-    large = []
-    for size, count in data.LARGE.items():
-        large_pictures, shown = data.load_or_render(renders, f"large_{size}", data.LARGE_SEED + size, count, size)
-        large.append(LatentSet(_cached_latents(output, f"large_{size}", vae, large_pictures), shown))
-    models = train_transformer(output, native, large, validation, MINUTES["transformer"])
+    sets = _latent_sets(output, vae, scenes)
+    validation = {256: sets.pop("held_out"), 512: sets.pop("held_out_large")}
+    models = train_transformer(output, list(sets.values()), validation, MINUTES["transformer"], start)
     if last == 1:
         return
-    clear = train_clear(output, models, native, large, validation, MINUTES["clear"])
-    if last == 2:
-        return
     parts = pipeline.assemble(vae, models["transformer"], models["text_encoder"], models["text_encoder_2"])
-    pipeline.export(parts, output / "weights", {CLEAR_WEIGHTS.name: clear})
+    pipeline.export(parts, output / "weights")
     rows = [json.loads(line) for line in (output / "figures.jsonl").read_text().splitlines()]
     (output / "training.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+
+
+def _latent_sets(output: Path, vae: AutoencoderKL, scenes: dict[str, data.Scenes]) -> dict[str, LatentSet]:
+    """Latents of each set of pictures, and how they are shown; the VAE's scale and shift are those of "native"."""
+    latents = {name: _cached_latents(output, name, vae, scenes[name][0]) for name in data.SETS}
+    shown = {name: functools.partial(LatentSet, latents=latents[name], landscapes=scenes[name][1]) for name in data.SETS}
+    return {
+        "native": shown["native"](odds=0.6, batch=16, side=16),
+        "large": shown["large"](odds=0.3, batch=4, side=32),
+        "largest": shown["largest"](odds=0.1, batch=4, side=32, most_noise=0.9),
+        "held_out": shown["held_out"](odds=0.0, batch=16, side=16),
+        "held_out_large": shown["held_out_large"](odds=0.0, batch=4, side=32),
+    }
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for renders, checkpoints, figures, weights")
+    parser.add_argument("--start", type=Path, help=f"folder of weights to begin with, such as {WEIGHTS.name}/")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --output")
     parser.add_argument("--stage", choices=STAGES, default="export", help="stop after this stage")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
 
 
-def _cached_latents(
-    output: Path, name: str, vae: AutoencoderKL, pictures: np.ndarray, fit: bool = False
-) -> torch.Tensor:
-    """Normalised latents in float16, encoded once; `fit` chooses the VAE's scale and shift from these pictures."""
+def _cached_latents(output: Path, name: str, vae: AutoencoderKL, pictures: np.ndarray) -> torch.Tensor:
+    """Normalised latents in float16, encoded once; "native", the first, chooses the VAE's scale and shift."""
     path = output / f"latents_{name}.pt"
     if not path.exists():
         latents = train_vae.encode_all(vae, pictures)
         statistics = {"scale": 1 / latents.std().item(), "shift": latents.mean().item()}
-        if not fit:
+        if name != "native":
             statistics = {"scale": vae.config.scaling_factor, "shift": vae.config.shift_factor}
         latents = ((latents - statistics["shift"]) * statistics["scale"]).half()
         torch.save({"latents": latents, **statistics}, path)

@@ -40,6 +40,8 @@ def find_checkpoint(
             other = cards.made_for(shapes, factor, but=model.card)
             if other is not None and expected.keys() != shapes.keys():
                 raise _for_another(found, other.id, model)
+            if model.is_demo and expected.keys() != shapes.keys() == demo.first_version(expected):
+                raise _for_another(found, "the first version of the embedded model", model)
             clear.require_same_tensors(expected, shapes, found)
     return found
 
@@ -57,7 +59,7 @@ def _automatic(window: Window | None, factor: int | None, model: ModelFacts) -> 
     if window == "full":
         return None
     if model.is_demo:
-        return str(demo.CLEAR_WEIGHTS)
+        return _checkpoint_in(demo.WEIGHTS, window or demo.WINDOW, factor or 1)
     if model.folder is None:
         published = None if model.card is None else model.card.clear
         return None if published is None else _published(published, window, factor or 1)

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import nn
 
-from clear_dist.demo import train_clear, train_text, train_transformer, train_vae, training
-from clear_dist.demo.clear_window import image_side
+from clear_dist.demo import WEIGHTS, pipeline, train_text, train_transformer, train_vae, training
 from clear_dist.demo.grammar import random_landscape
 from clear_dist.demo.train_transformer import LatentSet
 from clear_dist.demo.training import Recipe, fit
@@ -159,10 +159,11 @@ def test_long_gradients_are_shortened_and_frozen_parameters_stay(clock, checkpoi
     assert torch.equal(toy.module.bias, bias)
 
 
-def random_latents(count: int, side: int) -> LatentSet:
-    rng = np.random.default_rng(side)
-    latents = torch.from_numpy(rng.standard_normal((count, 16, side, side), dtype=np.float32)).half()
-    return LatentSet(latents, [random_landscape(rng) for _ in range(count)])
+def random_latents(count: int, tokens: int, **shown: float) -> LatentSet:
+    """Latents of `tokens` tokens along each side."""
+    rng = np.random.default_rng(tokens)
+    latents = torch.from_numpy(rng.standard_normal((count, 16, 2 * tokens, 2 * tokens), dtype=np.float32)).half()
+    return LatentSet(latents=latents, landscapes=[random_landscape(rng) for _ in range(count)], **shown)
 
 
 def count_steps(monkeypatch: pytest.MonkeyPatch, clock: types.SimpleNamespace) -> None:
@@ -178,32 +179,39 @@ def count_steps(monkeypatch: pytest.MonkeyPatch, clock: types.SimpleNamespace) -
 
 def test_a_step_of_the_vae(clock, tmp_path, monkeypatch):
     count_steps(monkeypatch, clock)
-    monkeypatch.setattr(train_vae, "CROP", 32)
-    pictures = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), dtype=np.uint8)
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     torch.manual_seed(train_vae.RECIPE.seed)
     fresh = train_vae.build_vae().state_dict()
-    train_vae.train_vae(tmp_path, pictures, pictures[:1], minutes=0.1)
+    train_vae.train_vae(tmp_path, pictures, pictures, pictures[:1], minutes=0.1, start=None)
     state = torch.load(tmp_path / "vae.pt", weights_only=True)
     assert state["step"] == 1
     assert not [name for name, value in fresh.items() if torch.equal(value, state["model"][name])]
     assert np.isfinite([rows(tmp_path / "vae.pt")[-1][name] for name in ("loss", "psnr")]).all()
 
 
-def test_a_step_of_the_transformer_then_one_of_clear(clock, tmp_path, monkeypatch):
+def test_a_step_of_the_transformer(clock, tmp_path, monkeypatch):
     count_steps(monkeypatch, clock)
-    monkeypatch.setattr(train_transformer, "BATCH", 1)
     monkeypatch.setattr(train_text, "STEPS", 1)
     monkeypatch.setattr(train_text, "BATCH", 8)
-    native, large = random_latents(2, 32), [random_latents(1, 64)]
-    models = train_transformer.train_transformer(tmp_path, native, large, native, minutes=0.1)
-    base = {name: value.clone() for name, value in models.state_dict().items()}
-    assert base["transformer.proj_out.weight"].abs().max() > 0  # zero before the step
-    train_clear.train_clear(tmp_path, models, native, large, native, minutes=0.1)
-    state = torch.load(tmp_path / "clear.pt", weights_only=True)
-    changed = {name for name, value in base.items() if not torch.equal(value, state["model"][name])}
-    learning = {f"transformer.{name}" for name in image_side(models["transformer"])}
-    assert state["step"] == 1
-    assert changed == learning
-    assert all(torch.equal(value, base[name]) for name, value in models.state_dict().items())
-    names = [(row["stage"], row["step"]) for row in rows(tmp_path / "clear.pt")]
-    assert names == [("transformer", 1), ("clear", 0), ("clear", 1)]
+    sets = [random_latents(2, 16, odds=0.5, batch=1, side=16), random_latents(1, 64, odds=0.5, batch=1, side=16)]
+    with torch.compiler.set_stance("force_eager"):
+        models = train_transformer.train_transformer(tmp_path, sets, {256: sets[0]}, minutes=0.1, start=None)
+    assert models["transformer"].proj_out.weight.abs().max() > 0  # zero before the step
+    row = rows(tmp_path / "transformer.pt")[-1]
+    assert row["step"] == 1 and np.isfinite(row["held_out_256"])
+
+
+def test_a_start_keeps_what_the_earlier_weights_predict():
+    """Single blocks that the folder's transformer has not begin as the identity."""
+    known = FluxTransformer2DModel.from_pretrained(WEIGHTS, subfolder="transformer", torch_dtype=torch.float32)
+    fewer = FluxTransformer2DModel.from_config({**known.config, "num_single_layers": 3})
+    fewer.load_state_dict({name: value for name, value in known.state_dict().items() if name in fewer.state_dict()})
+    inputs = {
+        "hidden_states": torch.randn(1, 6, 64), "timestep": torch.tensor([0.4]),
+        "encoder_hidden_states": torch.randn(1, 5, 128), "pooled_projections": torch.randn(1, 128),
+        "txt_ids": torch.zeros(5, 3), "img_ids": torch.randint(0, 9, (6, 3)).float(), "return_dict": False,
+    }  # fmt: skip
+    deeper = train_transformer.deepened(fewer)
+    assert len(deeper.single_transformer_blocks) == pipeline.SINGLE_BLOCKS > 3
+    with torch.no_grad():
+        torch.testing.assert_close(deeper(**inputs)[0], fewer(**inputs)[0], rtol=1e-5, atol=1e-5)

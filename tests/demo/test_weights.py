@@ -12,13 +12,29 @@ from diffusers import FluxPipeline
 from safetensors.torch import load_file
 
 from clear_dist.demo import CLEAR_WEIGHTS, DEFAULT_MAX_SEQUENCE_LENGTH, NATIVE_SIZE, WEIGHTS, WINDOW
-from clear_dist.demo.clear_window import image_side, window_mask
 from clear_dist.demo.grammar import CHOICES, DEFAULT_PROMPT
 from clear_dist.demo.pipeline import assemble, build_clip, export
 
 MOST_BYTES = 20 * 10**6
 CLIP = "cb70191da3f9df9641c8f1234483c13099cf6f7c25878bb0dd2f3b367a8f9a3a"
 """Digest of its values in float16, by names in order; another one once it is trained anew."""
+
+
+IMAGE_SIDE = re.compile(
+    r"(transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)|single_transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v))"
+    r"\.(weight|bias)"
+)
+"""Tensors that CLEAR's own script trains and saves."""
+
+
+def window_mask(text: int, side: int, radius: int) -> torch.Tensor:
+    """bool [text + side^2] squared: text sees everything, the image sees text and dx^2 + dy^2 < radius^2."""
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    places = torch.stack([rows.flatten(), columns.flatten()], dim=1)
+    squared = (places[:, None] - places[None, :]).square().sum(dim=-1)
+    mask = torch.ones(text + side**2, text + side**2, dtype=torch.bool)
+    mask[text:, text:] = squared < radius**2
+    return mask
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +48,7 @@ def draw(
     pipeline: FluxPipeline, prompt: str, steps: int = 5, seed: int = 0, window: bool = False, size: int = NATIVE_SIZE
 ) -> np.ndarray:
     """A picture, float [size, size, 3] in [0, 1]."""
-    mask = window_mask(DEFAULT_MAX_SEQUENCE_LENGTH, size // 16, size // 16, WINDOW) if window else None
+    mask = window_mask(DEFAULT_MAX_SEQUENCE_LENGTH, size // 16, WINDOW) if window else None
     return pipeline(
         prompt, height=size, width=size, num_inference_steps=steps, output_type="np",
         max_sequence_length=DEFAULT_MAX_SEQUENCE_LENGTH, generator=torch.Generator().manual_seed(seed),
@@ -78,7 +94,8 @@ def test_every_word_is_one_token(pipeline):
 
 def test_clear_checkpoint_holds_the_image_side_of_attention(pipeline):
     layers = load_file(CLEAR_WEIGHTS)
-    expected = {name: value.shape for name, value in image_side(pipeline.transformer).items()}
+    weights = pipeline.transformer.named_parameters()
+    expected = {name: value.shape for name, value in weights if IMAGE_SIDE.fullmatch(name)}
     assert {name: value.shape for name, value in layers.items()} == expected
     assert not any("to_out" in name for name in layers if name.startswith("single"))
 
