@@ -182,6 +182,8 @@ class Options(Flags):
             raise Refusal("either --float8 or --int8 can be given, got both; leave one out")
         if self.window_shape == "square" and self.attention_backend == "triton":
             raise Refusal("--attention-backend triton has circles only, got --window-shape square; nearest: auto")
+        if self.window == "full" and self.window_shape == "square":
+            raise Refusal("--window-shape must be circle where the window is full, got square; nearest: circle")
         if self.window == "full" and self.text_attention == "average":
             raise Refusal("--text-attention must be exact where the window is full, got average; nearest: exact")
 

@@ -10,13 +10,14 @@ from clear_dist.launch.env import Place
 from clear_dist.options import Refusal
 from clear_dist.request import devices
 from clear_dist.request.captioned import find_captioned
-from clear_dist.request.distill import Recipe, newest_checkpoint, read_recipe, require_same
+from clear_dist.request.distill import Recipe, newest_checkpoint, read_recipe, require_grid, require_left, require_same
 from clear_dist.request.flags import GenerateFlags
 from clear_dist.request.request import Request
 from clear_dist.request.settle import choose
 from clear_dist.request.start import lines_of
 
 PRELOAD = ("torch", "clear_dist.training.run")
+VALIDATION = "--validation-prompts"
 
 
 def distill(flags: Any) -> int:
@@ -33,14 +34,16 @@ def distill(flags: Any) -> int:
         return import_module("clear_dist.training.budget").show(recipe, request, flags.gpu)
     recipe.require_packages()
     samples = () if recipe.data is None else find_captioned(recipe.data)
+    require_left(recipe.held_out, recipe.self_generate or len(samples))
     prompts = () if recipe.prompts is None else lines_of(recipe.prompts, place)
+    shown = () if recipe.validation_prompts is None else lines_of(recipe.validation_prompts, place, VALIDATION)
     if place.rank == 0 and (newest := newest_checkpoint(recipe.output)) is not None:
         ends.say(f"going on from {newest}")
     if place.local_rank == 0:
         ranks.hush()
         import_module("clear_dist.hub").ask(request, CARDS)
     return ranks.run(
-        partial(_distill, recipe, request, samples, prompts),
+        partial(_distill, recipe, request, samples, prompts, shown),
         nproc=request.world_size,
         on_cuda=request.device == "cuda",
         traceback=flags.traceback,
@@ -71,20 +74,13 @@ def settled(recipe: Recipe, place: Place, *, for_gpu: bool = False) -> Request:
         nproc=recipe.nproc,
     )
     used = gpus[: place.local_world_size if place.launcher else recipe.nproc]
-    request, facts, _ = choose(flags, place, CARDS, device=device, gpus=used)
-    if request.height is not None:
-        _check_grid(recipe, request.size[0] // facts.token_size, facts.token_size)
+    request, _, _ = choose(flags, place, CARDS, device=device, gpus=used)
+    require_grid(recipe, request)
     return request
 
 
-def _check_grid(recipe: Recipe, side: int, token: int) -> None:
-    is_convolved = recipe.pattern == "convolved"
-    name, factor = ("--window", recipe.window) if is_convolved else ("--down-factor", recipe.down_factor)
-    if side % factor:
-        nearest = max(side // factor, 1) * factor * token
-        raise Refusal(f"{name} must divide the {side} tokens of a side, got {factor}; nearest: --res {nearest}")
-
-
-def _distill(recipe: Recipe, request: Request, samples: tuple[Any, ...], prompts: tuple[str, ...]) -> None:
+def _distill(
+    recipe: Recipe, request: Request, samples: tuple[Any, ...], prompts: tuple[str, ...], shown: tuple[str, ...]
+) -> None:
     run = import_module("clear_dist.training.run")  # torch: not for --help, nor for a refusal
-    run.distill(run.Distillation(recipe=recipe, request=request, samples=samples, prompts=prompts))
+    run.distill(run.Distillation(recipe=recipe, request=request, samples=samples, prompts=prompts, shown=shown))

@@ -260,7 +260,8 @@ def saving_work(stage: Stage) -> float:
 def render(request: Request, began: float) -> None:
     """Make a request's pictures; `began` is wall clock. Raises a Refusal for what only the loaded model could tell."""
     rank = env.read().rank
-    writing = claimed(request) if rank == 0 else nullcontext()
+    given = (*request.outputs, request.latents_out, request.report, request.profile)
+    writing = claimed(given) if rank == 0 else nullcontext()
     with writing as taken, watched(rank=rank, say=say, quiet=request.quiet) as phases, torch.inference_mode():
         rendering = Rendering(request, began, phases, taken)
         with rendering.compile_time.measuring(), unwinding():  # from here on files are written

@@ -68,14 +68,14 @@ def find_captioned(where: Path) -> tuple[Captioned, ...]:
 
 def _members(tar: Path) -> dict[str, Part]:
     try:
-        with tarfile.open(tar) as archive:
-            members = [member for member in archive if member.isfile()]
+        with tarfile.open(tar, "r:") as archive:
+            members, end = [member for member in archive if member.isfile()], archive.offset
     except tarfile.TarError as error:
-        raise Refusal(f"the tar {tar} is cut off or damaged ({error}); download it again") from error
-    size = tar.stat().st_size
-    for member in members:
-        if member.offset_data + member.size > size:
-            raise Refusal(f"the tar {tar} is cut off in {member.name}; download it again")
+        raise Refusal(
+            f"the tar {tar} is cut off, damaged or compressed ({error}); nearest: download it again"
+        ) from error
+    if end >= tar.stat().st_size:  # a whole one has zeros after the last file
+        raise Refusal(f"the tar {tar} is cut off after {len(members)} files; nearest: download it again")
     return {f"{tar.name}/{each.name}": Part(file=tar, start=each.offset_data, size=each.size) for each in members}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from clear_dist.options import Flags, Refusal, flag, shortened
+from clear_dist.request.request import Request
 
 WHAT, DATA, HOW, KEPT = "What is made", "Pictures", "How it learns", "What is written"
 DISTILL_PANELS = (WHAT, DATA, HOW, KEPT)
@@ -35,7 +36,7 @@ PATTERN_SIZES = {
     "sigmoid": None,
 }
 """Patterns, and what `window` is in each; None: it has no size. They are made in `training/patterns`."""
-FREE = ("output", "steps", "checkpointing_steps", "validation_steps", "nproc", "device")
+FREE = ("output", "steps", "checkpointing_steps", "validation_steps", "validation_prompts", "nproc", "device")
 """Settings that a run may go on with other values of."""
 
 
@@ -105,6 +106,10 @@ class Recipe(Flags):
     validation_steps: int | None = flag(
         None, "updates from one sheet of samples to the next (none are drawn)", KEPT, bounds=COUNT
     )
+    validation_prompts: Path | None = flag(
+        None, "what sheets show, one prompt a line (captions of --data, held out if there are any)", KEPT,
+        metavar="FILE",
+    )  # fmt: skip
     device: str = flag("auto", "auto: CUDA where it is", choices=("auto", "cpu", "cuda"))
     nproc: int | None = flag(None, "ranks to start here (visible GPUs; 1 on CPU); not under torchrun", bounds=(1, 1024))
 
@@ -117,6 +122,8 @@ class Recipe(Flags):
             )
         if self.self_generate is not None and self.prompts is None:
             raise Refusal("--self-generate needs prompts, got none; nearest: --prompts FILE")
+        if self.validation_prompts is not None and self.validation_steps is None:
+            raise Refusal("--validation-prompts needs --validation-steps, got none; nearest: 500")
         if self.down_factor > 1 and self.pattern != "circle":
             rule = f"--down-factor must be 1 for --pattern {self.pattern}"
             raise Refusal(f"{rule}, got {self.down_factor}; nearest: --pattern circle")
@@ -174,7 +181,29 @@ NAMES = tuple(each.name for each in fields(Recipe))
 def read_recipe(flags: Any) -> Recipe:
     """The recipe of `--config`, or the defaults, with what the flags give on top."""
     values = {} if flags.config is None else _read(_config(flags.config), "--config")
-    return Recipe(**values | {name: getattr(flags, name) for name in NAMES if getattr(flags, name) is not None})
+    recipe = Recipe(**values | {name: getattr(flags, name) for name in NAMES if getattr(flags, name) is not None})
+    if flags.window is not None and PATTERN_SIZES[recipe.pattern] is None:
+        rule = f"--window must be left out for --pattern {recipe.pattern}, which has no size"
+        raise Refusal(f"{rule}, got {flags.window}; nearest: --pattern circle")
+    return recipe
+
+
+def require_left(held_out: int, samples: int) -> None:
+    """Raises a Refusal where no samples are left to train on."""
+    if samples <= held_out:
+        raise Refusal(f"--held-out must leave samples to train on, got {held_out} of {samples}; nearest: 0")
+
+
+def require_grid(recipe: Recipe, request: Request) -> None:
+    """Raises a Refusal where the tokens of a side cannot be pooled; a hub model's size is known once it is located."""
+    if request.height is None:
+        return
+    side, token = request.height // request.token_size, request.token_size
+    is_convolved = recipe.pattern == "convolved"
+    name, factor = ("--window", recipe.window) if is_convolved else ("--down-factor", recipe.down_factor)
+    if side % factor:
+        nearest = max(side // factor, 1) * factor * token
+        raise Refusal(f"{name} must divide the {side} tokens of a side, got {factor}; nearest: --res {nearest}")
 
 
 def _config(file: Path) -> Path:
@@ -183,10 +212,14 @@ def _config(file: Path) -> Path:
     return ready if ready.is_file() and not file.is_file() else file  # a result's folder may have its name
 
 
-def newest_checkpoint(output: Path) -> Path | None:
-    """Folder of the last whole one."""
+def checkpoints_in(output: Path) -> list[Path]:
+    """Folders of whole ones, the newest last."""
     folders = [folder for folder in output.glob("checkpoint-*") if folder.name.partition("-")[2].isdecimal()]
-    return max(folders, key=lambda folder: int(folder.name.partition("-")[2]), default=None)
+    return sorted(folders, key=lambda folder: int(folder.name.partition("-")[2]))
+
+
+def newest_checkpoint(output: Path) -> Path | None:
+    return next(reversed(checkpoints_in(output)), None)
 
 
 def to_toml(recipe: Recipe) -> str:

@@ -5,7 +5,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from math import prod
@@ -73,12 +73,11 @@ def check_outputs(request: Request) -> None:
 
 
 @contextmanager
-def claimed(request: Request) -> Iterator[Path | None]:
-    """Hold what will be written for this process, until it ends, even if it is killed; yields what another one holds.
+def claimed(given: Iterable[Path | None]) -> Iterator[Path | None]:
+    """Hold files or folders for this process, until it ends, even if it is killed; yields what another one holds.
 
     A byte for each name in a file of the user's, which machines of a cluster share as they share the home folder.
     """
-    given = (*request.outputs, request.latents_out, request.report, request.profile)
     try:
         locks = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "clear-dist", "outputs")
         locks.parent.mkdir(parents=True, exist_ok=True)
@@ -102,10 +101,10 @@ def _is_free(locks: int, file: Path) -> bool:
 
 
 def require_free(taken: Path | None) -> None:
-    """Raises a Refusal for a file that another running job will write."""
+    """Raises a Refusal for a file or folder that another running job will write."""
     if taken is not None:
         nearest = taken.with_name(f"{taken.stem}-new{taken.suffix}")
-        raise Refusal(f"two running jobs cannot write the same file, got {taken}; nearest: {nearest}")
+        raise Refusal(f"two running jobs cannot write the same file or folder, got {taken}; nearest: {nearest}")
 
 
 def _written(request: Request) -> Iterator[Path]:

@@ -118,16 +118,16 @@ def _prompts(flags: GenerateFlags, facts: ModelFacts, place: Place) -> tuple[str
     return (default if flags.prompt is None else flags.prompt,)
 
 
-def lines_of(file: Path, place: Place) -> tuple[str, ...]:
+def lines_of(file: Path, place: Place, flag: str = "--prompts") -> tuple[str, ...]:
     """Prompts as given; a pipe can be read once only, so not by each of torchrun's ranks."""
     try:
         if place.world_size > 1 and stat.S_ISFIFO(file.stat().st_mode):
-            raise Refusal(f"--prompts must be a file under torchrun, got the pipe {file}; nearest: --nproc")
+            raise Refusal(f"{flag} must be a file under torchrun, got the pipe {file}; nearest: --nproc")
         text = file.read_text(encoding="utf-8-sig")  # any file's lines end in \n here; `splitlines` knows ten more ends
     except (OSError, UnicodeDecodeError) as error:
         why, shown = getattr(error, "strerror", None) or "not UTF-8", shortened(str(file))
-        raise Refusal(f"--prompts must be a text file, one prompt a line, got {shown} ({why})") from error
+        raise Refusal(f"{flag} must be a text file, one prompt a line, got {shown} ({why})") from error
     given = tuple(line.strip() for line in text.split("\n") if line.strip())
     if not given:
-        raise Refusal(f"--prompts must hold at least one prompt, got the empty file {file}")
+        raise Refusal(f"{flag} must hold at least one prompt, got the empty file {file}")
     return given

@@ -7,18 +7,21 @@ that ends in the middle of writing leaves the last whole one.
 import errno
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
 from clear_dist.comm.group import Group
-from clear_dist.launch.ends import Failure
+from clear_dist.launch.ends import Failure, describe
 from clear_dist.options import Refusal
-from clear_dist.request.distill import RECIPE, Recipe, newest_checkpoint, require_same, to_toml
+from clear_dist.request.distill import RECIPE, Recipe, checkpoints_in, newest_checkpoint, require_same, to_toml
 
 
 class Checkpoints:
@@ -32,7 +35,10 @@ class Checkpoints:
         return newest_checkpoint(self._recipe.output)
 
     def read(self) -> dict[str, Any] | None:
-        """This rank's state in the newest one; None without one. Raises a Refusal where it is another recipe's."""
+        """This rank's state in the newest one; None without one.
+
+        Raises a Refusal on all ranks where it is another recipe's, or one cannot read its file.
+        """
         folder = self._group.broadcast_object(self.newest)
         if folder is None:
             return None
@@ -40,12 +46,21 @@ class Checkpoints:
         ranks = len(list(folder.glob("state.rank*.pt")))
         if ranks != self._group.size:
             raise Refusal(f"{folder} is one of {ranks} ranks, got {self._group.size}; nearest: --nproc {ranks}")
-        return torch.load(folder / _state(self._group.rank), map_location="cpu", weights_only=True)
+        state = why = None
+        try:
+            state = torch.load(folder / _state(self._group.rank), map_location="cpu", weights_only=True)
+        except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
+            why = f"{folder / _state(self._group.rank)} is cut off or damaged ({describe(error).partition('.')[0]})"
+        if told := next(filter(None, self._group.gather_objects(why)), None):
+            *_, earlier = None, *checkpoints_in(self._recipe.output)[:-1]
+            goes_on = "the run begins anew" if earlier is None else f"it goes on from {earlier}"
+            raise Refusal(f"{told}; nearest: delete {folder}, and {goes_on}")
+        return state
 
     def write(self, steps: int, state: Mapping[str, Any], result: Mapping[str, Tensor]) -> Path:
         """Called on all ranks; raises a Failure on all where one could not write, and leaves the former one."""
         folder = self._recipe.output / f"checkpoint-{steps}"
-        part, former = folder.with_suffix(".part"), self.newest
+        part, former, last = folder.with_suffix(".part"), self.newest, last_good(self._recipe.output)
         if self._group.rank == 0:
             shutil.rmtree(part, ignore_errors=True)
         self._group.barrier()
@@ -56,7 +71,6 @@ class Checkpoints:
         errors = self._group.gather_objects(_written(part, writes))
         if told := next((error for error in errors if error is not None), None):
             shutil.rmtree(part, ignore_errors=True)
-            last = "there is no checkpoint yet" if former is None else f"the last good checkpoint is {former}"
             raise Failure(f"{told} while {folder} was written; {last}")
         if self._group.rank == 0:
             if folder.exists():
@@ -97,6 +111,29 @@ def _written(folder: Path, writes: Mapping[str, Callable[[BinaryIO], Any]]) -> s
                 file.flush()
                 os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
-        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        return "the disk is full" if is_full else f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return "the disk is full" if _is_full(error) else describe(error)
     return None
+
+
+@contextmanager
+def telling_full_disk(output: Path) -> Iterator[None]:
+    """Context in which a full disk is a Failure; what is written under another name first stays as it was."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not _is_full(error):
+            raise
+        raise Failure(f"the disk is full in {output}; what was written before stays, {last_good(output)}") from error
+
+
+def last_good(output: Path) -> str:
+    newest = newest_checkpoint(output)
+    return "there is no checkpoint yet" if newest is None else f"the last good checkpoint is {newest}"
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """safetensors tells it in words, torch as what came before."""
+    if error is None:
+        return False
+    is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    return is_full or _is_full(error.__context__)

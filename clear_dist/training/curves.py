@@ -4,6 +4,7 @@ import csv
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import TextIO
 
 from clear_dist.pictures import replacing
@@ -11,6 +12,8 @@ from clear_dist.training.trainer import Figures
 
 HELD_OUT = ("held_out", "held_out_teacher")
 SHOWN = ("total", "flow", "prediction", "attention", *HELD_OUT)
+WIDTHS = 30
+"""Of a running mean, in a curve: single updates' losses differ by their times more than by what is learned."""
 
 
 class Curves:
@@ -42,16 +45,26 @@ class Curves:
             return
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(8, 5), layout="constrained")
+        figure = Figure(figsize=(10, 5), layout="constrained")
         axes = figure.subplots()
-        for name in SHOWN:
-            points = [(int(row["step"]), float(row[name])) for row in self._rows if row.get(name)]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), linewidth=1)
-        axes.set(xlabel="updates", ylabel="loss", yscale="log")
-        axes.legend()
+        for place, name in enumerate(SHOWN):
+            held = [row for row in self._rows if row.get(name)]
+            steps, losses = [int(row["step"]) for row in held], [float(row[name]) for row in held]
+            label, colour = name.replace("_", " "), f"C{place}"
+            if name in HELD_OUT:
+                axes.plot(steps, losses, color=colour, label=label, marker="o", markersize=3)
+            else:
+                axes.plot(steps, losses, color=colour, linewidth=0.5, alpha=0.3)
+                axes.plot(steps, _running_mean(losses), color=colour, label=label)
+        axes.set(xlabel="updates", ylabel="loss: each update's faint, running means", yscale="log")
+        figure.legend(loc="outside right upper")
         with replacing(self._picture) as partial:
             figure.savefig(partial)
+
+
+def _running_mean(values: list[float]) -> list[float]:
+    width = max(len(values) // WIDTHS, 1)
+    return [fmean(values[max(end - width, 0) : end]) for end in range(1, len(values) + 1)]
 
 
 def _writer(stream: TextIO) -> csv.DictWriter:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from clear_dist.launch.ends import say
 from clear_dist.observe.peaks import peak_memory
@@ -37,6 +37,13 @@ class Display:
             say(f"{figures.step}/{self._steps}: {shown}")
 
 
+class _WithFigures(Progress):
+    """A bar, and below it the figures, which are longer than what it leaves of a line."""
+
+    def get_renderable(self) -> Group:
+        return Group(super().get_renderable(), *(task.fields["shown"] for task in self.tasks))
+
+
 @contextmanager
 def displayed(rank: int) -> Iterator[Progress | None]:
     """A live display on rank 0 where stderr is a terminal; None elsewhere."""
@@ -46,9 +53,8 @@ def displayed(rank: int) -> Iterator[Progress | None]:
     columns = (
         MofNCompleteColumn(),
         BarColumn(bar_width=20),
-        TextColumn("{task.fields[shown]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with Progress(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty()) as progress:
+    with _WithFigures(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty()) as progress:
         yield progress

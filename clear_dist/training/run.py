@@ -2,11 +2,13 @@
 
 import gc
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from clear_dist import hub
 from clear_dist.cards.folder import card_of
@@ -20,9 +22,11 @@ from clear_dist.launch.interrupts import unwinding
 from clear_dist.observe import peaks
 from clear_dist.observe.progress import watched
 from clear_dist.request.captioned import Captioned, find_captioned
-from clear_dist.request.distill import Recipe
+from clear_dist.request.distill import Recipe, require_grid
+from clear_dist.request.outputs import claimed, require_free
 from clear_dist.request.request import Request
-from clear_dist.training.caching import NEGATIVE, CacheSettings, fill
+from clear_dist.training.caching import CacheSettings, fill, shown_texts
+from clear_dist.training.checkpoint import telling_full_disk
 from clear_dist.training.curves import Curves
 from clear_dist.training.display import Display, displayed
 from clear_dist.training.generated import draw_pictures
@@ -45,6 +49,8 @@ class Distillation:
     samples: tuple[Captioned, ...] = ()
     prompts: tuple[str, ...] = ()
     """Prompts for the pictures that the teacher is to draw."""
+    shown: tuple[str, ...] = ()
+    """Prompts of the sheets of samples; none: captions of samples."""
 
     @property
     def data(self) -> Path:
@@ -77,12 +83,16 @@ def distill(work: Distillation) -> None:
     device = device_of(work.request.device, place.local_rank)
     peaks.keep_for_the_next_layer(device)
     group = Group.create(device, join_seconds=work.request.join_timeout)
-    request = hub.locate(work.request, group, CARDS, local_rank=place.local_rank)
-    work = replace(work, request=request)
-    with unwinding():  # from here on files are written
-        if work.recipe.self_generate is not None:
-            work = _generated(work, group)
-        _train(work, _encoded(work, group), group)
+    output = work.recipe.output
+    writing = claimed([output]) if group.rank == 0 else nullcontext()
+    with writing as taken:
+        require_free(group.broadcast_object(taken))
+        work = replace(work, request=hub.locate(work.request, group, CARDS, local_rank=place.local_rank))
+        require_grid(work.recipe, work.request)
+        with unwinding(), telling_full_disk(output):  # from here on files are written
+            if work.recipe.self_generate is not None:
+                work = _generated(work, group)
+            _train(work, _encoded(work, group), group)
     group.close()
 
 
@@ -110,7 +120,7 @@ def _encoded(work: Distillation, group: Group) -> Path:
             files=work.request.files,
         )
         with phases.phase("text", detail="s and pictures"):
-            fill(cache, work.samples, work.settings, group, load)
+            fill(cache, work.samples, work.shown, work.settings, group, load)
     gc.collect()
     peaks.give_back(group.device)
     return cache
@@ -132,8 +142,10 @@ def _train(work: Distillation, cache: Path, group: Group) -> None:
     trainer = Trainer(student, family, samples, recipe, group)
     sheets = None
     if recipe.validation_steps is not None:
-        batch = samples.first(MOST, group.device)
-        sheets = Sheets(pipe, adapter, student, batch, cache / NEGATIVE, work.request.stages[-1])
+        held = load_file(shown_texts(cache, work.shown))
+        texts = [held[str(place)] for place in range(len(held))]
+        prompts = [x[1:] for x in texts] if work.shown else samples.first(MOST, group.device).embeddings
+        sheets = Sheets(pipe, adapter, student, prompts, [x[:1] for x in texts], work.request.stages[-1])
     else:
         pipe.vae = None
     _watched(trainer, sheets, recipe, group)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from clear_dist.options import Refusal
+from clear_dist.request.distill import require_left
 from clear_dist.training.losses import Batch
 
 MEAN, DEVIATION = "mean", "std"
@@ -27,8 +28,7 @@ class Samples:
         """Raises a Refusal for a shard that is cut off, or where nothing is left to train on."""
         self._seed = seed
         places = [(file, name) for file in sorted(folder.glob("*.safetensors")) for name in _names(file)]
-        if len(places) <= held_out:
-            raise Refusal(f"--held-out must leave samples to train on, got {held_out} of {len(places)}; nearest: 0")
+        require_left(held_out, len(places))
         split = len(places) - held_out
         self._places, self._held_out = places[:split], places[split:]
         self._open: dict[Path, Any] = {}

@@ -6,14 +6,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 from clear_dist.comm.group import Group
 from clear_dist.engine.family import PipelineAdapter
 from clear_dist.pictures import replacing
 from clear_dist.stages import Stage
-from clear_dist.training.losses import Batch
 from clear_dist.training.student import Student
 
 MOST = 4
@@ -24,20 +22,24 @@ class Sheets:
     """Draws with the pipeline whose transformer trains; its VAE is in host memory meanwhile."""
 
     def __init__(
-        self, pipe: Any, adapter: PipelineAdapter, student: Student, batch: Batch, negative: Path, stage: Stage
+        self,
+        pipe: Any,
+        adapter: PipelineAdapter,
+        student: Student,
+        prompts: Sequence[Tensor],
+        nothing: Sequence[Tensor],
+        stage: Stage,
     ) -> None:
-        """`batch` has the captions' embeddings, the file `negative` those of the empty one."""
+        """Embeddings [pictures, ...] of what is shown, and [1, ...] of the empty prompt."""
         self._pipe, self._adapter, self._student, self._stage = pipe, adapter, student, stage
         device, dtype = pipe.transformer.device, pipe.transformer.dtype
 
         def placed(x: Tensor) -> Tensor:
             return x.to(device, dtype if x.is_floating_point() else x.dtype)
 
-        held = load_file(negative)
-        guided = stage.sampling.passes > 1
-        nothing = [placed(held[str(place)]) for place in range(len(held))] if guided else []
-        each = ([placed(x[index : index + 1]) for x in batch.embeddings] for index in range(len(batch.mean)))
-        self._prompts = [dict(zip(adapter.arguments, [*prompt, *nothing], strict=False)) for prompt in each]
+        without = [placed(x) for x in nothing] if stage.sampling.passes > 1 else []
+        each = ([placed(x[index : index + 1]) for x in prompts] for index in range(len(prompts[0])))
+        self._prompts = [dict(zip(adapter.arguments, [*prompt, *without], strict=False)) for prompt in each]
 
     @torch.no_grad()
     def draw(self, file: Path, group: Group) -> None:

@@ -11,7 +11,7 @@ from clear_dist.comm.group import Group
 from clear_dist.engine.family import Family
 from clear_dist.launch.ends import Failure
 from clear_dist.request.distill import Recipe
-from clear_dist.training.checkpoint import Checkpoints
+from clear_dist.training.checkpoint import Checkpoints, last_good
 from clear_dist.training.losses import Batch, Losses, Weights, losses
 from clear_dist.training.optimisation import Optimisation
 from clear_dist.training.samples import Samples
@@ -82,8 +82,7 @@ class Trainer:
         rate = self.optimisation.rate
         norm = self.optimisation.step() if total - total == 0 else float("nan")
         if norm - norm != 0:
-            last = self.checkpoints.newest
-            good = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
+            good = last_good(recipe.output)
             raise Failure(f"the loss is {total} and its gradient's norm {norm} in step {done + 1}; {good}")
         return Figures(
             step=done + 1,

@@ -32,6 +32,14 @@ def test_all_but_triton_have_squares() -> None:
         Options(window=8, window_shape="square", attention_backend="triton")
 
 
+def test_a_full_window_has_no_shape() -> None:
+    told = "--window-shape must be circle where the window is full, got square; nearest: circle"
+    with pytest.raises(Refusal, match=told):
+        Options(window="full", window_shape="square")
+    with pytest.raises(Refusal, match=told):
+        Options(window_shape="square").settled("full")
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_key_is_seen_less_than_the_radius_away_on_both_axes(name: str, case: Case) -> None:

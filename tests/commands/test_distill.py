@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -105,16 +106,43 @@ def test_a_tar_on_two_ranks_and_caches_of_clear_s_own_code(model: Path, here: Pa
     assert (again["000001.std"].abs() < 1e-5).all()
 
 
-def test_the_teacher_draws_its_own_pictures_once(model: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def full(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_the_teacher_draws_its_own_pictures_once(
+    model: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     Path("prompts.txt").write_text("a red fox\ntwo dogs\n")
     command = ["distill", "--model", str(model), *QUICK, "--prompts", "prompts.txt", "--self-generate", "3"]
-    for steps in ("1", "2"):
+
+    def status(*arguments: str) -> int:
         with pytest.raises(SystemExit) as ending:
-            main([*command, "--steps", steps])
-        assert not ending.value.code
+            main([*command, *arguments])
+        return int(ending.value.code or 0)
+
+    assert [status("--steps", steps) for steps in ("1", "2")] == [0, 0]
     texts = [json.loads(Path(f"distilled/pictures/00000{index}.json").read_text())["prompt"] for index in range(3)]
     assert texts == ["a red fox", "two dogs", "a red fox"]
     assert len({Path(f"distilled/pictures/00000{index}.png").read_bytes() for index in range(3)}) == 3
+    Path("distilled/pictures").rename("pictures")
+    shutil.rmtree("distilled")
+    Path("distilled").mkdir()
+    Path("pictures").rename("distilled/pictures")
+    Path("prompts.txt").write_text("a red fox\nno dogs\n")
+    capsys.readouterr()
+    assert status("--steps", "1") == 2
+    assert capsys.readouterr().err == (
+        "clear-dist: the picture distilled/pictures/000001.png was drawn with prompt two dogs, got no dogs; "
+        "nearest: another --output\n"
+    )
+    Path("distilled/pictures/000001.png").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(Image.Image, "save", full)
+        assert status("--steps", "1") == 1
+    told = capsys.readouterr().err
+    assert "the disk is full in distilled; what was written before stays, there is no checkpoint yet" in told
+    assert "000001" not in told
 
 
 @pytest.mark.parametrize(
@@ -133,8 +161,27 @@ def test_the_teacher_draws_its_own_pictures_once(model: Path, here: Path, capsys
             ("--pattern", "swin", "--down-factor", "2"),
             "--down-factor must be 1 for --pattern swin, got 2; nearest: --pattern circle",
         ),
+        (
+            ("--pattern", "convolved", "--window", "3"),
+            "--window must divide the 4 tokens of a side, got 3; nearest: --res 48",
+        ),
+        (
+            ("--pattern", "linear"),
+            "--window must be left out for --pattern linear, which has no size, got 2; nearest: --pattern circle",
+        ),
+        (("--held-out", "3"), "--held-out must leave samples to train on, got 3 of 3; nearest: 0"),
+        (("--validation-prompts", "x.txt"), "--validation-prompts needs --validation-steps, got none; nearest: 500"),
+        (
+            ("--validation-steps", "1", "--validation-prompts", "nowhere"),
+            "--validation-prompts must be a text file, one prompt a line, got nowhere (No such file or directory)",
+        ),
         (("--data", "bare"), "each picture must have a caption, got 1 without, 0 first; nearest: NAME.txt"),
-        (("--data", "cut.tar"), "the tar cut.tar is cut off"),
+        (
+            ("--data", "cut.tar"),
+            "the tar cut.tar is cut off, damaged or compressed (unexpected end of data); nearest: ",
+        ),
+        (("--data", "short.tar"), "the tar short.tar is cut off after 2 files; nearest: download it again"),
+        (("--data", "data/0.png"), "the tar data/0.png is cut off, damaged or compressed ("),
         (
             ("--optimizer", "prodigies"),
             "--optimizer must be one of adamw, adamw8bit, prodigy, got 'prodigies'; nearest: prodigy",
@@ -150,21 +197,58 @@ def test_wrong_requests_are_refused_before_anything_is_loaded(
     shutil.copyfile("data/0.png", "bare/0.png")
     with tarfile.open("whole.tar", "w") as tar:
         tar.add("data")
-    Path("cut.tar").write_bytes(Path("whole.tar").read_bytes()[:20_000])
+    with tarfile.open("whole.tar") as tar:
+        ends = [member.offset_data + member.size for member in tar.getmembers()]
+    Path("cut.tar").write_bytes(Path("whole.tar").read_bytes()[: ends[-1] - 1])
+    Path("short.tar").write_bytes(Path("whole.tar").read_bytes()[: -(-ends[2] // 512) * 512])
     assert distill(model, *arguments) == 2
     assert told in (said := capsys.readouterr().err), said
     assert said.count("\n") == 1
     assert not Path("distilled").exists()
 
 
-def test_broken_pictures_are_named_and_more_than_one_in_a_hundred_refused(
+def test_broken_pictures_are_named_and_more_than_one_in_a_hundred_refused_until_they_are_whole(
     model: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path("data/1.png").write_bytes(Path("data/1.png").read_bytes()[:500])
+    whole = Path("data/1.png").read_bytes()
+    Path("data/1.png").write_bytes(whole[:500])
     assert distill(model, "--steps", "1") == 2
     said = capsys.readouterr().err
     assert "warning: the picture 1 cannot be read, and is left out" in said
     assert "at most 1 % of the pictures may be broken, got 1 of 3, 1 first" in said
+    Path("data/1.png").write_bytes(whole)
+    assert distill(model, "--steps", "1") == 0
+    assert "1.mean" in " ".join(load_file("distilled/cache/000000.safetensors"))
+
+
+def test_what_the_vae_lacks_is_no_broken_picture(
+    model: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(*_: object) -> None:
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(AutoencoderKL, "encode", encode)
+    assert distill(model, "--steps", "1") == 1
+    said = capsys.readouterr().err
+    assert "can't allocate memory" in said and "cannot be read" not in said
+
+
+def test_files_of_clear_s_own_code_that_cannot_be_used_are_named(
+    model: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = Path("own")
+    own.mkdir()
+    for name, tensors in (("0_latent_code", ("mean", "std")), ("0_prompt_embed", ("caption_feature_t5",))):
+        save_file({each: torch.zeros(1) for each in tensors}, own / f"{name}.safetensors")
+    lacks = "0_prompt_embed.safetensors must have the tensor caption_feature_clip, got caption_feature_t5; nearest: "
+    assert distill(model, "--data", "own") == 2
+    assert f"clear-dist: {lacks}" in capsys.readouterr().err
+    texts = own / "0_prompt_embed.safetensors"
+    for name in ("0_latent_code.safetensors", texts.name):
+        save_file({"caption_feature_t5": torch.zeros(1), "caption_feature_clip": torch.ones(1)}, texts)
+        (own / name).write_bytes((own / name).read_bytes()[:-1])
+        assert distill(model, "--data", "own", "--output", name) == 2
+        assert f"clear-dist: {name} is cut off or damaged" in capsys.readouterr().err
 
 
 def test_a_shard_that_is_cut_off_is_named(model: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,9 +265,6 @@ def test_a_loss_that_is_no_number_and_a_full_disk_leave_the_last_checkpoint(
 ) -> None:
     assert distill(model, "--steps", "1") == 0
     good = Path("distilled/checkpoint-1/clear_local_2.safetensors").read_bytes()
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
         patched.setattr(torch, "save", full)

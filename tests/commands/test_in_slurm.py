@@ -5,7 +5,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -84,8 +83,7 @@ def test_the_batch_script_starts_torchrun_which_runs_the_file_of_a_checkout(mode
 def test_an_output_that_another_job_writes_is_refused(model: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = {"XDG_CACHE_HOME": str(here / "cache")}
     monkeypatch.setenv("XDG_CACHE_HOME", home["XDG_CACHE_HOME"])
-    mine = SimpleNamespace(outputs=(Path("x.png"),), latents_out=None, report=Path("r.json"), profile=None)
-    with outputs.claimed(mine) as taken:
+    with outputs.claimed((Path("x.png"), None, Path("r.json"))) as taken:
         assert taken is None
         for flags, name in (
             (("--output", "x.png"), "x.png"),
@@ -94,7 +92,9 @@ def test_an_output_that_another_job_writes_is_refused(model: Path, here: Path, m
             job = start(model, home, "--nproc", "2", *flags)
             _, errors = job.communicate()
             assert job.returncode == 2
-            assert errors.startswith(f"clear-dist: two running jobs cannot write the same file, got {name}; nearest: ")
+            assert errors.startswith(
+                f"clear-dist: two running jobs cannot write the same file or folder, got {name}; nearest: "
+            )
             assert errors.count("\n") == 1
         other = start(model, home, "--output", "y.png")
         assert other.communicate()[1] == "" and other.returncode == 0
