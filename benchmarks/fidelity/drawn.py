@@ -24,6 +24,8 @@ from clear_dist.launch import ranks as launch
 from clear_dist.pictures import replacing
 
 SEED = 0
+TOGETHER = 8
+"""Pictures drawn at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,23 +156,26 @@ def _draw_cell(drawn: Drawn, cell: Cell, pipe: Any, group: Any) -> None:
         clear_weights=drawn.files.get(cell.weights),
         text_attention=cell.text_attention,
         cut="rows",
+        guidance_ranks=1,
         schedule=cell.schedule,
         warmup_steps=cell.warmup_steps or 0,
         group=group,
     )
-    with torch.inference_mode():
-        pictures = generate(
-            pipe,
-            held_out_prompts(drawn.prompts),
-            height=drawn.res,
-            width=drawn.res,
-            cascade=False,
-            negative_prompt="",
-            num_inference_steps=cell.steps,
-            true_cfg_scale=demo.DEFAULT_TRUE_CFG_SCALE,
-            max_sequence_length=demo.DEFAULT_MAX_SEQUENCE_LENGTH,
-            seed=SEED,
-        )
+    prompts, pictures = held_out_prompts(drawn.prompts), []
+    for first in range(0, len(prompts), TOGETHER):
+        with torch.inference_mode():
+            pictures += generate(
+                pipe,
+                prompts[first : first + TOGETHER],
+                height=drawn.res,
+                width=drawn.res,
+                cascade=False,
+                negative_prompt="",
+                num_inference_steps=cell.steps,
+                true_cfg_scale=demo.DEFAULT_TRUE_CFG_SCALE,
+                max_sequence_length=demo.DEFAULT_MAX_SEQUENCE_LENGTH,
+                seed=SEED + first,
+            )
     parallelized.undo()
     with alike(group):
         if group.rank == 0:
