@@ -6,69 +6,87 @@ from typing import Any
 
 from matplotlib import pyplot
 
-from benchmarks.fidelity.drawn import Cell, held_out_prompts, pictures_of
+from benchmarks.fidelity.drawn import Cell, Drawn
+from benchmarks.fidelity.kept import FULL, held_out_prompts
 
-SHOWN_PROMPTS = (0, 1, 2, 3, 4, 5)
-SHOWN = (
-    ("one rank", Cell(steps=28, ranks=1, text_attention="exact")),
-    ("exact, 8 ranks", Cell(steps=28, ranks=8, text_attention="exact")),
-    ("average, 2", Cell(steps=28, ranks=2, text_attention="average")),
-    ("average, 8", Cell(steps=28, ranks=8, text_attention="average")),
-    ("stale (4), exact, 2", Cell(steps=28, ranks=2, text_attention="exact", warmup_steps=4)),
-    ("stale (4), exact, 8", Cell(steps=28, ranks=8, text_attention="exact", warmup_steps=4)),
-    ("stale (0), exact, 8", Cell(steps=28, ranks=8, text_attention="exact", warmup_steps=0)),
-)
-"""Columns of the contact sheet; in brackets: warm-up steps."""
-STYLES = {"average": "--", "exact": "-", "full": ":"}
+SHOWN_PROMPTS = 5
+STYLES = {"average": "--", "exact": "-"}
 COLOURS = {None: "black", 0: "tab:red", 1: "tab:orange", 2: "tab:olive", 4: "tab:green", 8: "tab:blue"}
-"""Colours by warm-up steps."""
+"""Colours by warm-up steps; others have one together."""
+Figures = Sequence[dict[str, Any]]
 
 
-def plot(figures: Sequence[dict[str, Any]], file: Path) -> None:
-    """Median PSNR over the number of ranks, a panel for each number of steps."""
-    numbers = sorted({cell["steps"] for cell in figures})
-    figure, panels = pyplot.subplots(1, len(numbers), figsize=(4 * len(numbers), 4.5), sharey=True, squeeze=False)
-    lines: dict[str, Any] = {}
-    for steps, axes in zip(numbers, panels[0], strict=True):
-        cells = [cell for cell in figures if cell["steps"] == steps and cell["ranks"] > 1]
-        for text_attention, warmup in dict.fromkeys((cell["text_attention"], cell["warmup_steps"]) for cell in cells):
-            points = [
-                (cell["ranks"], cell["psnr"])
-                for cell in cells
-                if (cell["text_attention"], cell["warmup_steps"]) == (text_attention, warmup)
-            ]
-            label = text_attention if warmup is None else f"{text_attention}, stale after {warmup}"
-            style = {"linestyle": STYLES[text_attention], "color": COLOURS[warmup], "marker": "o"}
-            (lines[label],) = axes.plot(*zip(*sorted(points), strict=True), **style)
-        axes.set(title=f"{steps} steps", xlabel="ranks", xscale="log", xticks=(2, 4, 8), xticklabels=(2, 4, 8))
-        axes.minorticks_off()
-    panels[0][0].set_ylabel("median PSNR against one rank, dB")
-    figure.legend(lines.values(), lines.keys(), loc="center left", bbox_to_anchor=(0.92, 0.5), fontsize=8)
-    figure.savefig(file, dpi=100, bbox_inches="tight")
-
-
-def contact_sheet(drawn: Path, figures: Sequence[dict[str, Any]], file: Path) -> None:
-    """Some prompts, a row each, as drawn in some cells, a column each, with PSNR beside one rank."""
-    psnr = {
-        (cell["ranks"], cell["text_attention"], cell["warmup_steps"]): cell["psnr_of_each"]
-        for cell in figures
-        if cell["steps"] == 28
-    }
-    columns = [(title, cell, psnr.get((cell.ranks, cell.text_attention, cell.warmup_steps))) for title, cell in SHOWN]
-    columns = [column for column in columns if column[2] is not None]
-    if not columns:
+def plot(figures: Figures, file: Path) -> None:
+    """Median PSNR over the number of ranks, a panel for each weights and number of steps."""
+    shown = [each for each in figures if each["ranks"] > 1]
+    ranks = sorted({each["ranks"] for each in shown})
+    kinds = dict.fromkeys((each["weights"], each["steps"]) for each in shown)
+    if not kinds:
         return
-    size = (1.8 * len(columns), 1.95 * len(SHOWN_PROMPTS))
-    figure, panels = pyplot.subplots(len(SHOWN_PROMPTS), len(columns), figsize=size, squeeze=False)
-    for (title, cell, found), column in zip(columns, panels.T, strict=True):
-        pictures = pictures_of(cell, drawn)
-        for prompt, axes in zip(SHOWN_PROMPTS, column, strict=True):
-            axes.imshow(pictures[prompt])
+    figure, panels = pyplot.subplots(1, len(kinds), figsize=(3.2 * len(kinds), 3.8), sharey=True, squeeze=False)
+    lines: dict[str, Any] = {}
+    for (weights, steps), axes in zip(kinds, panels[0], strict=True):
+        cells = [each for each in shown if (each["weights"], each["steps"]) == (weights, steps)]
+        for text, warmup in dict.fromkeys((each["text_attention"], each["warmup_steps"]) for each in cells):
+            points = [
+                (each["ranks"], each["psnr"])
+                for each in cells
+                if (each["text_attention"], each["warmup_steps"]) == (text, warmup)
+            ]
+            label = text if warmup is None else f"{text}, stale after {warmup}"
+            style = {"linestyle": STYLES[text], "color": COLOURS.get(warmup, "tab:purple"), "marker": "o"}
+            (lines[label],) = axes.plot(*zip(*sorted(points), strict=True), **style)
+        axes.set(xscale="log", xticks=ranks, xticklabels=ranks)
+        axes.set_title(f"{weights}\n{steps} steps", fontsize=9)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("median PSNR against one rank, dB")
+    figure.supxlabel("ranks", fontsize=9)
+    figure.tight_layout()
+    figure.legend(lines.values(), lines.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    figure.savefig(file, dpi=100, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def contact_sheet(drawn: Drawn, figures: Figures, file: Path) -> None:
+    """Some prompts, a row each: one rank of each weights, and the most ranks beside it, with PSNR against that."""
+    columns = _columns(figures)
+    prompts = held_out_prompts(drawn.prompts)[:SHOWN_PROMPTS]
+    size = (1.5 * len(columns), 1.75 * len(prompts))
+    figure, panels = pyplot.subplots(len(prompts), len(columns), figsize=size, squeeze=False)
+    for each, column in zip(columns, panels.T, strict=True):
+        cell = _cell(each)
+        for number, (picture, axes) in enumerate(zip(drawn.pictures(cell), column, strict=False)):
+            axes.imshow(picture)
             axes.set_axis_off()
-            axes.set_title(title if axes is column[0] else "", fontsize=9)
             if cell.ranks > 1:
-                axes.text(4, 16, f"{found[prompt]:.1f} dB", fontsize=7, color="white", backgroundcolor="#00000080")
-    for prompt, axes in zip(SHOWN_PROMPTS, panels[:, 0], strict=True):
-        axes.text(0, 272, held_out_prompts()[prompt], fontsize=7)
-    figure.subplots_adjust(wspace=0.03, hspace=0.12)
-    figure.savefig(file, dpi=110, bbox_inches="tight", pil_kwargs={"quality": 88})
+                label = f"{each['psnr_of_each'][number]:.1f} dB"
+                axes.text(
+                    0.03, 0.05, label, fontsize=7, color="white", backgroundcolor="#00000080", transform=axes.transAxes
+                )
+        column[0].set_title(_title(cell), fontsize=8)
+    for prompt, axes in zip(prompts, panels[:, 0], strict=True):
+        axes.text(0, 1.13 * axes.get_ylim()[0], prompt, fontsize=9)
+    figure.subplots_adjust(wspace=0.03, hspace=0.2)
+    figure.savefig(file, dpi=90, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def _columns(figures: Figures) -> Figures:
+    """Of the first number of steps, for each weights: one rank, then all that the most ranks have."""
+    here = [each for each in figures if each["steps"] == figures[0]["steps"]]
+    most = {each["weights"]: max(x["ranks"] for x in here if x["weights"] == each["weights"]) for each in here}
+    return [each for each in here if each["ranks"] == 1 or each["ranks"] == most[each["weights"]]]
+
+
+def _cell(each: dict[str, Any]) -> Cell:
+    return Cell(**{name: each[name] for name in ("weights", "steps", "ranks", "text_attention", "warmup_steps")})
+
+
+def _title(cell: Cell) -> str:
+    weights = "full attention" if cell.weights == FULL else cell.weights.removeprefix("clear_local_").replace("_", " ")
+    weights = weights if cell.weights == FULL else f"r = {weights}"
+    if cell.ranks == 1:
+        return f"{weights}\none rank"
+    late = "" if cell.warmup_steps is None else f", stale ({cell.warmup_steps})"
+    return f"{cell.ranks} ranks\n{cell.text_attention}{late}"

@@ -6,6 +6,7 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention
 
+
 class DenseAttnProcessor:
     """FLUX's joint attention by plain matrix products: in bfloat16 on a CPU it trains twice as fast as fused."""
 

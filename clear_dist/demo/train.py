@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL
 from clear_dist.demo import WEIGHTS, data, pipeline, train_vae
 from clear_dist.demo.train_transformer import LatentSet, train_transformer
 
-MINUTES = {"vae": 28.0, "transformer": 60.0}
+MINUTES = {"vae": 28.0, "transformer": 45.0}
 STAGES = (*MINUTES, "export")
 
 
@@ -50,7 +50,9 @@ def main() -> None:
 def _latent_sets(output: Path, vae: AutoencoderKL, scenes: dict[str, data.Scenes]) -> dict[str, LatentSet]:
     """Latents of each set of pictures, and how they are shown; the VAE's scale and shift are those of "native"."""
     latents = {name: _cached_latents(output, name, vae, scenes[name][0]) for name in data.SETS}
-    shown = {name: functools.partial(LatentSet, latents=latents[name], landscapes=scenes[name][1]) for name in data.SETS}
+    shown = {
+        name: functools.partial(LatentSet, latents=latents[name], landscapes=scenes[name][1]) for name in data.SETS
+    }
     return {
         "native": shown["native"](odds=0.6, batch=16, side=16),
         "large": shown["large"](odds=0.3, batch=4, side=32),
