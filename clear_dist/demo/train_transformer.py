@@ -64,6 +64,7 @@ def build_models(start: Path | None) -> nn.ModuleDict:
         clip = CLIPTextModel.from_pretrained(start / "text_encoder", dtype=torch.float32)
         t5 = T5EncoderModel.from_pretrained(start / "text_encoder_2", dtype=torch.float32)
     transformer.set_attn_processor(DenseAttnProcessor())
+    torch._dynamo.config.recompile_limit = 4 * len(TEXT_LENGTHS)
     transformer.compile_repeated_blocks(dynamic=False)  # two thirds of the time on a CPU
     return nn.ModuleDict({"transformer": transformer, "text_encoder": clip, "text_encoder_2": t5})
 
