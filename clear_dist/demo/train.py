@@ -1,4 +1,4 @@
-"""Train the embedded demo model: renders -> VAE -> transformer and text encoders -> export.
+"""Train the embedded demo model: renders -> VAE -> transformer and text encoders -> the VAE's decoder -> export.
 
     python -m clear_dist.demo.train --output DIR [--start WEIGHTS] [--resume] [--stage vae]
 
@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL
 from clear_dist.demo import WEIGHTS, data, pipeline, train_vae
 from clear_dist.demo.train_transformer import LatentSet, train_transformer
 
-MINUTES = {"vae": 28.0, "transformer": 45.0}
+MINUTES = {"vae": 28.0, "transformer": 45.0, "decoder": 12.0}
 STAGES = (*MINUTES, "export")
 
 
@@ -31,15 +31,18 @@ def main() -> None:
         raise SystemExit(f"{output} holds an earlier run: pass --resume to go on with it, or choose another folder")
     torch.set_num_threads(arguments.threads)
     scenes = {name: data.load_or_render(output / "renders", name) for name in data.SETS}
-    vae = train_vae.train_vae(
-        output, scenes["native"][0], scenes["large"][0], scenes["held_out"][0], MINUTES["vae"], start and start / "vae"
-    )
+    pictures = [scenes[name][0] for name in ("native", "large", "held_out")]
+    vae = train_vae.train_vae(output / "vae.pt", train_vae.begin(start), *pictures, minutes=MINUTES["vae"])
     if last == 0:
         return
     sets = _latent_sets(output, vae, scenes)
     validation = {256: sets.pop("held_out"), 512: sets.pop("held_out_large")}
     models = train_transformer(output, list(sets.values()), validation, MINUTES["transformer"], start)
     if last == 1:
+        return
+    vae.decoder.requires_grad_(True)  # the encoder stays: latents are what the transformer knows
+    vae = train_vae.train_vae(output / "decoder.pt", vae, *pictures, minutes=MINUTES["decoder"])
+    if last == 2:
         return
     parts = pipeline.assemble(vae, models["transformer"], models["text_encoder"], models["text_encoder_2"])
     pipeline.export(parts, output / "weights")

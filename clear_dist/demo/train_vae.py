@@ -84,24 +84,28 @@ def psnr(vae: AutoencoderKL, pictures: np.ndarray) -> float:
     return float(np.mean(values))
 
 
-def train_vae(
-    output: Path, pictures: np.ndarray, large: np.ndarray, held_out: np.ndarray, minutes: float, start: Path | None
-) -> AutoencoderKL:
-    """Train for `minutes`, resuming from `output`/vae.pt; returns the averaged weights.
+def begin(start: Path | None) -> AutoencoderKL:
+    """A VAE without training, or that of a pipeline's folder."""
+    vae = AutoencoderKL.from_pretrained(start, subfolder="vae", torch_dtype=torch.float32) if start else build_vae()
+    return vae.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
 
-    pictures: bytes [count, 256, 256, 3]; large: bytes [count, 512, 512, 3]; start: folder of a VAE to begin with.
+
+def train_vae(
+    checkpoint: Path, vae: AutoencoderKL, native: np.ndarray, large: np.ndarray, held_out: np.ndarray, minutes: float
+) -> AutoencoderKL:
+    """Train what requires gradients for `minutes`, resuming from `checkpoint`; returns the averaged weights.
+
+    native, held_out: bytes [count, 256, 256, 3]; large: bytes [count, 512, 512, 3].
     """
     torch.manual_seed(RECIPE.seed)
-    vae = AutoencoderKL.from_pretrained(start, torch_dtype=torch.float32) if start else build_vae()
-    vae.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
 
     def loss(rng: np.random.Generator, _progress: float) -> torch.Tensor:
-        return training_loss(vae, random_picture(large if rng.random() < LARGE_ODDS else pictures, rng))
+        return training_loss(vae, random_picture(large if rng.random() < LARGE_ODDS else native, rng))
 
     def validate(average: AutoencoderKL, last: bool) -> dict[str, float]:
         return {"psnr": psnr(average, held_out if last else held_out[:16])}
 
-    return fit(output / "vae.pt", vae, loss, validate, RECIPE, minutes)
+    return fit(checkpoint, vae, loss, validate, RECIPE, minutes)
 
 
 @torch.no_grad()
