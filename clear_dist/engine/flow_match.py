@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from clear_dist.engine.family import OnStep, Others
 from clear_dist.engine.inpainting import Kept
+from clear_dist.engine.refiner import Refiner
 from clear_dist.options import shortened
 from clear_dist.stages import ImageToImage, Stage, Upscaling
 
@@ -70,7 +69,7 @@ class FlowMatchAdapter:
         given, kept = dict(self._guided(embeddings, stage)), None
         generator = partial(self._generator, stage, seed, others)
         if start is not None:
-            given |= {"image": start, **noise_of(stage)}
+            given |= {"image": start, **noise_of(pipe.scheduler, stage)}
             kept = None if mask is None else Kept(start, mask, generator, self.packed)
         return self._drawn(pipe, stage, generator(), on_step, given, kept)
 
@@ -106,7 +105,7 @@ class FlowMatchAdapter:
         pipe = self._pipe
         scheduler = pipe.scheduler
         if isinstance(stage.sampling, Upscaling):
-            scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, use_dynamic_shifting=False)
+            scheduler = Refiner.of(scheduler, stage.sampling)
         made = kind(**{**pipe.components, **own, "scheduler": scheduler})
         made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
         return made
@@ -145,19 +144,13 @@ class FlowMatchAdapter:
         return latents
 
 
-def noise_of(stage: Stage) -> dict[str, Any]:
+def noise_of(scheduler: Any, stage: Stage) -> dict[str, Any]:
     """What tells an image-to-image pipeline how much noise the picture gets, and in how many steps it goes."""
     sampling = stage.sampling
     if isinstance(sampling, ImageToImage):
         return {"strength": sampling.strength, "num_inference_steps": sampling.schedule}
-    return {"strength": 1.0, "sigmas": sigmas_of(stage)}
-
-
-def sigmas_of(stage: Stage) -> list[float]:
-    """Levels of noise before the shift, from `strength` down; stated like this, every step counts."""
-    sampling = stage.sampling
-    assert isinstance(sampling, Upscaling), sampling
-    return np.linspace(sampling.strength, sampling.strength / sampling.steps, sampling.steps).tolist()
+    assert isinstance(scheduler, Refiner), scheduler
+    return {"strength": 1.0, "sigmas": scheduler.levels}  # stated like this, every step counts
 
 
 def with_noise(scheduler: Any, start: Tensor, sigmas: list[float], generator: torch.Generator) -> Tensor:

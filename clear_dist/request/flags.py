@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from clear_dist.options import CUT, JOIN_SECONDS, MODEL, Flags, Options, Refusal, check_encoding, flag, shortened
+from clear_dist.refining import REFINEMENTS
 from clear_dist.request.hardware import GPUS, LINKS
 from clear_dist.request.picture_flags import PICTURES, ControlFlags, InputFlags
 
@@ -107,6 +108,7 @@ class PictureFlags(Kept, ControlFlags):
         LARGE,
         bounds=(0.001, 1.0),
     )
+    refine: str | None = flag(None, "how enlarged pictures are refined (sdedit)", LARGE, choices=tuple(REFINEMENTS))
     upscale_steps: int | None = flag(
         None, "steps of each upper stage (the model's steps x strength)", LARGE, bounds=STEPS
     )

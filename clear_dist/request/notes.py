@@ -83,7 +83,8 @@ def _choices(flags: PictureFlags, request: Request, facts: ModelFacts, cards: Ca
     if len(request.stages) > 1:
         sizes = " -> ".join(f"{stage.width}x{stage.height}" for stage in request.stages)
         upper = request.upscaling
-        yield f"cascade: {sizes} ({upper.steps} steps at strength {upper.strength:g} in each upper stage)"
+        how = f"at strength {upper.strength:g}" if upper.refinement == "sdedit" else f"of {upper.refinement}"
+        yield f"cascade: {sizes} ({upper.steps} steps {how} in each upper stage)"
     if isinstance(flags, UpscaleFlags):
         yield from _pictures(flags, request)
     if isinstance(request.sampling, ImageToImage):

@@ -14,7 +14,7 @@ from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from torch import Tensor
 
 from clear_dist.engine.family import Encoded, OnStep, Others
-from clear_dist.engine.flow_match import FlowMatchAdapter, cut_off, sigmas_of, with_noise
+from clear_dist.engine.flow_match import FlowMatchAdapter, cut_off, with_noise
 from clear_dist.families.flux2.card import PACKING
 from clear_dist.stages import Size, Stage
 
@@ -62,7 +62,7 @@ class Flux2PipelineAdapter(FlowMatchAdapter):
         assert mask is None, "refused before"
         generator, given = self._generator(stage, seed, others), dict(self._guided(embeddings, stage))
         if start is not None:
-            sigmas = sigmas_of(stage)
+            sigmas = pipe.scheduler.levels
             noisy = with_noise(pipe.scheduler, start.to(embeddings["prompt_embeds"]), sigmas, generator)
             given |= {"latents": noisy, "sigmas": sigmas}
         return self._drawn(pipe, stage, generator, on_step, given)
