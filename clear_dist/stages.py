@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import ceil, log2, sqrt
+from typing import Literal
 
 from clear_dist.refining import REFINEMENTS, Refinement
 
 Size = tuple[int, int]
+NTK = ("plain", "clipped")
+"""Ways of lowering a rotary embedding's frequencies above the native size."""
 
 SPARE_DOUBLINGS = 0.1
 """Stages enlarge 2 times, or up to 2.14 times where rounding to whole tokens asks for it."""
@@ -78,16 +81,24 @@ class Upscaling(FromPicture):
     strength: float = 0.7
     ntk_factor: float = 10.0
     """Factor of the rotary embedding's base above the native size."""
+    ntk: Literal["plain", "clipped"] = "plain"
+    """clipped: no frequency below the stock embedding's / sqrt(tokens / native tokens), as in I-Max's code."""
     interpolate_positions: bool = False
     refinement: str = "sdedit"
     """A way of refining, from `REFINEMENTS`."""
+    later_steps: int | None = None
+    """Steps of upper stages after the first one; None: `steps`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.refinement not in REFINEMENTS:
             known = ", ".join(REFINEMENTS)
             raise ValueError(f"refinement must be one of {known}, got {self.refinement!r}; nearest: sdedit")
+        if self.ntk not in NTK:
+            raise ValueError(f"ntk must be one of {', '.join(NTK)}, got {self.ntk!r}; nearest: {NTK[0]}")
         self.way.check(self.steps)
+        if self.later_steps is not None:
+            replace(self, steps=self.later_steps, later_steps=None)  # raises as for any steps
 
     @property
     def way(self) -> Refinement:
@@ -212,7 +223,12 @@ def sizes_up_to(size: Size, *, start: Size, token: int) -> tuple[Size, ...]:
 
 
 def _refining(sizes: tuple[Size, ...], upscaling: Upscaling) -> tuple[Stage, ...]:
-    return tuple(Stage(height=height, width=width, sampling=upscaling) for height, width in sizes)
+    later = replace(upscaling, steps=upscaling.later_steps or upscaling.steps)
+    samplings = (later if index else upscaling for index in range(len(sizes)))
+    return tuple(
+        Stage(height=height, width=width, sampling=sampling)
+        for (height, width), sampling in zip(sizes, samplings, strict=True)
+    )
 
 
 def _whole_tokens(side: float, token: int) -> int:

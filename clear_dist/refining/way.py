@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+LEAST_SIGMA = 1e-6
+"""Added to a level of noise that is divided by, as in the official codes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """A step of a stage, about to be taken."""
@@ -22,7 +26,8 @@ class Step:
     """From 0."""
     count: int
     """Steps of the stage."""
-    sigma: float
+    sigma: "Tensor"
+    """Level of noise, a single number."""
     latents: "Tensor"
     """Noisy latents [B, C, H, W]."""
 

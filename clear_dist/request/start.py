@@ -66,7 +66,7 @@ def upscaling(flags: PictureFlags, sampling: Sampling, facts: ModelFacts) -> Ups
 
     Where the first stage starts from a picture, `--strength` is that stage's.
     """
-    own, steps = _given(flags, "ntk_factor", *GUIDANCE), sampling.steps
+    own, steps = _given(flags, "ntk_factor", "ntk", *GUIDANCE), sampling.steps
     model, word = facts.upscaling, flags.refine or facts.upscaling.refinement
     if isinstance(sampling, ImageToImage):
         steps = sampling.schedule
@@ -75,7 +75,7 @@ def upscaling(flags: PictureFlags, sampling: Sampling, facts: ModelFacts) -> Ups
             raise Refusal(f"--strength is for --refine sdedit, got {flags.strength:g} for {word}; leave one out")
         model = replace(model, strength=flags.strength)
     if flags.upscale_steps is not None:
-        own["steps"] = flags.upscale_steps
+        own |= {"steps": flags.upscale_steps, "later_steps": None}
     try:
         return replace(model.above(steps, word), **own)
     except ValueError as error:

@@ -83,7 +83,7 @@ class FluxControlNetAdapter(FluxPipelineAdapter):
         drawing.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
         given = {**self._guided(embeddings, stage), **self._controls(pictures, stage)}
         if start is not None:
-            sigmas = pipe.scheduler.levels
+            sigmas = self._led(pipe, stage, start)
             noisy = with_noise(pipe.scheduler, start.to(like), sigmas, generator)
             given |= {"latents": pipe._pack_latents(noisy, *noisy.shape), "sigmas": sigmas}
         return self._drawn(drawing, stage, generator, on_step, given)
