@@ -1,13 +1,19 @@
 """Stages of a cascade: heights and widths in pixels at which a picture is drawn, and how each is denoised.
 
-A large picture is drawn at the native size, then enlarged and refined by SDEdit, stage by stage (paper, Sec. 4.3).
+A large picture is drawn at the native size, then enlarged and refined, stage by stage (paper, Sec. 4.3).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from math import ceil, log2, sqrt
+from typing import Literal
+
+from clear_dist.refining import REFINEMENTS, Refinement
 
 Size = tuple[int, int]
+NTK = ("plain", "clipped")
+"""Ways of lowering a rotary embedding's frequencies above the native size."""
 
 SPARE_DOUBLINGS = 0.1
 """Stages enlarge 2 times, or up to 2.14 times where rounding to whole tokens asks for it."""
@@ -67,7 +73,7 @@ class ImageToImage(FromPicture):
 
 @dataclass(frozen=True, kw_only=True)
 class Upscaling(FromPicture):
-    """Refinement of an enlarged picture, by default as in CLEAR's notebook."""
+    """Refinement of an enlarged picture, by default as in CLEAR's notebook; raises ValueError as its way."""
 
     steps: int = 14
     """Steps of every stage, the notebook's 20 x 0.7; `strength` decides where they begin."""
@@ -75,7 +81,36 @@ class Upscaling(FromPicture):
     strength: float = 0.7
     ntk_factor: float = 10.0
     """Factor of the rotary embedding's base above the native size."""
+    ntk: Literal["plain", "clipped"] = "plain"
+    """clipped: no frequency below the stock embedding's / sqrt(tokens / native tokens), as in I-Max's code."""
     interpolate_positions: bool = False
+    refinement: str = "sdedit"
+    """A way of refining, from `REFINEMENTS`."""
+    later_steps: int | None = None
+    """Steps of upper stages after the first one; None: `steps`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.refinement not in REFINEMENTS:
+            known = ", ".join(REFINEMENTS)
+            raise ValueError(f"refinement must be one of {known}, got {self.refinement!r}; nearest: sdedit")
+        if self.ntk not in NTK:
+            raise ValueError(f"ntk must be one of {', '.join(NTK)}, got {self.ntk!r}; nearest: {NTK[0]}")
+        self.way.check(self.steps)
+        if self.later_steps is not None:
+            replace(self, steps=self.later_steps, later_steps=None)  # raises as for any steps
+
+    @property
+    def way(self) -> Refinement:
+        return REFINEMENTS[self.refinement]
+
+    def above(self, steps: int, refinement: str | None = None) -> "Upscaling":
+        """These settings with what another way of refining usually has above a stage of `steps` steps."""
+        chosen = replace(self, refinement=refinement or self.refinement)
+        usual = dict(chosen.way.usual(steps, self.strength))
+        if not self.guidance_scale:  # the model takes none
+            usual.pop("guidance_scale", None)
+        return replace(chosen, **usual)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +145,25 @@ def on_ranks(stages: tuple[Stage, ...], ranks: Mapping[Size, int]) -> tuple[Stag
     return tuple(replace(stage, ranks=ranks.get(stage.size)) for stage in stages)
 
 
-def refining_steps(steps: int, strength: float) -> int:
-    """Steps that diffusers' image-to-image takes of `steps`, at least one."""
-    return max(1, round(steps * strength))
+def check_refining(stages: tuple[Stage, ...], asked: str | None = None) -> None:
+    """Raises ValueError where no stage is refined in the way `asked` for, or one has nothing to be refined by."""
+    upper = [stage.sampling for stage in stages if isinstance(stage.sampling, Upscaling)]
+    if asked is not None and stages and not upper:
+        height, width = stages[-1].size
+        raise ValueError(
+            f"refinement is for sizes above the native one, got {asked} for {width} x {height} px in one "
+            "stage; nearest: none"
+        )
+    keeping = next((sampling.refinement for sampling in upper if sampling.way.keeps), None)
+    if keeping is None:
+        return
+    if isinstance(stages[0].sampling, Upscaling):
+        raise ValueError(f"refinement {keeping} goes by the steps of a stage below, got a picture; nearest: sdedit")
+    for below, above in pairwise(stages):
+        most, steps = below.sampling.steps, above.sampling.steps
+        if steps > most:
+            rule = f"refinement {keeping} takes no more steps than the stage below, which has {most}"
+            raise ValueError(f"{rule}, got {steps}; nearest: {most}")
 
 
 def plan_cascade(
@@ -172,7 +223,12 @@ def sizes_up_to(size: Size, *, start: Size, token: int) -> tuple[Size, ...]:
 
 
 def _refining(sizes: tuple[Size, ...], upscaling: Upscaling) -> tuple[Stage, ...]:
-    return tuple(Stage(height=height, width=width, sampling=upscaling) for height, width in sizes)
+    later = replace(upscaling, steps=upscaling.later_steps or upscaling.steps)
+    samplings = (later if index else upscaling for index in range(len(sizes)))
+    return tuple(
+        Stage(height=height, width=width, sampling=sampling)
+        for (height, width), sampling in zip(sizes, samplings, strict=True)
+    )
 
 
 def _whole_tokens(side: float, token: int) -> int:

@@ -15,15 +15,16 @@ from torch import Tensor
 
 from clear_dist.comm.group import Group
 from clear_dist.comm.rows import move_rows
+from clear_dist.drawing.beyond import extrapolation_of, ranks_of
 from clear_dist.drawing.control import Control, conditions_of, controlled, striped_nets
 from clear_dist.drawing.encoding import encode_rows, join_rows
+from clear_dist.drawing.kept import Below, Kept
 from clear_dist.drawing.masking import Stencil
 from clear_dist.drawing.resize import resize_rows, rows_behind
 from clear_dist.engine.agreement import fingerprint, require_equal_settings
-from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.family import Condition, OnStep, Others, ReferringAdapter
 from clear_dist.engine.striped import require_striped
-from clear_dist.geometry import Rows, cut_in_stripes, most_stripes
+from clear_dist.geometry import Rows, cut_in_stripes
 from clear_dist.observe.peaks import give_back
 from clear_dist.observe.progress import Phases
 from clear_dist.stages import Size, Stage, Upscaling
@@ -49,6 +50,8 @@ class Drawing:
     """Whole pictures [B, tokens, C], on the ranks that drew them."""
     guidance_ranks: int = 1
     """2: each half of the ranks took a pass of guidance."""
+    kept: Kept | None = None
+    """What the next stage's steps go by, if they go by any."""
 
 
 class Cascade:
@@ -89,7 +92,7 @@ class Cascade:
         self._is_guided = any(
             name in embeddings for name in self._adapter.arguments[len(self._adapter.arguments) // 2 :]
         )
-        self._native_tokens = (self._adapter.native_size // self._adapter.token_size) ** 2
+        self._is_alone = not controls and not references
         self._phases = phases or Phases()
         self._on_step = on_step
         self._mask = mask
@@ -117,25 +120,27 @@ class Cascade:
         for number, stage in enumerate(stages):
             self._phases.begin_stage()
             with around(number):
-                before = self.draw(stage, before, own, detail=f"{detail}{nth_stage(number, len(stages))}")
+                above = stages[number + 1].sampling if number + 1 < len(stages) else None
+                keep = above.steps if isinstance(above, Upscaling) and above.way.keeps else 0
+                nth = f"{detail}{nth_stage(number, len(stages))}"
+                before = self.draw(stage, before, own, keep=keep, detail=nth)
             yield before
 
     def draw(
-        self, stage: Stage, before: Drawing | None = None, own: Drawing | None = None, *, detail: str = ""
+        self,
+        stage: Stage,
+        before: Drawing | None = None,
+        own: Drawing | None = None,
+        *,
+        keep: int = 0,
+        detail: str = "",
     ) -> Drawing:
         """Pictures of one stage, from `before` or noise; ranks beyond the stage's, or its tokens', are idle.
 
-        Where the mask is black, `own` stays.
+        Where the mask is black, `own` stays. `keep`: how many of the last steps are kept for the next stage.
         """
-        group, settings, token = self._striped.group, self._striped.settings, self._adapter.token_size
-        size = stage.height // token, stage.width // token
-        ranks = stage.ranks_among(group.size, most_stripes(size, cut=settings.options.cut, unit=settings.unit))
-        if self._striped.shards and ranks < group.size:  # idle ones would not give others their share
-            raise ValueError(
-                f"sharded weights need all ranks in every stage, and {stage.width} x {stage.height} pixels are "
-                f"for {ranks} at most, by their tokens and Stage.ranks, got {group.size} ranks; nearest: {ranks}"
-            )
-        stripes = cut_in_stripes(size[0], ranks)
+        group, ranks = self._striped.group, ranks_of(stage, self._striped, self._adapter.token_size)
+        stripes = cut_in_stripes(stage.height // self._adapter.token_size, ranks)
         seed = (self._seed + self._stages_drawn * SEED_STRIDE) % 2**63
         self._stages_drawn += 1
         held = self._in_pixels(stripes)
@@ -145,10 +150,12 @@ class Cascade:
             with self._phase("encode", stage, detail):
                 stencil = self._stencil(own, stage, held)
                 start, mask = self._encode(self._enlarge(before, stage, held), stencil, part, stripes)
+        below = Below.of(None if before is None else before.kept, group, part, ranks, self._striped.counters)
+        kept = Kept.of(stage, keep, below, group.rank, ranks)
         if group.rank < ranks:
             conditions = self._conditions(stage, part, stripes, detail)
             with self._phase("denoise", stage, detail):
-                latents = self._denoise(stage, part, start, mask, seed, conditions)
+                latents = self._denoise(stage, part, start, mask, seed, conditions, below, kept)
             del start, conditions  # as large as the latents
             with self._phase("decode", stage, detail):
                 pixels = self._decode(latents, stage, part, stripes)
@@ -161,7 +168,7 @@ class Cascade:
         if part is not group:
             part.close()
         halves = 2 if self._splits(stage, ranks) else 1
-        return Drawing(size=stage.size, rows=held, pixels=pixels, latents=latents, guidance_ranks=halves)
+        return Drawing(size=stage.size, rows=held, pixels=pixels, latents=latents, guidance_ranks=halves, kept=kept)
 
     def _splits(self, stage: Stage, ranks: int) -> bool:
         """Whether each half of the ranks takes a pass of a stage's guidance."""
@@ -188,27 +195,20 @@ class Cascade:
         mask: Tensor | None,
         seed: int,
         conditions: tuple[Condition, ...],
+        below: Below | None,
+        kept: Kept | None,
     ) -> Tensor:
         adapter = controlled(self._adapter).controlled(conditions) if conditions else self._adapter
-        pipe = self._pipe if start is None else self._adapter.refining(stage)
+        pipe = self._pipe if start is None else self._adapter.refining(stage, below)
+        pipe = pipe if kept is None else self._adapter.keeping(pipe, stage, kept)
         is_guided = self._is_guided and stage.sampling.passes > 1
-        how: dict[str, Any] = {"scheduler": pipe.scheduler, "extrapolation": self._extrapolation(stage)}
+        beyond = extrapolation_of(stage, self._striped, self._adapter, is_alone=self._is_alone)
+        how: dict[str, Any] = {"scheduler": pipe.scheduler, "extrapolation": beyond}
         given: dict[str, Any] = {"seed": seed, "others": self._others, "start": start, "mask": mask}
         with ExitStack() as running:
             for model in self._models:  # a ControlNet, too, is above the size that it was trained at
                 running.enter_context(model.running(group=part, is_guided=is_guided, **how))
             return adapter.denoise(pipe, self._embeddings, stage, on_step=self._on_step, **given)
-
-    def _extrapolation(self, stage: Stage) -> Extrapolation | None:
-        tokens = stage.height * stage.width // self._adapter.token_size**2
-        upper = stage.sampling
-        if not isinstance(upper, Upscaling) or tokens <= self._native_tokens:
-            return None
-        return Extrapolation(
-            native_tokens=self._native_tokens,
-            ntk_factor=upper.ntk_factor,
-            position_scale=(self._native_tokens / tokens) ** 0.5 if upper.interpolate_positions else 1.0,
-        )
 
     def _enlarge(self, before: Drawing, stage: Stage, held: tuple[Rows, ...]) -> Tensor | None:
         """My rows at this stage's size, bytes [B, C, R, W]."""

@@ -23,11 +23,14 @@ from clear_dist.stages import (
     Size,
     Stage,
     Upscaling,
+    check_refining,
     plan_cascade,
     plan_upscaling,
-    refining_steps,
     size_like,
 )
+
+NOTEBOOK_STEPS = 20
+"""Steps that CLEAR's notebook draws pictures in, which `upscale` is not told."""
 
 
 def generate(
@@ -48,6 +51,7 @@ def generate(
     strength: float | None = None,
     cascade: bool = True,
     base_resolution: int | None = None,
+    refinement: str | None = None,
     upscaling: Upscaling | None = None,
     control_image: Image | list[Image] | None = None,
     controlnet_conditioning_scale: float | list[float] = 1.0,
@@ -63,7 +67,7 @@ def generate(
         strength: share of noise in `image`, and of the steps, as in diffusers (None: 0.6).
         cascade: draw at the native size first, then enlarge and refine, about 2 times a stage (paper, Sec. 4.3).
         base_resolution: pixels along a square as large as the first stage; None: the native size.
-        upscaling: of upper stages, guidance too; None: as in CLEAR's notebook, `num_inference_steps` x 0.7 steps.
+        refinement, upscaling: how upper stages are refined, in a word or by all settings; None: as in CLEAR's notebook.
         control_image: for a pipeline with a ControlNet, on rank 0, stretched to each stage's size; as many as scales
             and modes, in lists, where the pipeline takes several.
 
@@ -72,11 +76,11 @@ def generate(
     require_known_pipeline(pipe)
     given = given_pictures(pipe, image, mask_image, strength)
     sampling = Sampling(steps=num_inference_steps, guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale)
-    if given.before is not None:
-        sampling = ImageToImage.of(sampling, strength)
-    upper = upscaling or Upscaling(steps=refining_steps(num_inference_steps, Upscaling.strength))
+    sampling = sampling if given.before is None else ImageToImage.of(sampling, strength)
+    upper = _upper(upscaling, refinement, num_inference_steps)
     stages = _planned(pipe, (height, width), given.size, sampling, upper, base=base_resolution, cascade=cascade)
     controls = controls_of(pipe, control_image, controlnet_conditioning_scale, control_mode)
+    check_refining(stages, refinement)
     embeddings = _encoded(pipe, stages, seed, prompt, negative_prompt, max_sequence_length, num_images)
     return _pictures(pipe, embeddings, stages, seed, given, controls)
 
@@ -91,6 +95,7 @@ def upscale(
     negative_prompt: str | None = None,
     max_sequence_length: int = 512,
     seed: int = 0,
+    refinement: str | None = None,
     upscaling: Upscaling | None = None,
     control_image: Image | list[Image] | None = None,
     controlnet_conditioning_scale: float | list[float] = 1.0,
@@ -110,13 +115,20 @@ def upscale(
         (height, width),
         native=striped.family.adapted(pipe).native_size,
         token=unit_size(pipe),
-        upscaling=upscaling or Upscaling(),
+        upscaling=_upper(upscaling, refinement, NOTEBOOK_STEPS),
     )
+    check_refining(stages, refinement)
     controls = controls_of(pipe, control_image, controlnet_conditioning_scale, control_mode, otherwise=image)
     embeddings = _encoded(pipe, stages, seed, prompt, negative_prompt, max_sequence_length)
     if height * width < before.size[0] * before.size[1]:
         raise ValueError(f"upscale makes pictures larger, got {height} x {width} for one of {before.size} pixels")
     return _pictures(pipe, embeddings, stages, seed, Given(before=before), controls)
+
+
+def _upper(upscaling: Upscaling | None, refinement: str | None, steps: int) -> Upscaling:
+    if upscaling is not None and refinement is not None:
+        raise ValueError(f"either upscaling or refinement can be given, got {refinement!r} too; leave one out")
+    return upscaling or Upscaling().above(steps, refinement)
 
 
 def require_known_pipeline(pipe: Any) -> None:

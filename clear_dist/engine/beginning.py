@@ -47,3 +47,8 @@ def why_not(
             "call parallelize after pipe.to(...)"
         )
     return None
+
+
+def steps_of(scheduler: Any) -> int:
+    """Steps of the generation that begins; image-to-image leaves the first ones out."""
+    return len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0)

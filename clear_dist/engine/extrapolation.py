@@ -15,8 +15,12 @@ class Extrapolation:
     """Image tokens at the native size, such as 64 x 64."""
     ntk_factor: float = 1.0
     """Factor of the rotary embedding's base (theta); 10 in the paper."""
+    least_frequency: float = 0.0
+    """Least factor of each of the stock embedding's frequencies; 0: as low as the larger base makes them."""
     position_scale: float = 1.0
     """Factor of the image's position ids; native side / this side: in the native range."""
+    shifts: bool = False
+    """Whether even steps have their patches half a token off, a ring of zeros around the picture (I-Max)."""
 
     def __post_init__(self) -> None:
         if self.native_tokens < 2:

@@ -25,6 +25,7 @@ from clear_dist.comm.halo_exchange import PendingHalos
 from clear_dist.engine.cut import Cut
 from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.parts import Parts
+from clear_dist.engine.refiner import Below, Keep
 from clear_dist.geometry import TextPlan
 from clear_dist.stages import Size, Stage
 
@@ -160,6 +161,14 @@ class Family(Modulated, Protocol):
         """Context in which positions are those of a model above its native size."""
 
 
+@runtime_checkable
+class ShiftingFamily(Family, Protocol):
+    """A family whose pictures can be cut in patches half a token off."""
+
+    def shifted(self, inputs: Inputs, size: tuple[int, int]) -> Inputs:
+        """Inputs of `size` tokens, with a ring of zeros one latent wide around the picture: a token more each way."""
+
+
 class OnStep(Protocol):
     """Callback after each denoising step: the number of steps done, and the latents as the pipeline returns them."""
 
@@ -194,8 +203,11 @@ class PipelineAdapter(Protocol):
     def too_long(self, prompt: str, max_sequence_length: int) -> list[str]:
         """A line per text encoder that does not see all of the prompt."""
 
-    def refining(self, stage: Stage) -> Any:
+    def refining(self, stage: Stage, below: Below | None = None) -> Any:
         """An image-to-image pipeline of the same parts for stages like this; raises ValueError where it lacks one."""
+
+    def keeping(self, pipe: Any, stage: Stage, keep: Keep) -> Any:
+        """The pipeline to draw the stage with in place of `pipe`, whose steps `keep` is told of; raises ValueError."""
 
     def denoise(
         self,

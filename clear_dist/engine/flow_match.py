@@ -8,16 +8,15 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from clear_dist.engine.family import OnStep, Others
 from clear_dist.engine.inpainting import Kept
+from clear_dist.engine.refiner import Below, Keep, Layout, Refiner
 from clear_dist.options import shortened
-from clear_dist.stages import ImageToImage, Stage, Upscaling
+from clear_dist.stages import ImageToImage, Size, Stage, Upscaling
 
 
 class FlowMatchAdapter:
@@ -40,7 +39,7 @@ class FlowMatchAdapter:
     def native_size(self) -> int:
         return self._pipe.vae.config.sample_size
 
-    def refining(self, stage: Stage) -> Any:
+    def refining(self, stage: Stage, below: Below | None = None) -> Any:
         """Image-to-image pipeline; in upper stages with the scheduler's static shift (paper, Sec. 4.3).
 
         The dynamic shift grows with the size, until every step is taken in pure noise. Raises ValueError where it would
@@ -52,7 +51,15 @@ class FlowMatchAdapter:
                 f"a cascade refines with {name}, which has no {', '.join(other)}, got {type(self._pipe).__name__}; "
                 f"nearest: a {self.stock.__name__} of the same parts, or cascade=False"
             )
-        return self._with_parts(self.image_to_image, stage)
+        return self._with_parts(self.image_to_image, stage, below)
+
+    def keeping(self, pipe: Any, stage: Stage, keep: Keep) -> Any:
+        """`pipe`, or one of the same parts if it is the user's, whose steps `keep` is told of."""
+        pipe = self._with_parts(type(pipe), stage, None) if pipe is self._pipe else pipe
+        if not isinstance(pipe.scheduler, Refiner):
+            pipe.scheduler = Refiner.like(pipe.scheduler)
+        pipe.scheduler.keeping = keep, self._layout(stage)
+        return pipe
 
     def denoise(
         self,
@@ -70,12 +77,20 @@ class FlowMatchAdapter:
         given, kept = dict(self._guided(embeddings, stage)), None
         generator = partial(self._generator, stage, seed, others)
         if start is not None:
-            given |= {"image": start, **noise_of(stage)}
+            given |= {"image": start, **self._noise(pipe, stage, start)}
             kept = None if mask is None else Kept(start, mask, generator, self.packed)
         return self._drawn(pipe, stage, generator(), on_step, given, kept)
 
     def packed(self, latents_BCHW: Tensor) -> Tensor:
         return latents_BCHW
+
+    def spread(self, latents: Tensor, size: Size) -> Tensor:
+        """Latents [B, C, H, W] of pictures of `size` pixels, from the pipeline's layout."""
+        return latents
+
+    def gathered(self, latents_BCHW: Tensor) -> Tensor:
+        """The inverse of `spread`."""
+        return self.packed(latents_BCHW)
 
     def for_vae(self, latents_BCRW: Tensor) -> Tensor:
         config = self._pipe.vae.config
@@ -89,6 +104,22 @@ class FlowMatchAdapter:
         """The pipeline's arguments for embeddings and guidance."""
         raise NotImplementedError
 
+    def _noise(self, pipe: Any, stage: Stage, start: Tensor) -> dict[str, Any]:
+        """What tells an image-to-image pipeline how much noise the picture gets, and in how many steps it goes."""
+        sampling = stage.sampling
+        if isinstance(sampling, ImageToImage):
+            return {"strength": sampling.strength, "num_inference_steps": sampling.schedule}
+        return {"strength": 1.0, "sigmas": self._led(pipe, stage, start)}  # stated like this, every step counts
+
+    def _led(self, pipe: Any, stage: Stage, target_BCHW: Tensor) -> list[float]:
+        """Levels of noise of a refinement, which the enlarged picture's latents lead from here on."""
+        pipe.scheduler.lead(target_BCHW, self._layout(stage))
+        return pipe.scheduler.levels
+
+    def _layout(self, stage: Stage) -> Layout:
+        sizes = stage.size, (stage.height + self.token_size, stage.width + self.token_size)
+        return Layout(spread=lambda latents, has_ring: self.spread(latents, sizes[has_ring]), packed=self.gathered)
+
     def _generator(self, stage: Stage, seed: int, others: Others) -> torch.Generator:
         """Generator as it is once it has drawn the noise of others' pictures before these."""
         generator = torch.Generator().manual_seed(seed)
@@ -101,12 +132,12 @@ class FlowMatchAdapter:
         for _ in range(count):
             torch.randn(self._pipe.vae.config.latent_channels, *sides, generator=generator)
 
-    def _with_parts(self, kind: type, stage: Stage, **own: Any) -> Any:
+    def _with_parts(self, kind: type, stage: Stage, below: Below | None, **own: Any) -> Any:
         """A pipeline of the same parts. Not `from_pipe`, which turns all parts, the given one's too, to float32."""
         pipe = self._pipe
         scheduler = pipe.scheduler
         if isinstance(stage.sampling, Upscaling):
-            scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, use_dynamic_shifting=False)
+            scheduler = Refiner.of(scheduler, stage.sampling, below)
         made = kind(**{**pipe.components, **own, "scheduler": scheduler})
         made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
         return made
@@ -143,21 +174,6 @@ class FlowMatchAdapter:
         if not latents.isfinite().all():
             raise RuntimeError(f"the latents are not finite after {steps} steps in {pipe.transformer.dtype}")
         return latents
-
-
-def noise_of(stage: Stage) -> dict[str, Any]:
-    """What tells an image-to-image pipeline how much noise the picture gets, and in how many steps it goes."""
-    sampling = stage.sampling
-    if isinstance(sampling, ImageToImage):
-        return {"strength": sampling.strength, "num_inference_steps": sampling.schedule}
-    return {"strength": 1.0, "sigmas": sigmas_of(stage)}
-
-
-def sigmas_of(stage: Stage) -> list[float]:
-    """Levels of noise before the shift, from `strength` down; stated like this, every step counts."""
-    sampling = stage.sampling
-    assert isinstance(sampling, Upscaling), sampling
-    return np.linspace(sampling.strength, sampling.strength / sampling.steps, sampling.steps).tolist()
 
 
 def with_noise(scheduler: Any, start: Tensor, sigmas: list[float], generator: torch.Generator) -> Tensor:

@@ -12,7 +12,7 @@ from clear_dist.comm.group import Group
 from clear_dist.comm.halo_exchange import PendingHalos
 from clear_dist.comm.weight_shards import ShardedWeights
 from clear_dist.engine.agreement import SameCall
-from clear_dist.engine.beginning import require_same_generation
+from clear_dist.engine.beginning import require_same_generation, steps_of
 from clear_dist.engine.cut import Cut, choose_text_plan, cut_image, others_first, stale_bytes
 from clear_dist.engine.exchanges import Exchange
 from clear_dist.engine.extrapolation import Extrapolation
@@ -20,6 +20,7 @@ from clear_dist.engine.family import Family, Inputs, Modulation, Removable
 from clear_dist.engine.fused import choose_parts
 from clear_dist.engine.graphs import Graphs
 from clear_dist.engine.guidance import Guidance
+from clear_dist.engine.half_token import shifted_to
 from clear_dist.engine.room import require_room
 from clear_dist.engine.settings import Settings
 from clear_dist.engine.stock import OnStripes, attention_layers, require_not_wrapped
@@ -28,6 +29,8 @@ from clear_dist.geometry import plan_text
 
 class StripedModel:
     """A transformer with its family's processors and hooks, and two hooks that cut and join."""
+
+    _cuts: tuple[Cut, ...] = ()  # of even and odd steps, where they differ
 
     def __init__(
         self,
@@ -175,6 +178,7 @@ class StripedModel:
         self.group, self.scheduler, self.extrapolation = group, scheduler, beyond
         self.guidance.run_on(group, is_guided=is_guided)
         self._clock.forget()
+        self._cuts = ()
         if self.modulation is not None:
             self.modulation.forget()
         self._extrapolated.close()
@@ -214,16 +218,18 @@ class StripedModel:
             self._same_call.require()
             self.graphs.pass_by()
             return args, kwargs
-        inputs = mine
+        inputs, tokens = mine, self.family.text_tokens(mine)
+        if self._cuts:
+            self.cut = self._cuts[self._clock.step % 2]
+            inputs = shifted_to(self.cut, inputs, self._cuts[1].size, self.family)
         cut, batch = self.running_cut, len(self.family.latents(inputs))
         if cut.stale and not cut.exchanges.fit(batch):
             self.drain()  # guidance has ended (`cfg_truncation`): this step is synchronous
         if cut.stale and not cut.exchanges.has_begun(self._clock.turn):
             self._same_call.require()
-            self.require_room(cut.size, batch=batch, passes=1, steps=self._steps)
+            self.require_room(cut.size, batch=batch, passes=1, steps=steps_of(self.scheduler))
         if self.modulation is not None:
             self.modulation.begin(self._clock.turn, self.scheduler, generation=self._clock.begins)
-        tokens = self.family.text_tokens(inputs)
         self.text_plan = choose_text_plan(self.settings.options.text_tokens, tokens, cut)
         self.graphs.text_plan = self.text_plan
         mask_BT = self.family.text_mask(inputs)
@@ -250,11 +256,6 @@ class StripedModel:
         """Whether a run of `steps` steps has any stale step; a single rank waits for nobody."""
         return self.guidance.stripes.size > 1 and self.settings.options.lags_within(steps)
 
-    @property
-    def _steps(self) -> int:
-        """Steps of the generation that begins; image-to-image leaves the first ones out."""
-        return len(self.scheduler.timesteps) - (getattr(self.scheduler, "begin_index", None) or 0)
-
     def drain(self) -> None:
         """Wait for messages in flight, after a step; all ranks call this. The next step is synchronous."""
         self.graphs.drop()
@@ -264,19 +265,22 @@ class StripedModel:
 
     def _begin_generation(self, given: Inputs, inputs: Inputs) -> None:
         """Check what is given, the settings and the model, and cut anew unless the last cut serves these inputs."""
-        alike = {"number of steps": self._steps, "extrapolation": self.extrapolation}
+        alike = {"number of steps": (steps := steps_of(self.scheduler)), "extrapolation": self.extrapolation}
         require_same_generation(self, given, self._stock_processors, alike)
         size, group = self.family.grid_of(inputs), self.guidance.stripes
         if self.cut is not None and self.cut.group is group:
             self.drain()
-        stale, text_tokens = self._is_stale(self._steps), self.family.text_tokens(inputs)
+        stale, text_tokens = self._is_stale(steps), self.family.text_tokens(inputs)
         wanted = size, self.extrapolation, text_tokens, stale
+        how: dict[str, Any] = {"text_tokens": text_tokens, "counters": self.counters}
+        image: Any = group, self.extrapolation, self.settings
         if self.cut is None or self.cut.group is not group or self.cut.made_for != wanted:
-            clock, image = self._clock if stale else None, (size, group, self.extrapolation, self.settings)
-            self.cut = cut_image(*image, text_tokens=text_tokens, clock=clock, counters=self.counters)
+            self.cut = cut_image(size, *image, clock=self._clock if stale else None, **how)
+        shifts = self.extrapolation is not None and self.extrapolation.shifts
+        self._cuts = (cut_image((size[0] + 1, size[1] + 1), *image, clock=None, **how), self.cut) if shifts else ()
         is_masked = self.family.text_mask(inputs) is not None
         tokens = len(self.family.latents(inputs)) * (max(map(len, self.cut.stripes)) * self.cut.width + text_tokens)
-        self.graphs.begin(self.cut, steps=self._steps, tokens=tokens, is_masked=is_masked)
+        self.graphs.begin(self.cut, steps=0 if shifts else steps, tokens=tokens, is_masked=is_masked)
 
 
 def striped_of(model: Any) -> StripedModel | None:

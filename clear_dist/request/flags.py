@@ -9,8 +9,10 @@ from functools import cached_property
 from pathlib import Path
 
 from clear_dist.options import CUT, JOIN_SECONDS, MODEL, Flags, Options, Refusal, check_encoding, flag, shortened
+from clear_dist.refining import REFINEMENTS
 from clear_dist.request.hardware import GPUS, LINKS
 from clear_dist.request.picture_flags import PICTURES, ControlFlags, InputFlags
+from clear_dist.stages import NTK
 
 DRAWN, LARGE, WRITTEN = "What to draw", "Above the native size", "What is written"
 PANELS = (DRAWN, PICTURES, LARGE, MODEL, CUT, WRITTEN, None)
@@ -107,12 +109,22 @@ class PictureFlags(Kept, ControlFlags):
         LARGE,
         bounds=(0.001, 1.0),
     )
+    refine: str | None = flag(
+        None,
+        "how enlarged pictures are refined: from their noise, or from noise alone led by them (sdedit)",
+        LARGE,
+        choices=tuple(REFINEMENTS),
+    )
     upscale_steps: int | None = flag(
         None, "steps of each upper stage (the model's steps x strength)", LARGE, bounds=STEPS
     )
     ntk_factor: float | None = flag(
         None, "of the rotary embedding's base (10)", LARGE, bounds=(1.0, 1_000.0), planned=False
     )
+    ntk: str | None = flag(
+        None, "clipped: no frequency below the stock one / sqrt(tokens / native tokens) (plain)", LARGE, choices=NTK,
+        planned=False,
+    )  # fmt: skip
     model: str = flag(
         "auto",
         "auto, demo, a short name (below), a hub id, a folder in diffusers' layout, or a safetensors file as "

@@ -83,7 +83,9 @@ def _choices(flags: PictureFlags, request: Request, facts: ModelFacts, cards: Ca
     if len(request.stages) > 1:
         sizes = " -> ".join(f"{stage.width}x{stage.height}" for stage in request.stages)
         upper = request.upscaling
-        yield f"cascade: {sizes} ({upper.steps} steps at strength {upper.strength:g} in each upper stage)"
+        how = f"at strength {upper.strength:g}" if upper.refinement == "sdedit" else f"of {upper.refinement}"
+        later = f", then {upper.later_steps}" if upper.later_steps else ""
+        yield f"cascade: {sizes} ({upper.steps} steps{later} {how} in each upper stage)"
     if isinstance(flags, UpscaleFlags):
         yield from _pictures(flags, request)
     if isinstance(request.sampling, ImageToImage):
@@ -194,10 +196,11 @@ def _without_effect(flags: PictureFlags, request: Request, facts: ModelFacts) ->
     lacks_prompt = (flags.true_cfg_scale or 1) > 1 and request.negative_prompt is None
     unguidable = flags.guidance_scale is not None and not facts.takes_guidance
     instead = "; nearest: --true-cfg-scale" if facts.sampling.true_cfg_scale > 1 else ""
-    absolute = flags.ntk_factor is not None and not facts.has_rotary_positions
+    absolute = "has no effect: this model has no rotary positions" if not facts.has_rotary_positions else ""
     for applies, line in (
         (unguidable, f"--guidance-scale has no effect: this model was not distilled with guidance{instead}"),
-        (absolute, "--ntk-factor has no effect: this model has no rotary positions"),
+        (absolute and flags.ntk_factor is not None, f"--ntk-factor {absolute}"),
+        (absolute and flags.ntk is not None, f"--ntk {absolute}"),
         (flags.negative_prompt is not None and not is_guided,
          "--negative-prompt has no effect" + (" without --true-cfg-scale above 1" if facts.takes_negative_prompts
          else ": this model takes none")),
@@ -219,6 +222,6 @@ def _without_effect(flags: PictureFlags, request: Request, facts: ModelFacts) ->
     if isinstance(flags, UpscaleFlags) and flags.background and not any(each.has_alpha for each in request.pictures):
         yield f"{WARNING}--background has no effect: nothing here is transparent"
     if not any(isinstance(stage.sampling, Upscaling) for stage in stages):
-        for name in ("base_res", "upscale_steps", "ntk_factor", "save_stages"):
+        for name in ("base_res", "upscale_steps", "ntk_factor", "ntk", "save_stages"):
             if getattr(flags, name):
                 yield f"{WARNING}{spelled(name)} has no effect: this size is drawn in one stage"

@@ -28,7 +28,7 @@ from clear_dist.request.outputs import check_outputs
 from clear_dist.request.request import Lora, Request
 from clear_dist.request.single_file import find
 from clear_dist.request.start import Start, find_start, upscaling
-from clear_dist.stages import ImageToImage
+from clear_dist.stages import ImageToImage, check_refining
 
 LONGEST_SIDE = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500}
 """Pixels; the other formats take more than anyone asks for."""
@@ -98,11 +98,7 @@ def choose(
     )
     check_axes(request)
     _check_sizes(request, facts)
-    if flags.strength is not None and request.stages and not any(each.starts_from_picture for each in request.stages):
-        got = f"got {flags.strength:g} for {request.width} x {request.height} px from noise"
-        raise Refusal(
-            f"--strength is for a picture to start from, or a size above the native one, {got}; nearest: none"
-        )
+    _check_refining(flags, request)
     return request, facts, begin
 
 
@@ -137,6 +133,19 @@ def located(
     _check_sizes(settled, facts)
     check_outputs(settled)
     return settled
+
+
+def _check_refining(flags: PictureFlags, request: Request) -> None:
+    if flags.strength is not None and request.stages and not any(each.starts_from_picture for each in request.stages):
+        got = f"got {flags.strength:g} for {request.width} x {request.height} px from noise"
+        raise Refusal(
+            f"--strength is for a picture to start from, or a size above the native one, {got}; nearest: none"
+        )
+    for index in range(len(request.pictures) or 1):
+        try:
+            check_refining(request.alone(index).stages, flags.refine)
+        except ValueError as error:
+            raise Refusal(f"--refine: {error}") from error
 
 
 def _understood(prompt: str | None, facts: ModelFacts) -> str | None:

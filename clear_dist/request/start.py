@@ -11,10 +11,11 @@ from clear_dist.cards.folder import ModelFacts
 from clear_dist.launch.env import Place
 from clear_dist.options import Refusal, shortened, spelled
 from clear_dist.pictures import numbered
+from clear_dist.refining import REFINEMENTS
 from clear_dist.request.flags import UPSCALED, GenerateFlags, PictureFlags, UpscaleFlags
 from clear_dist.request.pictures import find_files, find_image, find_picture
 from clear_dist.request.request import Picture
-from clear_dist.stages import ImageToImage, Sampling, Upscaling, refining_steps
+from clear_dist.stages import ImageToImage, Sampling, Upscaling
 
 DEFAULT_PROMPT = "a lighthouse on a cliff at dusk, its light over a calm sea"
 GUIDANCE = ("guidance_scale", "true_cfg_scale")
@@ -65,11 +66,20 @@ def upscaling(flags: PictureFlags, sampling: Sampling, facts: ModelFacts) -> Ups
 
     Where the first stage starts from a picture, `--strength` is that stage's.
     """
-    own, steps = _given(flags, "strength", "ntk_factor", *GUIDANCE), sampling.steps
+    own, steps = _given(flags, "ntk_factor", "ntk", *GUIDANCE), sampling.steps
+    model, word = facts.upscaling, flags.refine or facts.upscaling.refinement
     if isinstance(sampling, ImageToImage):
-        own, steps = own | {"strength": facts.upscaling.strength}, sampling.schedule
-    chosen = replace(facts.upscaling, **own)
-    return replace(chosen, steps=flags.upscale_steps or refining_steps(steps, chosen.strength))
+        steps = sampling.schedule
+    elif flags.strength is not None:
+        if "strength" in REFINEMENTS[word].usual(steps, model.strength):
+            raise Refusal(f"--strength is for --refine sdedit, got {flags.strength:g} for {word}; leave one out")
+        model = replace(model, strength=flags.strength)
+    if flags.upscale_steps is not None:
+        own |= {"steps": flags.upscale_steps, "later_steps": None}
+    try:
+        return replace(model.above(steps, word), **own)
+    except ValueError as error:
+        raise Refusal(f"--upscale-steps: {error}") from error
 
 
 def _given(flags: PictureFlags, *names: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from clear_dist.engine.family import Condition, OnStep, Others
-from clear_dist.engine.flow_match import sigmas_of, with_noise
+from clear_dist.engine.flow_match import with_noise
 from clear_dist.families.flux.pipeline import FluxPipelineAdapter
 from clear_dist.stages import Stage
 
@@ -83,7 +83,7 @@ class FluxControlNetAdapter(FluxPipelineAdapter):
         drawing.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
         given = {**self._guided(embeddings, stage), **self._controls(pictures, stage)}
         if start is not None:
-            sigmas = sigmas_of(stage)
+            sigmas = self._led(pipe, stage, start)
             noisy = with_noise(pipe.scheduler, start.to(like), sigmas, generator)
             given |= {"latents": pipe._pack_latents(noisy, *noisy.shape), "sigmas": sigmas}
         return self._drawn(drawing, stage, generator, on_step, given)

@@ -41,9 +41,12 @@ class FluxPipelineAdapter(FlowMatchAdapter):
 
     def unpacked(self, latents: Tensor, rows: slice, size: Size) -> Tensor:
         width = size[1] // self.token_size
-        mine_BLC = latents.unflatten(1, (-1, width))[:, rows].flatten(1, 2)
-        height = mine_BLC.shape[1] // width * self.token_size
-        return self._pipe._unpack_latents(mine_BLC, height, size[1], self._pipe.vae_scale_factor)
+        return self.spread(latents.unflatten(1, (-1, width))[:, rows].flatten(1, 2), size)
+
+    def spread(self, latents: Tensor, size: Size) -> Tensor:
+        width = size[1] // self.token_size
+        height = latents.shape[1] // width * self.token_size
+        return self._pipe._unpack_latents(latents, height, size[1], self._pipe.vae_scale_factor)
 
     def packed(self, latents_BCHW: Tensor) -> Tensor:
         return self._pipe._pack_latents(latents_BCHW, *latents_BCHW.shape)

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from clear_dist.engine.cut import Cut
+from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.fused import is_stock
 from clear_dist.engine.references import after_references, flat_ids, own_ids
+from clear_dist.engine.rotary import cosines_and_sines
 from clear_dist.families.flux.attention import Rotary
 
 MOST_REMEMBERED = 8_192
@@ -26,6 +28,19 @@ class StripedPosEmbed(FluxPosEmbed):
         return cos_LD, sin_LD
 
 
+class ClippedPosEmbed(StripedPosEmbed):
+    """Above the native size, with a bound for low frequencies."""
+
+    def __init__(self, stock: FluxPosEmbed, beyond: Extrapolation) -> None:
+        super().__init__(theta=stock.theta, axes_dim=stock.axes_dim)
+        self._beyond = beyond
+
+    def forward(self, ids: Tensor) -> Rotary:
+        if ids.shape[-1] != len(self.axes_dim):
+            return super().forward(ids)
+        return cosines_and_sines(ids, self.axes_dim, self.theta, self._beyond)
+
+
 class Positions:
     """A transformer's ids, cut to this rank; or their embedding, kept as long as the text's ids: for a generation."""
 
@@ -38,7 +53,7 @@ class Positions:
         """Rows for my text tokens, and for my reference and image tokens; `embed`, the transformer's own, turns them
         into cosines and sines."""
         few = len(cut.plan.own) * cut.width <= MOST_REMEMBERED and not len(references)
-        if not few or not is_stock(embed, StripedPosEmbed):
+        if not few or not is_stock(embed, StripedPosEmbed, ClippedPosEmbed):
             return all_ids(text_ids, text, cut, references)
         version = None if text_ids.is_inference() else text_ids._version  # others do not tell that they were changed
         made_for = cut.size, cut.by_columns, cut.plan.own, cut.extrapolation, text, version

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from clear_dist.engine.cut import Cut
 from clear_dist.engine.extrapolation import Extrapolation
@@ -21,7 +22,7 @@ from clear_dist.families.flux.attention import Adaptive, FluxStripeAttnProcessor
 from clear_dist.families.flux.blocks import STRIPED
 from clear_dist.families.flux.controlled import FluxControlNetAdapter
 from clear_dist.families.flux.pipeline import FluxPipelineAdapter
-from clear_dist.families.flux.positions import Positions, StripedPosEmbed
+from clear_dist.families.flux.positions import ClippedPosEmbed, Positions, StripedPosEmbed
 from clear_dist.geometry import TextPlan
 
 PRODUCTS = re.compile(
@@ -119,13 +120,20 @@ class Flux:
         """Context in which the rotary embedding's base is `ntk_factor` times the stock one's."""
         stock = self.transformer.pos_embed
         # Another module, not a hook on the stock one: a compiled transformer does not look for new hooks.
-        self.transformer.pos_embed = StripedPosEmbed(
-            theta=stock.theta * extrapolation.ntk_factor, axes_dim=stock.axes_dim
-        )
+        plain = StripedPosEmbed(theta=stock.theta * extrapolation.ntk_factor, axes_dim=stock.axes_dim)
+        clipped = ClippedPosEmbed(stock, extrapolation)
+        self.transformer.pos_embed = clipped if extrapolation.least_frequency else plain
         try:
             yield
         finally:
             self.transformer.pos_embed = stock
+
+    def shifted(self, inputs: Inputs, size: tuple[int, int]) -> Inputs:
+        side = FluxPipelineAdapter.packing
+        patches = inputs["hidden_states"].unflatten(1, size).unflatten(-1, (-1, side, side))
+        latents_BCHW = patches.permute(0, 3, 1, 4, 2, 5).flatten(-2).flatten(2, 3)
+        patches = pad(latents_BCHW, (side // 2,) * 4).unflatten(-1, (-1, side)).unflatten(2, (-1, side))
+        return {**inputs, "hidden_states": patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)}
 
     def replicated(self, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
         drawn = [inputs[name] for name in ("hidden_states", "timestep", "guidance") if inputs.get(name) is not None]

@@ -14,7 +14,8 @@ from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from torch import Tensor
 
 from clear_dist.engine.family import Encoded, OnStep, Others
-from clear_dist.engine.flow_match import FlowMatchAdapter, cut_off, sigmas_of, with_noise
+from clear_dist.engine.flow_match import FlowMatchAdapter, cut_off, with_noise
+from clear_dist.engine.refiner import Below
 from clear_dist.families.flux2.card import PACKING
 from clear_dist.stages import Size, Stage
 
@@ -41,10 +42,13 @@ class Flux2PipelineAdapter(FlowMatchAdapter):
     def too_long(self, prompt: str, max_sequence_length: int) -> list[str]:
         return cut_off(self._encoder, self._tokenizer, self._tokens_of(prompt), max_sequence_length)
 
-    def refining(self, stage: Stage) -> Any:
+    def refining(self, stage: Stage, below: Below | None = None) -> Any:
         """The same pipeline with the scheduler's static shift (with the dynamic one mu is 11.5 at 4096 px)."""
-        own = {"is_distilled": self._pipe.config.is_distilled} if self._is_klein else {}
-        return self._with_parts(type(self._pipe), stage, **own)
+        return self._with_parts(type(self._pipe), stage, below)
+
+    def _with_parts(self, kind: type, stage: Stage, below: Below | None, **own: Any) -> Any:
+        own |= {"is_distilled": self._pipe.config.is_distilled} if self._is_klein else {}
+        return super()._with_parts(kind, stage, below, **own)
 
     def denoise(
         self,
@@ -62,7 +66,7 @@ class Flux2PipelineAdapter(FlowMatchAdapter):
         assert mask is None, "refused before"
         generator, given = self._generator(stage, seed, others), dict(self._guided(embeddings, stage))
         if start is not None:
-            sigmas = sigmas_of(stage)
+            sigmas = self._led(pipe, stage, self._pipe._unpatchify_latents(start))
             noisy = with_noise(pipe.scheduler, start.to(embeddings["prompt_embeds"]), sigmas, generator)
             given |= {"latents": noisy, "sigmas": sigmas}
         return self._drawn(pipe, stage, generator, on_step, given)
@@ -86,6 +90,14 @@ class Flux2PipelineAdapter(FlowMatchAdapter):
         mine_BCRW = latents.unflatten(1, (-1, width))[:, rows].permute(0, 3, 1, 2)
         mean, deviation = self._statistics(mine_BCRW)
         return self._pipe._unpatchify_latents(mine_BCRW * deviation + mean)
+
+    def spread(self, latents: Tensor, size: Size) -> Tensor:
+        """As the VAE has them, but normed."""
+        width = size[1] // self.token_size
+        return self._pipe._unpatchify_latents(latents.unflatten(1, (-1, width)).permute(0, 3, 1, 2))
+
+    def gathered(self, latents_BCHW: Tensor) -> Tensor:
+        return self._pipe._patchify_latents(latents_BCHW.contiguous()).flatten(2).transpose(1, 2)
 
     def for_vae(self, latents_BCRW: Tensor) -> Tensor:
         return latents_BCRW

@@ -16,6 +16,7 @@ from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.family import Inputs, Removable, StripeProcessor, Stripes
 from clear_dist.engine.reclassed import Reclassed
 from clear_dist.engine.references import References, after_references, flat_ids, joined_image, own_ids
+from clear_dist.engine.rotary import cosines_and_sines
 from clear_dist.engine.stock import attention_layers
 from clear_dist.families.flux.attention import FluxStripeAttnProcessor
 from clear_dist.families.flux2.attention import Flux2ParallelStripeProcessor
@@ -113,8 +114,9 @@ class Flux2:
         """Context in which the rotary embedding's base is `ntk_factor` times the stock one's."""
         stock = self.transformer.pos_embed
         # Another module, not a hook on the stock one: a compiled transformer does not look for new hooks.
-        theta = stock.theta * extrapolation.ntk_factor
-        self.transformer.pos_embed = Flux2PosEmbed(theta=theta, axes_dim=stock.axes_dim)
+        plain = Flux2PosEmbed(theta=stock.theta * extrapolation.ntk_factor, axes_dim=stock.axes_dim)
+        clipped = ClippedPosEmbed(stock, extrapolation)
+        self.transformer.pos_embed = clipped if extrapolation.least_frequency else plain
         try:
             yield
         finally:
@@ -158,3 +160,14 @@ class Flux2:
         if isinstance(output, tuple):
             return joined_image(output[0], cut), *output[1:]
         return Flux2Transformer2DModelOutput(sample=joined_image(output.sample, cut))
+
+
+class ClippedPosEmbed(Flux2PosEmbed):
+    """Above the native size, with a bound for low frequencies."""
+
+    def __init__(self, stock: Flux2PosEmbed, beyond: Extrapolation) -> None:
+        super().__init__(theta=stock.theta, axes_dim=stock.axes_dim)
+        self._beyond = beyond
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return cosines_and_sines(ids, self.axes_dim, self.theta, self._beyond)

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from clear_dist.engine.family import Encoded
 from clear_dist.engine.flow_match import FlowMatchAdapter, cut_off
+from clear_dist.engine.refiner import Below
 from clear_dist.families.z_image.card import PACKING
 from clear_dist.stages import Size, Stage
 
@@ -42,9 +43,9 @@ class ZImagePipelineAdapter(FlowMatchAdapter):
         ids = tokenizer(text, truncation=False, verbose=False).input_ids
         return cut_off("Qwen3", tokenizer, ids, max_sequence_length)
 
-    def refining(self, stage: Stage) -> Any:
+    def refining(self, stage: Stage, below: Below | None = None) -> Any:
         """As of all families, but that diffusers' own takes latents for a picture."""
-        refining, channels = super().refining(stage), self._pipe.vae.config.latent_channels
+        refining, channels = super().refining(stage, below), self._pipe.vae.config.latent_channels
         refining.image_processor = VaeImageProcessor(vae_scale_factor=self.token_size, vae_latent_channels=channels)
         return refining
 

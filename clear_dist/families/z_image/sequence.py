@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.family import Stripes
+from clear_dist.engine.rotary import frequencies
 
 
 def padding(height: int, width: int) -> int:
@@ -79,6 +80,10 @@ class Sequencing:
         return ZImageTransformer2DModel.unpatchify(self._model, [x[len(x) - own :] for x in tokens], *how)
 
 
+NOT_BEYOND = Extrapolation(native_tokens=2)
+"""Of the axis along the caption."""
+
+
 class ScaledRope:
     """Z-Image's rotary embedding above the native size: another base, and scaled positions, of rows and columns."""
 
@@ -92,10 +97,8 @@ class ScaledRope:
         """Complex turns [L, F] of positions [L, 3]."""
         turns = []
         for axis, channels in enumerate(self.axes_dims):
-            base, scale = self.theta, 1.0
-            if axis:
-                base, scale = base * self._extrapolation.ntk_factor, self._extrapolation.position_scale
-            powers = torch.arange(0, channels, 2, dtype=torch.float64, device=ids.device) / channels
-            angles = torch.outer(ids[:, axis] * scale, base**-powers).float()
+            beyond = self._extrapolation if axis else NOT_BEYOND
+            turns_per_position = frequencies(channels, self.theta, beyond, ids.device)
+            angles = torch.outer(ids[:, axis] * beyond.position_scale, turns_per_position).float()
             turns.append(torch.polar(torch.ones_like(angles), angles))
         return torch.cat(turns, dim=-1)
