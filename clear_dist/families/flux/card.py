@@ -60,7 +60,12 @@ class FluxShape:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], where: Path | str) -> Self:
-        """From the contents of the file `where`; raises a Refusal for wrong numbers, or axes that do not fill heads."""
+        """From the contents of the file `where`; raises a Refusal for wrong numbers, or axes that do not fill heads.
+
+        And for positions in a way of their own.
+        """
+        if config.get("method") == "yarn":  # UltraFlux's, which diffusers would leave out
+            raise Refusal(f"a transformer's positions must be FLUX.1's own, got yarn in {where}; nearest: {FLUX_DEV}")
         names = [name for name in cls.__dataclass_fields__ if name not in ("guidance_embeds", "out_channels")]
         numbers = {name: whole_number(config, name, getattr(cls, name), where) for name in names}
         if config.get("out_channels") is not None:
