@@ -70,12 +70,10 @@ def generate(
         seed: of a CPU generator: the stock pipeline's noise on any number of ranks.
         image, mask_image: rank 0's, to start from (or look at), read as by `upscale`; it stays where the mask is black.
         strength: share of noise in `image`, and of the steps, as in diffusers (None: 0.6).
-        cascade: draw at the native size first, then enlarge and refine, about 2 times a stage (paper, Sec. 4.3).
-        base_resolution: pixels along a square as large as the first stage; None: the native size.
+        cascade, base_resolution: first as large as a square of such a side (None: native), then about 2 times a stage.
         refinement, upscaling: how upper stages are refined, in a word or by all settings; None: as in CLEAR's notebook.
         lora_stages: "upper", or a number of pixels, by the names of adapters that work in these stages only (`--lora`).
-        control_image: for a pipeline with a ControlNet, on rank 0, stretched to each stage's size; as many as scales
-            and modes, in lists, where the pipeline takes several.
+        control_image: for a pipeline with ControlNets, on rank 0, stretched to each stage's size; a list for several.
 
     Raises ValueError for an unsupported pipeline, a side not in whole tokens, pictures that do not fit, or no room.
     """
