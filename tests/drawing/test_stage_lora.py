@@ -52,11 +52,12 @@ def load(pipe: Any, files: dict[str, Path], *names: str) -> None:
 def drawn(group: Group, files: dict[str, Path], names: tuple[str, ...], **options: Any) -> Drawn:
     """All LoRA of `names` are loaded before the first stage."""
     pipe = tiny()
-    clear_dist.parallelize(pipe, group=group, **options)
+    handle = clear_dist.parallelize(pipe, group=group, **options)
     if names:
         load(pipe, files, *names)
     found = [(each.latents, each.pixels) for each in cascade_of(pipe, group).run(STAGES)]
     assert not names or pipe.get_active_adapters() == list(names)
+    handle.undo()
     return found
 
 
@@ -104,12 +105,13 @@ def switched_and_loaded_later(group: Group, files: dict[str, Path], options: dic
     """A stage's LoRA as it is switched; and with none in the lower stage, loaded for the upper one."""
     pipe = tiny()
     options = options | ({"clear_weights": files["clear"]} if options.get("window") == 3 else {})
-    clear_dist.parallelize(pipe, group=group, **options)
+    handle = clear_dist.parallelize(pipe, group=group, **options)
     cascade = cascade_of(pipe, group)
     first = cascade.draw(LOWER)
     load(pipe, files, "urae")
     second = cascade.draw(UPPER, first)
     later = [(each.latents, each.pixels) for each in (first, second)]
+    handle.undo()
     return [drawn(group, files, ("urae",), **options), later]
 
 
@@ -132,8 +134,9 @@ def test_switching_is_loading_later(files: dict[str, Path], options: dict[str, A
 def loaded_before_shards(group: Group, files: dict[str, Path]) -> list[Drawn]:
     pipe = tiny()
     load(pipe, files, "urae")
-    clear_dist.parallelize(pipe, group=group, shard_weights=True)
+    handle = clear_dist.parallelize(pipe, group=group, shard_weights=True)
     found = [(each.latents, each.pixels) for each in cascade_of(pipe, group).run(STAGES)]
+    handle.undo()
     return [found, drawn(group, files, ("urae",))]
 
 
@@ -158,9 +161,8 @@ def generated(group: Group, files: dict[str, Path]) -> tuple[list[np.ndarray], l
     how: dict[str, Any] = {"seed": SEED, "upscaling": UPPER.sampling, **common}
     found = clear_dist.generate(pipe, PROMPT, lora_stages={"urae": "upper"}, **how)
     found += clear_dist.generate(pipe, PROMPT, lora_stages={"urae": 100}, **how)
-    found += clear_dist.upscale(
-        pipe, found[0], lora_stages={"urae": 200}, height=192, width=208, upscaling=how["upscaling"]
-    )
+    own = found[0] if group.rank == 0 else None
+    found += clear_dist.upscale(pipe, own, lora_stages={"urae": 200}, height=192, width=208, upscaling=how["upscaling"])
     refused(lora_stages={"ure": "upper"})
     refused(lora_stages={"urae": 113})
     refused(lora_stages={"urae": "upper"}, cascade=False)

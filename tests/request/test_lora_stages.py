@@ -54,7 +54,7 @@ def test_stages_of_a_request_know_their_loras(model: Path, tensors: Tensors, tmp
 
 def test_a_prompt_is_read_once_for_all_stages(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "style.safetensors"
-    shapes = {f"{CLIP}__lora_down__weight": (4, 16), f"{CLIP}__lora_up__weight": (24, 4)}
+    shapes = {f"{CLIP}__lora_down__weight": (4, 16), f"{CLIP}__lora_up__weight": (32, 4)}
     save_file(only(**shapes)({}), file)
     assert loras_of(model, str(file))
     with pytest.raises(
