@@ -3,7 +3,7 @@
 A large picture is drawn at the native size, then enlarged and refined, stage by stage (paper, Sec. 4.3).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import ceil, log2, sqrt
@@ -12,6 +12,8 @@ from typing import Literal
 from clear_dist.refining import REFINEMENTS, Refinement
 
 Size = tuple[int, int]
+AtStages = Literal["upper"] | int
+"""Stages that a LoRA works in: those that refine, or of so many pixels along the longer side and more."""
 NTK = ("plain", "clipped")
 """Ways of lowering a rotary embedding's frequencies above the native size."""
 
@@ -122,6 +124,8 @@ class Stage:
     sampling: Sampling = field(default_factory=Sampling)
     ranks: int | None = None
     """Most ranks that draw it, the others being idle; None: all."""
+    resting: tuple[str, ...] = ()
+    """Adapters of the transformer, such as LoRA, that do not work in it."""
 
     def __post_init__(self) -> None:
         if self.ranks is not None and self.ranks < 1:
@@ -135,6 +139,10 @@ class Stage:
     def starts_from_picture(self) -> bool:
         return isinstance(self.sampling, FromPicture)
 
+    def is_at(self, where: AtStages) -> bool:
+        """Whether it is one of these stages."""
+        return isinstance(self.sampling, Upscaling) if where == "upper" else max(self.size) >= where
+
     def ranks_among(self, most: int, units: int) -> int:
         """Ranks that draw it of `most`, where `units` of rows can be shared out."""
         return min(most, self.ranks or most, units)
@@ -143,6 +151,24 @@ class Stage:
 def on_ranks(stages: tuple[Stage, ...], ranks: Mapping[Size, int]) -> tuple[Stage, ...]:
     """Stages with the ranks chosen for their sizes; all ranks where there is none."""
     return tuple(replace(stage, ranks=ranks.get(stage.size)) for stage in stages)
+
+
+def with_adapters(stages: tuple[Stage, ...], where: Mapping[str, AtStages]) -> tuple[Stage, ...]:
+    """Stages in which those adapters rest that are for others."""
+    return tuple(
+        replace(stage, resting=tuple(name for name, at in where.items() if not stage.is_at(at))) for stage in stages
+    )
+
+
+def check_adapter(stages: Sequence[Stage], where: AtStages) -> None:
+    """Raises ValueError where an adapter is for none of these stages, the largest of which is the nearest."""
+    if where != "upper" and (not isinstance(where, int) or where < 1):
+        raise ValueError(f"stages of a LoRA must be upper or a number of pixels, got {where!r}; nearest: upper")
+    largest = max((max(stage.size) for stage in stages), default=None)
+    if largest is None or any(stage.is_at(where) for stage in stages):
+        return
+    rule = "no stage refines a picture" if where == "upper" else f"no stage has {where} px along its longer side"
+    raise ValueError(f"{rule}, the largest has {largest}; nearest: {largest}")
 
 
 def check_refining(stages: tuple[Stage, ...], asked: str | None = None) -> None:

@@ -34,6 +34,7 @@ def make_tiny_pipeline(
     head_dim: int = 16,
     guidance_embeds: bool = True,
     sample_size: int = 128,
+    vae_blocks: int = 4,
 ) -> FluxPipeline:
     """A tiny FLUX pipeline on the CPU in float32; equal seeds give equal weights, in every process.
 
@@ -41,6 +42,7 @@ def make_tiny_pipeline(
         head_dim: 16, 24 or 32.
         guidance_embeds: True as in FLUX.1-dev, False as in FLUX.1-schnell.
         sample_size: native size in pixels.
+        vae_blocks: 4 for tokens of 16 pixels, 5 for 32.
     """
     transformer = FluxTransformer2DModel(
         in_channels=64,
@@ -57,7 +59,7 @@ def make_tiny_pipeline(
     generator = torch.Generator().manual_seed(seed)
     return FluxPipeline(
         transformer=draw_weights(transformer, generator),
-        vae=draw_weights(make_vae(sample_size), generator),
+        vae=draw_weights(make_vae(sample_size, vae_blocks), generator),
         text_encoder=draw_weights(make_clip(tokenizer), generator),
         text_encoder_2=draw_weights(make_t5(len(tokenizer_2)), generator),
         tokenizer=tokenizer,
@@ -117,12 +119,12 @@ def make_t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
-def make_vae(sample_size: int) -> AutoencoderKL:
-    """8x, 16 channels, as FLUX's."""
+def make_vae(sample_size: int, blocks: int = 4) -> AutoencoderKL:
+    """8x, 16 channels, as FLUX's; each further block halves the sides."""
     return AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * blocks,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
         layers_per_block=1,
         latent_channels=16,
         norm_num_groups=4,

@@ -93,6 +93,8 @@ class HubModel:
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The config.json of transformer and VAE, as far as it differs from diffusers' defaults."""
     text: TextEncoders | None = None
+    loras: Mapping[str, str] = field(default_factory=dict)
+    """Published LoRA for upper stages: hub files `owner/name:file` by the names that `--lora` takes instead."""
 
 
 @dataclass(frozen=True, kw_only=True)

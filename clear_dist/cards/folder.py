@@ -162,6 +162,9 @@ def _check_parts(folder: Path, card: Card, nearest: str) -> None:
         if others := _classes(folder, part) - {kind}:
             got = ", ".join(sorted(others))
             raise Refusal(f"the class of the {part} must be {kind}, got {got} in {folder}; nearest: {nearest}")
+    if (stride := read_json(folder / "vae" / "config.json").get("stride", 1)) != 1:  # diffusers would leave it out
+        got = f"got a stride of {shortened(str(stride))} in {folder / 'vae'}"
+        raise Refusal(f"the VAE must be diffusers' {vae}, {got}; nearest: {nearest}")
 
 
 def _classes(folder: Path, part: str) -> set[str]:

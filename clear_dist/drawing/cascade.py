@@ -21,6 +21,7 @@ from clear_dist.drawing.encoding import encode_rows, join_rows
 from clear_dist.drawing.kept import Below, Kept
 from clear_dist.drawing.masking import Stencil
 from clear_dist.drawing.resize import resize_rows, rows_behind
+from clear_dist.engine.adapters import resting
 from clear_dist.engine.agreement import fingerprint, require_equal_settings
 from clear_dist.engine.family import Condition, OnStep, Others, ReferringAdapter
 from clear_dist.engine.striped import require_striped
@@ -206,6 +207,7 @@ class Cascade:
         how: dict[str, Any] = {"scheduler": pipe.scheduler, "extrapolation": beyond}
         given: dict[str, Any] = {"seed": seed, "others": self._others, "start": start, "mask": mask}
         with ExitStack() as running:
+            running.enter_context(resting(self._striped.family.transformer, stage.resting))
             for model in self._models:  # a ControlNet, too, is above the size that it was trained at
                 running.enter_context(model.running(group=part, is_guided=is_guided, **how))
             return adapter.denoise(pipe, self._embeddings, stage, on_step=self._on_step, **given)

@@ -1,6 +1,6 @@
 """Pictures of any size from a prompt or a picture, with a parallelized pipeline: one call on every rank."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,19 +14,23 @@ from clear_dist.drawing.cascade import Cascade, Drawing, unit_size
 from clear_dist.drawing.control import Control
 from clear_dist.drawing.given import Given, controls_of, from_image, given_pictures
 from clear_dist.drawing.prompts import encode_prompts
+from clear_dist.engine.adapters import require_adapters
 from clear_dist.engine.agreement import require_equal_settings
 from clear_dist.engine.striped import require_striped
 from clear_dist.families.transformers import PIPELINES
 from clear_dist.stages import (
+    AtStages,
     ImageToImage,
     Sampling,
     Size,
     Stage,
     Upscaling,
+    check_adapter,
     check_refining,
     plan_cascade,
     plan_upscaling,
     size_like,
+    with_adapters,
 )
 
 NOTEBOOK_STEPS = 20
@@ -53,6 +57,7 @@ def generate(
     base_resolution: int | None = None,
     refinement: str | None = None,
     upscaling: Upscaling | None = None,
+    lora_stages: Mapping[str, AtStages] | None = None,
     control_image: Image | list[Image] | None = None,
     controlnet_conditioning_scale: float | list[float] = 1.0,
     control_mode: int | list[int | None] | None = None,
@@ -65,11 +70,10 @@ def generate(
         seed: of a CPU generator: the stock pipeline's noise on any number of ranks.
         image, mask_image: rank 0's, to start from (or look at), read as by `upscale`; it stays where the mask is black.
         strength: share of noise in `image`, and of the steps, as in diffusers (None: 0.6).
-        cascade: draw at the native size first, then enlarge and refine, about 2 times a stage (paper, Sec. 4.3).
-        base_resolution: pixels along a square as large as the first stage; None: the native size.
+        cascade, base_resolution: first as large as a square of such a side (None: native), then about 2 times a stage.
         refinement, upscaling: how upper stages are refined, in a word or by all settings; None: as in CLEAR's notebook.
-        control_image: for a pipeline with a ControlNet, on rank 0, stretched to each stage's size; as many as scales
-            and modes, in lists, where the pipeline takes several.
+        lora_stages: "upper", or a number of pixels, by the names of adapters that work in these stages only (`--lora`).
+        control_image: for a pipeline with ControlNets, on rank 0, stretched to each stage's size; a list for several.
 
     Raises ValueError for an unsupported pipeline, a side not in whole tokens, pictures that do not fit, or no room.
     """
@@ -79,8 +83,8 @@ def generate(
     sampling = sampling if given.before is None else ImageToImage.of(sampling, strength)
     upper = _upper(upscaling, refinement, num_inference_steps)
     stages = _planned(pipe, (height, width), given.size, sampling, upper, base=base_resolution, cascade=cascade)
+    stages = _checked(pipe, stages, refinement, lora_stages)
     controls = controls_of(pipe, control_image, controlnet_conditioning_scale, control_mode)
-    check_refining(stages, refinement)
     embeddings = _encoded(pipe, stages, seed, prompt, negative_prompt, max_sequence_length, num_images)
     return _pictures(pipe, embeddings, stages, seed, given, controls)
 
@@ -97,6 +101,7 @@ def upscale(
     seed: int = 0,
     refinement: str | None = None,
     upscaling: Upscaling | None = None,
+    lora_stages: Mapping[str, AtStages] | None = None,
     control_image: Image | list[Image] | None = None,
     controlnet_conditioning_scale: float | list[float] = 1.0,
     control_mode: int | list[int | None] | None = None,
@@ -117,7 +122,7 @@ def upscale(
         token=unit_size(pipe),
         upscaling=_upper(upscaling, refinement, NOTEBOOK_STEPS),
     )
-    check_refining(stages, refinement)
+    stages = _checked(pipe, stages, refinement, lora_stages)
     controls = controls_of(pipe, control_image, controlnet_conditioning_scale, control_mode, otherwise=image)
     embeddings = _encoded(pipe, stages, seed, prompt, negative_prompt, max_sequence_length)
     if height * width < before.size[0] * before.size[1]:
@@ -129,6 +134,18 @@ def _upper(upscaling: Upscaling | None, refinement: str | None, steps: int) -> U
     if upscaling is not None and refinement is not None:
         raise ValueError(f"either upscaling or refinement can be given, got {refinement!r} too; leave one out")
     return upscaling or Upscaling().above(steps, refinement)
+
+
+def _checked(
+    pipe: Any, stages: tuple[Stage, ...], refinement: str | None, lora_stages: Mapping[str, AtStages] | None
+) -> tuple[Stage, ...]:
+    """Stages in which LoRA rest that are for others; raises ValueError where there is none for one, or to refine."""
+    check_refining(stages, refinement)
+    where = lora_stages or {}
+    require_adapters(pipe.transformer, tuple(where))
+    for each in where.values():
+        check_adapter(stages, each)
+    return with_adapters(stages, where)
 
 
 def require_known_pipeline(pipe: Any) -> None:

@@ -90,7 +90,7 @@ class Engine:
             halves=asked.has_halves(stage),
             steps=stage.sampling.steps if asked.lags(stage, part.stripes) else 1,
             down_factor=request.down_factor,
-            has_lora=asked.lora_numbers > 0,
+            has_lora=asked.lora_numbers > 0 and len(stage.resting) < len(request.loras),
             **asked.kind,
         )
 

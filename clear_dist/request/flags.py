@@ -152,7 +152,10 @@ class PictureFlags(Kept, ControlFlags):
         bounds=(1, 64),
     )
     lora: list[str] | None = flag(
-        None, "a LoRA with its weight (1); once for each", MODEL, metavar="FILE|FOLDER|HUB-ID[:WEIGHT]"
+        None,
+        "a LoRA with its weight (1) and stages, the upper ones or from so many pixels on (all); once for each",
+        MODEL,
+        metavar="FILE|FOLDER|HUB-ID|NAME[:WEIGHT][@STAGES]",
     )
     dtype: str = flag(
         "auto", "auto: bfloat16 on CUDA (before compute capability 8.0 float16), float32 on CPU", MODEL, choices=DTYPES

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,17 +14,25 @@ from clear_dist.cards.hub_name import HubFile
 from clear_dist.cards.lora import Layers, linear_layers, read_pairs
 from clear_dist.cards.single_file import weight_shapes
 from clear_dist.options import Options, Refusal, shortened, spelled
-from clear_dist.request.request import Lora
+from clear_dist.request.request import Lora, Request
+from clear_dist.stages import AtStages, check_adapter
 
 DEFAULT_FILE = "pytorch_lora_weights.safetensors"
 WEIGHTS = (-10.0, 10.0)
+STAGES = re.compile(r"(.+)@(upper|-?\d{1,9})")
+"""What is named, and the stages that it is for; other words after an @ are revisions on the hub."""
 NOT_WITH_DORA = ("float8", "int8", "shard_weights", "hoist_modulation")
 """Options under which a layer's weights are not there as peft wants to measure them."""
 
 
-def find_loras(words: Iterable[str] | None, facts: ModelFacts, cards: Cards, options: Options) -> tuple[Lora, ...]:
-    """LoRA that `--lora` names; raises a Refusal where one is missing, damaged, pickled or for another model."""
-    found = tuple(map(_found, words or ()))
+def find_loras(
+    words: Iterable[str] | None, facts: ModelFacts, cards: Cards, options: Options, *, in_cascade: bool = True
+) -> tuple[Lora, ...]:
+    """LoRA that `--lora` names; raises a Refusal where one is missing, damaged, pickled or for another model.
+
+    Those with short names are for upper stages where the picture is drawn `in_cascade`, and nothing else was asked for.
+    """
+    found = tuple(_found(word, facts, cards, in_cascade) for word in words or ())
     compare_loras(found, facts, cards, options)
     if found and find_spec("peft") is None:
         raise Refusal("--lora needs the package peft, which is not installed; nearest: pip install peft")
@@ -34,13 +43,16 @@ def compare_loras(loras: Iterable[Lora], facts: ModelFacts, cards: Cards, option
     """Compare local files with the model, as far as it is known; raises as `read_pairs`.
 
     Where the model's numbers are unknown, layers of any known one pass, and sizes are not checked. Raises a Refusal,
-    too, for a DoRA under options of which it cannot see the weights.
+    too, for a DoRA under options of which it cannot see the weights, and for some stages' LoRA of text encoders.
     """
-    files = [Path(lora.source) for lora in loras if os.path.isfile(lora.source)]
+    files = [(Path(lora.source), lora.stages) for lora in loras if os.path.isfile(lora.source)]
     parts = parts_of(facts, cards) if files else {}
     other = next((spelled(name) for name in NOT_WITH_DORA if getattr(options, name)), None)
-    for file in files:
+    for file, stages in files:
         pairs = read_pairs(file, parts)
+        if stages is not None and any(pair.part != "transformer" for pair in pairs):
+            rule = f"{file} is for text encoders too, which read the prompt once for all stages"
+            raise Refusal(f"{rule}, got @{stages}; nearest: without @{stages}")
         if other and any(pair.part == "transformer" and "magnitude" in pair.tensors for pair in pairs):
             raise Refusal(f"{file} is a DoRA, which needs plain weights, got {other}; nearest: without {other}")
 
@@ -57,18 +69,57 @@ def parts_of(facts: ModelFacts, cards: Cards) -> dict[str, Layers | None]:
     return parts
 
 
-def _found(word: str) -> Lora:
-    source, weight = _parted(word)
+def check_stages(request: Request) -> None:
+    """Raises a Refusal where a LoRA is for stages that none of the pictures has, as far as they are known."""
+    stages = [stage for index in range(len(request.pictures) or 1) for stage in request.alone(index).stages]
+    for lora in (lora for lora in request.loras if lora.stages is not None):
+        try:
+            check_adapter(stages, lora.stages)
+        except ValueError as error:
+            raise Refusal(f"--lora {shortened(lora.without_folders().source)}@{lora.stages}: {error}") from error
+
+
+def _found(word: str, facts: ModelFacts, cards: Cards, in_cascade: bool) -> Lora:
+    named, stages = _staged(word)
+    source, weight = _parted(named)
     path = Path(source).expanduser()
     if source and os.path.exists(path):
-        return Lora(source=str(_in_folder(path) if path.is_dir() else path), weight=weight)
+        return Lora(source=str(_in_folder(path) if path.is_dir() else path), weight=weight, stages=stages)
+    if (published := _published(source, facts, cards)) is not None:
+        usual: AtStages | None = "upper" if in_cascade else None
+        return Lora(source=published, weight=weight, stages=usual if stages is None else stages)
     on_hub = HubFile.of(source, default=DEFAULT_FILE)
     if on_hub is None or on_hub.repository.endswith(".safetensors") or not on_hub.file.endswith(".safetensors"):
         raise Refusal(
-            "--lora must be a safetensors file, a folder or a hub id owner/name[:file], with or without :WEIGHT; "
+            "--lora must be a safetensors file, a folder, a hub id owner/name[:file] or "
+            f"{' or '.join(_short_names(cards))}, with or without :WEIGHT, @upper or @PIXELS; "
             f"there is no {shortened(source)!r}"
         )
-    return Lora(source=str(on_hub), weight=weight)
+    return Lora(source=str(on_hub), weight=weight, stages=stages)
+
+
+def _short_names(cards: Cards) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for _, known in cards.hub_models for name in known.loras))
+
+
+def _published(name: str, facts: ModelFacts, cards: Cards) -> str | None:
+    """The hub file that a short name means with this model; None: there is no such name."""
+    fitting = [known for _, known in cards.hub_models if name in known.loras]
+    if not fitting:
+        return None
+    found = next((known.loras[name] for known in fitting if known.shape == facts.shape), None)
+    if found is None:
+        models = " and ".join(known.id for known in fitting)
+        raise Refusal(f"--lora {name} is for {models}, got {facts.name}; nearest: --lora {fitting[0].loras[name]}")
+    return found
+
+
+def _staged(word: str) -> tuple[str, AtStages | None]:
+    """What comes before the stages, and these."""
+    match = None if os.path.exists(Path(word).expanduser()) else STAGES.fullmatch(word)
+    if match is None:
+        return word, None
+    return match[1], "upper" if match[2] == "upper" else int(match[2])
 
 
 def _parted(word: str) -> tuple[str, float]:

@@ -11,7 +11,17 @@ from clear_dist.geometry import Rows, Striping, cut_in_stripes, most_stripes, st
 from clear_dist.options import Window
 from clear_dist.pictures import numbered
 from clear_dist.request.flags import Kept
-from clear_dist.stages import ImageToImage, Sampling, Size, Stage, Upscaling, plan_cascade, plan_upscaling
+from clear_dist.stages import (
+    AtStages,
+    ImageToImage,
+    Sampling,
+    Size,
+    Stage,
+    Upscaling,
+    plan_cascade,
+    plan_upscaling,
+    with_adapters,
+)
 
 PROFILE_ENDINGS = (".json", ".json.gz")
 
@@ -45,9 +55,16 @@ class Lora:
 
     source: str
     weight: float = 1.0
+    stages: AtStages | None = None
+    """Stages that it works in; None: all."""
 
     def without_folders(self) -> "Lora":
         return replace(self, source=Path(self.source).name) if os.path.exists(self.source) else self
+
+
+def adapter_name(number: int) -> str:
+    """Name in the model of a request's LoRA, counted from 0."""
+    return f"lora_{number}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,5 +223,13 @@ class Request(Kept):
             return ()
         given: dict[str, Any] = {"native": native, "token": self.unit, "upscaling": self.upscaling}
         if self.enlarges and self.picture is not None:
-            return plan_upscaling(self.picture.size, self.size, **given)
-        return plan_cascade(self.size, sampling=self.sampling, cascade=self.cascade, **given)
+            stages = plan_upscaling(self.picture.size, self.size, **given)
+        else:
+            stages = plan_cascade(self.size, sampling=self.sampling, cascade=self.cascade, **given)
+        return with_adapters(stages, self._adapters)
+
+    @property
+    def _adapters(self) -> dict[str, AtStages]:
+        """Stages of the LoRA that are not for all."""
+        named = {adapter_name(number): lora.stages for number, lora in enumerate(self.loras)}
+        return {name: where for name, where in named.items() if where is not None}

@@ -22,7 +22,7 @@ from clear_dist.request.clear_weights import down_factor, find_checkpoint
 from clear_dist.request.controlnet import compare_control, find_control
 from clear_dist.request.flags import Kept, PictureFlags
 from clear_dist.request.hardware import BFLOAT16_CAPABILITY, FLOAT8_CAPABILITY
-from clear_dist.request.lora import compare_loras, find_loras
+from clear_dist.request.lora import check_stages, compare_loras, find_loras
 from clear_dist.request.notes import notes_of
 from clear_dist.request.outputs import check_outputs
 from clear_dist.request.request import Lora, Request
@@ -84,7 +84,7 @@ def choose(
         model_name=facts.name,
         clear_weights=checkpoint,
         files=facts.files,
-        loras=find_loras(flags.lora, facts, cards, flags),
+        loras=find_loras(flags.lora, facts, cards, flags, in_cascade=begin.cascade),
         control=find_control(flags, facts, cards),
         native_size=facts.native_size,
         token_size=facts.token_size,
@@ -99,6 +99,7 @@ def choose(
     check_axes(request)
     _check_sizes(request, facts)
     _check_refining(flags, request)
+    check_stages(request)
     return request, facts, begin
 
 
@@ -131,6 +132,7 @@ def located(
     if request.control is not None:
         compare_control(request.control, controlnet, facts, cards)
     _check_sizes(settled, facts)
+    check_stages(settled)
     check_outputs(settled)
     return settled
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from clear_dist.cards.card import Cards
 from clear_dist.cards.lora import Layers, Pair, linear_layers, read_pairs
 from clear_dist.options import Refusal
-from clear_dist.request.request import Lora
+from clear_dist.request.request import Lora, adapter_name
 
 Tensors = Mapping[str, Tensor]
 
@@ -34,7 +34,7 @@ def load_loras(pipe: Any, loras: Iterable[Lora], cards: Cards) -> None:
     here = {name: part for name in names if (part := getattr(pipe, name)) is not None}
     layers = {name: _layers_of(here[name], cards) if name in here else None for name in names}
     for number, lora in enumerate(loras):
-        file, adapter = Path(lora.source), f"lora_{number}"
+        file, adapter = Path(lora.source), adapter_name(number)
         tensors, pairs = load_file(file), defaultdict(list)
         for pair in read_pairs(file, layers):
             pairs[pair.part].append(pair)

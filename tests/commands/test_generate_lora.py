@@ -69,4 +69,7 @@ def test_lora_of_the_text_encoder_too_on_two_ranks(
     assert relative_error(load_file("x.safetensors")["latents"], expected) < 1e-4
     with Image.open("clear-dist.png") as picture:
         told = json.loads(picture.text["settings"])["loras"]  # type: ignore[attr-defined]
-    assert told == [{"source": "style.safetensors", "weight": 0.5}, {"source": "kohya.safetensors", "weight": 1.0}]
+    assert told == [
+        {"source": "style.safetensors", "weight": 0.5, "stages": None},
+        {"source": "kohya.safetensors", "weight": 1.0, "stages": None},
+    ]

@@ -25,6 +25,8 @@ from clear_dist.stages import Sampling, Upscaling
 FLUX_DEV = "black-forest-labs/FLUX.1-dev"
 FLUX_SCHNELL = "black-forest-labs/FLUX.1-schnell"
 CLEAR_REPOSITORY = "Huage001/CLEAR"
+URAE = "Huage001/URAE:urae_{}.safetensors"
+"""LoRA for 2K and 4K (arXiv 2503.16322); the latter, minor-component adapters made LoRA, have the former in them."""
 PACKING = 2
 """Latents along the side of a token."""
 SWAPPED = ("final_layer.adaLN_modulation.1",)
@@ -58,7 +60,12 @@ class FluxShape:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], where: Path | str) -> Self:
-        """From the contents of the file `where`; raises a Refusal for wrong numbers, or axes that do not fill heads."""
+        """From the contents of the file `where`; raises a Refusal for wrong numbers, or axes that do not fill heads.
+
+        And for positions in a way of their own.
+        """
+        if config.get("method") == "yarn":  # UltraFlux's, which diffusers would leave out
+            raise Refusal(f"a transformer's positions must be FLUX.1's own, got yarn in {where}; nearest: {FLUX_DEV}")
         names = [name for name in cls.__dataclass_fields__ if name not in ("guidance_embeds", "out_channels")]
         numbers = {name: whole_number(config, name, getattr(cls, name), where) for name in names}
         if config.get("out_channels") is not None:
@@ -179,6 +186,7 @@ _DEV, _SCHNELL = FluxShape(guidance_embeds=True), FluxShape()
 
 
 def _hub_model(name: str, short: str, shape: FluxShape, scheduler: Mapping[str, Any]) -> HubModel:
+    urae_4k = f"4k_adapter_lora_conversion_{short.removeprefix('flux-')}"
     return HubModel(
         id=name,
         short=short,
@@ -187,6 +195,7 @@ def _hub_model(name: str, short: str, shape: FluxShape, scheduler: Mapping[str, 
         defaults=shape.defaults(scheduler, {}),
         configs={"transformer": {"guidance_embeds": shape.guidance_embeds}, "vae": AUTOENCODER_KL},
         text=_TEXT,
+        loras={"urae-2k": URAE.format("2k_adapter"), "urae-4k": URAE.format(urae_4k)},
     )
 
 

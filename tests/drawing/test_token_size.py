@@ -1,0 +1,91 @@
+"""A FLUX whose VAE makes tokens of 32 pixels: nothing but the pipeline says how large they are."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline
+
+import clear_dist
+from clear_dist.comm.group import Group
+from clear_dist.drawing.cascade import Cascade
+from clear_dist.drawing.prompts import encode_prompts
+from clear_dist.engine.striped import require_striped
+from clear_dist.families.cards import CARDS
+from clear_dist.families.transformers import adapter_of
+from clear_dist.launch.env import Place
+from clear_dist.options import Refusal
+from clear_dist.request.flags import GenerateFlags
+from clear_dist.request.settle import settle
+from clear_dist.stages import Sampling, Stage, Upscaling
+from tests.drawing.test_cascade import TEXT, official_start, relative_error, with_paper_changes
+from tests.ranks import run_ranks
+from tests.refining.drawing import PROMPT, SEED, Drawn, picture_of, seed_of
+from tests.tiny import make_tiny_flux, make_tiny_pipeline
+
+NATIVE = 128
+LOWER = Stage(height=128, width=128, sampling=Sampling(steps=2))
+UPPER = Stage(height=224, width=192, sampling=Upscaling(steps=2, strength=0.5))
+
+
+def tiny() -> Any:
+    pipe = make_tiny_pipeline(sample_size=NATIVE, vae_blocks=5)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def drawn(group: Group) -> Drawn:
+    pipe = tiny()
+    clear_dist.parallelize(pipe, group=group, window="full")
+    counters = require_striped(pipe).counters
+    embeddings = encode_prompts(adapter_of(pipe), group, counters, [PROMPT], max_sequence_length=TEXT)
+    cascade = Cascade(pipe, embeddings, seed=SEED)
+    return [(each.latents, each.pixels) for each in cascade.run((LOWER, UPPER))]
+
+
+def test_a_cascade_is_stock_diffusers() -> None:
+    found = run_ranks(drawn, 2)
+    pipe = tiny()
+    common: dict[str, Any] = {"prompt": PROMPT, "max_sequence_length": TEXT, "output_type": "latent"}
+    generators = [torch.Generator().manual_seed(seed_of(stage)) for stage in range(2)]
+    lower = pipe(height=128, width=128, num_inference_steps=2, guidance_scale=3.5, generator=generators[0], **common)
+    static = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, use_dynamic_shifting=False)
+    refining = FluxImg2ImgPipeline(**{**pipe.components, "scheduler": static})
+    refining.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        start = official_start(pipe, [picture_of(found, 0)], UPPER.size)
+        # It counts tokens of 16 pixels.
+        with_paper_changes(pipe.transformer, Stage(height=UPPER.height // 2, width=UPPER.width // 2))
+    how: dict[str, Any] = {"num_inference_steps": 4, "strength": 0.5, "guidance_scale": 7.5, "generator": generators[1]}
+    upper = refining(image=start, height=UPPER.height, width=UPPER.width, **how, **common)
+    for rank in found:
+        assert relative_error(rank[0][0], lower.images) < 1e-4
+        assert relative_error(rank[1][0], upper.images) < 1e-4
+
+
+def test_a_request_is_in_these_tokens(tmp_path: Path) -> None:
+    model = make_tiny_flux(tmp_path / "model", sample_size=NATIVE, vae_blocks=5)
+    flags: dict[str, Any] = {"model": str(model), "device": "cpu"}
+    request, facts, _ = settle(GenerateFlags(**flags, res=384), Place(), CARDS)
+    assert (request.token_size, facts.native_size, request.unit) == (32, NATIVE, 32)
+    assert [stage.size for stage in request.stages] == [(128, 128), (224, 224), (384, 384)]
+    with pytest.raises(Refusal, match=r"must be a multiple of 32 pixels \(one token\), got 144; nearest: 128 or 160"):
+        settle(GenerateFlags(**flags, res=144), Place(), CARDS)
+
+
+@pytest.mark.parametrize(
+    ("part", "entry", "message"),
+    [
+        ("transformer", {"method": "yarn"}, r"positions must be FLUX\.1's own, got yarn in .*config\.json; nearest: "),
+        ("vae", {"stride": 2}, r"the VAE must be diffusers' AutoencoderKL, got a stride of 2 in .*vae; nearest: "),
+    ],
+)
+def test_what_ultraflux_has_besides_is_refused(tmp_path: Path, part: str, entry: dict[str, Any], message: str) -> None:
+    """Its YaRN and its strided VAE would be left out without a word."""
+    model = make_tiny_flux(tmp_path / "model")
+    file = model / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | entry))
+    with pytest.raises(Refusal, match=message):
+        settle(GenerateFlags(model=str(model), device="cpu"), Place(), CARDS)
