@@ -176,7 +176,7 @@ class StripedModel:
         if not self._forward_is_under_way:  # else messages in flight may never arrive
             self.drain()
         self.group, self.scheduler, self.extrapolation = group, scheduler, beyond
-        self.guidance.run_on(group, is_guided=is_guided)
+        self.guidance.run_on(group, is_guided=is_guided, grids=1 if beyond is None else beyond.grids)
         self._clock.forget()
         self._cuts = ()
         if self.modulation is not None:
@@ -276,7 +276,7 @@ class StripedModel:
         image: Any = group, self.extrapolation, self.settings
         if self.cut is None or self.cut.group is not group or self.cut.made_for != wanted:
             self.cut = cut_image(size, *image, clock=self._clock if stale else None, **how)
-        shifts = self.extrapolation is not None and self.extrapolation.shifts
+        shifts = self.extrapolation is not None and self.extrapolation.grids > 1
         self._cuts = (cut_image((size[0] + 1, size[1] + 1), *image, clock=None, **how), self.cut) if shifts else ()
         is_masked = self.family.text_mask(inputs) is not None
         tokens = len(self.family.latents(inputs)) * (max(map(len, self.cut.stripes)) * self.cut.width + text_tokens)
