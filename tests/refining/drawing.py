@@ -24,13 +24,15 @@ Drawn = list[tuple[Tensor | None, Tensor | None]]
 """Latents and one rank's pixels of each stage; None where it was idle."""
 
 
-def cascade_of(pipe: Any, group: Group, *, negative: str | None = None, **options: Any) -> tuple[Cascade, Counters]:
-    """A cascade of a pipeline that is put on stripes."""
+def cascade_of(
+    pipe: Any, group: Group, *, negative: str | None = None, text: int = TEXT, **options: Any
+) -> tuple[Cascade, Counters]:
+    """A cascade of a pipeline that is put on stripes, and what it sends."""
     pipe.set_progress_bar_config(disable=True)
     clear_dist.parallelize(pipe, group=group, **options)
     counters = require_striped(pipe).counters
     texts: dict[str, Any] = {"negative_prompts": None if negative is None else [negative]}
-    embeddings = encode_prompts(adapter_of(pipe), group, counters, [PROMPT], max_sequence_length=TEXT, **texts)
+    embeddings = encode_prompts(adapter_of(pipe), group, counters, [PROMPT], max_sequence_length=text, **texts)
     return Cascade(pipe, embeddings, seed=SEED), counters
 
 
