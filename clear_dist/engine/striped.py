@@ -214,14 +214,14 @@ class StripedModel:
         if self._clock.begins:
             self._same_call.require()
             self._begin_generation(inputs, mine)
+        if self._cuts:
+            self.cut = self._cuts[self._clock.step % 2]
         if not self.guidance.takes_part:
             self._same_call.require()
             self.graphs.pass_by()
             return args, kwargs
-        inputs, tokens = mine, self.family.text_tokens(mine)
-        if self._cuts:
-            self.cut = self._cuts[self._clock.step % 2]
-            inputs = shifted_to(self.cut, inputs, self._cuts[1].size, self.family)
+        tokens = self.family.text_tokens(mine)
+        inputs = shifted_to(self.running_cut, mine, self._cuts, self.family)
         cut, batch = self.running_cut, len(self.family.latents(inputs))
         if cut.stale and not cut.exchanges.fit(batch):
             self.drain()  # guidance has ended (`cfg_truncation`): this step is synchronous
