@@ -19,6 +19,7 @@ def asked_for(refinement: str, size: int = 4096, *, scale: float = 1.0, **settin
     upper = Upscaling(steps=6, later_steps=2, strength=1.0, refinement=refinement, true_cfg_scale=scale)
     first = Sampling(steps=8, true_cfg_scale=scale)
     usual: dict[str, Any] = {"height": size, "width": size, "world_size": 2, "text_attention": "exact"}
+    usual["text_tokens"] = "replicated"
     return flux_request(**usual | {"sampling": first, "upscaling": upper} | settings)
 
 

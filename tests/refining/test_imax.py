@@ -31,7 +31,7 @@ EXACT: dict[str, Any] = {"window": 3, "text_attention": "exact"}
 def stages(
     refinement: str, *, scale: float = 1.0, lower: Size = LOWER, size: Size = SIZE, **how: Any
 ) -> tuple[Stage, Stage]:
-    guided = {"true_cfg_scale": scale, "guidance_scale": 7.0}
+    guided: dict[str, Any] = {"true_cfg_scale": scale, "guidance_scale": 7.0}
     upper = Upscaling(steps=4, strength=1.0, refinement=refinement, **guided, **how)
     return (
         Stage(height=lower[0], width=lower[1], sampling=Sampling(steps=2, true_cfg_scale=scale)),
