@@ -27,15 +27,12 @@ def extrapolation_of(
     """Changes of Sec. 4.3, and of the stage's way of refining; None at the native size and below.
 
     `is_alone`: the model sees the picture's own tokens and text, not those of ControlNets or references.
-    Raises ValueError where guidance ranks would take turns on two grids.
     """
     native, upper = (adapter.native_size // adapter.token_size) ** 2, stage.sampling
     tokens = stage.height * stage.width // adapter.token_size**2
     if not isinstance(upper, Upscaling) or tokens <= native:
         return None
     shifts = upper.way.shifts and is_alone and may_shift(striped.family, striped.settings)
-    if shifts and striped.guidance.has_halves and upper.passes > 1:
-        raise ValueError(f"{upper.refinement} needs all ranks for each pass of guidance, got halves; guidance_ranks=1")
     return Extrapolation(
         native_tokens=native,
         ntk_factor=upper.ntk_factor,

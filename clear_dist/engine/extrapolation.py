@@ -22,6 +22,11 @@ class Extrapolation:
     shifts: bool = False
     """Whether even steps have their patches half a token off, a ring of zeros around the picture (I-Max)."""
 
+    @property
+    def grids(self) -> int:
+        """Grids of patches that steps take turns on."""
+        return 2 if self.shifts else 1
+
     def __post_init__(self) -> None:
         if self.native_tokens < 2:
             raise ValueError(f"native_tokens must be at least 2, got {self.native_tokens}; nearest: 2")

@@ -161,7 +161,6 @@ class Family(Modulated, Protocol):
         """Context in which positions are those of a model above its native size."""
 
 
-@runtime_checkable
 class ShiftingFamily(Family, Protocol):
     """A family whose pictures can be cut in patches half a token off."""
 

@@ -1,8 +1,8 @@
 """Guidance ranks: both predictions of classifier-free guidance at once, each by half of the ranks on thicker stripes.
 
     a batch of two    each half takes half of every even batch; both take an odd one
-    two passes        both take all passes of a generation's first step, which tells how many there are; of two, each
-                      takes one from then on
+    two passes        both take all passes of a generation's first step, which tells how many there are (of the first
+                      two, where steps take turns on two grids); of two, each takes one from then on
 
 The pipeline calls and is answered as ever. A pass that is the other half's is answered by values to come, and all have
 them at the end of the second one: one exchange a step. Without halves nothing is changed.
@@ -54,8 +54,11 @@ class Guidance:
         self._ours = forward
         vars(model).update(forward=forward)
 
-    def run_on(self, group: Group, *, is_guided: bool = True) -> None:
-        """Forget a generation, and draw on another group: in halves if it is the first, and guided."""
+    def run_on(self, group: Group, *, is_guided: bool = True, grids: int = 1) -> None:
+        """Forget a generation, and draw on another group: in halves if it is the first, and guided.
+
+        Steps take turns on so many grids.
+        """
         self._group = group
         self.stripes = self._given[1] if is_guided and group is self._given[0] else group
         """Ranks that an image is cut over."""
@@ -63,13 +66,15 @@ class Guidance:
         """Whether this rank computes the running forward."""
         self._is_split = False
         self._passes = 0
-        self._join: StripeJoin | None = None
-        self._joins: Cut | None = None
+        self._grids = grids
+        self._joins: dict[tuple[int, int], tuple[Cut, StripeJoin]] = {}
+        """With the other half, by the size of the grid."""
         self._first: Any = None
         """Answer to a step's first pass, until the second one's end."""
         self._mine: Any = None
         """Output of the first pass on my stripe, where it is mine."""
-        self._like: Any = None
+        self._like: dict[tuple[int, int], Any] = {}
+        """Answers without values, by the size of the grid."""
 
     def remove(self) -> None:
         """Take the attribute off, unless another has taken its place."""
@@ -97,7 +102,7 @@ class Guidance:
             return {name: x[mine] if name in names else x for name, x in inputs.items()} if self._is_split else inputs
         if self._clock.step == 0:
             self._first, self._passes = None, self._clock.turn + 1
-        self._is_split = self.has_halves and self._clock.step > 0 and self._passes == 2
+        self._is_split = self.has_halves and self._clock.step >= self._grids and self._passes == 2
         if self._first is not None and not self._clock.turn:
             raise ValueError(ENDED)
         self.takes_part = not self._is_split or self._clock.turn == self._half
@@ -107,13 +112,13 @@ class Guidance:
         """The pipeline's answer for all rows and pictures."""
         if not self._is_split:
             whole = self._family.joined(output, cut)
-            self._like = tree_map_only(Tensor, partial(torch.empty_like, device="meta"), whole)
+            self._like[cut.size] = tree_map_only(Tensor, partial(torch.empty_like, device="meta"), whole)
             return whole
         if self._takes_turns and not self._clock.turn:
             self._mine = output
             # Whoever reads it now reads NaN.
             to_come = partial(torch.full_like, fill_value=torch.nan, device=self._group.device)
-            self._first = tree_map_only(Tensor, to_come, self._like)
+            self._first = tree_map_only(Tensor, to_come, self._like[cut.size])
             return self._first
         mine, self._mine = self._mine if self._takes_turns and not self._half else output, None
         both = self._family.joined(mine, replace(cut, join=self._join_of(cut)))
@@ -129,9 +134,11 @@ class Guidance:
         return self._group.rank // self.stripes.size
 
     def _join_of(self, cut: Cut) -> StripeJoin:
-        if self._join is None or self._joins is not cut:
-            self._join, self._joins = StripeJoin(self._group, cut.stripes, self._counters), cut
-        return self._join
+        made_for, join = self._joins.get(cut.size, (None, None))
+        if made_for is not cut or join is None:
+            join = StripeJoin(self._group, cut.stripes, self._counters)
+            self._joins[cut.size] = cut, join
+        return join
 
     def _second_of(self, both: Any) -> Any:
         """The second pass's answer; the first one's is filled in."""

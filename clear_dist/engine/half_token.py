@@ -1,5 +1,8 @@
 """Steps whose patches lie half a token off (I-Max): which ones, and where a model can take them."""
 
+from collections.abc import Sequence
+from typing import cast
+
 from clear_dist.engine.cut import Cut
 from clear_dist.engine.family import Family, Inputs, ShiftingFamily
 from clear_dist.engine.settings import Settings
@@ -10,12 +13,11 @@ def may_shift(family: Family, settings: Settings) -> bool:
 
     They divide by no factor of down-sampled keys, and halos that lag are of the other grid. Alike on all ranks.
     """
-    return isinstance(family, ShiftingFamily) and settings.pooling is None and settings.options.schedule == "sync"
+    return hasattr(family, "shifted") and settings.pooling is None and settings.options.schedule == "sync"
 
 
-def shifted_to(cut: Cut, inputs: Inputs, size: tuple[int, int], family: Family) -> Inputs:
-    """Inputs of `size` tokens on the grid of `cut`: this one, or the one half a token off."""
-    if cut.size == size:
+def shifted_to(cut: Cut, inputs: Inputs, cuts: Sequence[Cut], family: Family) -> Inputs:
+    """Inputs on the grid of `cut`, one of `cuts`: half a token off, and as they are; none: as they are."""
+    if not cuts or cut is cuts[1]:
         return inputs
-    assert isinstance(family, ShiftingFamily), "asked before"
-    return family.shifted(inputs, size)
+    return cast(ShiftingFamily, family).shifted(inputs, cuts[1].size)

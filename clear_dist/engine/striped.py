@@ -176,7 +176,7 @@ class StripedModel:
         if not self._forward_is_under_way:  # else messages in flight may never arrive
             self.drain()
         self.group, self.scheduler, self.extrapolation = group, scheduler, beyond
-        self.guidance.run_on(group, is_guided=is_guided)
+        self.guidance.run_on(group, is_guided=is_guided, grids=1 if beyond is None else beyond.grids)
         self._clock.forget()
         self._cuts = ()
         if self.modulation is not None:
@@ -214,14 +214,14 @@ class StripedModel:
         if self._clock.begins:
             self._same_call.require()
             self._begin_generation(inputs, mine)
+        if self._cuts:
+            self.cut = self._cuts[self._clock.step % 2]
         if not self.guidance.takes_part:
             self._same_call.require()
             self.graphs.pass_by()
             return args, kwargs
-        inputs, tokens = mine, self.family.text_tokens(mine)
-        if self._cuts:
-            self.cut = self._cuts[self._clock.step % 2]
-            inputs = shifted_to(self.cut, inputs, self._cuts[1].size, self.family)
+        tokens = self.family.text_tokens(mine)
+        inputs = shifted_to(self.running_cut, mine, self._cuts, self.family)
         cut, batch = self.running_cut, len(self.family.latents(inputs))
         if cut.stale and not cut.exchanges.fit(batch):
             self.drain()  # guidance has ended (`cfg_truncation`): this step is synchronous
@@ -276,7 +276,7 @@ class StripedModel:
         image: Any = group, self.extrapolation, self.settings
         if self.cut is None or self.cut.group is not group or self.cut.made_for != wanted:
             self.cut = cut_image(size, *image, clock=self._clock if stale else None, **how)
-        shifts = self.extrapolation is not None and self.extrapolation.shifts
+        shifts = self.extrapolation is not None and self.extrapolation.grids > 1
         self._cuts = (cut_image((size[0] + 1, size[1] + 1), *image, clock=None, **how), self.cut) if shifts else ()
         is_masked = self.family.text_mask(inputs) is not None
         tokens = len(self.family.latents(inputs)) * (max(map(len, self.cut.stripes)) * self.cut.width + text_tokens)

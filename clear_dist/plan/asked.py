@@ -15,7 +15,7 @@ from clear_dist.options import Options
 from clear_dist.plan.model import PlannedModel
 from clear_dist.request.hardware import Gpu, Link
 from clear_dist.request.request import Lora, Request
-from clear_dist.stages import Size, Stage, on_ranks
+from clear_dist.stages import Size, Stage, Upscaling, on_ranks
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -109,6 +109,14 @@ class PlanRequest:
         """Whether each half of the ranks takes a pass of a stage's guidance, or half of its batch."""
         is_guided = self.request.negative_prompt is not None and stage.sampling.passes > 1
         return self.request.guidance_ranks == 2 and is_guided and self._drawing(stage) == self.ranks
+
+    def shifts(self, stage: Stage) -> bool:
+        """Whether even steps may have their patches half a token off: all but whether the model can take that."""
+        request, upper = self.request, stage.sampling
+        if not isinstance(upper, Upscaling) or prod(stage.size) <= (request.native_size or 0) ** 2:
+            return False
+        is_alone = request.control is None and self.reference is None
+        return upper.way.shifts and is_alone and request.schedule == "sync"
 
     @property
     def on_cuda(self) -> bool:

@@ -87,6 +87,7 @@ class Engine:
             images=batches[0] * asked.images(stage),
             text_tokens=asked.text_tokens,
             passes=batches[1] * asked.passes(stage),
+            shifts=asked.shifts(stage),
             halves=asked.has_halves(stage),
             steps=stage.sampling.steps if asked.lags(stage, part.stripes) else 1,
             down_factor=request.down_factor,
@@ -117,6 +118,7 @@ class Engine:
             images=asked.request.images_at_once,
             passes=1,
             steps=1,
+            shifts=False,
             down_factor=1,
             has_lora=False,
         )

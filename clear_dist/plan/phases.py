@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from clear_dist.plan.asked import Part, PlanRequest
 from clear_dist.plan.engine import Engine
 from clear_dist.plan.questions import Step
+from clear_dist.plan.refined import FLOAT32, below, clean_bytes, held_bytes
 from clear_dist.stages import Stage
 
 CONTEXT = 600_000_000
@@ -17,7 +18,7 @@ LIBRARIES, FORKED = 630_000_000, 450_000_000
 touch less of them: measured, benchmarks/memory/plan.py."""
 SHARED = 370_000_000
 """Bytes of FORKED that ranks have in common: pages of files, and of the process that they come from."""
-PICTURE_CHANNELS, FLOAT32 = 3, 4
+PICTURE_CHANNELS = 3
 Items = Mapping[str, int]
 
 
@@ -97,7 +98,8 @@ class Memory:
         if rank >= len(parts):
             yield self._phase("idle", number, held)
             return
-        part, kept = parts[rank], {**held, **self._drawn_before(rank, number)}
+        part, own = parts[rank], self._clean(number, len(parts))
+        kept = {**held, **self._drawn_before(rank, number), **self._clean(number, len(parts), with_below=True)}
         if stage.starts_from_picture:
             encoding, masks = self.engine.vae(asked, part, encode=True), self._masks(rank, number - 1)
             yield self._phase("encode", number, {**self._with_vae(kept), **masks, "VAE activations": encoding.peak})
@@ -120,7 +122,7 @@ class Memory:
             "decode", number, {**self._with_vae({**kept, **held}), **drawn, "VAE activations": decoding.peak}
         )
         sent = self._pixels(part) // asked.request.images_at_once if part.ranks > 1 else 0
-        yield self._phase("save", number, {**held, **drawn, "picture": self._pixels(part) + sent})
+        yield self._phase("save", number, {**held, **own, **drawn, "picture": self._pixels(part) + sent})
 
     def held(self, rank: int) -> dict[str, int]:
         """What a rank holds while pictures are drawn, whatever their size."""
@@ -181,8 +183,23 @@ class Memory:
         else:
             rows["halos"] = rows.get("halos", 0) + rows.pop("halos on their way", 0)
         start = latents + latents * FLOAT32 // self.asked.itemsize if stage.starts_from_picture else 0
-        rows["latents"] = rows.get("latents", 0) + start + self._tables(stage)
+        rows["latents"] = rows.get("latents", 0) + start + self._led(stage) + self._tables(stage)
         return {name: amount for name, amount in rows.items() if amount}
+
+    def _led(self, stage: Stage) -> int:
+        """Bytes, float32, of two velocities that go on to the next step, and of the stage below's latents, joined."""
+        lower = below(self.asked, stage)
+        if lower is None:
+            return 0
+        ranks = len(self.asked.parts[self.asked.stages.index(stage)])
+        joined = clean_bytes(self.asked, lower, 1) + clean_bytes(self.asked, lower, ranks)
+        return 2 * clean_bytes(self.asked, stage, 1) + joined
+
+    def _clean(self, number: int, ranks: int, *, with_below: bool = False) -> Items:
+        """Clean latents on each rank, of the stage's own steps and of those that they go by."""
+        stages = range(max(0, number - with_below), number + 1)
+        amount = sum(held_bytes(self.asked, each, ranks) for each in stages)
+        return {"clean latents": amount} if amount else {}
 
     def _residuals(self, stage: Stage, part: Part) -> tuple[Items, Items]:
         """What a ControlNet hands to the transformer's blocks, and at most holds of its own at its end: hidden states,
@@ -218,10 +235,9 @@ class Memory:
         """The stage before, of which this one starts."""
         if not number or rank >= len(self.asked.parts[number - 1]):
             return {}
-        return {
-            "stage before": self._pixels(self.asked.parts[number - 1][rank])
-            + self._latents(self.asked.stages[number - 1])
-        }
+        parts = self.asked.parts[number - 1]
+        kept = held_bytes(self.asked, number - 1, len(parts))
+        return {"stage before": self._pixels(parts[rank]) + self._latents(self.asked.stages[number - 1]) + kept}
 
     def _pixels(self, part: Part) -> int:
         """Bytes of a stripe's pixels, one for each channel."""

@@ -70,6 +70,8 @@ class StepQuestion(Question):
     has_lora: bool
     steps: int
     """The stage's where halos lag; else 1."""
+    shifts: bool = False
+    """Whether even steps have their patches half a token off, where the model can take that."""
     halves: bool = False
     """Whether there are twice as many ranks, of which half takes a pass, or half of the images."""
 
@@ -90,6 +92,8 @@ class Step:
     tokens: int
     """Tokens in the blocks, for one picture and pass."""
     channels: int
+    grids: int
+    """Grids of patches that steps take turns on, of which this one's has more tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)

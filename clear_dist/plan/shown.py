@@ -140,6 +140,7 @@ def _bytes(plan: Plan) -> Iterator[str]:
             "text": sent.text_gathered + sent.text_reduced,
             "weights": sent.weights_sent,
             "join": sent.join,
+            "clean latents": sent.clean * (sent.everyone > 1),
         }
         listed = ", ".join(f"{name} {amount / GB:.3g} GB" for name, amount in amounts.items() if amount)
         yield f"sent per step and rank, in the last stage: {listed}"

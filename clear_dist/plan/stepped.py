@@ -14,7 +14,9 @@ from clear_dist.attention import choose_backend, masked, tiled
 from clear_dist.attention.backend import Backend, WindowCall
 from clear_dist.attention.flex_mask import TILE_COLUMNS, TILE_ROWS
 from clear_dist.comm.pretend import META, Pretended, PretendedShards, Tally
+from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.family import Family, Inputs
+from clear_dist.engine.half_token import may_shift
 from clear_dist.engine.pooled_keys import Pooling
 from clear_dist.engine.room import SENDING_LAYERS
 from clear_dist.engine.settings import Settings
@@ -113,7 +115,7 @@ def run_steps(question: StepQuestion, built: Built) -> dict[str, Any]:
     striped = _on_stripes(question, built, tally, allocated)
     in_blocks = InBlocks(built, tally, allocated)
     with torch.no_grad(), allocated:
-        later = _run(question, striped.family, in_blocks, allocated)
+        later = _run(question, striped, in_blocks, allocated)
         kept = in_blocks.further(allocated.kept_by) + later
     if question.steps > 1:  # each layer's messages are as large
         sent = question.steps * question.passes * (len(built.family.blocks) + sum(built.further.values()))
@@ -127,6 +129,7 @@ def run_steps(question: StepQuestion, built: Built) -> dict[str, Any]:
         "operations": dict(in_blocks.operations()),
         "tokens": text.counts[text.rank] + len(cut.plan.own) * cut.width,
         "channels": built.family.channels,
+        "grids": _grids(striped),
     }
 
 
@@ -148,7 +151,14 @@ def _on_stripes(question: StepQuestion, built: Built, tally: Tally, allocated: A
         shards=(PretendedShards(family.blocks, group, tally, whole=elsewhere),) if in_shards else (),
     )
     striped.parts = parts_on(question.device, allocated, compile=options.compile)
+    if question.shifts and may_shift(family, striped.settings):
+        striped.extrapolation = Extrapolation(native_tokens=question.height * question.width, shifts=True)
+        striped.guidance.run_on(group, grids=_grids(striped))
     return striped
+
+
+def _grids(striped: StripedModel) -> int:
+    return 1 if striped.extrapolation is None else striped.extrapolation.grids
 
 
 def _settings(question: StepQuestion, family: Family, allocated: Allocated) -> Settings:
@@ -201,16 +211,17 @@ def visited_pairs(backend: str, call: WindowCall, all_tokens: int) -> int:
     return tiles * size * (text + min(reached, all_tokens))
 
 
-def _run(question: StepQuestion, family: Family, in_blocks: InBlocks, allocated: Allocated) -> "Counter[str]":
+def _run(question: StepQuestion, striped: StripedModel, in_blocks: InBlocks, allocated: Allocated) -> "Counter[str]":
     """Run steps; returns the bytes of buffers that the first one makes at its end, and the others find."""
+    family = striped.family
     size, sizes = (question.height, question.width), {"images": question.images, "text_tokens": question.text_tokens}
     inputs = [family.empty_inputs(size, **sizes) for _ in range(question.passes)]
     shape, generation = family.latents(inputs[0]).shape, family.generation(inputs[0])
     inputs = [_of_one_generation(family, each, generation) for each in inputs]
     before = allocated.by_row()["latents"]
-    for _ in range(
-        2 if question.halves else min(question.steps, 2)
-    ):  # the first one has both passes, and no late halos
+    grids = _grids(striped)
+    # The first one on each grid has both passes, and no late halos; of two grids, the last one's here is the larger.
+    for _ in range(1 + grids if question.halves or grids > 1 else min(question.steps, 2)):
         in_blocks.begin_step()
         latents = _new_latents(shape, getattr(torch, question.dtype))
         calls = ({name: latents if x is None else x for name, x in each.items()} for each in inputs)

@@ -64,8 +64,8 @@ class StageTime:
     capturing: float
     """What the host takes longer than a step's computing before there is a graph."""
     steps: int
-    all_passes: bool
-    """Whether ranks take two passes in the first step, and one in each of the others."""
+    all_passes: int
+    """Steps in which ranks take two passes, and one in each of the others."""
     encode: float
     decode: float
 
@@ -88,7 +88,7 @@ def stage_time(engine: Engine, asked: PlanRequest, number: int) -> StageTime | N
     images, passes = asked.images(stage), asked.passes(stage)
     computing, link = _computing(asked, gpu, step, weights, images, passes), asked.link.bytes_per_second
     launched = LAUNCH * launches(asked, part.stripes) * weights.blocks
-    is_graph = is_replayed(asked, stage, part)
+    is_graph = step.grids == 1 and is_replayed(asked, stage, part)
     host = passes * (LAUNCH * LAUNCHES_REPLAYED if is_graph else launched)
     capturing = LAUNCHED * max(0.0, launched - computing / passes) if is_graph else 0.0
     net, net_weights = engine.control_step(asked, stage, part), engine.control_weights(asked)
@@ -105,7 +105,8 @@ def stage_time(engine: Engine, asked: PlanRequest, number: int) -> StageTime | N
         for encode, wanted in ((True, stage.starts_from_picture), (False, True))
     )
     waits = {"exposed": exposed, "capturing": capturing, "encode": encode, "decode": decode}
-    both = asked.has_halves(stage) and not asked.model.guides_in_one_pass  # the first step tells how many there are
+    # The first step, on each grid, tells how many there are.
+    both = step.grids if asked.has_halves(stage) and not asked.model.guides_in_one_pass else 0
     return StageTime(computing=computing, host=host, steps=stage.sampling.steps, all_passes=both, **waits)
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from clear_dist.plan.asked import Part, PlanRequest
 from clear_dist.plan.engine import Engine
+from clear_dist.plan.refined import below, clean_bytes
 from clear_dist.stages import Stage
 
 
@@ -23,6 +24,8 @@ class Traffic:
     pooled_received: int = 0
     weights_sent: int = 0
     """A rank's share of blocks that are in shards."""
+    clean: int = 0
+    """A rank's share of the stage below's clean latents that the step goes by."""
     halves: int = 1
     """2: as many ranks have the other pass, with whom these join, and share weights."""
 
@@ -47,12 +50,12 @@ class Traffic:
     def sent(self) -> int:
         """All that a rank hands over."""
         in_layers = self.halos_sent + self.pooled_sent + self.text_gathered + self.text_reduced
-        return in_layers + self.weights_sent + self.join
+        return in_layers + self.weights_sent + self.join + self.clean
 
     @property
     def at_the_end(self) -> int:
-        """Each way through a rank's link for the join: everyone's stripe to everyone."""
-        return (self.everyone - 1) * self.join
+        """Each way through a rank's link for the join, and clean latents: everyone's stripe to everyone."""
+        return (self.everyone - 1) * (self.join + self.clean)
 
 
 def step_traffic(engine: Engine, asked: PlanRequest, stage: Stage, part: Part) -> Traffic:
@@ -61,6 +64,7 @@ def step_traffic(engine: Engine, asked: PlanRequest, stage: Stage, part: Part) -
     net = {} if controlled is None else controlled.bytes
     rows = sum(len(stripe) for stripe in asked.striping(stage).stripes)
     halos, pooled = sent.get("halo_bytes_sent", 0), sent.get("pooled_bytes_sent", 0)
+    lower = below(asked, stage)
     others_rows = (rows - part.rows) / max(1, (part.stripes - 1) * part.rows)
     net_halos, weights = net.get("halo_bytes_sent", 0), engine.control_weights(asked)
     return Traffic(
@@ -71,6 +75,7 @@ def step_traffic(engine: Engine, asked: PlanRequest, stage: Stage, part: Part) -
         text_gathered=sent.get("text_bytes_gathered", 0),
         text_reduced=(sent.get("text_bytes_reduced", 0) + net.get("text_bytes_reduced", 0)) * (part.stripes > 1),
         join=sent.get("join_bytes", 0),
+        clean=0 if lower is None else clean_bytes(asked, lower, part.ranks),
         pooled_sent=pooled,
         pooled_received=round(pooled * others_rows),
         weights_sent=asked.passes(stage) * engine.weights(asked).sent + (0 if weights is None else weights.sent),

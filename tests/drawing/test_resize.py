@@ -40,12 +40,6 @@ def resized(pixels: np.ndarray, new_size: Size, rows: Rows, *, more: int = 0) ->
     return both[0].permute(1, 2, 0).numpy()
 
 
-def different(found: np.ndarray, expected: np.ndarray) -> float:
-    """Share of the values that are not equal; none is off by more than one."""
-    assert np.abs(found.astype(int) - expected).max() <= 1
-    return float((found != expected).mean())
-
-
 @given(SIDES, SIDES, SIDES, SIDES, st.data())
 def test_any_rows_at_any_ratio_are_the_whole_pictures(
     height: int, width: int, new_height: int, new_width: int, data: st.DataObject
@@ -54,7 +48,7 @@ def test_any_rows_at_any_ratio_are_the_whole_pictures(
     rows = Rows(start, data.draw(st.integers(start + 1, new_height)))
     pixels, new_size = picture(height, width), (new_height, new_width)
     found = resized(pixels, new_size, rows, more=data.draw(st.integers(0, 3)))
-    assert different(found, whole(pixels, new_size)[rows.start : rows.stop]) < 0.01
+    assert np.array_equal(found, whole(pixels, new_size)[rows.start : rows.stop])
 
 
 @given(SIDES, SIDES, st.data())
@@ -72,16 +66,9 @@ def test_no_rows_are_made_of_none() -> None:
 
 @pytest.mark.parametrize(("height", "new_height"), [(4096, 8192), (4080, 8192), (2731, 8192), (8192, 3001)])
 def test_high_pictures_are_equal_too(height: int, new_height: int) -> None:
-    """Where Pillow's float32 knows a row's position to a thousandth only."""
+    """Where float32 would know a row's position to a thousandth only."""
     pixels, new_size = picture(height, 3), (new_height, 5)
     stripes = [resized(pixels, new_size, rows) for rows in cut_in_stripes(new_height, 3)]
-    assert different(np.concatenate(stripes), whole(pixels, new_size)) < 0.01
-
-
-@pytest.mark.parametrize("ranks", [2, 3, 5])
-def test_a_doubled_picture_does_not_depend_on_the_number_of_stripes(ranks: int) -> None:
-    pixels, new_size = picture(20, 14), (40, 28)
-    stripes = [resized(pixels, new_size, rows) for rows in cut_in_stripes(40, ranks)]
     assert np.array_equal(np.concatenate(stripes), whole(pixels, new_size))
 
 

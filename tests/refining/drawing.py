@@ -1,4 +1,4 @@
-"""A cascade of the tiny pipeline on N ranks, stage by stage."""
+"""A cascade of a tiny pipeline on N ranks, stage by stage."""
 
 from functools import cache
 from typing import Any
@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 import clear_dist
+from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.drawing.cascade import SEED_STRIDE, Cascade
 from clear_dist.drawing.prompts import encode_prompts
@@ -23,14 +24,29 @@ Drawn = list[tuple[Tensor | None, Tensor | None]]
 """Latents and one rank's pixels of each stage; None where it was idle."""
 
 
-def drawn(group: Group, stages: tuple[Stage, ...], **options: Any) -> Drawn:
-    pipe = make_tiny_pipeline(sample_size=NATIVE)
+def cascade_of(
+    pipe: Any, group: Group, *, negative: str | None = None, text: int = TEXT, **options: Any
+) -> tuple[Cascade, Counters]:
+    """A cascade of a pipeline that is put on stripes, and what it sends."""
     pipe.set_progress_bar_config(disable=True)
     clear_dist.parallelize(pipe, group=group, **options)
     counters = require_striped(pipe).counters
-    embeddings = encode_prompts(adapter_of(pipe), group, counters, [PROMPT], max_sequence_length=TEXT)
-    cascade = Cascade(pipe, embeddings, seed=SEED)
+    texts: dict[str, Any] = {"negative_prompts": None if negative is None else [negative]}
+    embeddings = encode_prompts(adapter_of(pipe), group, counters, [PROMPT], max_sequence_length=text, **texts)
+    return Cascade(pipe, embeddings, seed=SEED), counters
+
+
+def drawn(group: Group, stages: tuple[Stage, ...], **how: Any) -> Drawn:
+    cascade, _ = cascade_of(make_tiny_pipeline(sample_size=NATIVE), group, **how)
     return [(each.latents, each.pixels) for each in cascade.run(stages)]
+
+
+def counted(group: Group, stages: tuple[Stage, ...], **how: Any) -> dict[str, list[Any]]:
+    """Bytes of each step, all stages one after another; of the last step those that follow it, too."""
+    cascade, counters = cascade_of(make_tiny_pipeline(sample_size=NATIVE), group, **how)
+    for _ in cascade.run(stages):
+        pass
+    return counters.as_dict()
 
 
 def picture_of(ranks: list[Drawn], stage: int) -> Image.Image:
@@ -44,8 +60,9 @@ def seed_of(stage: int) -> int:
 
 
 @cache
-def reference(radius: int, *, clips: bool = False) -> Reference:
-    return Reference(make_tiny_pipeline(sample_size=NATIVE), PROMPT, radius=radius, theta=100_000.0, clips=clips)
+def reference(radius: int, *, clips: bool = False, negative: str | None = None) -> Reference:
+    pipe = make_tiny_pipeline(sample_size=NATIVE)
+    return Reference(pipe, PROMPT, radius=radius, theta=100_000.0, clips=clips, negative=negative)
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:

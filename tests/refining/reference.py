@@ -15,11 +15,13 @@ from torch import Tensor
 
 from clear_dist.stages import Size
 from tests.oracle import DenseClearProcessor, Rotary
+from tests.pooled_oracle import pool_keys
 
 FULL = 10**6
 """Radius of a circle that holds everything."""
 NATIVE, TEXT = 64, 8
 """Native size of the tiny pipeline in pixels, and text tokens."""
+SCALE = 3.0
 
 
 @dataclass
@@ -33,28 +35,38 @@ class Reference:
     theta: float = 10_000.0
     """Base of the rotary embedding in upper stages."""
     clips: bool = False
+    negative: str | None = None
+    """Of classifier-free guidance with `SCALE`; None: there is none."""
+    pooling: dict[str, Tensor] | None = None
+    """Weights of down-sampled keys by their names in a checkpoint."""
 
     def __post_init__(self) -> None:
-        found = self.pipe.encode_prompt(prompt=self.prompt, prompt_2=None, max_sequence_length=TEXT)
-        self.prompt_embeds, self.pooled, self.text_ids = found
+        prompts = (self.prompt,) if self.negative is None else (self.prompt, self.negative)
+        self.texts = [self.pipe.encode_prompt(prompt=x, prompt_2=None, max_sequence_length=TEXT) for x in prompts]
 
     def velocity(self, latents: Tensor, sigma: float, guidance: float, *, tokens: int | None = None) -> Tensor:
-        """The model's velocity [B, C, H, W] for latents of even sides; `tokens` of an upper stage's picture."""
+        """The guided velocity [B, C, H, W] for latents of even sides; `tokens` of an upper stage's picture."""
+        found = [self._velocity(text, latents, sigma, guidance, tokens) for text in self.texts]
+        return found[0] if len(found) == 1 else found[1] + SCALE * (found[0] - found[1])
+
+    def _velocity(self, text: Any, latents: Tensor, sigma: float, guidance: float, tokens: int | None) -> Tensor:
         height, width = (side // 2 for side in latents.shape[-2:])
-        transformer = self.pipe.transformer
+        transformer, (prompt_embeds, pooled, text_ids) = self.pipe.transformer, text
         native = None if tokens is None else (NATIVE // 16) ** 2
         transformer.set_attn_processor(self.processor(height, width, self.radius, native_tokens=native))
+        if self.pooling is not None:
+            pool_keys(self.pipe, self.pooling, self.radius, height=height, width=width, native_tokens=native)
         axes = transformer.config.axes_dims_rope
         transformer.pos_embed = plain(axes, 10_000.0) if tokens is None else self.rotary(axes, tokens)
         ids = torch.stack(torch.meshgrid(*map(torch.arange, (1, height, width)), indexing="ij"), -1)
         found = transformer(
             hidden_states=self.pipe._pack_latents(latents, *latents.shape),
-            encoder_hidden_states=self.prompt_embeds,
-            pooled_projections=self.pooled,
+            encoder_hidden_states=prompt_embeds,
+            pooled_projections=pooled,
             timestep=torch.tensor([sigma]),
             guidance=torch.tensor([guidance]),
             img_ids=ids.flatten(0, 2),
-            txt_ids=self.text_ids,
+            txt_ids=text_ids,
         ).sample
         return self.pipe._unpack_latents(found, 16 * height, 16 * width, 8)
 
