@@ -209,7 +209,7 @@ def _run(question: StepQuestion, family: Family, in_blocks: InBlocks, allocated:
     inputs = [_of_one_generation(family, each, generation) for each in inputs]
     before = allocated.by_row()["latents"]
     for _ in range(
-        2 if question.halves else min(question.steps, 2)
+        2 if question.halves or question.options.cache else min(question.steps, 2)
     ):  # the first one has both passes, and no late halos
         in_blocks.begin_step()
         latents = _new_latents(shape, getattr(torch, question.dtype))

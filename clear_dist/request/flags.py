@@ -203,8 +203,9 @@ class GenerateFlags(PictureFlags, InputFlags):
         _check_prompts(self)
         if self.controlnet is not None and self.control_image is None and not self.only_planned:
             raise Refusal(f"--controlnet needs a picture, got {self.controlnet} alone; nearest: --control-image FILE")
-        if self.controlnet is not None and self.image is not None:
-            raise Refusal("either --controlnet or --image can be given, got both; leave one out")
+        for name, other in (("image", self.image), ("cache", self.cache)):
+            if self.controlnet is not None and other is not None:
+                raise Refusal(f"either --controlnet or --{name} can be given, got both; leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)
