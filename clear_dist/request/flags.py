@@ -178,6 +178,8 @@ class PictureFlags(Kept, ControlFlags):
             for name, value in zip(("width", "height", "res"), (*self.res, None), strict=True):
                 object.__setattr__(self, name, value)  # frozen from here on
         super().__post_init__()
+        if self.controlnet is not None and self.cache is not None:
+            raise Refusal("either --controlnet or --cache can be given, got both; leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,9 +205,8 @@ class GenerateFlags(PictureFlags, InputFlags):
         _check_prompts(self)
         if self.controlnet is not None and self.control_image is None and not self.only_planned:
             raise Refusal(f"--controlnet needs a picture, got {self.controlnet} alone; nearest: --control-image FILE")
-        for name, other in (("image", self.image), ("cache", self.cache)):
-            if self.controlnet is not None and other is not None:
-                raise Refusal(f"either --controlnet or --{name} can be given, got both; leave one out")
+        if self.controlnet is not None and self.image is not None:
+            raise Refusal("either --controlnet or --image can be given, got both; leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)
