@@ -119,7 +119,7 @@ def test_a_skipped_step_sends_the_first_block_s_halos(found: dict[int, list[Any]
 
 def test_nothing_is_skipped_with_threshold_0() -> None:
     pipe = MODELS["flux"][0]()
-    latents = {}
+    latents: dict[str | None, Tensor] = {}
     for given in (None, "first-block:0"):
         handle = parallelize(pipe, cache=given)
         latents[given] = draw("flux", pipe)
@@ -133,7 +133,8 @@ def lagging(group: Group, given: str) -> tuple[Tensor, list[int], dict[int, list
     """Latents, steps that were skipped, and whether halos of the first and the second block lag in each step."""
     pipe = MODELS["z_image"][0]()
     handle = parallelize(pipe, group=group, cache=given, schedule="stale", warmup_steps=1)
-    striped, lags = require_striped(pipe), {}
+    striped = require_striped(pipe)
+    lags: dict[int, list[bool]] = {}
 
     def look(layer: int) -> None:
         here = striped.running_cut.exchanges.of(0, layer, striped.text_plan).halos.lags
