@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from operator import index
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Self, get_args
 
 Window = int | Literal["full"]
@@ -34,6 +35,8 @@ DROPPING = ("masked", "tiled")
 """Backends that keep few masks, and may give one's memory away while a graph still reads it."""
 JOIN_SECONDS = 300
 """How long ranks wait for missing ones."""
+STEP_CACHES = MappingProxyType({"first-block": (0.0, 1.0), "taylor": (2, 10)})
+"""Bounds of each step cache's number: a relative change, or steps from one computed step to the next."""
 LONGEST_SHOWN = 80
 """Most characters of a value that a message repeats."""
 MODEL, CUT = "Model", "How it is cut"
@@ -165,6 +168,9 @@ class Options(Flags):
         "auto", "auto: steps with few tokens go to the GPU as one CUDA graph; no effect on a CPU (auto)", CUT,
         choices=get_args(CudaGraphs),
     )  # fmt: skip
+    cache: str | None = flag(
+        None, "skip steps: those of little change, or all but each N-th", CUT, metavar="first-block:CHANGE|taylor:N"
+    )
     share_gpus: bool = flag(False, "ranks may share a GPU while others are idle", planned=False)
     attention_backend: str = flag(
         "auto", "auto: the fastest for the image, as far as measured", CUT, choices=ATTENTION_BACKENDS
@@ -178,6 +184,8 @@ class Options(Flags):
             raise Refusal(
                 "--text-tokens must be replicated where the schedule is stale, got sharded; nearest: replicated"
             )
+        if self.step_cache[0] == "taylor" and self.schedule == "stale":
+            raise Refusal("--schedule must be sync with --cache taylor (no halos to lag), got stale; nearest: sync")
         if self.float8 and self.int8:
             raise Refusal("either --float8 or --int8 can be given, got both; leave one out")
         if self.window_shape == "square" and self.attention_backend == "triton":
@@ -202,11 +210,17 @@ class Options(Flags):
         """Whether the `steps` steps to come may be replayed as CUDA graphs, unless padded text is masked.
 
         `tokens`: those of a rank, all of the text and all pictures; `backend`: of windowed attention. Weights that
-        arrive within a forward, or are looked up in it, need the host, and late halos another step.
+        arrive within a forward, or are looked up in it, need the host, and so does a decision; late halos another step.
         """
-        waits = self.hoist_modulation or (ranks > 1 and (self.shard_weights or self.schedule == "stale"))
+        decides = self.step_cache[0] == "first-block"
+        waits = self.hoist_modulation or decides or (ranks > 1 and (self.shard_weights or self.schedule == "stale"))
         is_small = tokens <= MOST_REPLAYED and steps >= FEWEST_REPLAYED
         return self.cuda_graphs == "auto" and is_small and not waits and backend not in DROPPING
+
+    @property
+    def step_cache(self) -> tuple[str | None, float]:
+        """Name of the step cache, if any, and its number."""
+        return (None, 0) if self.cache is None else read_cache(self.cache)
 
     @property
     def radius(self) -> int | None:
@@ -233,6 +247,19 @@ def check_window(window: object, name: str = "--window") -> None:
         shown = shortened(str(window))
         raise Refusal(f"{name} must be a radius in tokens, or full, got {shown!r}; nearest: 8 or full")
     check_whole_number(name, index(window), 1, 8_192)
+
+
+def read_cache(text: str) -> tuple[str, float]:
+    """A step cache's name and number; raises a Refusal where either is wrong."""
+    name, _, word = str(text).partition(":")
+    check_choice("--cache", name, tuple(STEP_CACHES))
+    bounds = STEP_CACHES[name]
+    try:
+        number = type(bounds[0])(word)
+    except ValueError:
+        number = math.nan
+    Flag(help=name, bounds=bounds).check(f"--cache {name}", number)
+    return name, number
 
 
 def nearest_word(word: str, choices: Sequence[str]) -> str:

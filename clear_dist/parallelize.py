@@ -69,6 +69,8 @@ def parallelize(
     with as_arguments():
         options = settled(as_record(options, chosen), clear_weights)
         check_window(controlnet_window, "--controlnet-window")
+    if nets and options.cache is not None:  # their residuals come between the blocks that are left out
+        raise ValueError("cache cannot be combined with ControlNets; nearest: cache=None")
     device = group.device if group is not None else pipe._execution_device  # also where its parts are on the host
     dtype = family.transformer.dtype
     require_machine(options, device, dtype)
@@ -219,7 +221,8 @@ def of_controlnet(settings: Settings, net: Family, window: Window) -> Settings:
     choose = partial(settings.choose_backend, dtype=net.transformer.dtype, head_dim=net.head_dim)
     choose()
     text_attention = "exact" if window == "full" else settings.options.text_attention
-    options = replace(settings.options, window=window, text_attention=text_attention, text_tokens="replicated")
+    own: dict[str, Any] = {"text_attention": text_attention, "text_tokens": "replicated", "cache": None}
+    options = replace(settings.options, window=window, **own)
     return replace(settings, options=options, choose_backend=choose, pooling=None, transformer=settings)
 
 

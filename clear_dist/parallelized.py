@@ -76,6 +76,11 @@ class Parallelized:
         assert self._striped.cut is not None, "known once a forward has run"
         return "columns" if self._striped.cut.by_columns else "rows"
 
+    @property
+    def skipped_steps(self) -> list[int]:
+        """Steps of the last generation, from 0, of which a cache left out a pass of this rank's."""
+        return list(self._striped.cache.skipped)
+
     def require_room(self, height: int, width: int, *, steps: int, batch: int = 1, passes: int = 1) -> None:
         """All ranks call this; raises ValueError on all where stale buffers for so many tokens would not fit."""
         self._striped.require_room((height, width), batch=batch, passes=passes, steps=steps)

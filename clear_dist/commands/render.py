@@ -171,6 +171,7 @@ class Rendering(Prepared):
             why=why,
             guidance_ranks=drawn.guidance_ranks,
             data_rank=self.data_rank,
+            skipped_steps=self.handle.skipped_steps,
         )
 
     def _start(self, request: Request) -> tuple[Given, Alpha | None]:

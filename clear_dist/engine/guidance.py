@@ -49,7 +49,7 @@ class Guidance:
 
         @wraps(self._stock)
         def forward(*args: Any, **named: Any) -> Any:
-            return self._stock(*args, **named) if self.takes_part else None
+            return None if self.skips else self._stock(*args, **named)
 
         self._ours = forward
         vars(model).update(forward=forward)
@@ -63,7 +63,9 @@ class Guidance:
         self.stripes = self._given[1] if is_guided and group is self._given[0] else group
         """Ranks that an image is cut over."""
         self.takes_part = True
-        """Whether this rank computes the running forward."""
+        """Whether this rank answers the running forward."""
+        self.skips = False
+        """Whether the running forward is left out here: it is the other half's, or its output is known."""
         self._is_split = False
         self._passes = 0
         self._grids = grids
@@ -91,6 +93,11 @@ class Guidance:
     def checked(self) -> Group:
         """Ranks that call the running forward at the same time: a half that takes no part goes ahead."""
         return self.stripes if self._takes_turns and self._clock.turn else self._group
+
+    @property
+    def answering(self) -> Group:
+        """Ranks that answer the running forward."""
+        return self.stripes if self._takes_turns else self._group
 
     def begin(self, inputs: Inputs) -> Inputs:
         """This rank's part of a forward's inputs; raises ValueError on all ranks where guidance has ended."""

@@ -13,7 +13,7 @@ from clear_dist.engine.family import StripeProcessor
 
 COMPILED = "torch.compile cannot follow messages between ranks; pass parallelize(compile=True) instead"
 WRAPPED = f"{COMPILED}, after pipe.transformer = pipe.transformer._orig_mod"
-CACHED = "step caches must be off: each rank would decide from its own stripe whether to skip a step; "
+CACHED = "step caches must be off, except parallelize(cache=...): each rank would decide from its own stripe; "
 DISABLED, LEFT_OUT = "call pipe.transformer.disable_cache()", "leave them out, and load a model anew that has one"
 IN_SHARDS = "weights in shards cannot be saved: each rank has its share; call undo() first"
 OTHERS_PARALLELISM = "diffusers' own enable_parallelism cannot be combined with parallelize; use one of them"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from clear_dist.engine.guidance import Guidance
 from clear_dist.engine.half_token import shifted_to
 from clear_dist.engine.room import require_room
 from clear_dist.engine.settings import Settings
+from clear_dist.engine.step_cache import step_cache
 from clear_dist.engine.stock import OnStripes, attention_layers, require_not_wrapped
 from clear_dist.geometry import plan_text
 
@@ -64,6 +66,7 @@ class StripedModel:
         shared: dict[str, Any] = {"clock": self._clock, "counters": counters}
         self.graphs = Graphs(family.transformer, settings, same_call=self._same_call, **shared)
         self.guidance = Guidance(family, group, stripes or group, **shared)
+        self.cache = step_cache(family.transformer, settings.options, **shared)
         self._most_stale_bytes = 0
         self._given = group, scheduler
         self._extrapolated = ExitStack()
@@ -79,6 +82,7 @@ class StripedModel:
             OnStripes(transformer),
             self.guidance,
             self.graphs,
+            self.cache,
             transformer.register_forward_pre_hook(self._before, with_kwargs=True),
             transformer.register_forward_hook(self._after),
         ]
@@ -208,21 +212,19 @@ class StripedModel:
             self.counters.begin_step()
         else:
             self.counters.resume()
-        drawn, encoded = self.family.replicated(inputs)
         mine = self.guidance.begin(inputs)
-        self._same_call.begin(self.guidance.checked, self._clock, drawn + encoded)
+        self._same_call.begin(self.guidance.checked, self._clock, [*chain(*self.family.replicated(inputs))])
         if self._clock.begins:
             self._same_call.require()
             self._begin_generation(inputs, mine)
-        if self._cuts:
-            self.cut = self._cuts[self._clock.step % 2]
-        if not self.guidance.takes_part:
+        self.cut = self._cuts[self._clock.step % 2] if self._cuts else self.cut
+        cut, batch, tokens = self.running_cut, len(self.family.latents(mine)), self.family.text_tokens(mine)
+        self.guidance.skips = not self.guidance.takes_part or self.cache.begin(self.guidance.answering, cut, batch)
+        if self.guidance.skips:
             self._same_call.require()
             self.graphs.pass_by()
             return args, kwargs
-        tokens = self.family.text_tokens(mine)
-        inputs = shifted_to(self.running_cut, mine, self._cuts, self.family)
-        cut, batch = self.running_cut, len(self.family.latents(inputs))
+        inputs = shifted_to(cut, mine, self._cuts, self.family)
         if cut.stale and not cut.exchanges.fit(batch):
             self.drain()  # guidance has ended (`cfg_truncation`): this step is synchronous
         if cut.stale and not cut.exchanges.has_begun(self._clock.turn):
@@ -237,7 +239,7 @@ class StripedModel:
         return (), self.family.cut(inputs, cut, self.text_plan)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        joined = self.guidance.end(output, self.running_cut)
+        joined = self.guidance.end(self.cache.end(output) if self.guidance.takes_part else None, self.running_cut)
         self.counters.pause()
         self._forward_is_under_way = False
         return joined
@@ -267,6 +269,7 @@ class StripedModel:
         """Check what is given, the settings and the model, and cut anew unless the last cut serves these inputs."""
         alike = {"number of steps": (steps := steps_of(self.scheduler)), "extrapolation": self.extrapolation}
         require_same_generation(self, given, self._stock_processors, alike)
+        self.cache.begin_generation(steps)
         size, group = self.family.grid_of(inputs), self.guidance.stripes
         if self.cut is not None and self.cut.group is group:
             self.drain()
@@ -285,16 +288,13 @@ class StripedModel:
 
 def striped_of(model: Any) -> StripedModel | None:
     """A transformer or ControlNet that `parallelize` put on stripes; shared by pipelines made with `from_pipe`."""
-    for layer in attention_layers(model).values():
-        if isinstance(striped := getattr(layer.processor, "striped", None), StripedModel):
-            return striped
-    return None
+    found = (getattr(layer.processor, "striped", None) for layer in attention_layers(model).values())
+    return next((each for each in found if isinstance(each, StripedModel)), None)
 
 
 def require_striped(pipe: Any) -> StripedModel:
     """`striped_of` its transformer; raises ValueError where there is none, or torch.compile has been put around it."""
     require_not_wrapped(pipe.transformer)
-    striped = striped_of(pipe.transformer)
-    if striped is None:
+    if (striped := striped_of(pipe.transformer)) is None:
         raise ValueError("the pipeline must be on stripes: call clear_dist.parallelize(pipe) first")
     return striped

@@ -58,6 +58,8 @@ class StageFigures:
     """2: each half of the ranks took a pass of guidance."""
     data_rank: int = 0
     """Number of the group that drew it."""
+    skipped_steps: Sequence[int] = ()
+    """Steps, from 0, that a step cache left out on the group's first rank."""
 
 
 def build(
@@ -110,6 +112,7 @@ def _stage(stage: StageFigures) -> dict[str, Any]:
         "why_fewer_ranks": stage.why,
         "guidance_ranks": stage.guidance_ranks,
         "data_rank": stage.data_rank,
+        "skipped_steps": list(stage.skipped_steps),
         "seconds": {name: stage.times.seconds[name] for name in STAGE_PHASES},
         "seconds_per_step": stage.times.seconds_per_step,
     }

@@ -31,6 +31,7 @@ ROWS = (
     ("attention", "", "attention"),
     ("engine/joint_attention", "", "attention"),
     ("comm/rows", "", "latents"),
+    ("engine/step_cache", "", "step cache"),
     ("families", "empty_inputs", "latents"),
     ("plan/stepped", "_new_latents", "latents"),
     ("families", "", "activations"),

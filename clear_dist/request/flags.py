@@ -181,6 +181,8 @@ class PictureFlags(Kept, ControlFlags):
             for name, value in zip(("width", "height", "res"), (*self.res, None), strict=True):
                 object.__setattr__(self, name, value)  # frozen from here on
         super().__post_init__()
+        if self.controlnet is not None and self.cache is not None:
+            raise Refusal("either --controlnet or --cache can be given, got both; leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,231 @@
+"""Step caches: forwards that are computed in part, or not at all, as all ranks decide together.
+
+    first-block    The first block always runs. Where its residual has changed little since the last computed step,
+                   the other blocks are left out, and what they added then is added again (First Block Cache of
+                   ParaAttention and diffusers, with diffusers' measure).
+    taylor         Each N-th step is computed. Between, the output goes on along a straight line through the last two
+                   that were (TaylorSeer, arXiv 2503.06923, of order 1, the model's output: diffusers' lite mode).
+
+diffusers' own hooks decide in each process from what it holds: ranks would decide apart, and wait for each other. Here
+sums over all ranks decide. Each pass of guidance, each size and each number of pictures has a state of its own; a
+generation's last steps are always computed.
+
+Shapes: B pictures, R image tokens of this rank, C channels.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from clear_dist.comm.clock import Clock
+from clear_dist.comm.counters import Counters
+from clear_dist.comm.group import Group
+from clear_dist.comm.sums import summed
+from clear_dist.engine.cut import Cut
+from clear_dist.options import Options
+
+LAST = 2
+"""Steps at a generation's end that are always computed: they draw what is finest."""
+FIRST = 3
+"""Steps from which on `taylor` extrapolates, as in diffusers."""
+
+
+class StepCache:
+    """No cache: all is computed."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._steps = 0
+        self._where: Any = None
+        """Which state is the running forward's: pass, size in tokens, pictures."""
+        self._held: dict[Any, Any] = {}
+        self.skipped: list[int] = []
+        """Steps of this generation in which a pass of this rank was left out."""
+
+    def begin_generation(self, steps: int) -> None:
+        self.forget()
+        self._steps, self.skipped = steps, []
+
+    def begin(self, group: Group, cut: Cut, batch: int) -> bool:
+        """Begin a forward that the ranks of `group` answer; whether its output is known without it."""
+        self._where = self._clock.turn, cut.size, batch
+        if self._is_last:
+            self._held.clear()
+        return False
+
+    def end(self, output: Any) -> Any:
+        """The output of the forward, on this rank's stripe; None where it was left out."""
+        return output
+
+    def forget(self) -> None:
+        self._held.clear()
+
+    def remove(self) -> None:
+        self.forget()
+
+    @property
+    def _is_last(self) -> bool:
+        return self._clock.step >= self._steps - LAST
+
+    def _note(self) -> None:
+        self.skipped += [] if self._clock.step in self.skipped else [self._clock.step]
+
+
+class Blocks(nn.ModuleList):
+    """A transformer's blocks, of which a forward that is left out takes the first one only."""
+
+    def __init__(self, blocks: Any = (), cache: "FirstBlock | None" = None) -> None:
+        super().__init__(blocks)
+        self._cache = cache
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        for block in super().__iter__():
+            if self._cache is not None and self._cache.skips_rest:
+                return
+            yield block
+
+
+@dataclass(frozen=True)
+class Change:
+    """What the first block, and what all others, added to my image tokens in a computed step, [B, R, C] each."""
+
+    first: Tensor
+    others: Tensor
+
+
+class FirstBlock(StepCache):
+    def __init__(self, model: nn.Module, threshold: float, *, clock: Clock, counters: Counters) -> None:
+        """Put `Blocks` in the place of the model's lists, and hooks on its first and last block, until `remove`.
+
+        Raises ValueError for a model without blocks under names that diffusers knows.
+        """
+        super().__init__(clock)
+        self._model = model
+        self._threshold = threshold
+        self._counters = counters
+        self._lists = {
+            name: blocks
+            for name, blocks in model.named_children()
+            if name in _ALL_TRANSFORMER_BLOCK_IDENTIFIERS and isinstance(blocks, nn.ModuleList)
+        }
+        blocks = [block for each in self._lists.values() for block in each]
+        if not blocks:
+            raise ValueError(f"cache first-block knows no blocks of {type(model).__name__}; nearest: cache='taylor:3'")
+        self.skips_rest = False
+        """Whether the running forward leaves out all further blocks."""
+        self._begun: tuple[Tensor, Tensor] | None = None
+        """The first block's residual, and its output, in a forward that is computed."""
+        self._last_BRC: Tensor | None = None
+        for name, each in self._lists.items():
+            setattr(model, name, Blocks(each, self))
+        self._hooks = [
+            blocks[0].register_forward_hook(self._after_first, with_kwargs=True),
+            blocks[-1].register_forward_hook(self._after_last),
+        ]
+
+    def remove(self) -> None:
+        super().remove()
+        for hook in self._hooks:
+            hook.remove()
+        for name, each in self._lists.items():
+            setattr(self._model, name, each)
+
+    def forget(self) -> None:
+        super().forget()
+        self.skips_rest, self._begun, self._last_BRC = False, None, None
+
+    def begin(self, group: Group, cut: Cut, batch: int) -> bool:
+        self.skips_rest, self._begun, self._last_BRC = False, None, None
+        self._group, self._own = group, slice(-len(cut.plan.own) * cut.width, None)
+        return super().begin(group, cut, batch)
+
+    def end(self, output: Any) -> Any:
+        # A pass that leaves out the last block (`skip_layers`) is computed each time.
+        if self._begun is not None and self._last_BRC is not None and not self._is_last:
+            first_BRC, after_first_BRC = self._begun
+            self._held[self._where] = Change(first_BRC, self._last_BRC - after_first_BRC)
+        self.skips_rest, self._begun, self._last_BRC = False, None, None
+        return output
+
+    def _after_first(self, block: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        given = named["hidden_states"] if "hidden_states" in named else args[0]
+        image_BRC = self._image(output)
+        residual_BRC = image_BRC - given[:, self._own]
+        held = self._held.get(self._where)
+        if held is not None and self._is_near(residual_BRC, held.first):
+            image_BRC += held.others  # a new tensor's: blocks on stripes never return what they are given
+            self.skips_rest = True
+            self._note()
+        else:
+            self._begun = residual_BRC, image_BRC
+
+    def _after_last(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._last_BRC = self._image(output)
+
+    def _image(self, output: Any) -> Tensor:
+        """My image tokens, which are the last in each family: alone, after the text, or in a pair with it."""
+        return (output[-1] if isinstance(output, tuple) else output)[:, self._own]
+
+    def _is_near(self, residual_BRC: Tensor, before_BRC: Tensor) -> bool:
+        """Whether the mean change over all ranks is less than the threshold, of the mean that was there."""
+        precise = torch.promote_types(residual_BRC.dtype, torch.float32)
+        sums = [x.abs().sum(dtype=precise) for x in (residual_BRC - before_BRC, before_BRC)]
+        change, whole = summed(torch.stack(sums), self._group, self._counters)
+        return change < self._threshold * whole  # never with 0 or NaN
+
+
+@dataclass(frozen=True)
+class Line:
+    """A computed step's output, tensor by tensor, and what it changes by in a step; None after the first one."""
+
+    step: int
+    spec: TreeSpec
+    values: list[Tensor]
+    slopes: list[Tensor] | None
+
+    def at(self, step: int) -> Any:
+        assert self.slopes is not None, "asked before"
+        along = zip(self.values, self.slopes, strict=True)
+        return tree_unflatten([(x.float() + (step - self.step) * dx).to(x.dtype) for x, dx in along], self.spec)
+
+
+class Taylor(StepCache):
+    def __init__(self, every: int, *, clock: Clock) -> None:
+        """Each `every`-th step is computed."""
+        super().__init__(clock)
+        self._every = every
+        self._is_known = False
+
+    def begin(self, group: Group, cut: Cut, batch: int) -> bool:
+        super().begin(group, cut, batch)
+        step, held = self._clock.step, self._held.get(self._where)
+        is_due = step < FIRST or (step + 1 - FIRST) % self._every == 0
+        self._is_known = not is_due and held is not None and held.slopes is not None
+        return self._is_known
+
+    def end(self, output: Any) -> Any:
+        held, step = self._held.get(self._where), self._clock.step
+        if self._is_known:
+            self._note()
+            return held.at(step)
+        if not self._is_last:
+            values, spec = tree_flatten(output)
+            slopes = None
+            if held is not None:
+                pairs = zip(values, held.values, strict=True)
+                slopes = [(x.float() - before.float()) / (step - held.step) for x, before in pairs]
+            self._held[self._where] = Line(step, spec, values, slopes)
+        return output
+
+
+def step_cache(model: nn.Module, options: Options, *, clock: Clock, counters: Counters) -> StepCache:
+    """The cache that the options ask for; raises ValueError where the model cannot have it."""
+    name, number = options.step_cache
+    if name == "first-block":
+        return FirstBlock(model, number, clock=clock, counters=counters)
+    return Taylor(int(number), clock=clock) if name == "taylor" else StepCache(clock)
