@@ -141,7 +141,7 @@ class Stage:
 
     def is_at(self, where: AtStages) -> bool:
         """Whether it is one of these stages."""
-        return isinstance(self.sampling, Upscaling) if where == "upper" else max(self.size) >= where
+        return max(self.size) >= where if isinstance(where, int) else isinstance(self.sampling, Upscaling)
 
     def ranks_among(self, most: int, units: int) -> int:
         """Ranks that draw it of `most`, where `units` of rows can be shared out."""
