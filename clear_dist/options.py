@@ -35,8 +35,8 @@ DROPPING = ("masked", "tiled")
 """Backends that keep few masks, and may give one's memory away while a graph still reads it."""
 JOIN_SECONDS = 300
 """How long ranks wait for missing ones."""
-STEP_CACHES = MappingProxyType({"first-block": (0.0, 1.0), "taylor": (2, 10)})
-"""Bounds of each step cache's number: a relative change, or steps from one computed step to the next."""
+STEP_CACHES = MappingProxyType({"first-block": (0.0, 2.0), "taylor": (2, 10)})
+"""Bounds of each step cache's number: a relative change (2: to the opposite), or steps between computed ones."""
 LONGEST_SHOWN = 80
 """Most characters of a value that a message repeats."""
 MODEL, CUT = "Model", "How it is cut"

@@ -33,6 +33,8 @@ class StripedModel:
     """A transformer with its family's processors and hooks, and two hooks that cut and join."""
 
     _cuts: tuple[Cut, ...] = ()  # of even and odd steps, where they differ
+    _forward_is_under_way = False
+    _most_stale_bytes = 0
 
     def __init__(
         self,
@@ -61,13 +63,11 @@ class StripedModel:
         """Text tokens of the running forward that are this rank's."""
         self._text_mask: Tensor | None = None
         self._clock = Clock(warmup_steps=settings.warmup_steps)
-        self._forward_is_under_way = False
         self._same_call = SameCall(counters)
         shared: dict[str, Any] = {"clock": self._clock, "counters": counters}
         self.graphs = Graphs(family.transformer, settings, same_call=self._same_call, **shared)
         self.guidance = Guidance(family, group, stripes or group, **shared)
         self.cache = step_cache(family.transformer, settings.options, **shared)
-        self._most_stale_bytes = 0
         self._given = group, scheduler
         self._extrapolated = ExitStack()
         transformer = family.transformer
