@@ -22,7 +22,7 @@ from clear_dist.comm.group import Group
 from clear_dist.comm.in_touch import in_touch
 from clear_dist.drawing.given import WHITE
 from clear_dist.families.transformers import adapter_of
-from clear_dist.launch.ends import say
+from clear_dist.launch.ends import describe, say
 from clear_dist.options import Refusal
 from clear_dist.pictures import replacing
 from clear_dist.pictures.decoding import decoded
@@ -53,6 +53,17 @@ def shown_texts(folder: Path, prompts: Sequence[str]) -> Path:
     Each is [1 + prompts, ...].
     """
     return folder / "prompts" / f"{sha256(json.dumps(prompts).encode()).hexdigest()[:16]}.safetensors"
+
+
+def require_made_for(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """Raises a Refusal for a folder that is no cache, or whose CacheSettings are not those `wanted`, by name."""
+    try:
+        told = _other(folder, wanted)
+    except (OSError, ValueError) as error:
+        why = f"{folder} must be the cache of a distillation, with its {SETTINGS} ({describe(error)})"
+        raise Refusal(f"{why}; nearest: the folder cache in an --output of clear-dist distill") from error
+    if told is not None:
+        raise Refusal(f"{told}; nearest: a cache that clear-dist distill makes for it")
 
 
 def fill(
@@ -98,10 +109,16 @@ def _begin(folder: Path, settings: CacheSettings) -> str | None:
         with replacing(file) as partial:
             partial.write_text(json.dumps(mine, indent=2))
         return None
-    held = json.loads(file.read_text())
-    for name, value in mine.items():
+    told = _other(folder, mine)
+    return told and f"{told}; nearest: another --output"
+
+
+def _other(folder: Path, wanted: Mapping[str, Any]) -> str | None:
+    """What a cache was made with instead of what is wanted; None: nothing else."""
+    held = json.loads((folder / SETTINGS).read_text())
+    for name, value in wanted.items():
         if held.get(name) != value:
-            return f"the cache {folder} has {name} {held.get(name)}, got {value}; nearest: another --output"
+            return f"the cache {folder} has {name} {held.get(name)}, got {value}"
     return None
 
 
