@@ -31,8 +31,8 @@ def main() -> None:
         raise SystemExit(f"{output} holds an earlier run: pass --resume to go on with it, or choose another folder")
     torch.set_num_threads(arguments.threads)
     scenes = {name: data.load_or_render(output / "renders", name) for name in data.SETS}
-    pictures = [scenes[name][0] for name in ("native", "large", "held_out")]
-    vae = train_vae.train_vae(output / "vae.pt", train_vae.begin(start), *pictures, minutes=MINUTES["vae"])
+    pictures = {name: scenes[name][0] for name in ("native", "large", "held_out")}
+    vae = train_vae.train_vae(output / "vae.pt", train_vae.begin(start), pictures, minutes=MINUTES["vae"])
     if last == 0:
         return
     sets = _latent_sets(output, vae, scenes)
@@ -41,7 +41,7 @@ def main() -> None:
     if last == 1:
         return
     vae.decoder.requires_grad_(True)  # the encoder stays: latents are what the transformer knows
-    vae = train_vae.train_vae(output / "decoder.pt", vae, *pictures, minutes=MINUTES["decoder"])
+    vae = train_vae.train_vae(output / "decoder.pt", vae, pictures, minutes=MINUTES["decoder"])
     if last == 2:
         return
     parts = pipeline.assemble(vae, models["transformer"], models["text_encoder"], models["text_encoder_2"])

@@ -64,7 +64,6 @@ def build_models(start: Path | None) -> nn.ModuleDict:
         clip = CLIPTextModel.from_pretrained(start / "text_encoder", dtype=torch.float32)
         t5 = T5EncoderModel.from_pretrained(start / "text_encoder_2", dtype=torch.float32)
     transformer.set_attn_processor(DenseAttnProcessor())
-    torch._dynamo.config.recompile_limit = 4 * len(TEXT_LENGTHS)
     transformer.compile_repeated_blocks(dynamic=False)  # two thirds of the time on a CPU
     return nn.ModuleDict({"transformer": transformer, "text_encoder": clip, "text_encoder_2": t5})
 
@@ -162,4 +161,5 @@ def train_transformer(
     def validate(average: nn.ModuleDict, _last: bool) -> dict[str, float]:
         return {f"held_out_{pixels}": held_out_loss(average, each) for pixels, each in held_out.items()}
 
-    return fit(checkpoint, models, loss, validate, RECIPE, minutes)
+    with torch._dynamo.config.patch(recompile_limit=4 * len(TEXT_LENGTHS)):
+        return fit(checkpoint, models, loss, validate, RECIPE, minutes)

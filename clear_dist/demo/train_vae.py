@@ -5,6 +5,7 @@ Whole, since each norm has one group and sees the picture that a user will see: 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -91,19 +92,19 @@ def begin(start: Path | None) -> AutoencoderKL:
 
 
 def train_vae(
-    checkpoint: Path, vae: AutoencoderKL, native: np.ndarray, large: np.ndarray, held_out: np.ndarray, minutes: float
+    checkpoint: Path, vae: AutoencoderKL, pictures: Mapping[str, np.ndarray], minutes: float
 ) -> AutoencoderKL:
     """Train what requires gradients for `minutes`, resuming from `checkpoint`; returns the averaged weights.
 
-    native, held_out: bytes [count, 256, 256, 3]; large: bytes [count, 512, 512, 3].
+    `pictures`: "native" and "held_out", bytes [count, 256, 256, 3], and "large", bytes [count, 512, 512, 3].
     """
     torch.manual_seed(RECIPE.seed)
 
     def loss(rng: np.random.Generator, _progress: float) -> torch.Tensor:
-        return training_loss(vae, random_picture(large if rng.random() < LARGE_ODDS else native, rng))
+        return training_loss(vae, random_picture(pictures["large" if rng.random() < LARGE_ODDS else "native"], rng))
 
     def validate(average: AutoencoderKL, last: bool) -> dict[str, float]:
-        return {"psnr": psnr(average, held_out if last else held_out[:16])}
+        return {"psnr": psnr(average, pictures["held_out"][: None if last else 16])}
 
     return fit(checkpoint, vae, loss, validate, RECIPE, minutes)
 

@@ -211,6 +211,7 @@ class Taylor(StepCache):
     def end(self, output: Any) -> Any:
         held, step = self._held.get(self._where), self._clock.step
         if self._is_known:
+            assert held is not None, "its slopes were looked at"
             self._note()
             return held.at(step)
         if not self._is_last:

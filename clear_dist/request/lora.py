@@ -72,9 +72,10 @@ def parts_of(facts: ModelFacts, cards: Cards) -> dict[str, Layers | None]:
 def check_stages(request: Request) -> None:
     """Raises a Refusal where a LoRA is for stages that none of the pictures has, as far as they are known."""
     stages = [stage for index in range(len(request.pictures) or 1) for stage in request.alone(index).stages]
-    for lora in (lora for lora in request.loras if lora.stages is not None):
+    for lora in request.loras:
         try:
-            check_adapter(stages, lora.stages)
+            if lora.stages is not None:
+                check_adapter(stages, lora.stages)
         except ValueError as error:
             raise Refusal(f"--lora {shortened(lora.without_folders().source)}@{lora.stages}: {error}") from error
 

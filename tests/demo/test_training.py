@@ -179,17 +179,18 @@ def count_steps(monkeypatch: pytest.MonkeyPatch, clock: types.SimpleNamespace) -
 
 def test_a_step_of_the_vae(clock, tmp_path, monkeypatch):
     count_steps(monkeypatch, clock)
-    pictures = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    renders = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    pictures = dict.fromkeys(("native", "large", "held_out"), renders)
     torch.manual_seed(train_vae.RECIPE.seed)
     fresh = train_vae.build_vae().state_dict()
-    vae = train_vae.train_vae(tmp_path / "vae.pt", train_vae.begin(None), *[pictures] * 3, minutes=0.1)
+    vae = train_vae.train_vae(tmp_path / "vae.pt", train_vae.begin(None), pictures, minutes=0.1)
     state = torch.load(tmp_path / "vae.pt", weights_only=True)
     assert state["step"] == 1
     assert not [name for name, value in fresh.items() if torch.equal(value, state["model"][name])]
     assert np.isfinite([rows(tmp_path / "vae.pt")[-1][name] for name in ("loss", "psnr")]).all()
     encoder = {name: value.clone() for name, value in vae.encoder.state_dict().items()}
     vae.decoder.requires_grad_(True)
-    again = train_vae.train_vae(tmp_path / "decoder.pt", vae, *[pictures] * 3, minutes=0.1)
+    again = train_vae.train_vae(tmp_path / "decoder.pt", vae, pictures, minutes=0.1)
     assert all(torch.equal(value, encoder[name]) for name, value in again.encoder.state_dict().items())
     assert not torch.equal(
         torch.load(tmp_path / "decoder.pt")["model"]["decoder.conv_in.weight"],
