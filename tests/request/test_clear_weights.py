@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
+from clear_dist import demo
 from clear_dist.cards.folder import find_model, read_folder
 from clear_dist.cards.hub_name import HubFile
 from clear_dist.families.cards import CARDS
@@ -121,6 +123,16 @@ def test_name_and_tensors_that_contradict_each_other(tmp_path: Path, name: str, 
     with pytest.raises(ValueError, match=message):
         parallelize(pipe, clear_weights=file)
     assert all(torch.equal(value, before[key]) for key, value in pipe.transformer.state_dict().items())
+
+
+def test_a_student_of_the_first_embedded_model_is_refused_by_name(tmp_path: Path) -> None:
+    """Which had four single blocks."""
+    later = re.compile(r"single_transformer_blocks\.[45]\.")
+    held = load_file(demo.CLEAR_WEIGHTS).items()
+    shapes = {name: tuple(value.shape) for name, value in held if not later.match(name)}
+    file = sparse_checkpoint(tmp_path / "clear_local_8.safetensors", shapes)
+    with pytest.raises(Refusal, match="for the first version of the embedded model; nearest: --clear-weights none"):
+        find_checkpoint(str(file), None, find_model("demo", CARDS, has_cuda=False), CARDS)
 
 
 def test_a_window_that_contradicts_the_name(tmp_path: Path) -> None:
