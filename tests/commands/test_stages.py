@@ -162,7 +162,7 @@ def test_generate_starts_from_a_picture_and_keeps_what_a_mask_keeps(
             shown = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
             error = np.abs(np.asarray(shown.convert("RGB"), int) - own)
         assert error[152:].max() <= 1 and error[104:136].max() > 30
-    os.utime("mask.png", (later := Path("clear-dist-0.png").stat().st_mtime + 1, later))
+    os.utime("mask.png", (later := Path("clear-dist-1.png").stat().st_mtime + 1, later))
     capfd.readouterr()
     assert run(model, *command, "--resume") == 0
     assert "skipped" not in capfd.readouterr().err
