@@ -28,14 +28,14 @@ import torch
 
 from benchmarks.fidelity.alternatives_shown import contact_sheet, plot, table
 from benchmarks.fidelity.contenders import CONTENDERS, Contender, operations
+from benchmarks.fidelity.kept import held_out_prompts
+from benchmarks.fidelity.stock import drawn
 from benchmarks.gpu.ready import in_one_line
 from benchmarks.lib.flags import Parser, pixels, positive, whole_number
 from benchmarks.lib.machine import machine, save
 from clear_dist import demo
 from clear_dist.comm.group import Group
 from clear_dist.commands.distill import settled
-from clear_dist.demo.data import HELD_OUT_SEED
-from clear_dist.demo.grammar import random_caption
 from clear_dist.evaluate.attributes import accuracy
 from clear_dist.evaluate.scores import likeness
 from clear_dist.families.flux.card import CARD
@@ -123,14 +123,15 @@ def compare(arguments: Any) -> None:
     ]
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # nothing writes into a block's output
     group = Group.create("cpu" if not torch.cuda.is_available() else "cuda")
-    captions = prompts(arguments.prompts)
-    teachers = drawn(loaded(runs[0], group), captions, arguments)
+    captions = held_out_prompts(arguments.prompts)
+    shown = {"res": arguments.res, "steps": arguments.drawing_steps}
+    teachers = drawn(loaded(runs[0], group), captions, **shown)
     pictures = {losses: {"teacher": teachers} for losses in LOSSES}
     settings = {name: value for name, value in vars(arguments).items() if not isinstance(value, Path)}
     rows: list[dict[str, Any]] = []
     for run in runs:
         student, losses = distilled(run, group)
-        made = pictures[run.losses][run.contender.title] = drawn(student, captions, arguments)
+        made = pictures[run.losses][run.contender.title] = drawn(student, captions, **shown)
         costs = operations(run.contender, run.work.grid[0], student.transformer.config)
         about = {**asdict(run.contender), "losses": run.losses}
         rows.append({**about, **costs, **losses, **compared(made, teachers, captions)})
@@ -169,27 +170,6 @@ def distances(file: Path) -> list[tuple[int, float]]:
     """(step, distance to the teacher's prediction) of `losses.csv`."""
     with file.open(newline="") as stream:
         return [(int(row["step"]), float(row["prediction"])) for row in csv.DictReader(stream)]
-
-
-def prompts(count: int) -> list[str]:
-    """Captions of scenes that the embedded model's training did not see."""
-    return [random_caption(np.random.default_rng(HELD_OUT_SEED + scene)) for scene in range(count)]
-
-
-def drawn(pipe: Any, captions: list[str], arguments: Any) -> np.ndarray:
-    """Bytes [prompts, H, W, 3], prompt i from the noise of seed i."""
-    with torch.inference_mode():
-        images = pipe(
-            captions,
-            negative_prompt=[""] * len(captions),
-            height=arguments.res,
-            width=arguments.res,
-            num_inference_steps=arguments.drawing_steps,
-            true_cfg_scale=demo.DEFAULT_TRUE_CFG_SCALE,
-            max_sequence_length=demo.DEFAULT_MAX_SEQUENCE_LENGTH,
-            generator=[torch.Generator().manual_seed(seed) for seed in range(len(captions))],
-        ).images
-    return np.stack([np.asarray(image) for image in images])
 
 
 def compared(pictures: np.ndarray, teachers: np.ndarray, captions: Sequence[str]) -> dict[str, Any]:

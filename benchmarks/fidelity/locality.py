@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 import clear_dist
+from benchmarks.fidelity import stock
 from benchmarks.fidelity.kept import FULL, digest, held_out_prompts, keep_settings, weights_by_name
 from benchmarks.fidelity.locality_shown import contact_sheet, plot, plot_maps, table
 from benchmarks.fidelity.perturbed import Perturbed
@@ -119,20 +120,10 @@ def drawing(pipe: Any, arguments: Any, begin: Any = lambda: None) -> np.ndarray:
     captions = held_out_prompts(arguments.prompts) * arguments.seeds
     pictures = []
     for first in range(0, len(captions), TOGETHER):
-        batch = captions[first : first + TOGETHER]
         begin()
-        with torch.inference_mode():
-            pictures += pipe(
-                batch,
-                negative_prompt=[""] * len(batch),
-                height=arguments.res,
-                width=arguments.res,
-                num_inference_steps=arguments.steps,
-                true_cfg_scale=demo.DEFAULT_TRUE_CFG_SCALE,
-                max_sequence_length=demo.DEFAULT_MAX_SEQUENCE_LENGTH,
-                generator=[torch.Generator().manual_seed(first + index) for index in range(len(batch))],
-            ).images
-    return np.stack([np.asarray(picture) for picture in pictures])
+        batch = captions[first : first + TOGETHER]
+        pictures.append(stock.drawn(pipe, batch, res=arguments.res, steps=arguments.steps, first_seed=first))
+    return np.concatenate(pictures)
 
 
 def with_pattern(pipe: Any, pattern: Pattern, side: int) -> Any:

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from benchmarks.fidelity.stock import AllPairs
 from clear_dist.engine.references import raster_ids
 from clear_dist.training.attention import Layout
 
@@ -34,7 +35,7 @@ CHANGES: Mapping[str, Callable[..., Tensor]] = {"clipped": clipped, "raised": ra
 
 
 @dataclass(frozen=True, kw_only=True)
-class Perturbed:
+class Perturbed(AllPairs):
     """Pattern for FLUX; `embed` is its transformer's `pos_embed`, `change` makes other differences of the true ones."""
 
     embed: nn.Module
@@ -43,12 +44,6 @@ class Perturbed:
     @classmethod
     def by(cls, kind: str, radius: int, embed: nn.Module) -> "Perturbed":
         return cls(embed=embed, change=partial(CHANGES[kind], radius=radius))
-
-    def parameters(self, layout: Layout, heads: int, head_dim: int) -> Mapping[str, Tensor]:
-        return {}
-
-    def operations(self, layout: Layout, text: int, heads: int, head_dim: int) -> int:
-        return 4 * heads * head_dim * (text + layout.image) ** 2
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, parameters: Mapping[str, Tensor]

@@ -73,7 +73,7 @@ def contact_sheet(drawn: Drawn, figures: Figures, file: Path) -> None:
 
 
 def _columns(figures: Figures) -> Figures:
-    """Of the first number of steps, for each weights: one rank, then all that the most ranks have."""
+    """Figures of the first number of steps, for each weights: one rank, then all that the most ranks have."""
     here = [each for each in figures if each["steps"] == figures[0]["steps"]]
     most = {each["weights"]: max(x["ranks"] for x in here if x["weights"] == each["weights"]) for each in here}
     return [each for each in here if each["ranks"] == 1 or each["ranks"] == most[each["weights"]]]

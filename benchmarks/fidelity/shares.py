@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.fidelity.stock import AllPairs
 from clear_dist.training.attention import Layout
 
 
@@ -23,13 +24,13 @@ class Look:
     """Share of the image keys by rows below and columns right of the query, [N, 2 H - 1, 2 W - 1]."""
 
     def within(self, radius: int) -> Tensor:
-        """Of attention to the image, the share of keys less than `radius` tokens away, [N]."""
+        """Share of attention to the image that falls on keys less than `radius` tokens away, [N]."""
         seen = circle(self.offsets.shape[1:], radius)
         return (self.offsets * seen).sum(dim=(1, 2)) / self.offsets.sum(dim=(1, 2))
 
 
 @dataclass(kw_only=True)
-class Recorder:
+class Recorder(AllPairs):
     """Pattern of full attention that records `steps` of a denoising loop, the first of `passes` forwards of each."""
 
     steps: frozenset[int]
@@ -41,12 +42,6 @@ class Recorder:
     def begin(self) -> None:
         """The next forward is the first of a loop."""
         self._forwards = -1
-
-    def parameters(self, layout: Layout, heads: int, head_dim: int) -> Mapping[str, Tensor]:
-        return {}
-
-    def operations(self, layout: Layout, text: int, heads: int, head_dim: int) -> int:
-        return 4 * heads * head_dim * (text + layout.image) ** 2
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, parameters: Mapping[str, Tensor]

@@ -18,7 +18,7 @@ PICTURE = (1.0, 0.25)
 ACCELERATION = 0.5
 """beta: how much the change of velocity follows."""
 STEPS, LATER_STEPS, BASE_STEPS = 16, 10, 30
-"""Of the paper at 2048, 4096 and 1024 px."""
+"""Steps of the paper at 2048, 4096 and 1024 px."""
 
 
 class HiFlow:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SHIFT_FACTOR = 2.0
-"""Of the scheduler's static shift: 6 in place of 3 in the paper."""
+"""The scheduler's static shift is multiplied by it: 6 in place of 3 in the paper."""
 
 
 @dataclass(frozen=True)

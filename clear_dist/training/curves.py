@@ -13,7 +13,7 @@ from clear_dist.training.trainer import Figures
 HELD_OUT = ("held_out", "held_out_teacher")
 SHOWN = ("total", "flow", "prediction", "attention", *HELD_OUT)
 WIDTHS = 30
-"""Of a running mean, in a curve: single updates' losses differ by their times more than by what is learned."""
+"""A curve is so many running means wide: single updates' losses differ by their times more than by what is learned."""
 
 
 class Curves:

@@ -36,7 +36,7 @@ class Reference:
     """Base of the rotary embedding in upper stages."""
     clips: bool = False
     negative: str | None = None
-    """Of classifier-free guidance with `SCALE`; None: there is none."""
+    """Negative prompt, for classifier-free guidance with `SCALE`; None: there is none."""
     pooling: dict[str, Tensor] | None = None
     """Weights of down-sampled keys by their names in a checkpoint."""
 
@@ -71,7 +71,7 @@ class Reference:
         return self.pipe._unpack_latents(found, 16 * height, 16 * width, 8)
 
     def rotary(self, axes: tuple[int, ...], tokens: int) -> Rotary:
-        """Of an upper stage; `tokens` of the picture, the ring of a shifted step left out."""
+        """Rotary embedding of an upper stage; `tokens` of the picture, the ring of a shifted step left out."""
         least = math.sqrt((NATIVE // 16) ** 2 / tokens) if self.clips else 0.0
         return Clipped(axes, theta=self.theta, least=least)
 

@@ -68,7 +68,7 @@ def test_n_ranks_are_the_official_code(size: int, refinement: str, kind: str, wi
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_halves_take_a_pass_of_guidance_each(size: int) -> None:
-    """Of one stripe and of two: in the first two steps both take both passes, on each of the two grids."""
+    """Halves of one stripe and of two: in the first two steps both take both passes, on each of the two grids."""
     negative, guided = "fog over all of it", stages("imax", scale=SCALE)
     found = run_ranks(drawn, size, guided, guidance_ranks=2, negative=negative, **EXACT)
     wanted = expected(reference(3, negative=negative), found)

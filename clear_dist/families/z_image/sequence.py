@@ -81,7 +81,7 @@ class Sequencing:
 
 
 NOT_BEYOND = Extrapolation(native_tokens=2)
-"""Of the axis along the caption."""
+"""For the axis along the caption, which stays as it is."""
 
 
 class ScaledRope:
