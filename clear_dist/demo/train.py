@@ -3,7 +3,8 @@
     python -m clear_dist.demo.train --output DIR [--start WEIGHTS] [--resume] [--stage vae]
 
 Every stage keeps checkpoints and figures in DIR and goes on where it stopped; a finished stage is only loaded. With
---start, weights begin as in that folder. The files for windows are made from the result by `clear-dist distill`.
+--start, weights begin as in that folder, and its encoder stays as it is: latents are what the transformer knows. The
+files for windows are made from the result by `clear-dist distill`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     scenes = {name: data.load_or_render(output / "renders", name) for name in data.SETS}
     pictures = {name: scenes[name][0] for name in ("native", "large", "held_out")}
-    vae = train_vae.train_vae(output / "vae.pt", train_vae.begin(start), pictures, minutes=MINUTES["vae"])
+    vae = train_vae.begin(start)
+    if not start:
+        vae = train_vae.train_vae(output / "vae.pt", vae, pictures, minutes=MINUTES["vae"])
     if last == 0:
         return
     sets = _latent_sets(output, vae, scenes)
@@ -40,7 +43,8 @@ def main() -> None:
     models = train_transformer(output, list(sets.values()), validation, MINUTES["transformer"], start)
     if last == 1:
         return
-    vae.decoder.requires_grad_(True)  # the encoder stays: latents are what the transformer knows
+    vae.encoder.requires_grad_(False)
+    vae.decoder.requires_grad_(True)
     vae = train_vae.train_vae(output / "decoder.pt", vae, pictures, minutes=MINUTES["decoder"])
     if last == 2:
         return
@@ -51,7 +55,7 @@ def main() -> None:
 
 
 def _latent_sets(output: Path, vae: AutoencoderKL, scenes: dict[str, data.Scenes]) -> dict[str, LatentSet]:
-    """Latents of each set of pictures, and how they are shown; the VAE's scale and shift are those of "native"."""
+    """Latents of each set of pictures, and how they are shown; a new VAE gets the scale and shift of "native"."""
     latents = {name: _cached_latents(output, name, vae, scenes[name][0]) for name in data.SETS}
     shown = {
         name: functools.partial(LatentSet, latents=latents[name], landscapes=scenes[name][1]) for name in data.SETS
@@ -76,13 +80,13 @@ def _arguments() -> argparse.Namespace:
 
 
 def _cached_latents(output: Path, name: str, vae: AutoencoderKL, pictures: np.ndarray) -> torch.Tensor:
-    """Normalised latents in float16, encoded once; "native", the first, chooses the VAE's scale and shift."""
+    """Normalised latents in float16, encoded once; the first, "native", choose a new VAE's scale and shift."""
     path = output / f"latents_{name}.pt"
     if not path.exists():
         latents = train_vae.encode_all(vae, pictures)
-        statistics = {"scale": 1 / latents.std().item(), "shift": latents.mean().item()}
-        if name != "native":
-            statistics = {"scale": vae.config.scaling_factor, "shift": vae.config.shift_factor}
+        statistics = {"scale": vae.config.scaling_factor, "shift": vae.config.shift_factor}
+        if statistics == {"scale": 1.0, "shift": 0.0}:
+            statistics = {"scale": 1 / latents.std().item(), "shift": latents.mean().item()}
         latents = ((latents - statistics["shift"]) * statistics["scale"]).half()
         torch.save({"latents": latents, **statistics}, path)
     state = torch.load(path, weights_only=True)
