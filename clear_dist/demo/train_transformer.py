@@ -28,7 +28,7 @@ TEXT_LENGTHS, LENGTH_ODDS = (16, 32, 64, 512), (0.15, 0.7, 0.12, 0.03)  # each i
 STRONG_SHIFT, STRONG_ODDS = 12.0, 0.5
 TIME_SHIFT = math.exp(0.5)  # what the scheduler's dynamic shift gives at the native size
 RECIPE = Recipe(
-    seed=12, peak_rate=1.2e-3, warm_up=0.02, hold=0.6, weight_decay=0.01, most_gradient=1.0, average_decay=0.995,
+    seed=12, peak_rate=8e-4, warm_up=0.02, hold=0.6, weight_decay=0.01, most_gradient=1.0, average_decay=0.995,
     report_every=250,
 )  # fmt: skip
 
