@@ -22,6 +22,10 @@ class Rows:
     def __len__(self) -> int:
         return max(0, self.stop - self.start)
 
+    @property
+    def numbers(self) -> range:
+        return range(self.start, self.stop)
+
     def intersect(self, other: "Rows") -> "Rows":
         """Rows in both; where there are none, empty at this stripe's end of the gap."""
         start = min(max(self.start, other.start), self.stop)
@@ -123,6 +127,22 @@ class TextPlan:
         return slice(self.before, self.before + self.counts[self.rank])
 
 
+@dataclass(frozen=True)
+class CopiedText(TextPlan):
+    """Copies of the text (I-Max) that a rank holds, one for each block of tokens that its rows touch."""
+
+    held: tuple[Rows, ...]
+    """Bands of blocks, by rank."""
+    place: int
+    """This rank's in `held`."""
+
+    @property
+    def shared(self) -> tuple[Rows, ...]:
+        """Bands whose copies this rank holds, too, by rank."""
+        mine = self.held[self.place]
+        return tuple(bands.intersect(mine) for bands in self.held)
+
+
 def stripe_image(size: tuple[int, int], ranks: int, *, cut: str, radius: int | None, unit: int = 1) -> Striping:
     """An image of `size` tokens in stripes of its `cut`: rows, columns, or auto, where ranks send fewer bytes.
 
@@ -206,6 +226,22 @@ def plan_text(tokens: int, ranks: int, rank: int) -> TextPlan:
     """Shares that differ by at most one token, some of them empty where there are more ranks than tokens."""
     share, rest = divmod(tokens, ranks)
     return TextPlan(tuple(share + (other < rest) for other in range(ranks)), rank)
+
+
+def bands_of(tokens: int, side: int | None) -> tuple[Rows, ...]:
+    """Bands of `side` rows or columns, of which the last one has what is left over; one where there are fewer, or None.
+
+    As many as in I-Max's code: floor(tokens / side), at least one.
+    """
+    side = side or tokens
+    starts = [side * number for number in range(max(1, tokens // side))]
+    return tuple(Rows(start, stop) for start, stop in pairwise([*starts, tokens]))
+
+
+def touched(bands: tuple[Rows, ...], rows: Rows) -> Rows:
+    """Which bands have some of these rows."""
+    numbers = [number for number, band in enumerate(bands) if len(band.intersect(rows))]
+    return Rows(numbers[0], numbers[-1] + 1)
 
 
 def sharing_text_pays(tokens: int, image_tokens: int, ranks: int) -> bool:

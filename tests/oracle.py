@@ -86,13 +86,23 @@ class DenseClearProcessor:
         query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
         text = query.shape[1] - len(self.seen)
         if self.native_tokens is not None:
-            query = query * math.sqrt(math.log(self.counted * query.shape[1]) / math.log(self.native_tokens + text))
-        seen_by_image = torch.cat([torch.ones(len(self.seen), text, dtype=torch.bool), self.seen], dim=1)
+            seen, native = self.text_counted(text)
+            keys = self.counted * (seen + len(self.seen))
+            query = query * math.sqrt(math.log(keys) / math.log(native + self.native_tokens))
+        seen_by_image = torch.cat([self.text_seen(text), self.seen], dim=1)
         image = self.attend_image(query[:, text:], key, value, seen_by_image)
         output = torch.cat([self._text_output(query[:, :text], key, value, text), image], dim=1).flatten(2)
         if encoder_hidden_states is None:
             return output
         return attn.to_out[0](output[:, text:]), attn.to_add_out(output[:, :text])
+
+    def text_counted(self, text: int) -> tuple[int, int]:
+        """Text tokens in n, and in n0."""
+        return text, text
+
+    def text_seen(self, text: int) -> Tensor:
+        """Whether image query i sees text key j, [H x W, T]."""
+        return torch.ones(len(self.seen), text, dtype=torch.bool)
 
     def attend_image(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
         """Image queries [B, L, N, D] to text and image; `seen` [L, T + H x W]."""

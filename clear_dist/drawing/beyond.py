@@ -4,6 +4,7 @@ from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.family import PipelineAdapter
 from clear_dist.engine.half_token import may_shift
 from clear_dist.engine.striped import StripedModel
+from clear_dist.engine.text_copies import may_copy
 from clear_dist.geometry import most_stripes
 from clear_dist.stages import Stage, Upscaling
 
@@ -33,10 +34,12 @@ def extrapolation_of(
     if not isinstance(upper, Upscaling) or tokens <= native:
         return None
     shifts = upper.way.shifts and is_alone and may_shift(striped.family, striped.settings)
+    copies = upper.way.copies and is_alone and may_copy(striped.family, striped.settings)
     return Extrapolation(
         native_tokens=native,
         ntk_factor=upper.ntk_factor,
         least_frequency=(native / tokens) ** 0.5 if upper.ntk == "clipped" else 0.0,
         position_scale=(native / tokens) ** 0.5 if upper.interpolate_positions else 1.0,
         shifts=shifts,
+        text_block=adapter.native_size // adapter.token_size if copies else None,
     )

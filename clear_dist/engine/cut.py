@@ -20,6 +20,7 @@ from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.joint_attention import FullJointAttention, JointAttention, WindowJointAttention
 from clear_dist.engine.room import needed_bytes
 from clear_dist.engine.settings import Settings
+from clear_dist.engine.text_copies import Copies, Place
 from clear_dist.geometry import HaloPlan, Rows, Striping, TextPlan
 from clear_dist.options import TextTokens
 
@@ -41,6 +42,7 @@ class Cut:
     stale: bool
     stripes: tuple[Rows, ...]
     plan: HaloPlan
+    copies: Copies
     joint_attention: JointAttention
     exchanges: Exchanges
     join: StripeJoin
@@ -48,6 +50,17 @@ class Cut:
     @property
     def size(self) -> tuple[int, int]:
         return (self.width, self.height) if self.by_columns else (self.height, self.width)
+
+    @property
+    def text_places(self) -> list[Place]:
+        """Where each copy of the text begins that this rank holds, in the picture's own position ids."""
+        scale = 1.0 if self.extrapolation is None else self.extrapolation.position_scale
+        starts = [(scale * block.rows.start, scale * block.columns.start) for block in self.copies.blocks]
+        return [(column, row) for row, column in starts] if self.by_columns else starts
+
+    def most_tokens(self, text_tokens: int) -> int:
+        """Tokens in the blocks of the rank that has most, where none shares its text."""
+        return max(map(len, self.stripes)) * self.width + self.copies.most * text_tokens
 
     def own_tokens(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's entries of `x`, whose dimension `dim` begins with one per token of the image in raster order."""
@@ -103,11 +116,13 @@ def cut_image(
     plan = geometry.plan_halos(stripes, group.rank, radius)
     if image.by_columns and settings.pooling is not None:
         settings = replace(settings, pooling=settings.pooling.transposed())
+    side = None if extrapolation is None else extrapolation.text_block
+    copies = Copies.of(stripes, width, group.rank, side, settings.reduction, is_apart=radius is not None)
     shared: dict[str, Any] = {
         "plan": plan,
         "grid": Rows(0, height),
         "width": width,
-        "counts_text_keys": settings.reduction.counts_text_keys(group.rank),
+        "blocks": copies.blocks,
         "extrapolation": extrapolation,
     }
     joint_attention: JointAttention = FullJointAttention(**shared)
@@ -125,6 +140,7 @@ def cut_image(
         stale=clock is not None,
         stripes=stripes,
         plan=plan,
+        copies=copies,
         joint_attention=joint_attention,
         exchanges=Exchanges(group, stripes, plan, settings, counters, clock),
         join=StripeJoin(group, stripes, counters),
@@ -138,8 +154,14 @@ def others_first(x_BT: Tensor, text: TextPlan) -> Tensor:
 
 
 def choose_text_plan(asked: TextTokens, text_tokens: int, cut: Cut) -> TextPlan:
-    """Text tokens that this rank takes through the blocks; `auto` decides from what is equal on all ranks."""
+    """Text tokens that this rank takes through the blocks, of which there may be copies.
+
+    `auto` decides from what is equal on all ranks; copies that are apart are held where they are needed.
+    """
     group = cut.group
+    if cut.copies.is_apart:
+        return cut.copies.plan(text_tokens, group.rank)
+    text_tokens *= len(cut.copies.blocks)
     # The stale schedule and transport through host memory are for slow links, where work is cheaper than messages.
     fast = group.transport != "host" and not cut.stale
     pays = fast and geometry.sharing_text_pays(text_tokens, cut.height * cut.width, group.size)

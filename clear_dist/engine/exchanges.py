@@ -8,11 +8,12 @@ from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.comm.halo_exchange import HaloExchange, SendBuffers
 from clear_dist.comm.stale_exchange import StaleHaloExchange, StaleTextReduce
+from clear_dist.comm.text_copies import TextCopies
 from clear_dist.comm.text_reduce import TextReduce
 from clear_dist.comm.text_shards import TextGather, TextScatter
 from clear_dist.engine.pooled_keys import PooledKeys
 from clear_dist.engine.settings import Settings
-from clear_dist.geometry import HaloPlan, Rows, TextPlan, plan_pooled
+from clear_dist.geometry import CopiedText, HaloPlan, Rows, TextPlan, plan_pooled
 
 Where = tuple[int, int]
 """Pass and layer."""
@@ -96,6 +97,8 @@ class Exchanges:
 
     def _make_text(self, text: TextPlan) -> TextReduce:
         how = self._group, self._settings.reduction, self._counters
+        if isinstance(text, CopiedText):
+            return TextCopies(*how, plan=text)
         if self._clock is None:
             return TextScatter(*how, plan=text) if text.is_shared else TextReduce(*how)
         assert not text.is_shared, "nothing of the text is gathered late"

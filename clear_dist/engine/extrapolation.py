@@ -22,6 +22,9 @@ class Extrapolation:
     shifts: bool = False
     """Whether even steps have their patches half a token off, a ring of zeros around the picture (I-Max)."""
 
+    text_block: int | None = None
+    """Side in tokens of the blocks of which each has a copy of the text (I-Max); None: there is one text."""
+
     @property
     def grids(self) -> int:
         """Grids of patches that steps take turns on."""
@@ -37,13 +40,20 @@ class Extrapolation:
 
 
 def attention_scale(
-    extrapolation: Extrapolation | None, *, head_dim: int, text_tokens: int, image_tokens: int, pooled: bool = False
+    extrapolation: Extrapolation | None,
+    *,
+    head_dim: int,
+    text_tokens: int,
+    image_tokens: int,
+    copies: int = 1,
+    pooled: bool = False,
 ) -> float | None:
     """Factor of the scores, sqrt(log_n0(n) / d), which keeps the entropy of more keys ("proportional attention").
 
-    n counts text and image keys of the whole grid, n0 at the native size. None without an extrapolation: 1 / sqrt(d).
+    n counts text keys, of all `copies` of the text that are seen, and image keys of the whole grid, n0 those at the
+    native size, where there is one text. None without an extrapolation: 1 / sqrt(d).
     """
     if extrapolation is None:
         return None
     keys = (POOLED_COUNT if pooled else 1) * (text_tokens + image_tokens)
-    return sqrt(log(keys, text_tokens + extrapolation.native_tokens) / head_dim)
+    return sqrt(log(keys, text_tokens // copies + extrapolation.native_tokens) / head_dim)

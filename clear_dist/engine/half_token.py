@@ -1,4 +1,4 @@
-"""Steps whose patches lie half a token off (I-Max): which ones, and where a model can take them."""
+"""Inputs as I-Max has them: in some steps patches lie half a token off, where a model can take that; copies of text."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -6,6 +6,7 @@ from typing import cast
 from clear_dist.engine.cut import Cut
 from clear_dist.engine.family import Family, Inputs, ShiftingFamily
 from clear_dist.engine.settings import Settings
+from clear_dist.engine.text_copies import with_copies
 
 
 def may_shift(family: Family, settings: Settings) -> bool:
@@ -16,8 +17,11 @@ def may_shift(family: Family, settings: Settings) -> bool:
     return hasattr(family, "shifted") and settings.pooling is None and settings.options.schedule == "sync"
 
 
-def shifted_to(cut: Cut, inputs: Inputs, cuts: Sequence[Cut], family: Family) -> Inputs:
-    """Inputs on the grid of `cut`, one of `cuts`: half a token off, and as they are; none: as they are."""
-    if not cuts or cut is cuts[1]:
-        return inputs
-    return cast(ShiftingFamily, family).shifted(inputs, cuts[1].size)
+def on_grid(cut: Cut, inputs: Inputs, cuts: Sequence[Cut], family: Family) -> Inputs:
+    """Inputs on the grid of `cut`, with the copies of the text that this rank holds.
+
+    It is one of `cuts`, half a token off and as they are; none: the grid is theirs.
+    """
+    if cuts and cut is cuts[0]:
+        inputs = cast(ShiftingFamily, family).shifted(inputs, cuts[1].size)
+    return with_copies(inputs, cut.text_places, family)

@@ -19,6 +19,7 @@ from clear_dist.comm.counters import labelled
 from clear_dist.comm.halo_exchange import PendingHalos
 from clear_dist.engine.exchanges import Exchange
 from clear_dist.engine.extrapolation import Extrapolation, attention_scale
+from clear_dist.engine.text_copies import Block
 from clear_dist.geometry import HaloPlan, Rows, reach
 from clear_dist.merge import RowsPart, merge, merge_rows
 
@@ -33,18 +34,13 @@ class Stripe:
     plan: HaloPlan
     grid: Rows
     width: int
-    counts_text_keys: bool
-    """Whether this rank's part of the text queries' attention holds the text keys (`exact`: on one rank only)."""
+    blocks: tuple[Block, ...]
+    """Blocks whose copies of the text this rank holds; a single one has the text itself."""
     extrapolation: Extrapolation | None
 
-    def _scale(self, query_BLND: Tensor, text_tokens: int, *, pooled: bool = False) -> float | None:
-        return attention_scale(
-            self.extrapolation,
-            head_dim=query_BLND.shape[-1],
-            text_tokens=text_tokens,
-            image_tokens=len(self.grid) * self.width,
-            pooled=pooled,
-        )
+    def _scale(self, query_BLND: Tensor, text_tokens: int, **further: Any) -> float | None:
+        sizes: dict[str, Any] = {"head_dim": query_BLND.shape[-1], "image_tokens": len(self.grid) * self.width}
+        return attention_scale(self.extrapolation, text_tokens=text_tokens, **sizes, **further)
 
     @labelled("compute: text queries")
     def _text_part(
@@ -52,7 +48,7 @@ class Stripe:
     ) -> tuple[Tensor, Tensor]:
         """Text queries' attention (out, lse) to my rows and, if it counts here, to the text."""
         query_BTND, (key, value) = qkv[0][:, :text_tokens], qkv[1:]
-        seen = text_tokens if self.counts_text_keys else 0
+        seen = text_tokens if self.blocks[0].counts_text_keys else 0
         if text_mask_BT is None or not seen:
             return attend(query_BTND, key[:, text_tokens - seen :], value[:, text_tokens - seen :], scale)
         to_text = attend_masked(query_BTND, key[:, :text_tokens], value[:, :text_tokens], scale, text_mask_BT)
@@ -78,10 +74,12 @@ class WindowJointAttention(Stripe):
         query_BLND, *keys_BLND = qkv
         text_tokens = query_BLND.shape[1] - len(self.plan.own) * self.width
         query = self._split(query_BLND, text_tokens)[1]
-        scale = self._scale(query_BLND, text_tokens, pooled=exchange.pooled is not None)
+        copies = len(self.blocks)
+        scale = self._scale(query_BLND, text_tokens // copies, pooled=exchange.pooled is not None)
 
         exchange.gather.wait()  # other ranks' text tokens, where each has a share
-        text = exchange.text.start(*self._text_part(qkv, text_tokens, scale, text_mask_BT))
+        attended = self._text_part if copies == 1 else self._copies_part
+        text = exchange.text.start(*attended(qkv, text_tokens, scale, text_mask_BT))
         elsewhere = exchange.gather.plan.elsewhere
         output_BLND = torch.empty_like(query_BLND[:, elsewhere:]) if out_BLND is None else out_BLND
         output_text, output = self._split(output_BLND, text_tokens - elsewhere)
@@ -125,6 +123,9 @@ class WindowJointAttention(Stripe):
             seen = attend_masked(query_BRWND.flatten(1, 2), key_text, value_text, scale, text_mask_BT)
             parts.append(self._part_of_own(query_BRWND, seen))
             key_text = value_text = no_text
+        elif text_tokens and len(self.blocks) > 1:  # nor has it for copies of which each query sees one
+            parts.append(self._part_of_copies(query_BRWND, (key_text, value_text), scale))
+            key_text = value_text = no_text
         with labelled("compute: own keys"):
             keys = key, value, key_text, value_text
             out, lse = window_attention(
@@ -146,6 +147,41 @@ class WindowJointAttention(Stripe):
                         parts.append(RowsPart(reaching, *results))
         halos.release()
         return parts
+
+    @labelled("compute: text queries")
+    def _copies_part(
+        self, qkv: Projected, text_tokens: int, scale: float | None, text_mask_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention (out, lse) of each copy's queries to my rows of its block and, if it counts here, to the copy."""
+        assert text_mask_BT is None, "no family with padded text has copies of it"
+        texts, images = zip(*(self._split(x, text_tokens) for x in qkv), strict=True)
+        parts = []
+        for block, query, key, value in zip(self.blocks, *self._chunks(texts), strict=True):
+            key_image, value_image = (x[self._of(block)].flatten(1, 2) for x in images[1:])
+            part = attend(query, key_image, value_image, scale)
+            parts.append(merge([part, attend(query, key, value, scale)]) if block.counts_text_keys else part)
+        outs, lses = zip(*parts, strict=True)
+        return torch.cat(outs, dim=1), torch.cat(lses, dim=1)
+
+    def _part_of_copies(self, query_BRWND: Tensor, texts_BTND: Sequence[Tensor], scale: float | None) -> RowsPart:
+        """Attention of my rows to the copy of the block that each token lies in."""
+        out_BRWND = torch.empty_like(query_BRWND)
+        lse_BRWN = query_BRWND.new_empty(query_BRWND.shape[:-1], dtype=torch.float32)
+        for block, key, value in zip(self.blocks, *self._chunks(texts_BTND), strict=True):
+            mine = query_BRWND[self._of(block)]
+            results = attend(mine.flatten(1, 2), key, value, scale)
+            for whole, result in zip((out_BRWND, lse_BRWN), results, strict=True):
+                whole[self._of(block)] = result.unflatten(1, mine.shape[1:3])
+        return RowsPart(self.plan.own, out_BRWND, lse_BRWN)
+
+    def _chunks(self, texts_BTND: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """Each tensor's part of every copy."""
+        return [x.chunk(len(self.blocks), dim=1) for x in texts_BTND]
+
+    def _of(self, block: Block) -> tuple[slice, slice, slice]:
+        """Where a block's tokens are in my rows [B, R, W, ...]."""
+        rows = block.rows.intersect(self.plan.own).relative_to(self.plan.own.start)
+        return slice(None), rows, slice(block.columns.start, block.columns.stop)
 
     def _part_of_own(self, query_BRWND: Tensor, results: tuple[Tensor, Tensor]) -> RowsPart:
         return RowsPart(self.plan.own, *(result.unflatten(1, query_BRWND.shape[1:3]) for result in results))
@@ -189,7 +225,7 @@ class FullJointAttention(Stripe):
         if text_mask_BT is not None:
             mask_B11S = pad(text_mask_BT, (0, image_tokens), value=True)[:, None, None]
         query, key, value = (x.transpose(1, 2) for x in (query_BLND, key_BSND, value_BSND))
-        scale = self._scale(query_BLND, text_tokens)
+        scale = self._scale(query_BLND, text_tokens, copies=len(self.blocks))
         with labelled("compute: full attention"):
             return scaled_dot_product_attention(query, key, value, attn_mask=mask_B11S, scale=scale).transpose(1, 2)
 

@@ -21,7 +21,7 @@ from clear_dist.engine.family import Family, Inputs, Modulation, Removable
 from clear_dist.engine.fused import choose_parts
 from clear_dist.engine.graphs import Graphs
 from clear_dist.engine.guidance import Guidance
-from clear_dist.engine.half_token import shifted_to
+from clear_dist.engine.half_token import on_grid
 from clear_dist.engine.room import require_room
 from clear_dist.engine.settings import Settings
 from clear_dist.engine.step_cache import step_cache
@@ -224,7 +224,7 @@ class StripedModel:
             self._same_call.require()
             self.graphs.pass_by()
             return args, kwargs
-        inputs = shifted_to(cut, mine, self._cuts, self.family)
+        inputs = on_grid(cut, mine, self._cuts, self.family)
         if cut.stale and not cut.exchanges.fit(batch):
             self.drain()  # guidance has ended (`cfg_truncation`): this step is synchronous
         if cut.stale and not cut.exchanges.has_begun(self._clock.turn):
@@ -282,7 +282,7 @@ class StripedModel:
         shifts = self.extrapolation is not None and self.extrapolation.grids > 1
         self._cuts = (cut_image((size[0] + 1, size[1] + 1), *image, clock=None, **how), self.cut) if shifts else ()
         is_masked = self.family.text_mask(inputs) is not None
-        tokens = len(self.family.latents(inputs)) * (max(map(len, self.cut.stripes)) * self.cut.width + text_tokens)
+        tokens = len(self.family.latents(inputs)) * self.cut.most_tokens(text_tokens)
         self.graphs.begin(self.cut, steps=0 if shifts else steps, tokens=tokens, is_masked=is_masked)
 
 

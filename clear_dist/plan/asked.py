@@ -1,7 +1,7 @@
 """What is planned: a request, where it is to run, and the parts that ranks have in its stages."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from math import prod, sqrt
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from clear_dist.cards.headers import read_shapes
 from clear_dist.cards.lora import TEXT_PREFIX
-from clear_dist.geometry import HaloPlan, Rows, Striping, covering_radius, cut_in_stripes, plan_halos
+from clear_dist.geometry import HaloPlan, Rows, Striping, bands_of, covering_radius, cut_in_stripes, plan_halos, touched
 from clear_dist.options import Options
 from clear_dist.plan.model import PlannedModel
 from clear_dist.request.hardware import Gpu, Link
@@ -34,6 +34,8 @@ class Part:
     """Rows from each rank on one side, and on the other: above or below, in such an order that equal parts match."""
     sent: int
     """Rows, to all other ranks together."""
+    texts: tuple[tuple[int, bool], ...]
+    """For each band of blocks whose copies of the text the rank holds: how many do, and whether it is the first."""
     columns: int
     picture_rows: int
     """Those of the picture itself that the rank has in the VAE."""
@@ -44,14 +46,19 @@ class Part:
         return sum(map(sum, self.halos))
 
     @property
+    def holders(self) -> int:
+        return sum(number for number, _ in self.texts)
+
+    @property
     def shape(self) -> tuple[object, ...]:
         """Equal for ranks that need the same."""
-        return self.rows, self.halos, self.sent, self.picture_rows
+        return self.rows, self.halos, self.sent, self.texts, self.picture_rows
 
     def covers(self, other: "Part") -> bool:
         """Whether the other one needs no more than this one."""
         halos = self.received >= other.received and self.sent >= other.sent
-        return halos and self.rows >= other.rows and self.picture_rows >= other.picture_rows
+        texts = len(self.texts) >= len(other.texts) and self.holders >= other.holders
+        return halos and texts and self.rows >= other.rows and self.picture_rows >= other.picture_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +119,21 @@ class PlanRequest:
 
     def shifts(self, stage: Stage) -> bool:
         """Whether even steps may have their patches half a token off: all but whether the model can take that."""
+        upper = self._led(stage)
+        return upper is not None and upper.way.shifts
+
+    def text_block(self, stage: Stage) -> int | None:
+        """Side in tokens of the blocks that each have a copy of the text, where the model can take that; None: none."""
+        upper = self._led(stage)
+        return None if upper is None or not upper.way.copies else (self.request.native_size or 0) // self.model.token
+
+    def _led(self, stage: Stage) -> Upscaling | None:
+        """A stage above the native size whose way may change what the model is given; None: it may not."""
         request, upper = self.request, stage.sampling
         if not isinstance(upper, Upscaling) or prod(stage.size) <= (request.native_size or 0) ** 2:
-            return False
+            return None
         is_alone = request.control is None and self.reference is None
-        return upper.way.shifts and is_alone and request.schedule == "sync"
+        return upper if is_alone and request.schedule == "sync" else None
 
     @property
     def on_cuda(self) -> bool:
@@ -201,18 +218,26 @@ class PlanRequest:
         if radius is not None:
             radius = min(radius, covering_radius(height, width))
         in_vae, stripes = cut_in_stripes(height, self._drawing(stage)), image.stripes
+        shifts = self.shifts(stage) and self.request.down_factor == 1
+        larger = cut_in_stripes(stripes[-1].stop + 1, len(stripes)) if shifts else stripes  # of both grids
+        bands = bands_of(larger[-1].stop, None if radius is None else self.text_block(stage))
+        held = [touched(bands, stripe) for stripe in larger]
         return tuple(
-            _part(plan_halos(stripes, rank % len(stripes), radius), rank, image, in_vae, width)
+            _part(plan_halos(stripes, rank % len(stripes), radius), rank, image, in_vae, held, width)
             for rank in range(len(in_vae))
         )
 
 
-def _part(plan: HaloPlan, rank: int, image: Striping, in_vae: tuple[Rows, ...], picture_columns: int) -> Part:
+def _part(
+    plan: HaloPlan, rank: int, image: Striping, in_vae: tuple[Rows, ...], held: Sequence[Rows], picture_columns: int
+) -> Part:
     sides: tuple[list[int], list[int]] = ([], [])
     for transfer in plan.receives:
         sides[transfer.rows.start >= plan.own.stop].append(len(transfer.rows))
     first, second = sorted(tuple(sorted(side)) for side in sides)
     sent = sum(len(transfer.rows) for transfer in plan.sends)
+    mine = rank % len(held)
+    holders = [[other for other, bands in enumerate(held) if band in bands.numbers] for band in held[mine].numbers]
     return Part(
         ranks=len(in_vae),
         stripes=len(image.stripes),
@@ -220,6 +245,7 @@ def _part(plan: HaloPlan, rank: int, image: Striping, in_vae: tuple[Rows, ...], 
         rows=len(plan.own),
         halos=(first, second),
         sent=sent,
+        texts=tuple((len(ranks), ranks[0] == mine) for ranks in holders),
         columns=image.width,
         picture_rows=len(in_vae[rank]),
         picture_columns=picture_columns,

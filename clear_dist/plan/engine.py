@@ -88,6 +88,7 @@ class Engine:
             text_tokens=asked.text_tokens,
             passes=batches[1] * asked.passes(stage),
             shifts=asked.shifts(stage),
+            text_block=asked.text_block(stage),
             halves=asked.has_halves(stage),
             steps=stage.sampling.steps if asked.lags(stage, part.stripes) else 1,
             down_factor=request.down_factor,
@@ -119,6 +120,7 @@ class Engine:
             passes=1,
             steps=1,
             shifts=False,
+            text_block=None,
             down_factor=1,
             has_lora=False,
         )

@@ -72,6 +72,8 @@ class StepQuestion(Question):
     """The stage's where halos lag; else 1."""
     shifts: bool = False
     """Whether even steps have their patches half a token off, where the model can take that."""
+    text_block: int | None = None
+    """Side of the blocks that each have a copy of the text, where the model can take that; None: there is one text."""
     halves: bool = False
     """Whether there are twice as many ranks, of which half takes a pass, or half of the images."""
 
@@ -94,6 +96,10 @@ class Step:
     channels: int
     grids: int
     """Grids of patches that steps take turns on, of which this one's has more tokens."""
+    copies: int
+    """Copies of the text on the rank that holds most."""
+    copies_apart: bool
+    """Whether only ranks that hold a copy exchange what it attends to."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from clear_dist.engine.pooled_keys import Pooling
 from clear_dist.engine.room import SENDING_LAYERS
 from clear_dist.engine.settings import Settings
 from clear_dist.engine.striped import StripedModel
+from clear_dist.engine.text_copies import may_copy
 from clear_dist.geometry import reached_tiles
 from clear_dist.plan.allocated import ON_THEIR_WAY, Allocated
 from clear_dist.plan.built import Built, quantise
@@ -130,6 +131,8 @@ def run_steps(question: StepQuestion, built: Built) -> dict[str, Any]:
         "tokens": text.counts[text.rank] + len(cut.plan.own) * cut.width,
         "channels": built.family.channels,
         "grids": _grids(striped),
+        "copies": cut.copies.most,
+        "copies_apart": cut.copies.is_apart,
     }
 
 
@@ -151,8 +154,11 @@ def _on_stripes(question: StepQuestion, built: Built, tally: Tally, allocated: A
         shards=(PretendedShards(family.blocks, group, tally, whole=elsewhere),) if in_shards else (),
     )
     striped.parts = parts_on(question.device, allocated, compile=options.compile)
-    if question.shifts and may_shift(family, striped.settings):
-        striped.extrapolation = Extrapolation(native_tokens=question.height * question.width, shifts=True)
+    shifts = question.shifts and may_shift(family, striped.settings)
+    block = question.text_block if may_copy(family, striped.settings) else None
+    if shifts or block:
+        native = question.height * question.width
+        striped.extrapolation = Extrapolation(native_tokens=native, shifts=shifts, text_block=block)
         striped.guidance.run_on(group, grids=_grids(striped))
     return striped
 

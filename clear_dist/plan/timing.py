@@ -88,7 +88,7 @@ def stage_time(engine: Engine, asked: PlanRequest, number: int) -> StageTime | N
     images, passes = asked.images(stage), asked.passes(stage)
     computing, link = _computing(asked, gpu, step, weights, images, passes), asked.link.bytes_per_second
     launched = LAUNCH * launches(asked, part.stripes) * weights.blocks
-    is_graph = step.grids == 1 and is_replayed(asked, stage, part)
+    is_graph = step.grids == 1 and is_replayed(asked, stage, part, copies=step.copies)
     host = passes * (LAUNCH * LAUNCHES_REPLAYED if is_graph else launched)
     capturing = LAUNCHED * max(0.0, launched - computing / passes) if is_graph else 0.0
     net, net_weights = engine.control_step(asked, stage, part), engine.control_weights(asked)
@@ -152,10 +152,10 @@ def launches(asked: PlanRequest, ranks: int) -> int:
     return LAUNCHES + LAUNCHES_OF_MESSAGES * (ranks > 1) + sum(more[asked.request.compile] for more in eight_bits)
 
 
-def is_replayed(asked: PlanRequest, stage: Stage, part: Part) -> bool:
+def is_replayed(asked: PlanRequest, stage: Stage, part: Part, *, copies: int) -> bool:
     """Whether all steps but the first are CUDA graphs, which a rank in need of host memory for messages has none of."""
     request, passes = asked.request, asked.passes(stage)
-    tokens = asked.images(stage) * (part.rows * part.columns + asked.text_tokens)
+    tokens = asked.images(stage) * (part.rows * part.columns + copies * asked.text_tokens)
     backend = None if request.radius is None else request.attention_backend
     to_come = stage.sampling.steps - (LAUNCHED - 1) // passes
     may_replay = asked.options.may_replay(ranks=part.stripes, tokens=tokens, steps=to_come, backend=backend)

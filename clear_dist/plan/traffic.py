@@ -26,6 +26,8 @@ class Traffic:
     """A rank's share of blocks that are in shards."""
     clean: int = 0
     """A rank's share of the stage below's clean latents that the step goes by."""
+    text_apart: bool = False
+    """Whether what is reduced of the text goes to ranks that hold the same copies of it, and to no others."""
     halves: int = 1
     """2: as many ranks have the other pass, with whom these join, and share weights."""
 
@@ -37,7 +39,8 @@ class Traffic:
     def in_layers(self) -> float:
         """Each way through a rank's link while layers run; an all-reduce goes round in a ring, an all-to-all once."""
         others = self.ranks - 1
-        reduced = others / self.ranks * self.text_reduced * (1 if self.text_gathered else 2)
+        times = 1 if self.text_apart else others / self.ranks * (1 if self.text_gathered else 2)
+        reduced = times * self.text_reduced
         rows = max(self.halos_sent, self.halos_received) + max(self.pooled_sent, self.pooled_received)
         return rows + others * self.text_gathered + reduced
 
@@ -60,8 +63,8 @@ class Traffic:
 
 def step_traffic(engine: Engine, asked: PlanRequest, stage: Stage, part: Part) -> Traffic:
     """One rank's; what it receives follows from the rows that it sends, which are as long."""
-    sent, controlled = engine.step(asked, stage, part).bytes, engine.control_step(asked, stage, part)
-    net = {} if controlled is None else controlled.bytes
+    step, controlled = engine.step(asked, stage, part), engine.control_step(asked, stage, part)
+    sent, net = step.bytes, {} if controlled is None else controlled.bytes
     rows = sum(len(stripe) for stripe in asked.striping(stage).stripes)
     halos, pooled = sent.get("halo_bytes_sent", 0), sent.get("pooled_bytes_sent", 0)
     lower = below(asked, stage)
@@ -74,6 +77,7 @@ def step_traffic(engine: Engine, asked: PlanRequest, stage: Stage, part: Part) -
         halos_received=halos * part.received // max(1, part.sent) + round(net_halos * others_rows),
         text_gathered=sent.get("text_bytes_gathered", 0),
         text_reduced=(sent.get("text_bytes_reduced", 0) + net.get("text_bytes_reduced", 0)) * (part.stripes > 1),
+        text_apart=step.copies_apart,
         join=sent.get("join_bytes", 0),
         clean=0 if lower is None else clean_bytes(asked, lower, part.ranks),
         pooled_sent=pooled,

@@ -22,7 +22,8 @@ STEPS, LATER_STEPS, BASE_STEPS = 16, 10, 30
 
 
 class HiFlow:
-    guides, keeps, shifts = True, True, False
+    guides, keeps = True, True
+    copies = shifts = False
 
     def usual(self, steps: int, strength: float) -> Mapping[str, Any]:
         """16 and then 10 steps for 30."""

@@ -1,6 +1,7 @@
 """I-Max (arXiv 2410.07536): fresh noise, its velocity led by the low frequencies of the enlarged picture.
 
-Every other step has its patches half a token off, so that no seam between patches stays where it is.
+Every other step has its patches half a token off, so that no seam between patches stays where it is. Each block of
+tokens of the native size has a copy of the text, as near to it as the text was in training.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,8 @@ class IMax:
     led_by: Literal["cosine_decay", "cosine_shift", "constant"] = "cosine_decay"
     """How guidance goes on from step to step, in the official code's words."""
 
-    guides, keeps, shifts = True, False, True
+    guides, keeps = True, False
+    copies = shifts = True
 
     def usual(self, steps: int, strength: float) -> Mapping[str, Any]:
         """As many steps as the stage below, or one more: 30 and 30 in the paper."""

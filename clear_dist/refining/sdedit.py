@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class SDEdit:
-    guides = keeps = shifts = False
+    guides = keeps = copies = shifts = False
 
     def usual(self, steps: int, strength: float) -> Mapping[str, Any]:
         """As many steps as diffusers' image-to-image takes of `steps`, at least one."""

@@ -51,6 +51,8 @@ class Refinement(Protocol):
     """Whether `velocity` changes anything."""
     keeps: bool
     """Whether each stage keeps the clean latents that its last steps expect, for the next one's steps."""
+    copies: bool
+    """Whether each block of tokens of the native size has a copy of the text, with ids that begin at the block's."""
     shifts: bool
     """Whether even steps have their patches half a token off, with a ring of zeros one latent wide around."""
 

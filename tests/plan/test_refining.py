@@ -53,21 +53,41 @@ def test_a_step_joins_the_clean_latents_of_the_stage_below(engine: Engine) -> No
 
 
 @pytest.mark.parametrize(
-    ("settings", "grids"),
+    ("settings", "grids", "copies"),
     [
-        ({}, 2),
-        ({"schedule": "stale", "warmup_steps": 1}, 1),
-        ({"down_factor": 4}, 1),
+        ({}, 2, (4, 2)),
+        ({"schedule": "stale", "warmup_steps": 1}, 1, (1, 1)),
+        ({"down_factor": 4}, 1, (2, 2)),
+        ({"window": "full"}, 2, (4, 4)),
     ],
 )
-def test_even_steps_of_imax_have_a_row_and_a_column_more(settings: dict[str, Any], grids: int, engine: Engine) -> None:
-    """129 x 129 tokens on 2 ranks; not where keys are down-sampled, and not where halos lag."""
+def test_even_steps_of_imax_have_a_row_and_a_column_more(
+    settings: dict[str, Any], grids: int, copies: tuple[int, int], engine: Engine
+) -> None:
+    """129 x 129 tokens on 2 ranks; not where keys are down-sampled, and not where halos lag.
+
+    A text for each block of 64 x 64 that a rank's rows touch, of whose rows the first rank has one more than 64.
+    """
     led = asked_for("imax", 2048, **settings)
-    step = engine.step(led, led.stages[1], led.parts[1][0])
-    text = led.text_tokens
-    assert step.grids == grids
-    assert step.tokens == text + (65 * 129 if grids == 2 else 64 * 128)
+    rows = (65, 64) if grids == 2 else (64, 64)
+    for part, mine, texts in zip(led.parts[1], rows, copies, strict=True):
+        step = engine.step(led, led.stages[1], part)
+        assert step.grids == grids and step.copies == max(copies)
+        assert step.tokens == texts * led.text_tokens + mine * (129 if grids == 2 else 128)
     assert engine.step(led, led.stages[0], led.parts[0][0]).grids == 1
+    assert engine.step(led, led.stages[0], led.parts[0][0]).copies == 1
+
+
+def test_copies_of_the_text_go_to_the_other_rank_of_their_blocks(engine: Engine) -> None:
+    """Two copies, of the band that both ranks have rows of; with down-sampled keys each has a band of its own."""
+    led, pooled = asked_for("imax", 2048), asked_for("imax", 2048, down_factor=4)
+    sent = [step_traffic(engine, led, led.stages[1], part) for part in led.parts[1]]
+    layers, width = 57, 24 * (128 + 2) * 2
+    assert [each.text_reduced for each in sent] == [2 * led.text_tokens * layers * width] * 2
+    assert all(each.text_apart for each in sent)
+    rows = sent[0].in_layers - sent[0].text_reduced  # all of it crosses the link, once
+    assert rows == max(sent[0].halos_sent, sent[0].halos_received)
+    assert step_traffic(engine, pooled, pooled.stages[1], pooled.parts[1][0]).text_reduced == 0
 
 
 def test_halves_take_both_passes_on_each_grid(engine: Engine) -> None:

@@ -60,9 +60,8 @@ def seed_of(stage: int) -> int:
 
 
 @cache
-def reference(radius: int, *, clips: bool = False, negative: str | None = None) -> Reference:
-    pipe = make_tiny_pipeline(sample_size=NATIVE)
-    return Reference(pipe, PROMPT, radius=radius, theta=100_000.0, clips=clips, negative=negative)
+def reference(radius: int, **how: Any) -> Reference:
+    return Reference(make_tiny_pipeline(sample_size=NATIVE), PROMPT, radius=radius, theta=100_000.0, **how)
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:

@@ -1,7 +1,7 @@
 """Ways of refining by an unmodified diffusers pipeline in a single process, written apart from the engine."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,13 +14,15 @@ from PIL import Image
 from torch import Tensor
 
 from clear_dist.stages import Size
-from tests.oracle import DenseClearProcessor, Rotary
-from tests.pooled_oracle import pool_keys
+from tests.oracle import Rotary
+from tests.refining.copies import CopiesProcessor, PooledCopies, copied, counts_of
 
 FULL = 10**6
 """Radius of a circle that holds everything."""
 NATIVE, TEXT = 64, 8
 """Native size of the tiny pipeline in pixels, and text tokens."""
+SIDE = NATIVE // 16
+"""Tokens along the side of a block that has a copy of the text."""
 SCALE = 3.0
 
 
@@ -31,12 +33,13 @@ class Reference:
     pipe: FluxPipeline
     prompt: str
     radius: int = FULL
-    processor: Callable[..., Any] = DenseClearProcessor
     theta: float = 10_000.0
     """Base of the rotary embedding in upper stages."""
     clips: bool = False
     negative: str | None = None
     """Negative prompt, for classifier-free guidance with `SCALE`; None: there is none."""
+    copies: bool = False
+    """Whether upper stages have copies of the text."""
     pooling: dict[str, Tensor] | None = None
     """Weights of down-sampled keys by their names in a checkpoint."""
 
@@ -53,9 +56,11 @@ class Reference:
         height, width = (side // 2 for side in latents.shape[-2:])
         transformer, (prompt_embeds, pooled, text_ids) = self.pipe.transformer, text
         native = None if tokens is None else (NATIVE // 16) ** 2
-        transformer.set_attn_processor(self.processor(height, width, self.radius, native_tokens=native))
-        if self.pooling is not None:
-            pool_keys(self.pipe, self.pooling, self.radius, height=height, width=width, native_tokens=native)
+        if tokens is not None and self.copies:
+            prompt_embeds, text_ids = copied(prompt_embeds, text_ids, counts_of(height, width, SIDE), SIDE)
+        transformer.set_attn_processor(
+            {name: self._processor(name, height, width, native) for name in transformer.attn_processors}
+        )
         axes = transformer.config.axes_dims_rope
         transformer.pos_embed = plain(axes, 10_000.0) if tokens is None else self.rotary(axes, tokens)
         ids = torch.stack(torch.meshgrid(*map(torch.arange, (1, height, width)), indexing="ij"), -1)
@@ -69,6 +74,16 @@ class Reference:
             txt_ids=text_ids,
         ).sample
         return self.pipe._unpack_latents(found, 16 * height, 16 * width, 8)
+
+    def _processor(self, layer: str, height: int, width: int, native: int | None) -> Any:
+        image, how = (height, width, self.radius), {"native_tokens": native}
+        side = SIDE if native is not None and self.copies else max(height, width)
+        copies: dict[str, Any] = {"side": side, "sees_all": self.radius == FULL}
+        if self.pooling is None:
+            return CopiesProcessor(*image, **copies, **how)
+        found = PooledCopies(*image, **copies, **how)
+        found.height, found.weight = height, self.pooling[f"{layer}.spatial_weight"]
+        return found
 
     def rotary(self, axes: tuple[int, ...], tokens: int) -> Rotary:
         """Rotary embedding of an upper stage; `tokens` of the picture, the ring of a shifted step left out."""

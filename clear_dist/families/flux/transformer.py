@@ -18,6 +18,7 @@ from clear_dist.engine.family import Inputs, Removable, Stripes
 from clear_dist.engine.reclassed import Reclassed
 from clear_dist.engine.references import References, after_references, flat_ids, joined_image
 from clear_dist.engine.stock import attention_layers
+from clear_dist.engine.text_copies import Place
 from clear_dist.families.flux.attention import Adaptive, FluxStripeAttnProcessor
 from clear_dist.families.flux.blocks import STRIPED
 from clear_dist.families.flux.controlled import FluxControlNetAdapter
@@ -134,6 +135,11 @@ class Flux:
         latents_BCHW = patches.permute(0, 3, 1, 4, 2, 5).flatten(-2).flatten(2, 3)
         patches = pad(latents_BCHW, (side // 2,) * 4).unflatten(-1, (-1, side)).unflatten(2, (-1, side))
         return {**inputs, "hidden_states": patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)}
+
+    def copied(self, inputs: Inputs, places: Sequence[Place]) -> Inputs:
+        ids, text_BTC = flat_ids(inputs["txt_ids"]).float(), inputs["encoder_hidden_states"]
+        moved = [ids + ids.new_tensor((0, *place)) for place in places]
+        return {**inputs, "encoder_hidden_states": text_BTC.repeat(1, len(places), 1), "txt_ids": torch.cat(moved)}
 
     def replicated(self, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
         drawn = [inputs[name] for name in ("hidden_states", "timestep", "guidance") if inputs.get(name) is not None]
