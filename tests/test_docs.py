@@ -13,9 +13,10 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 FOREIGN = {
     *("--help", "--version", "--install-completion", "--nproc-per-node", "--no-python", "--table", "--check"),
+    *("--page", "--results"),
     *("--flow-alone", "--rm", "--gpus", "--ipc", "--shm-size", "--pid", "--oldest", "--newest", "--cuda", "--cuda-all"),
 }
-"""Not in our records: typer's, ours without a command, torchrun's, a benchmark's, ruff's, Docker's, py-spy's and CI's."""
+"""Not in our records: typer's, ours without a command, torchrun's, the benchmarks', ruff's, Docker's, py-spy's and CI's."""
 FLAGS = {
     name.strip(" /")
     for command in COMMANDS.values()
