@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL
 from clear_dist.demo import WEIGHTS, data, pipeline, train_vae
 from clear_dist.demo.train_transformer import LatentSet, train_transformer
 
-MINUTES = {"vae": 28.0, "transformer": 45.0, "decoder": 12.0}
+MINUTES = {"vae": 28.0, "transformer": 105.0, "decoder": 12.0}
 STAGES = (*MINUTES, "export")
 
 
