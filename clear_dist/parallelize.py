@@ -26,6 +26,7 @@ from clear_dist.engine.capture import as_cuda_graph
 from clear_dist.engine.family import Family
 from clear_dist.engine.settings import Settings
 from clear_dist.engine.stock import require_stock
+from clear_dist.engine.strided import fit_to_vae
 from clear_dist.engine.striped import StripedModel, striped_of
 from clear_dist.families.transformers import controlnets_of, family_of
 from clear_dist.options import Options, Refusal, Window, check_window, nearest_word
@@ -168,7 +169,7 @@ def put_on_stripes(
 ) -> tuple[list[StripedModel], ReplacedWeights | None]:
     """Put the transformer and its ControlNets on stripes, or none where one refuses; with CLEAR's weights.
 
-    `stripes` as in `Guidance`.
+    A VAE that diffusers has loaded without its stride gets it, for good. `stripes` as in `Guidance`.
     """
     transformer, options = family.transformer, settings.options
     assert options.window is not None, "settled"
@@ -195,6 +196,7 @@ def put_on_stripes(
             own = settings if window is None else of_controlnet(settings, net, window)
             striped.append(put_model_on_stripes(net, CurrentScheduler(pipe), group, own, stripes))
             undo.append(striped[-1].remove)
+    fit_to_vae(pipe)
     return striped, replaced
 
 

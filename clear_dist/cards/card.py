@@ -31,6 +31,12 @@ class Defaults:
     """Most rows and columns of tokens that have positions; None: any number."""
     interpolated_above: int | None = None
     """Side in tokens of a table that the positions of larger pictures are spread over."""
+    has_yarn: bool = False
+    """Whether rotary positions go on above the native size by themselves: nothing else is lowered or sharpened."""
+    native_tokens: int | None = None
+    """Side in tokens of the square that it was trained at, where the VAE's configuration is of another model."""
+    static_shift: bool = False
+    """Whether the schedule's shift stays as it is at all sizes, whatever its configuration says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +134,8 @@ class Card:
     """Text tokens besides those of `--max-sequence-length`."""
     guides_in_one_pass: bool = False
     """Whether classifier-free guidance is a batch of two; else it is two passes."""
+    vae_strides: tuple[int, ...] = (1,)
+    """Strides that its VAE may have besides its blocks, which halve the sides each."""
     starts_from_pictures: bool = True
     """Whether diffusers has image-to-image for it."""
     reference_area: int | None = None

@@ -95,7 +95,8 @@ def read_folder(folder: Path, cards: Cards, files: Files | None = None) -> Model
     scheduler = read_json(scheduler_file)
     for name, usual in card.schedule.items():
         positive_number(scheduler, name, usual, scheduler_file)
-    token_size = _token_size(card, whole_numbers(vae, "block_out_channels", card.vae_channels, vae_file))
+    vae_channels = whole_numbers(vae, "block_out_channels", card.vae_channels, vae_file)
+    token_size = _token_size(card, vae_channels) * whole_number(vae, "stride", 1, vae_file)
     channels = card.channels_per_latent * whole_number(vae, "latent_channels", card.latent_channels, vae_file)
     native_size = whole_number(vae, "sample_size", card.native_size, vae_file)
     if shape.in_channels != channels:
@@ -111,15 +112,17 @@ def read_folder(folder: Path, cards: Cards, files: Files | None = None) -> Model
         if part == "transformer":
             require_same_tensors(shape.tensors(), shapes, folder / part)
     _check_files(folder, card, shape, files)
+    defaults = shape.defaults(scheduler, read_json(folder / INDEX))
+    native_tokens = defaults.native_tokens or max(native_size // token_size, 1)
     return ModelFacts(
         location=str(folder),
         folder=folder,
         card=card,
         shape=shape,
-        native_size=max(native_size // token_size, 1) * token_size,
+        native_size=native_tokens * token_size,
         token_size=token_size,
         files=files,
-        **vars(shape.defaults(scheduler, read_json(folder / INDEX))),
+        **vars(defaults),
     )
 
 
@@ -162,17 +165,19 @@ def _check_parts(folder: Path, card: Card, nearest: str) -> None:
         if others := _classes(folder, part) - {kind}:
             got = ", ".join(sorted(others))
             raise Refusal(f"the class of the {part} must be {kind}, got {got} in {folder}; nearest: {nearest}")
-    if (stride := read_json(folder / "vae" / "config.json").get("stride", 1)) != 1:  # diffusers would leave it out
+    stride = read_json(folder / "vae" / "config.json").get("stride", 1)
+    if stride not in card.vae_strides:  # diffusers would leave it out
         got = f"got a stride of {shortened(str(stride))} in {folder / 'vae'}"
-        raise Refusal(f"the VAE must be diffusers' {vae}, {got}; nearest: {nearest}")
+        raise Refusal(f"the VAE must be diffusers' {vae}, {got}; nearest: {card.vae_strides[-1]}")
 
 
 def _classes(folder: Path, part: str) -> set[str]:
-    """A part's class by the pipeline's index, and by its own configuration."""
-    listed = read_json(folder / INDEX).get(part)
+    """A part's class by the pipeline's index, if that has the part, and by its own configuration."""
+    listed = read_json(folder / INDEX).get(part, part)
     by_index = listed[1] if isinstance(listed, list) and len(listed) == 2 else None
     file = "scheduler_config.json" if part == "scheduler" else "config.json"
-    return {str(by_index), str(read_json(folder / part / file).get("_class_name"))}
+    own = str(read_json(folder / part / file).get("_class_name"))
+    return {own} if listed == part else {own, str(by_index)}
 
 
 def _check_files(folder: Path, card: Card, shape: TransformerShape, files: Files) -> None:

@@ -74,7 +74,9 @@ def settled(recipe: Recipe, place: Place, *, for_gpu: bool = False) -> Request:
         nproc=recipe.nproc,
     )
     used = gpus[: place.local_world_size if place.launcher else recipe.nproc]
-    request, _, _ = choose(flags, place, CARDS, device=device, gpus=used)
+    request, facts, _ = choose(flags, place, CARDS, device=device, gpus=used)
+    if facts.has_yarn:
+        raise Refusal(f"distill is for models without YaRN, got {facts.name}; nearest: --model {CARDS.default}")
     require_grid(recipe, request)
     return request
 

@@ -27,6 +27,7 @@ def extrapolation_of(
 ) -> Extrapolation | None:
     """Changes of Sec. 4.3, and of the stage's way of refining; None at the native size and below.
 
+    A model with YaRN has positions of any size, which sharpen attention by themselves: only patches are shifted, and text is copied.
     `is_alone`: the model sees the picture's own tokens and text, not those of ControlNets or references.
     """
     native, upper = (adapter.native_size // adapter.token_size) ** 2, stage.sampling
@@ -35,11 +36,15 @@ def extrapolation_of(
         return None
     shifts = upper.way.shifts and is_alone and may_shift(striped.family, striped.settings)
     copies = upper.way.copies and is_alone and may_copy(striped.family, striped.settings)
+    block = adapter.native_size // adapter.token_size if copies else None
+    if adapter.has_yarn:
+        steps = Extrapolation(native_tokens=native, sharpens=False, shifts=shifts, text_block=block)
+        return steps if shifts or copies else None
     return Extrapolation(
         native_tokens=native,
         ntk_factor=upper.ntk_factor,
         least_frequency=(native / tokens) ** 0.5 if upper.ntk == "clipped" else 0.0,
         position_scale=(native / tokens) ** 0.5 if upper.interpolate_positions else 1.0,
         shifts=shifts,
-        text_block=adapter.native_size // adapter.token_size if copies else None,
+        text_block=block,
     )

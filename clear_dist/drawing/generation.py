@@ -19,6 +19,7 @@ from clear_dist.engine.agreement import require_equal_settings
 from clear_dist.engine.striped import require_striped
 from clear_dist.families.transformers import PIPELINES
 from clear_dist.stages import (
+    NTK,
     AtStages,
     ImageToImage,
     Sampling,
@@ -141,11 +142,22 @@ def _checked(
 ) -> tuple[Stage, ...]:
     """Stages in which LoRA rest that are for others; raises ValueError where there is none for one, or to refine."""
     check_refining(stages, refinement)
+    require_own_positions(pipe, stages)
     where = lora_stages or {}
     require_adapters(pipe.transformer, tuple(where))
     for each in where.values():
         check_adapter(stages, each)
     return with_adapters(stages, where)
+
+
+def require_own_positions(pipe: Any, stages: tuple[Stage, ...]) -> None:
+    """Raises ValueError where a model with YaRN is to have other positions; NTK's factor says nothing to it."""
+    if not require_striped(pipe).family.adapted(pipe).has_yarn:
+        return
+    for upper in (stage.sampling for stage in stages if isinstance(stage.sampling, Upscaling)):
+        if upper.interpolate_positions or upper.ntk != NTK[0]:
+            got = f"ntk={upper.ntk!r}, interpolate_positions={upper.interpolate_positions}"
+            raise ValueError(f"upscaling must leave positions with YaRN alone, got {got}; nearest: ntk='plain', False")
 
 
 def require_known_pipeline(pipe: Any) -> None:

@@ -16,8 +16,8 @@ from clear_dist.pictures.srgb import profile
 from clear_dist.stages import Stage
 from clear_dist.weights.offload import brought
 
-LONGEST_SIDE = 64
-"""Longest side that is decoded, in latents: 512 pixels where the VAE scales by 8."""
+LONGEST_SIDE = 512
+"""Longest side in pixels that is decoded."""
 LEAST_SIDE = 2
 
 
@@ -46,7 +46,7 @@ class Previews:
         vae = pipe.vae
         adapter = require_striped(pipe).family.adapted(pipe)
         latents_BCHW = adapter.unpacked(clean, slice(None), stage.size)
-        shrink = min(1.0, LONGEST_SIDE / max(latents_BCHW.shape[2:]))
+        shrink = min(1.0, LONGEST_SIDE / max(stage.size))
         size = [max(LEAST_SIDE, round(side * shrink)) for side in latents_BCHW.shape[2:]]
         small = F.interpolate(latents_BCHW.float(), size, mode="area")
         with brought(vae):

@@ -19,6 +19,8 @@ class Extrapolation:
     """Least factor of each of the stock embedding's frequencies; 0: as low as the larger base makes them."""
     position_scale: float = 1.0
     """Factor of the image's position ids; native side / this side: in the native range."""
+    sharpens: bool = True
+    """Whether scores are scaled so that more keys keep their entropy (`attention_scale`)."""
     shifts: bool = False
     """Whether even steps have their patches half a token off, a ring of zeros around the picture (I-Max)."""
 
@@ -51,9 +53,9 @@ def attention_scale(
     """Factor of the scores, sqrt(log_n0(n) / d), which keeps the entropy of more keys ("proportional attention").
 
     n counts text keys, of all `copies` of the text that are seen, and image keys of the whole grid, n0 those at the
-    native size, where there is one text. None without an extrapolation: 1 / sqrt(d).
+    native size, where there is one text. None without an extrapolation that sharpens: 1 / sqrt(d).
     """
-    if extrapolation is None:
+    if extrapolation is None or not extrapolation.sharpens:
         return None
     keys = (POOLED_COUNT if pooled else 1) * (text_tokens + image_tokens)
     return sqrt(log(keys, text_tokens // copies + extrapolation.native_tokens) / head_dim)

@@ -197,6 +197,10 @@ class PipelineAdapter(Protocol):
     def native_size(self) -> int:
         """Side in pixels of the square that the model was trained on."""
 
+    @property
+    def has_yarn(self) -> bool:
+        """Whether positions go on above the native size by themselves."""
+
     def encode(self, texts: list[str], max_sequence_length: int) -> Encoded: ...
 
     def too_long(self, prompt: str, max_sequence_length: int) -> list[str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from clear_dist.engine.family import OnStep, Others
 from clear_dist.engine.inpainting import Kept
 from clear_dist.engine.refiner import Below, Keep, Layout, Refiner
+from clear_dist.engine.strided import fit_to_vae
 from clear_dist.options import shortened
 from clear_dist.stages import ImageToImage, Size, Stage, Upscaling
 
@@ -38,6 +39,10 @@ class FlowMatchAdapter:
     @property
     def native_size(self) -> int:
         return self._pipe.vae.config.sample_size
+
+    @property
+    def has_yarn(self) -> bool:
+        return False
 
     def refining(self, stage: Stage, below: Below | None = None) -> Any:
         """Image-to-image pipeline; in upper stages with the scheduler's static shift (paper, Sec. 4.3).
@@ -138,7 +143,7 @@ class FlowMatchAdapter:
         scheduler = pipe.scheduler
         if isinstance(stage.sampling, Upscaling):
             scheduler = Refiner.of(scheduler, stage.sampling, below)
-        made = kind(**{**pipe.components, **own, "scheduler": scheduler})
+        made = fit_to_vae(kind(**{**pipe.components, **own, "scheduler": scheduler}))
         made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
         return made
 

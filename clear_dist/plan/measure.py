@@ -11,9 +11,11 @@ from functools import cache
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from clear_dist.comm.pretend import META, Pretended, Tally
+from clear_dist.engine.strided import scale_of, with_stride
 from clear_dist.geometry import Rows
 from clear_dist.launch import ends
 from clear_dist.plan.allocated import ATTENTION, Allocated
@@ -71,7 +73,7 @@ def _together(question: VaeQuestion) -> int:
 
 
 def rows_of_chunks(question: VaeQuestion, module: Any) -> int:
-    """Rows of latents that are `CHUNKS` chunks at the pictures' full size."""
+    """Rows of latents that are `CHUNKS` chunks at the size of the last blocks, the pictures' own but for a stride."""
     scale = 2 ** (len(module.config.block_out_channels) - 1)
     row = question.images * scale * question.columns * 2 * module.config.block_out_channels[0] * BYTES_PER_VALUE
     return -(-CHUNKS * max(1, MAX_BYTES[question.device] // row) // scale)
@@ -116,7 +118,7 @@ def _stripe(line: str) -> dict[str, Any]:
     stripes = tuple(Rows(question.rows * rank, question.rows * (rank + 1)) for rank in range(question.ranks))
     rest: dict[str, Any] = {"max_bytes": MAX_BYTES[question.device], "counters": tally}
     rest["by_products"] = question.device == "cuda" and question.dtype != "float32"
-    scale = 2 ** (len(module.config.block_out_channels) - 1)
+    scale = scale_of(module)
     pixels = scale * question.rows, scale * question.columns
     with torch.no_grad(), Allocated("VAE activations") as allocated:
         if question.encode:
@@ -146,7 +148,8 @@ def _key(question: Question) -> tuple[str, str, str]:
 @cache
 def _module(key: tuple[str, str, str]) -> Any:
     kind, config, dtype = key
-    return load(kind, json.loads(config), dtype)
+    module = load(kind, json.loads(config), dtype)
+    return with_stride(module) if isinstance(module, AutoencoderKL) else module
 
 
 @cache

@@ -18,8 +18,8 @@ from clear_dist.request.request import PROFILE_ENDINGS, Request
 
 SHARE_OF_LOWER_STAGES = 0.5
 """Most pixels of all lower stages per pixel of the last: each has about a quarter of the next one's."""
-LATENT_BYTES_PER_PIXEL = 1
-"""64 channels of at most 4 bytes for 16 x 16 pixels."""
+TOKEN_BYTES = 64 * 4
+"""Channels of a token's latents, of at most 4 bytes."""
 
 
 def check_outputs(request: Request) -> None:
@@ -39,7 +39,7 @@ def check_outputs(request: Request) -> None:
                 f"--latents-out takes pictures of one size, got {shortened(shown)}; nearest: --height, --width"
             )
         folder = latents_out.resolve().parent
-        needed[folder] = needed.get(folder, 0) + pixels * LATENT_BYTES_PER_PIXEL
+        needed[folder] = needed.get(folder, 0) + pixels * TOKEN_BYTES // request.token_size**2
     if report is not None:
         check_file("--report", report, (".json",))
     if request.profile is not None:

@@ -15,7 +15,7 @@ from clear_dist.cards.clear import radius_of
 from clear_dist.cards.folder import ModelFacts, read_folder
 from clear_dist.geometry import cut_in_stripes
 from clear_dist.launch.env import Place
-from clear_dist.options import Refusal, Window
+from clear_dist.options import Refusal, Window, spelled
 from clear_dist.request import devices
 from clear_dist.request.axes import check_axes, check_groups
 from clear_dist.request.clear_weights import down_factor, find_checkpoint
@@ -27,7 +27,7 @@ from clear_dist.request.notes import notes_of
 from clear_dist.request.outputs import check_outputs
 from clear_dist.request.request import Lora, Request
 from clear_dist.request.single_file import find
-from clear_dist.request.start import Start, find_start, upscaling
+from clear_dist.request.start import Start, check_units, find_start, upscaling
 from clear_dist.stages import ImageToImage, check_refining
 
 LONGEST_SIDE = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500}
@@ -52,7 +52,7 @@ def settle(flags: PictureFlags, place: Place, cards: Cards) -> tuple[Request, Mo
             rule = f"{facts.name} needs the package {package}, which is not installed"
             raise Refusal(f"{rule}; nearest: pip install {package}")
     check_groups(request)
-    if request.height is not None:
+    if request.height is not None and request.width is not None:
         check_outputs(request)
     ranks = place.local_world_size if place.launcher else request.world_size
     return request, facts, notes_of(flags, request, facts, cards, prompts=begin.prompts, gpus=gpus, ranks=ranks)
@@ -63,14 +63,7 @@ def choose(
 ) -> tuple[Request, ModelFacts, Start]:
     """`settle` for any machine: the request, its model and its start; by default a rank on each of `gpus`."""
     facts = find(flags, cards, has_cuda=device == "cuda")
-    if (flags.true_cfg_scale or 1) > 1 and not facts.takes_negative_prompts:
-        got = f"got {flags.true_cfg_scale:g} for {facts.name}, whose guidance is distilled"
-        raise Refusal(f"--true-cfg-scale must be 1 where a model takes no negative prompts, {got}; nearest: 1")
-    if flags.hoist_modulation and facts.card is not None and not facts.card.hoists_modulation:
-        raise Refusal(
-            f"--hoist-modulation is for models whose blocks have large modulation of their own, got {facts.name}; "
-            "nearest: without --hoist-modulation"
-        )
+    _check_for_model(flags, facts)
     checkpoint = find_checkpoint(flags.clear_weights, flags.window, facts, cards, flags.down_factor)
     window = _window(flags, checkpoint)
     factor = down_factor(window, checkpoint)
@@ -128,6 +121,8 @@ def located(
         native_size=native,
         token_size=facts.token_size,
     )
+    for name in ("height", "width", "base_res"):  # a token is as large as its VAE says
+        check_units(name, getattr(settled, name), settled.unit, facts.token_size)
     compare_loras(loras, facts, cards, request)
     if request.control is not None:
         compare_control(request.control, controlnet, facts, cards)
@@ -135,6 +130,23 @@ def located(
     check_stages(settled)
     check_outputs(settled)
     return settled
+
+
+def _check_for_model(flags: PictureFlags, facts: ModelFacts) -> None:
+    """Raises a Refusal for flags that are for other models."""
+    if (flags.true_cfg_scale or 1) > 1 and not facts.takes_negative_prompts:
+        got = f"got {flags.true_cfg_scale:g} for {facts.name}, whose guidance is distilled"
+        raise Refusal(f"--true-cfg-scale must be 1 where a model takes no negative prompts, {got}; nearest: 1")
+    if flags.hoist_modulation and facts.card is not None and not facts.card.hoists_modulation:
+        raise Refusal(
+            f"--hoist-modulation is for models whose blocks have large modulation of their own, got {facts.name}; "
+            "nearest: without --hoist-modulation"
+        )
+    for name in ("ntk", "ntk_factor"):
+        value, flag = getattr(flags, name), spelled(name)
+        if facts.has_yarn and value is not None:
+            got = f"got {value} for {facts.name}, whose positions go on by themselves"
+            raise Refusal(f"{flag} is for models without YaRN, {got}; nearest: without {flag}")
 
 
 def _check_refining(flags: PictureFlags, request: Request) -> None:

@@ -39,7 +39,7 @@ class Start:
 def find_start(flags: PictureFlags, facts: ModelFacts, place: Place, *, unit: int) -> Start:
     """The start asked for; raises a Refusal for unreadable prompts or picture, or a side not in whole `unit` pixels."""
     for name in ("res", "height", "width", "base_res"):
-        _check_units(name, getattr(flags, name), unit, facts.token_size)
+        check_units(name, getattr(flags, name), unit, facts.token_size)
     if isinstance(flags, UpscaleFlags):
         return _from_pictures(flags, facts, place, unit)
     assert isinstance(flags, GenerateFlags), flags
@@ -112,7 +112,8 @@ def _from_pictures(flags: UpscaleFlags, facts: ModelFacts, place: Place, unit: i
     )
 
 
-def _check_units(name: str, size: int | None, unit: int, token: int) -> None:
+def check_units(name: str, size: int | None, unit: int, token: int) -> None:
+    """Raises a Refusal where a side in pixels is not in whole `unit` pixels."""
     if size is not None and size % unit:
         below = size // unit * unit
         nearest = " or ".join(str(near) for near in (below, below + unit) if near)

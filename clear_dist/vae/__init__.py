@@ -19,6 +19,7 @@ from torch import Tensor
 
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
+from clear_dist.engine.strided import scale_of
 from clear_dist.geometry import Rows
 from clear_dist.vae import attended
 from clear_dist.vae.layers import Layer, decoder_layers, encoder_layers
@@ -76,7 +77,7 @@ def encode_stripes(
     Returns [B, 2 * C, R / 8, W / 8] at scale 8: means, then logarithms of variances. To sample, join the rows first:
     noise drawn by rank would depend on their number. Raises as `decode_stripes`, and where the scale doesn't divide R.
     """
-    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    scale = scale_of(vae)
     ops = _ops(pixels_BCRW, group, stripes, max_bytes, counters, by_products)
     if pixels_BCRW.shape[2] % scale:
         raise ValueError(f"a stripe to encode must have a multiple of {scale} rows, got {pixels_BCRW.shape[2]}")

@@ -13,6 +13,7 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UNetMidBlock2D, UpDecoderBlock2D
 from torch import Tensor
 
+from clear_dist.engine.strided import EnlargingConv
 from clear_dist.vae.stripe_ops import StripeOps, frame, unframe
 
 Layer = Callable[[Tensor], Tensor]
@@ -73,7 +74,8 @@ def _attention(ops: StripeOps, block: Any, x_BCEW: Tensor) -> Tensor:
 
 
 def _head(ops: StripeOps, coder: Any, x_BCEW: Tensor) -> Tensor:
-    return ops.convolve(x_BCEW, coder.conv_out, ops.normalised(x_BCEW, coder.conv_norm_out, coder.conv_act))
+    norm = ops.normalised(x_BCEW, coder.conv_norm_out, coder.conv_act)
+    return ops.convolve(x_BCEW, coder.conv_out, norm, upsample=isinstance(coder.conv_out, EnlargingConv))
 
 
 def _require(block: Any, kind: type) -> None:

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
 from clear_dist.comm.rows import StripeJoin, fill_halos
+from clear_dist.engine.strided import BEFORE, EnlargingConv
 from clear_dist.geometry import Rows
 from clear_dist.vae import attended
 
@@ -50,7 +51,7 @@ class StripeOps:
         after: Callable[[Tensor, slice], Tensor] | None = None,
         out_BCEW: Tensor | None = None,
     ) -> Tensor:
-        """3x3 convolution, halos not filled: stride 1 with zeros around, or stride 2 with zeros below and right only.
+        """3x3 convolution, halos not filled: stride 1 with zeros around, or stride 2 as the layer's padding says.
 
         Args:
             upsample: whether the input, after `before`, is made twice as high and wide (nearest).
@@ -150,8 +151,13 @@ def unframe(stripe_BCEW: Tensor) -> Tensor:
 
 def _convolve(framed: Tensor, conv: Any, upsample: bool) -> Tensor:
     if upsample:
-        framed = F.interpolate(framed, scale_factor=2.0, mode="nearest")[:, :, 1:-1]
+        framed = F.interpolate(framed, scale_factor=2.0, mode="nearest")
+        if isinstance(conv, EnlargingConv):
+            return F.conv2d(F.pad(framed[:, :, :-2], (BEFORE, 0)), conv.weight, conv.bias)
+        framed = framed[:, :, 1:-1]
     if conv.stride[0] == 1:
         return F.conv2d(framed, conv.weight, conv.bias, padding=(0, 1))
+    if conv.padding[0] == 1:  # a strided VAE's first: zeros above and on the left
+        return F.conv2d(framed[:, :, :-1], conv.weight, conv.bias, stride=conv.stride, padding=(0, 1))
     # As diffusers' Downsample2D: nothing above and on the left, one column of zeros on the right.
     return F.conv2d(F.pad(framed[:, :, 1:], (0, 1)), conv.weight, conv.bias, stride=conv.stride)

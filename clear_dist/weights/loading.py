@@ -13,10 +13,11 @@ import transformers
 from accelerate import init_empty_weights
 from safetensors import safe_open
 
-from clear_dist.cards.card import STEMS, Card
+from clear_dist.cards.card import INDEX, STEMS, Card
 from clear_dist.cards.controlnets import ControlNets
 from clear_dist.cards.headers import component_files, read_json
 from clear_dist.cards.single_file import Files, Layout, PartFile, layout_of, weight_files
+from clear_dist.engine.strided import fit_to_vae
 from clear_dist.observe.progress import Phases
 from clear_dist.options import Refusal
 from clear_dist.weights.mapped import load_mapped
@@ -70,7 +71,7 @@ def with_controlnet(
     files = component_files(folder, STEMS["diffusers"])
     with _quietly(), phases.loading("controlnet", sum(file.stat().st_size for file in files)) as advance:
         net = _load_mapped(getattr(diffusers, kinds.kind), folder, files, dtype, device, advance)
-        controlled = getattr(diffusers, kinds.pipeline)(**pipe.components, controlnet=net)
+        controlled = fit_to_vae(getattr(diffusers, kinds.pipeline)(**pipe.components, controlnet=net))
     controlled.set_progress_bar_config(disable=True)
     return controlled
 
@@ -90,8 +91,15 @@ def _assemble(
         with _refusing(folder, f"the tokenizers and the scheduler of a {card.pipeline}"):
             kind = getattr(diffusers, card.pipeline)
             pipe = kind.from_pretrained(folder, **given, dtype=dtype, local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
+        if _has_static_shift(folder, card):
+            pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, use_dynamic_shifting=False)
+    fit_to_vae(pipe).set_progress_bar_config(disable=True)
     return pipe
+
+
+def _has_static_shift(folder: Path, card: Card) -> bool:
+    file = folder / "transformer" / "config.json"
+    return card.shape_of(read_json(file), file).defaults({}, read_json(folder / INDEX)).static_shift
 
 
 def _load_part(

@@ -1,6 +1,5 @@
 """A FLUX whose VAE makes tokens of 32 pixels: nothing but the pipeline says how large they are."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +72,3 @@ def test_a_request_is_in_these_tokens(tmp_path: Path) -> None:
     assert [stage.size for stage in request.stages] == [(128, 128), (224, 224), (384, 384)]
     with pytest.raises(Refusal, match=r"must be a multiple of 32 pixels \(one token\), got 144; nearest: 128 or 160"):
         settle(GenerateFlags(**flags, res=144), Place(), CARDS)
-
-
-@pytest.mark.parametrize(
-    ("part", "entry", "message"),
-    [
-        ("transformer", {"method": "yarn"}, r"positions must be FLUX\.1's own, got yarn in .*config\.json; nearest: "),
-        ("vae", {"stride": 2}, r"the VAE must be diffusers' AutoencoderKL, got a stride of 2 in .*vae; nearest: "),
-    ],
-)
-def test_what_ultraflux_has_besides_is_refused(tmp_path: Path, part: str, entry: dict[str, Any], message: str) -> None:
-    """Its YaRN and its strided VAE would be left out without a word."""
-    model = make_tiny_flux(tmp_path / "model")
-    file = model / part / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | entry))
-    with pytest.raises(Refusal, match=message):
-        settle(GenerateFlags(model=str(model), device="cpu"), Place(), CARDS)

@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any
 
 from clear_dist.cards.card import TextEncoders
+from clear_dist.engine.strided import scale_of
 from clear_dist.families.cards import CARDS
 from clear_dist.families.flux.card import FLUX_DEV
 from clear_dist.launch.env import Place
@@ -45,7 +46,7 @@ def planned_model(pipe: Any) -> PlannedModel:
         name="tiny",
         **dict(zip(("transformer", "vae"), modules, strict=True)),
         text=TextEncoders(numbers=numbers, heads=t5.num_heads, channels=t5.d_model, hidden=t5.d_ff),
-        token=16,
+        token=2 * scale_of(pipe.vae),
         packing=2,
         channels=pipe.transformer.config.in_channels,
     )
@@ -55,4 +56,5 @@ def tiny_request(pipe: Any, **settings: Any) -> PlanRequest:
     """A tiny pipeline in float32 on a CPU."""
     asked = replace(flux(), model=planned_model(pipe), gpu=None, link=LINKS["memory"])
     usual = {"device": "cpu", "dtype": "float32", "text_attention": "exact", "warmup_steps": 1}
+    usual |= {"token_size": asked.model.token}
     return asked.changed(**usual | settings)

@@ -1,5 +1,6 @@
 """FLUX.1-dev at its full size, on the meta device: what diffusers and transformers make is what plans take it to be."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from clear_dist.comm.pretend import Pretended, Tally
+from clear_dist.engine.strided import with_stride
 from clear_dist.families.cards import CARDS
 from clear_dist.families.flux.card import FLUX_DEV
 from clear_dist.families.flux.transformer import Flux
@@ -18,16 +20,23 @@ from clear_dist.vae import MAX_BYTES, decode_stripes, encode_stripes
 from tests.plan.asked import flux_request
 
 
-@pytest.mark.parametrize(("ranks", "encode"), [(2, True), (4, False), (4, True), (16, False)])
-def test_a_tall_stripe_of_the_vae(ranks: int, encode: bool, engine: Engine) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "encode", "stride"),
+    [(2, True, 1), (4, False, 1), (4, True, 1), (16, False, 1), (4, False, 2), (2, True, 2)],
+)
+def test_a_tall_stripe_of_the_vae(ranks: int, encode: bool, stride: int, engine: Engine) -> None:
     """A plan asks about a few rows and goes on along straight lines; here all of a stripe of 2048 px is run."""
-    asked = flux_request(height=2048, width=2048, world_size=ranks, cascade=False)
+    side, asked = 2048 * stride, flux_request(world_size=ranks, cascade=False, token_size=16 * stride)
+    vae = replace(asked.model.vae, config={**asked.model.vae.config, "stride": stride})
+    asked = replace(asked, model=replace(asked.model, vae=vae, token=16 * stride)).changed(height=side, width=side)
     with torch.device("meta"):
         model = AutoencoderKL(**VAE).to(torch.bfloat16).requires_grad_(False)
+    model.register_to_config(stride=stride)
+    with_stride(model)
     rows = 256 // ranks
     group, stripes = Pretended.of(1, ranks, "gloo"), tuple(Rows(rows * n, rows * (n + 1)) for n in range(ranks))
     tally = Tally()
-    run, shape = (encode_stripes, (1, 3, 8 * rows, 2048)) if encode else (decode_stripes, (1, 16, rows, 256))
+    run, shape = (encode_stripes, (1, 3, 8 * stride * rows, side)) if encode else (decode_stripes, (1, 16, rows, 256))
     with torch.no_grad(), Allocated() as allocated:
         given = torch.empty(shape, dtype=torch.bfloat16, device="meta")
         run(model, given, group, stripes, max_bytes=MAX_BYTES["cuda"], counters=tally, by_products=True)

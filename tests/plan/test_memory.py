@@ -27,6 +27,7 @@ from clear_dist.stages import Sampling, Upscaling
 from tests.plan.asked import tiny_request
 from tests.ranks import run_ranks
 from tests.tiny import CLIP_WIDTH, T5_WIDTH, draw_weights, make_clear_weights, make_tiny_pipeline
+from tests.ultraflux import make_ultraflux
 
 TOLERANCE = 0.07
 LEAST = 2**21
@@ -56,7 +57,7 @@ class Watched(Phases):
 
 
 def tiny(case: dict[str, Any]) -> Any:
-    pipe = make_tiny_pipeline(heads=case.get("heads", 4), head_dim=32)
+    pipe = case.get("pipeline", make_tiny_pipeline)(heads=case.get("heads", 4), head_dim=32)
     if case.get("vae_attention"):
         vae = AutoencoderKL.from_config({**pipe.vae.config, "mid_block_add_attention": True})
         pipe.vae = draw_weights(vae, torch.Generator().manual_seed(3))
@@ -171,6 +172,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         {"height": 512, "width": 384, "window": 8, "heads": 24, "dtype": "bfloat16", "flags": {"int8": True}},
     ),
+    "YaRN, and a VAE with a stride": (2, {"height": 2176, "width": 512, "window": 4, "pipeline": make_ultraflux}),
     "attention in the VAE": (2, {"height": 1024, "width": 512, "window": 4, "vae_attention": True}),
 }
 

@@ -23,7 +23,7 @@ from clear_dist.engine.parts import Parts, chunks_of, finite, joined
 from clear_dist.engine.reclassed import Classes, register_blocks
 from clear_dist.engine.references import come_with_image
 from clear_dist.families.flux.attention import Rotary, fill, heads_of, of_image, of_text
-from clear_dist.families.flux.positions import StripedPosEmbed
+from clear_dist.families.flux.positions import StripedPosEmbed, YarnPosEmbed
 
 
 class StripedDoubleBlock(FluxTransformerBlock):
@@ -115,3 +115,4 @@ class StripedSingleBlock(FluxSingleTransformerBlock):
 BLOCKS = {FluxTransformerBlock: StripedDoubleBlock, FluxSingleTransformerBlock: StripedSingleBlock}
 register_blocks(BLOCKS)
 STRIPED: Classes = {**BLOCKS, FluxPosEmbed: StripedPosEmbed}
+WITH_YARN: Classes = {**BLOCKS, FluxPosEmbed: YarnPosEmbed}

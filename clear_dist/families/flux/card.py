@@ -35,6 +35,9 @@ TIME_CHANNELS = 256
 MLP_RATIO = 4
 ROPE_AXES = (16, 56, 56)
 """Channels of a head that tell apart pictures, rows and columns."""
+YARN = "yarn"
+YARN_NATIVE_TOKENS = 128
+"""Side of the square that UltraFlux was trained at, 4096 px: its VAE's configuration tells FLUX.1's."""
 
 QKV = ("to_q", "to_k", "to_v")
 SIDES = {
@@ -57,21 +60,19 @@ class FluxShape:
     joint_attention_dim: int = 4096
     pooled_projection_dim: int = 768
     guidance_embeds: bool = False
+    has_yarn: bool = False
+    """Whether its positions are UltraFlux's, of which diffusers knows nothing."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any], where: Path | str) -> Self:
-        """From the contents of the file `where`; raises a Refusal for wrong numbers, or axes that do not fill heads.
-
-        And for positions in a way of their own.
-        """
-        if config.get("method") == "yarn":  # UltraFlux's, which diffusers would leave out
-            raise Refusal(f"a transformer's positions must be FLUX.1's own, got yarn in {where}; nearest: {FLUX_DEV}")
-        names = [name for name in cls.__dataclass_fields__ if name not in ("guidance_embeds", "out_channels")]
+        """From the contents of the file `where`; raises a Refusal for wrong numbers, or axes that do not fill heads."""
+        others = "guidance_embeds", "has_yarn", "out_channels"
+        names = [name for name in cls.__dataclass_fields__ if name not in others]
         numbers = {name: whole_number(config, name, getattr(cls, name), where) for name in names}
         if config.get("out_channels") is not None:
             numbers["out_channels"] = whole_number(config, "out_channels", numbers["in_channels"], where)
         _check_axes(whole_numbers(config, "axes_dims_rope", ROPE_AXES, where), numbers["attention_head_dim"], where)
-        return cls(**numbers, guidance_embeds=bool(config.get("guidance_embeds")))
+        return cls(**numbers, guidance_embeds=bool(config.get("guidance_embeds")), has_yarn=is_yarn(config))
 
     @property
     def channels(self) -> int:
@@ -89,7 +90,9 @@ class FluxShape:
         return lora_layers(self.tensors(), others, swapped=SWAPPED)
 
     def defaults(self, scheduler: Mapping[str, Any], pipeline: Mapping[str, Any]) -> Defaults:
-        """FLUX.1-dev's, or FLUX.1-schnell's 4 steps where neither guidance is taken nor the schedule shifts."""
+        """UltraFlux's, FLUX.1-dev's, or schnell's 4 steps where neither guidance is taken nor the schedule shifts."""
+        if self.has_yarn:
+            return _ultraflux(takes_guidance=self.guidance_embeds)
         if self.guidance_embeds or scheduler.get("use_dynamic_shifting", False):
             return Defaults(takes_guidance=self.guidance_embeds)
         sampling, upscaling = Sampling(steps=4, guidance_scale=0.0), Upscaling(guidance_scale=0.0)
@@ -172,6 +175,24 @@ class FluxShape:
             yield f"{processor}.proj_lora", (f"{block}.proj_out",)
 
 
+def is_yarn(config: Mapping[str, Any]) -> bool:
+    """Whether a transformer's configuration asks for UltraFlux's positions."""
+    return config.get("method") == YARN
+
+
+def _ultraflux(*, takes_guidance: bool) -> Defaults:
+    """As inf_ultraflux.py of github.com/W2GenAI-Lab/UltraFlux draws; what leads upper stages has no other guidance."""
+    scale = 4.0
+    return Defaults(
+        takes_guidance=takes_guidance,
+        sampling=Sampling(steps=50, guidance_scale=scale),
+        upscaling=Upscaling(guidance_scale=scale, ntk_factor=1.0),
+        has_yarn=True,
+        native_tokens=YARN_NATIVE_TOKENS,
+        static_shift=True,
+    )
+
+
 def _check_axes(axes: tuple[int, ...], head_dim: int, where: Path | str) -> None:
     if len(axes) != len(ROPE_AXES) or sum(axes) != head_dim or any(axis % 2 for axis in axes):
         raise Refusal(
@@ -216,6 +237,7 @@ CARD = Card(
     channels_per_latent=4,
     vae_channels=(128, 256, 512, 512),
     latent_channels=16,
+    vae_strides=(1, 2),
     native_size=1024,
     token_limits={"tokenizer": 77},
     schedule={"shift": 3.0, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096},

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clear_dist.engine.family import Condition, OnStep, Others
 from clear_dist.engine.flow_match import with_noise
+from clear_dist.engine.strided import fit_to_vae
 from clear_dist.families.flux.pipeline import FluxPipelineAdapter
 from clear_dist.stages import Stage
 
@@ -79,7 +80,7 @@ class FluxControlNetAdapter(FluxPipelineAdapter):
         generator, like = torch.Generator().manual_seed(seed), embeddings["prompt_embeds"]
         pictures = [self._sampled(each.picture, len(like), others, generator) for each in self._conditions]
         self._leave(others[0], stage, generator)
-        drawing = Conditioned(**{**pipe.components, "vae": EncodedBefore(pipe.vae, pictures)})
+        drawing = fit_to_vae(Conditioned(**{**pipe.components, "vae": EncodedBefore(pipe.vae, pictures)}))
         drawing.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
         given = {**self._guided(embeddings, stage), **self._controls(pictures, stage)}
         if start is not None:

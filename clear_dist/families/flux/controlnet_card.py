@@ -39,6 +39,8 @@ class FluxControlNetShape:
         return dict(self._tensors())
 
     def misfit(self, transformer: FluxShape) -> str | None:
+        if transformer.has_yarn:
+            return "its positions must be those of YaRN, got FLUX.1's"
         for name in MUST_FIT:
             mine, theirs = getattr(self.blocks, name), getattr(transformer, name)
             if mine != theirs:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clear_dist.engine.family import Encoded
 from clear_dist.engine.flow_match import FlowMatchAdapter, cut_off_by_t5_and_clip
-from clear_dist.families.flux.card import PACKING
+from clear_dist.families.flux.card import PACKING, YARN_NATIVE_TOKENS, is_yarn
 from clear_dist.stages import Size, Stage
 
 
@@ -25,6 +25,14 @@ class FluxPipelineAdapter(FlowMatchAdapter):
         "negative_prompt_embeds",
         "negative_pooled_prompt_embeds",
     )
+
+    @property
+    def has_yarn(self) -> bool:
+        return is_yarn(self._pipe.transformer.config)
+
+    @property
+    def native_size(self) -> int:
+        return YARN_NATIVE_TOKENS * self.token_size if self.has_yarn else super().native_size
 
     @torch.no_grad()
     def encode(self, texts: list[str], max_sequence_length: int) -> Encoded:

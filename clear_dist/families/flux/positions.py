@@ -13,6 +13,7 @@ from clear_dist.engine.extrapolation import Extrapolation
 from clear_dist.engine.fused import is_stock
 from clear_dist.engine.references import after_references, flat_ids, own_ids
 from clear_dist.engine.rotary import cosines_and_sines
+from clear_dist.families.flux import yarn
 from clear_dist.families.flux.attention import Rotary
 
 MOST_REMEMBERED = 8_192
@@ -41,6 +42,14 @@ class ClippedPosEmbed(StripedPosEmbed):
         return cosines_and_sines(ids, self.axes_dim, self.theta, self._beyond)
 
 
+class YarnPosEmbed(StripedPosEmbed):
+    """UltraFlux's, for rows only: they depend on the size of the whole picture."""
+
+    def rows(self, ids: Tensor, size: tuple[int, int]) -> Tensor:
+        """Cosines, then sines [L, 2 x D], for ids [L, 3] of a picture of `size` tokens, or of its text."""
+        return torch.cat(yarn.cosines_and_sines(ids, self.axes_dim, self.theta, size), dim=-1)
+
+
 class Positions:
     """A transformer's ids, cut to this rank; or their embedding, kept as long as the text's ids: for a generation."""
 
@@ -52,18 +61,33 @@ class Positions:
     ) -> tuple[Tensor, Tensor]:
         """Rows for my text tokens, and for my reference and image tokens; `embed`, the transformer's own, turns them
         into cosines and sines."""
-        few = len(cut.plan.own) * cut.width <= MOST_REMEMBERED and not len(references)
-        if not few or not is_stock(embed, StripedPosEmbed, ClippedPosEmbed):
-            return all_ids(text_ids, text, cut, references)
+        few, has_yarn = len(cut.plan.own) * cut.width <= MOST_REMEMBERED and not len(references), needs_size(embed)
+        if not (few and (has_yarn or is_stock(embed, StripedPosEmbed, ClippedPosEmbed))):
+            ids = all_ids(text_ids, text, cut, references)
+            return embedded(embed, ids, cut) if has_yarn else ids
         version = None if text_ids.is_inference() else text_ids._version  # others do not tell that they were changed
         made_for = cut.size, cut.by_columns, cut.plan.own, cut.extrapolation, text, version
         known_for, rows = self._known.get(text_ids, (None, None))
         if known_for != made_for:
             with torch.inference_mode(False):  # a later forward may be outside of it
-                ids = all_ids(text_ids, text, cut, references)
-                rows = torch.cat(embed(torch.cat(ids)), dim=-1).split([len(each) for each in ids])
+                rows = embedded(embed, all_ids(text_ids, text, cut, references), cut)
             self._known[text_ids] = made_for, rows
         return rows
+
+
+def needs_size(embed: nn.Module) -> bool:
+    """Whether it embeds by the whole picture's size; raises ValueError where others' hooks would see rows for ids."""
+    if isinstance(embed, YarnPosEmbed) and not is_stock(embed, YarnPosEmbed):
+        raise ValueError("YaRN's positions are made for the whole picture: leave out hooks on the rotary embedding")
+    return isinstance(embed, YarnPosEmbed)
+
+
+def embedded(embed: nn.Module, ids: tuple[Tensor, Tensor], cut: Cut) -> tuple[Tensor, Tensor]:
+    """Rows for ids of text and image."""
+    joined = torch.cat(ids)
+    rows = embed.rows(joined, cut.size) if isinstance(embed, YarnPosEmbed) else torch.cat(embed(joined), dim=-1)
+    text, image = rows.split([len(each) for each in ids])
+    return text, image
 
 
 def all_ids(text_ids: Tensor, text: slice, cut: Cut, references: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,8 @@ from clear_dist.engine.references import References, after_references, flat_ids,
 from clear_dist.engine.stock import attention_layers
 from clear_dist.engine.text_copies import Place
 from clear_dist.families.flux.attention import Adaptive, FluxStripeAttnProcessor
-from clear_dist.families.flux.blocks import STRIPED
+from clear_dist.families.flux.blocks import STRIPED, WITH_YARN
+from clear_dist.families.flux.card import is_yarn
 from clear_dist.families.flux.controlled import FluxControlNetAdapter
 from clear_dist.families.flux.pipeline import FluxPipelineAdapter
 from clear_dist.families.flux.positions import ClippedPosEmbed, Positions, StripedPosEmbed
@@ -41,6 +42,10 @@ class Flux:
     adaptive: Adaptive = field(default_factory=Adaptive, compare=False)
     references: References = field(default_factory=References, compare=False)
     positions: Positions = field(default_factory=Positions, compare=False)
+
+    @property
+    def has_yarn(self) -> bool:
+        return is_yarn(self.transformer.config)
 
     @property
     def per_picture(self) -> tuple[str, ...]:
@@ -68,7 +73,8 @@ class Flux:
 
     def hooks(self, striped: Stripes) -> Sequence[Removable]:
         """All blocks and the rotary embedding, their class changed until `remove`."""
-        return [Reclassed.of(module, STRIPED) for module in (*self.blocks, self.transformer.pos_embed)]
+        classes = WITH_YARN if self.has_yarn else STRIPED
+        return [Reclassed.of(module, classes) for module in (*self.blocks, self.transformer.pos_embed)]
 
     @property
     def embedder(self) -> nn.Module:
@@ -103,8 +109,11 @@ class Flux:
             if inputs.get(name) is not None
         }
         references = self.references.own(cut, text, inputs["encoder_hidden_states"].shape[1])
-        if residuals and self.references.count(hidden.shape[1]):
+        has_references = self.references.count(hidden.shape[1]) > 0
+        if residuals and has_references:
             raise ValueError("ControlNets cannot be combined with reference images on stripes; leave out either")
+        if self.has_yarn and (residuals or has_references):
+            raise ValueError("a model with YaRN takes a picture alone on stripes; leave out ControlNets and references")
         reference_ids = flat_ids(inputs["img_ids"])[references]
         text_ids, ids = self.positions(self.transformer.pos_embed, inputs["txt_ids"], text.own, cut, reference_ids)
         return {
@@ -118,8 +127,11 @@ class Flux:
 
     @contextmanager
     def extrapolated(self, extrapolation: Extrapolation) -> Iterator[None]:
-        """Context in which the rotary embedding's base is `ntk_factor` times the stock one's."""
+        """Context in which the rotary embedding's base is `ntk_factor` times the stock one's; YaRN's stays."""
         stock = self.transformer.pos_embed
+        if self.has_yarn:
+            yield
+            return
         # Another module, not a hook on the stock one: a compiled transformer does not look for new hooks.
         plain = StripedPosEmbed(theta=stock.theta * extrapolation.ntk_factor, axes_dim=stock.axes_dim)
         clipped = ClippedPosEmbed(stock, extrapolation)
