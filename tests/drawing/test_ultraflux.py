@@ -189,7 +189,9 @@ def test_what_is_made_for_other_positions_is_refused(folder: Path, tmp_path: Pat
     with pytest.raises(Refusal, match=r"its positions must be those of YaRN, got FLUX\.1's"):
         settled(folder, res=64, controlnet=str(tmp_path / "net"), control_image=tmp_path / "x.png")
     recipe = Recipe(model=str(folder), output=tmp_path / "out", data=tmp_path, device="cpu", res=64)
-    with pytest.raises(Refusal, match="distill is for models without YaRN, got model; nearest: --model black-forest-labs/"):
+    with pytest.raises(
+        Refusal, match="distill is for models without YaRN, got model; nearest: --model black-forest-labs/"
+    ):
         distill.settled(recipe, Place())
 
 
@@ -200,9 +202,12 @@ def test_a_token_s_size_is_known_once_a_hub_s_files_are_here(folder: Path) -> No
         located(request, folder, None, (), CARDS)
 
 
-def test_another_stride_is_refused(tmp_path: Path) -> None:
+def test_a_stride_goes_without_yarn_and_others_are_refused(tmp_path: Path) -> None:
     model = make_tiny_flux(tmp_path / "model")
     file = model / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"stride": 2}))
+    request, facts, _ = settled(model)
+    assert (request.token_size, facts.native_size, facts.has_yarn, request.upscaling.ntk_factor) == (32, 128, False, 10)
     for stride in (3, "two", None):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"stride": stride}))
         message = r"the VAE must be diffusers' AutoencoderKL, got a stride of .* in .*vae; nearest: 2"
