@@ -27,7 +27,7 @@ def extrapolation_of(
 ) -> Extrapolation | None:
     """Changes of Sec. 4.3, and of the stage's way of refining; None at the native size and below.
 
-    A model with YaRN has positions of any size, which sharpen attention by themselves: only patches are shifted, and text is copied.
+    A model with YaRN has positions of any size, which sharpen attention by themselves: it has a way's own changes only.
     `is_alone`: the model sees the picture's own tokens and text, not those of ControlNets or references.
     """
     native, upper = (adapter.native_size // adapter.token_size) ** 2, stage.sampling

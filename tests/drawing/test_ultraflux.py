@@ -103,12 +103,12 @@ def test_a_stock_pipeline_on_stripes_is_called_as_ever() -> None:
 
 
 @pytest.mark.parametrize("refinement", ["sdedit", "imax"])
-def test_above_the_native_size_patches_may_be_shifted_and_nothing_else(refinement: str) -> None:
+def test_above_the_native_size_only_a_way_of_refining_has_its_own(refinement: str) -> None:
     pipe = make_ultraflux()
     clear_dist.parallelize(pipe, window=4)
     stage = Stage(height=132 * TOKEN, width=128 * TOKEN, sampling=Upscaling(steps=2, refinement=refinement))
     found = extrapolation_of(stage, require_striped(pipe), adapter_of(pipe), is_alone=True)
-    shifted = Extrapolation(native_tokens=128**2, sharpens=False, shifts=True)
+    shifted = Extrapolation(native_tokens=128**2, sharpens=False, shifts=True, text_block=128)
     assert found == (shifted if refinement == "imax" else None)
     assert attention_scale(found, head_dim=16, text_tokens=8, image_tokens=132 * 128) is None
 
