@@ -22,6 +22,15 @@ class Forked:
         self._process, self._folder = process, folder
         atexit.register(self._kill)  # a test may fail before the command ends, which would be waited for
 
+    def said(self) -> str:
+        """What it has written to stderr so far."""
+        errors = Path(self._folder.name, "2")
+        return errors.read_text() if errors.exists() else ""
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.exitcode is not None
+
     def communicate(self) -> tuple[str, str]:
         """What it wrote to stdout and stderr, once it has ended."""
         self._process.join()

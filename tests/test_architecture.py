@@ -22,7 +22,7 @@ FLOORS = (
     ("parallelize", "drawing"),
     ("evaluate",),
     ("plan", "verify"),
-    ("training",),
+    ("training", "serving"),
     ("commands",),
     ("cli",),
     ("__main__",),

@@ -14,16 +14,19 @@ from clear_dist.commands.distill import distill
 from clear_dist.commands.draw import generate, upscale
 from clear_dist.commands.flags import Command, no_number
 from clear_dist.commands.plan import plan
+from clear_dist.commands.serve import serve
 from clear_dist.commands.verify import verify
 from clear_dist.families.cards import CARDS
 from clear_dist.launch import ends, env
 from clear_dist.options import Refusal, shortened, spelled
 from clear_dist.request.distill import DistillFlags
 from clear_dist.request.flags import READ_ENDINGS, GenerateFlags, PlanFlags, UpscaleFlags, VerifyFlags
+from clear_dist.request.serve import ServeFlags
 
 COMMANDS = {
     "generate": Command(record=GenerateFlags, run=generate),
     "upscale": Command(record=UpscaleFlags, run=upscale),
+    "serve": Command(record=ServeFlags, run=serve),
     "plan": Command(record=PlanFlags, run=plan),
     "verify": Command(record=VerifyFlags, run=verify),
     "distill": Command(record=DistillFlags, run=distill),

@@ -95,8 +95,12 @@ class Check:
             say(line)
 
 
-def begin(request: Request, facts: ModelFacts, place: Place) -> Check | None:
-    """Begin to find out; None where it fits by far, or where nobody can know by now."""
+def begin(request: Request, facts: ModelFacts, place: Place, room: Room | None = None) -> Check | None:
+    """Begin to find out; None where it fits by far, or where nobody can know by now.
+
+    Args:
+        room: what there was before the model was loaded, where it is; None: nothing is loaded.
+    """
     known = model.find(facts, request.control)
     # One process of a machine looks, before any of its ranks has loaded something.
     if known is None or request.height is None or place.local_rank:
@@ -105,7 +109,7 @@ def begin(request: Request, facts: ModelFacts, place: Place) -> Check | None:
     gpus = devices.find_gpus() if request.device == "cuda" else ()
     if request.device == "cuda" and not gpus:
         return None
-    gpu, room = kind_of(gpus[0]) if gpus else None, room_of(gpus, ranks)
+    gpu, room = kind_of(gpus[0]) if gpus else None, room or room_of(gpus, ranks)
     asked = PlanRequest(
         request=request,
         model=known,

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from clear_dist.options import CUT, JOIN_SECONDS, MODEL, Flags, Options, Refusal, check_encoding, flag, shortened
+from clear_dist.options import CUT, JOIN_SECONDS, MODEL, Flags, Refusal, check_encoding, flag, shortened
 from clear_dist.refining import REFINEMENTS
 from clear_dist.request.hardware import GPUS, LINKS
+from clear_dist.request.model_flags import DEVICES, ModelFlags, RunFlags
 from clear_dist.request.picture_flags import PICTURES, ControlFlags, InputFlags
 from clear_dist.stages import NTK
 
 DRAWN, LARGE, WRITTEN = "What to draw", "Above the native size", "What is written"
 PANELS = (DRAWN, PICTURES, LARGE, MODEL, CUT, WRITTEN, None)
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-DEVICES = ("auto", "cpu", "cuda")
 SIDES, SQUARES, STEPS = (16, 32_768), (16, 16_384), (1, 1_000)
 STDOUT = "-"
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
@@ -34,7 +33,7 @@ def read_res(text: str) -> int | tuple[int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept(Options):
+class Kept(RunFlags):
     seed: int | None = flag(
         None, "of the noise, on any number of ranks (drawn and reported)", DRAWN, bounds=(0, 2**63 - 1), planned=False
     )
@@ -45,14 +44,6 @@ class Kept(Options):
         False, "leave out pictures that are there, drawn with the same seed and settings", WRITTEN, planned=False
     )
     save_stages: bool = flag(False, "write the lower stages' pictures too", LARGE, planned=False)
-    revision: str | None = flag(None, "of a hub model", MODEL, planned=False)
-    join_timeout: int = flag(
-        JOIN_SECONDS, "seconds that ranks wait for missing ones (300)", CUT, bounds=(1, 86_400), planned=False
-    )
-    stage_ranks: str = flag(
-        "auto", "all draw every stage; auto: fewer do where the plan says they are clearly sooner (auto)", CUT,
-        choices=("auto", "all"),
-    )  # fmt: skip
     data_ranks: int = flag(
         1, "groups of ranks that draw different pictures of --prompts and --num-images at the same time (1)", CUT,
         bounds=(1, 1_024),
@@ -83,7 +74,7 @@ class Kept(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureFlags(Kept, ControlFlags):
+class PictureFlags(Kept, ControlFlags, ModelFlags):
     """Flags of every command that draws; raises a Refusal for values out of bounds or contradictory flags."""
 
     res: int | None = flag(
@@ -125,46 +116,12 @@ class PictureFlags(Kept, ControlFlags):
         None, "clipped: no frequency below the stock one / sqrt(tokens / native tokens) (plain)", LARGE, choices=NTK,
         planned=False,
     )  # fmt: skip
-    model: str = flag(
-        "auto",
-        "auto, demo, a short name (below), a hub id, a folder in diffusers' layout, or a safetensors file as "
-        "Black Forest Labs and ComfyUI have them (auto)",
-        MODEL,
-    )
-    base: str | None = flag(
-        None,
-        "where a single file's tokenizers, configurations and further parts are (the folder beside, or the model "
-        "whose tensors it has)",
-        MODEL,
-        metavar="NAME|HUB-ID|FOLDER",
-    )
-    text_encoder: list[str] | None = flag(
-        None, "a text encoder's single file, once for each in the model's order (those beside)", MODEL, metavar="FILE"
-    )
-    vae: str | None = flag(None, "the VAE's single file (that beside)", MODEL, metavar="FILE")
-    clear_weights: str = flag(
-        "auto", "auto, none, a file, a folder, or owner/name\\[@revision]:file on the hub (auto)", MODEL
-    )
-    down_factor: int | None = flag(
-        None,
-        "of CLEAR's down-sampled keys: which of a window's files; 1: without (as the file has)",
-        MODEL,
-        bounds=(1, 64),
-    )
     lora: list[str] | None = flag(
         None,
         "a LoRA with its weight (1) and stages, the upper ones or from so many pixels on (all); once for each",
         MODEL,
         metavar="FILE|FOLDER|HUB-ID|NAME[:WEIGHT][@STAGES]",
     )
-    dtype: str = flag(
-        "auto", "auto: bfloat16 on CUDA (before compute capability 8.0 float16), float32 on CPU", MODEL, choices=DTYPES
-    )
-    device: str = flag("auto", "auto: CUDA where it is", MODEL, choices=DEVICES, planned=False)
-    nproc: int | None = flag(
-        None, "ranks to start here (visible GPUs; 1 on CPU); not under torchrun", CUT, bounds=(1, 1_024)
-    )
-    traceback: bool = flag(False, "if a rank fails, show where")
 
     def __post_init__(self) -> None:
         if self.resume and self.seed is None:

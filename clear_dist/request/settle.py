@@ -72,7 +72,7 @@ def choose(
     kept: dict[str, Any] = {each.name: getattr(settled, each.name) for each in fields(Kept)}
     negative_prompt = facts.negative_prompt if flags.negative_prompt is None else flags.negative_prompt
     request = Request(
-        negative_prompt=_understood(negative_prompt, facts),
+        negative_prompt=understood(negative_prompt, facts),
         model=facts.location,
         model_name=facts.name,
         clear_weights=checkpoint,
@@ -87,7 +87,7 @@ def choose(
         dtype=_dtype(flags.dtype, device, gpus),
         device=device,
         world_size=devices.world_size(flags.nproc, place, otherwise=len(gpus) or 1),
-        **kept | vars(begin) | {"prompts": tuple(_understood(prompt, facts) or "" for prompt in begin.prompts)},
+        **kept | vars(begin) | {"prompts": tuple(understood(prompt, facts) or "" for prompt in begin.prompts)},
     )
     check_axes(request)
     _check_sizes(request, facts)
@@ -162,7 +162,7 @@ def _check_refining(flags: PictureFlags, request: Request) -> None:
             raise Refusal(f"--refine: {error}") from error
 
 
-def _understood(prompt: str | None, facts: ModelFacts) -> str | None:
+def understood(prompt: str | None, facts: ModelFacts) -> str | None:
     """The prompt as the model's encoders know it: the demo has a small language of its own."""
     return demo.parse(prompt)[0] if prompt is not None and facts.is_demo else prompt
 

@@ -1,0 +1,81 @@
+"""Routes of the server; what they do is elsewhere."""
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from clear_dist import __version__
+from clear_dist.serving import answers, following
+from clear_dist.serving.errors import BROKEN, ApiError, of_validation
+from clear_dist.serving.guard import Guard, answer
+from clear_dist.serving.jobs import State
+from clear_dist.serving.schema import Generation
+from clear_dist.serving.service import Service
+
+OWNER = "clear-dist"
+
+
+def app_of(service: Service) -> FastAPI:
+    """All routes, with what guards them."""
+    app = FastAPI(title="clear-dist", version=__version__, docs_url=None, redoc_url=None)
+    _tell_errors(app)
+    _about_the_server(app, service)
+    _images(app, service)
+    app.add_middleware(Guard, key=service.start.key, most_bytes=service.flags.max_body * 10**6)
+    return app
+
+
+def _tell_errors(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def api_error(_: Request, error: ApiError) -> JSONResponse:
+        return answer(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def not_valid(_: Request, error: RequestValidationError) -> JSONResponse:
+        return answer(of_validation(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def of_http(_: Request, error: HTTPException) -> JSONResponse:
+        return answer(ApiError(error.status_code, str(error.detail).lower(), headers=error.headers))
+
+    @app.exception_handler(Exception)
+    async def broken(_: Request, error: Exception) -> JSONResponse:
+        return answer(ApiError(500, "the server failed; its log tells more", code=BROKEN))
+
+
+def _about_the_server(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        """Whether pictures can be drawn now."""
+        state = "ready" if service.is_ready else "loading"
+        return JSONResponse({"status": state, "queue": len(service.queue)}, 200 if service.is_ready else 503)
+
+    def model() -> dict[str, Any]:
+        return {"id": service.start.model_name, "object": "model", "created": service.created, "owned_by": OWNER}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model()]}
+
+    @app.get("/v1/models/{name}")
+    async def one_model(name: str) -> dict[str, Any]:
+        if name != service.start.model_name:
+            raise ApiError(404, "there is no such model here", param="model", code="model_not_found")
+        return model()
+
+
+def _images(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/images/generations", response_model=None)
+    async def generate(asked: Generation, request: Request) -> Response:
+        job = await run_in_threadpool(service.submit, asked)
+        await following.ended(job, request, service.queue)
+        if job.state is not State.SUCCEEDED:
+            assert job.error is not None, "it has not succeeded"
+            raise job.error
+        if asked.response_format == "url":
+            return JSONResponse(answers.with_urls(job, str(request.base_url).rstrip("/")))
+        return StreamingResponse(answers.with_base64(job), media_type="application/json")
