@@ -1,6 +1,7 @@
 """UltraFlux from its folder to a picture: tokens of 32 pixels, YaRN, a VAE with a stride, a static shift."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -213,3 +214,21 @@ def test_a_stride_goes_without_yarn_and_others_are_refused(tmp_path: Path) -> No
         message = r"the VAE must be diffusers' AutoencoderKL, got a stride of .* in .*vae; nearest: 2"
         with pytest.raises(Refusal, match=message):
             settled(model)
+
+
+def refined(group: Group) -> torch.Tensor | None:
+    """I-Max's latents of a stage above the native size."""
+    pipe = make_ultraflux()
+    clear_dist.parallelize(pipe, group=group, window="full")
+    with mock.patch.object(pipeline, "YARN_NATIVE_TOKENS", NATIVE):
+        given = encode_prompts(
+            adapter_of(pipe), group, require_striped(pipe).counters, [PROMPT], max_sequence_length=TEXT
+        )
+        stages = LOWER, replace(UPPER, sampling=Upscaling(steps=2, refinement="imax"))
+        return list(Cascade(pipe, given, seed=SEED).run(stages))[-1].latents
+
+
+def test_shifted_patches_and_copies_of_the_text_go_with_yarn() -> None:
+    (alone,), pair = run_ranks(refined, 1), run_ranks(refined, 2)
+    for latents in pair:
+        assert relative_error(latents, alone) < 5e-4  # a byte between stages may become either of two

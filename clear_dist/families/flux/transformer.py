@@ -109,7 +109,7 @@ class Flux:
             if inputs.get(name) is not None
         }
         references = self.references.own(cut, text, inputs["encoder_hidden_states"].shape[1])
-        has_references = self.references.count(hidden.shape[1]) > 0
+        has_references = hidden.shape[1] > cut.height * cut.width
         if residuals and has_references:
             raise ValueError("ControlNets cannot be combined with reference images on stripes; leave out either")
         if self.has_yarn and (residuals or has_references):
