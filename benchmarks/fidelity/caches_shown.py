@@ -24,7 +24,8 @@ def show(figures: Figures, pictures: Mapping[str, Image.Image], arguments: Any) 
     cells = [(named[way], picture.resize((side, side), Image.Resampling.LANCZOS)) for way, picture in pictures.items()]
     columns = 6
     sheet([cells[first : first + columns] for first in range(0, len(cells), columns)], whole)
-    text = table(figures)
+    about = f"{arguments.res} px, {arguments.steps} steps, pictures in each way: {figures[0]['pictures']}."
+    text = f"{about}\n\n{table(figures)}"
     print(text)
     if arguments.page is not None:
         links = (relpath(file, arguments.page.parent) for file in (curve, whole))

@@ -132,7 +132,7 @@ def measured(pipe: Any, case: Case, way: Way) -> dict[str, Any]:
     return {
         **{"res": case.res, "picture": case.index, "way": way.title, "steps": way.upscaling.steps},
         **{"psnr": min(found.psnr[0], TOP), "ms_ssim": found.ms_ssim[0]},
-        **{"psnr_first": min(start.psnr[0], TOP), "detail": detail(result.picture)},
+        **{"psnr_first": min(start.psnr[0], TOP), **details(result.picture)},
         **{"shown": accuracy(as_bytes(result.picture), [case.prompt])["all"]},
         **{"seconds": result.seconds, "processor_seconds": result.processor_seconds},
     }
@@ -140,21 +140,27 @@ def measured(pipe: Any, case: Case, way: Way) -> dict[str, Any]:
 
 def alone(case: Case, title: str, picture: Image.Image) -> dict[str, Any]:
     """Detail of a picture that the model has not refined."""
-    return {"res": case.res, "picture": case.index, "way": title, "detail": detail(picture)}
+    return {"res": case.res, "picture": case.index, "way": title, **details(picture)}
 
 
-def detail(picture: Image.Image) -> float:
-    """Root mean square, in grey levels of 255, of what is finer than a picture of half the size can show.
+def details(picture: Image.Image) -> dict[str, float]:
+    """Detail beyond the stage below, and beyond the first one."""
+    below, first = picture.width // 2, demo.NATIVE_SIZE
+    return {"detail": detail(picture, below), "detail_first": detail(picture, first)}
 
-    Those are frequencies above a quarter of a cycle a pixel along either axis. The picture is mirrored first, so that
-    its borders are no edges.
+
+def detail(picture: Image.Image, side: int) -> float:
+    """Root mean square, in grey levels of 255, of what is finer than `side` pixels across the picture can show.
+
+    Those are frequencies above that size's Nyquist along either axis. The picture is mirrored first: its borders are no
+    edges.
     """
     grey = np.asarray(picture.convert("L"), dtype=np.float32)
     grey = np.concatenate([grey, grey[::-1]])
     grey = np.concatenate([grey, grey[:, ::-1]], axis=1)
     waves = np.fft.fft2(grey)
-    finer = [np.abs(np.fft.fftfreq(side)) >= 0.25 for side in grey.shape]
-    waves[~(finer[0][:, None] | finer[1])] = 0
+    rows, columns = (np.abs(np.fft.fftfreq(each)) < side / picture.width / 2 for each in grey.shape)
+    waves[rows[:, None] & columns] = 0
     return float(np.sqrt(np.mean(np.square(np.fft.ifft2(waves).real))))
 
 

@@ -1,4 +1,4 @@
-"""Detail above half the resolution, kept pictures, the table in a page, and the busiest square."""
+"""Detail above a lower size's Nyquist, kept pictures, the table in a page, and the busiest square."""
 
 from pathlib import Path
 
@@ -19,15 +19,16 @@ def wave(period: float, *, side: int = 64, axis: int = 1, amplitude: float = 100
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_detail_is_what_half_the_pixels_cannot_show(axis: int) -> None:
-    assert refined.detail(wave(16, axis=axis)) < 0.5
-    fine = refined.detail(wave(3.2, axis=axis))
+    assert refined.detail(wave(16, axis=axis), 32) < 0.5
+    fine = refined.detail(wave(3.2, axis=axis), 32)
     assert fine == pytest.approx(100 / np.sqrt(2), rel=0.02)
-    assert refined.detail(wave(3.2, axis=axis, amplitude=50)) == pytest.approx(fine / 2, rel=0.02)
+    assert refined.detail(wave(16, axis=axis), 6) == pytest.approx(fine, rel=0.02), "finer than 6 pixels can show"
+    assert refined.detail(wave(3.2, axis=axis, amplitude=50), 32) == pytest.approx(fine / 2, rel=0.02)
 
 
 def test_a_ramp_has_no_detail_at_its_borders() -> None:
     ramp = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))).convert("RGB")
-    assert refined.detail(ramp) < 1
+    assert refined.detail(ramp, 32) < 1
 
 
 def test_ways_have_what_the_command_line_gives_them() -> None:
