@@ -26,7 +26,11 @@ FLUX_DEV = "black-forest-labs/FLUX.1-dev"
 FLUX_SCHNELL = "black-forest-labs/FLUX.1-schnell"
 CLEAR_REPOSITORY = "Huage001/CLEAR"
 URAE = "Huage001/URAE:urae_{}.safetensors"
-"""LoRA for 2K and 4K (arXiv 2503.16322); the latter, minor-component adapters made LoRA, have the former in them."""
+"""LoRA for 2K and 4K (arXiv 2503.16322); the latter, minor-component adapters made LoRA, have the former in them.
+
+FLUX.1-dev and schnell share the file for 2K (`inference_2k.ipynb` and `inference_2k_schnell.ipynb` of
+github.com/Huage001/URAE); for 4K each has its own (`inference_4k_lora_conversion.ipynb`, `..._schnell.ipynb`).
+"""
 PACKING = 2
 """Latents along the side of a token."""
 SWAPPED = ("final_layer.adaLN_modulation.1",)
