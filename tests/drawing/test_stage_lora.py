@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -16,15 +15,15 @@ from clear_dist.drawing.cascade import Cascade
 from clear_dist.drawing.prompts import encode_prompts
 from clear_dist.engine.striped import require_striped
 from clear_dist.families.transformers import adapter_of
-from clear_dist.stages import Sampling, Stage, Upscaling, check_adapter, with_adapters
-from tests.drawing.test_cascade import NATIVE, TEXT, official_start, relative_error, with_paper_changes
+from clear_dist.stages import check_adapter, with_adapters
+from tests.drawing.stock_cascade import stock, two_stages
+from tests.drawing.test_cascade import NATIVE, TEXT, relative_error
 from tests.ranks import run_ranks
-from tests.refining.drawing import PROMPT, SEED, Drawn, picture_of, seed_of
+from tests.refining.drawing import PROMPT, SEED, Drawn, picture_of
 from tests.tiny import make_clear_weights, make_tiny_pipeline
 from tests.tiny_lora import make_lora, save_lora
 
-LOWER = Stage(height=64, width=64, sampling=Sampling(steps=2))
-UPPER = Stage(height=112, width=96, sampling=Upscaling(steps=2, strength=0.5))
+LOWER, UPPER = two_stages((64, 64), (112, 96))
 STAGES = with_adapters((LOWER, UPPER), {"urae": "upper"})
 WEIGHTS = {"style": 0.5, "urae": 0.8}
 
@@ -68,24 +67,15 @@ def cascade_of(pipe: Any, group: Group) -> Cascade:
     )
 
 
-def stock(files: dict[str, Path], picture: Image.Image) -> tuple[Tensor, Tensor]:
-    """Latents of both stages by diffusers alone; `picture` is the lower stage's, in 8 bits."""
-    pipe = tiny()
+def expected(pipe: Any, files: dict[str, Path], picture: Image.Image) -> tuple[Tensor, Tensor]:
+    """Latents of both stages by diffusers alone."""
+
+    def adapt(refining: Any) -> None:
+        refining.load_lora_weights(str(files["urae"].parent), weight_name=files["urae"].name, adapter_name="urae")
+        refining.set_adapters(list(WEIGHTS), list(WEIGHTS.values()))
+
     load(pipe, files, "style")
-    common: dict[str, Any] = {"prompt": PROMPT, "max_sequence_length": TEXT, "output_type": "latent"}
-    generators = [torch.Generator().manual_seed(seed_of(stage)) for stage in range(2)]
-    lower = pipe(height=64, width=64, num_inference_steps=2, guidance_scale=3.5, generator=generators[0], **common)
-    static = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, use_dynamic_shifting=False)
-    refining = FluxImg2ImgPipeline(**{**pipe.components, "scheduler": static})
-    refining.set_progress_bar_config(disable=True)
-    refining.load_lora_weights(str(files["urae"].parent), weight_name=files["urae"].name, adapter_name="urae")
-    refining.set_adapters(list(WEIGHTS), list(WEIGHTS.values()))
-    with torch.no_grad():
-        start = official_start(pipe, [picture], UPPER.size)
-        with_paper_changes(pipe.transformer, UPPER)
-    how: dict[str, Any] = {"num_inference_steps": 4, "strength": 0.5, "guidance_scale": 7.5, "generator": generators[1]}
-    upper = refining(image=start, height=UPPER.height, width=UPPER.width, **how, **common)
-    return lower.images, upper.images
+    return stock(pipe, picture, (LOWER, UPPER), between=adapt)
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -93,7 +83,7 @@ def test_the_upper_stage_alone_has_it(files: dict[str, Path], size: int) -> None
     """A style is in both. Without the other LoRA the lower stage is the same to the bit."""
     found = run_ranks(drawn, size, files, tuple(WEIGHTS), window="full")
     without = run_ranks(drawn, size, files, ("style",), window="full")
-    lower, upper = stock(files, picture_of(found, 0))
+    lower, upper = expected(tiny(), files, picture_of(found, 0))
     for mine, other in zip(found, without, strict=True):
         assert relative_error(mine[0][0], lower) < 1e-4
         assert relative_error(mine[1][0], upper) < 1e-4

@@ -4,8 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline
 
 import clear_dist
 from clear_dist.comm.group import Group
@@ -18,15 +16,14 @@ from clear_dist.launch.env import Place
 from clear_dist.options import Refusal
 from clear_dist.request.flags import GenerateFlags
 from clear_dist.request.settle import settle
-from clear_dist.stages import Sampling, Stage, Upscaling
-from tests.drawing.test_cascade import TEXT, official_start, relative_error, with_paper_changes
+from tests.drawing.stock_cascade import stock, two_stages
+from tests.drawing.test_cascade import TEXT, relative_error
 from tests.ranks import run_ranks
-from tests.refining.drawing import PROMPT, SEED, Drawn, picture_of, seed_of
+from tests.refining.drawing import PROMPT, SEED, Drawn, picture_of
 from tests.tiny import make_tiny_flux, make_tiny_pipeline
 
 NATIVE = 128
-LOWER = Stage(height=128, width=128, sampling=Sampling(steps=2))
-UPPER = Stage(height=224, width=192, sampling=Upscaling(steps=2, strength=0.5))
+LOWER, UPPER = two_stages((128, 128), (224, 192))
 
 
 def tiny() -> Any:
@@ -46,22 +43,11 @@ def drawn(group: Group) -> Drawn:
 
 def test_a_cascade_is_stock_diffusers() -> None:
     found = run_ranks(drawn, 2)
-    pipe = tiny()
-    common: dict[str, Any] = {"prompt": PROMPT, "max_sequence_length": TEXT, "output_type": "latent"}
-    generators = [torch.Generator().manual_seed(seed_of(stage)) for stage in range(2)]
-    lower = pipe(height=128, width=128, num_inference_steps=2, guidance_scale=3.5, generator=generators[0], **common)
-    static = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, use_dynamic_shifting=False)
-    refining = FluxImg2ImgPipeline(**{**pipe.components, "scheduler": static})
-    refining.set_progress_bar_config(disable=True)
-    with torch.no_grad():
-        start = official_start(pipe, [picture_of(found, 0)], UPPER.size)
-        # It counts tokens of 16 pixels.
-        with_paper_changes(pipe.transformer, Stage(height=UPPER.height // 2, width=UPPER.width // 2))
-    how: dict[str, Any] = {"num_inference_steps": 4, "strength": 0.5, "guidance_scale": 7.5, "generator": generators[1]}
-    upper = refining(image=start, height=UPPER.height, width=UPPER.width, **how, **common)
+    # It counts tokens of 16 pixels.
+    lower, upper = stock(tiny(), picture_of(found, 0), (LOWER, UPPER), counted=2)
     for rank in found:
-        assert relative_error(rank[0][0], lower.images) < 1e-4
-        assert relative_error(rank[1][0], upper.images) < 1e-4
+        assert relative_error(rank[0][0], lower) < 1e-4
+        assert relative_error(rank[1][0], upper) < 1e-4
 
 
 def test_a_request_is_in_these_tokens(tmp_path: Path) -> None:
