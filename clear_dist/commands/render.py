@@ -163,15 +163,12 @@ class Rendering(Prepared):
     def _figures(self, drawn: Drawing, why: str | None) -> report.StageFigures:
         """Report's figures of the stage just drawn; for a group's rank 0, which draws every stage."""
         return report.StageFigures(
-            grid=self.handle.grid,
-            cut=self.handle.cut,
-            stripes=self.handle.stripes,
+            image=self.handle.last_image,
             ranks=len(list(filter(len, drawn.rows))),
             times=self.phases.stages[-1],
             why=why,
             guidance_ranks=drawn.guidance_ranks,
             data_rank=self.data_rank,
-            skipped_steps=self.handle.skipped_steps,
         )
 
     def _start(self, request: Request) -> tuple[Given, Alpha | None]:
@@ -262,8 +259,11 @@ def render(request: Request, began: float) -> None:
     """Make a request's pictures; `began` is wall clock. Raises a Refusal for what only the loaded model could tell."""
     rank = env.read().rank
     given = (*request.outputs, request.latents_out, request.report, request.profile)
-    writing = claimed(given) if rank == 0 else nullcontext()
-    with writing as taken, watched(rank=rank, say=say, quiet=request.quiet) as phases, torch.inference_mode():
+    with (
+        claimed(given, rank=rank) as taken,
+        watched(rank=rank, say=say, quiet=request.quiet) as phases,
+        torch.inference_mode(),
+    ):
         rendering = Rendering(request, began, phases, taken)
         with rendering.compile_time.measuring(), unwinding():  # from here on files are written
             rendering.run()

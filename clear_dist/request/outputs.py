@@ -73,11 +73,15 @@ def check_outputs(request: Request) -> None:
 
 
 @contextmanager
-def claimed(given: Iterable[Path | None]) -> Iterator[Path | None]:
+def claimed(given: Iterable[Path | None], *, rank: int = 0) -> Iterator[Path | None]:
     """Hold files or folders for this process, until it ends, even if it is killed; yields what another one holds.
 
-    A byte for each name in a file of the user's, which machines of a cluster share as they share the home folder.
+    A byte for each name in a file of the user's, which machines of a cluster share as they share the home folder. Ranks
+    but 0, which write nothing, hold nothing.
     """
+    if rank:
+        yield None
+        return
     try:
         locks = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "clear-dist", "outputs")
         locks.parent.mkdir(parents=True, exist_ok=True)

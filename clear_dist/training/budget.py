@@ -25,7 +25,7 @@ from clear_dist.training.counted import Counted, count
 from clear_dist.training.patterns import pattern_of
 
 STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}
-"""Of an optimiser, for each number that trains."""
+"""Bytes of an optimiser's state for each number that trains."""
 MASTER_BYTES, AVERAGE_BYTES, GATHERED_BLOCKS = 8, 4, 2
 """Masters with their gradients; the moving average; blocks that are whole at once."""
 BACKWARD = 2.5

@@ -16,7 +16,7 @@ from torch.nn.functional import mse_loss
 from clear_dist.training.student import Student
 
 TIMESTEPS = 1000
-"""Of the scheduler, which is asked for no shift: sigma is one of 1/1000 ... 1."""
+"""Steps of the scheduler's schedule, which is asked for no shift: sigma is one of 1/1000 ... 1."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 import gc
 import warnings
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -84,8 +83,7 @@ def distill(work: Distillation) -> None:
     peaks.keep_for_the_next_layer(device)
     group = Group.create(device, join_seconds=work.request.join_timeout)
     output = work.recipe.output
-    writing = claimed([output]) if group.rank == 0 else nullcontext()
-    with writing as taken:
+    with claimed([output], rank=group.rank) as taken:
         require_free(group.broadcast_object(taken))
         work = replace(work, request=hub.locate(work.request, group, CARDS, local_rank=place.local_rank))
         require_grid(work.recipe, work.request)

@@ -11,7 +11,7 @@ from tests.ranks import run_ranks
 
 
 def sums(everyone: Group, data_ranks: int) -> tuple[float, float]:
-    """Of ranks' numbers, in the row and in all."""
+    """Sums of ranks' numbers, over the row and over all."""
     row = image_group(everyone, data_ranks)
     mine = torch.tensor([float(everyone.rank)])
     return row.all_reduce(mine, "sum").item(), everyone.all_reduce(mine, "sum").item()

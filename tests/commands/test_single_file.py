@@ -30,7 +30,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def latents(model: Path, *arguments: str) -> Tensor:
-    """Of a run in this process."""
+    """Latents of a run in this process."""
     file = Path("latents.safetensors")
     with pytest.raises(SystemExit) as ending:
         main(["generate", "a boat", "--model", str(model), *QUICK, "--latents-out", str(file), *arguments])

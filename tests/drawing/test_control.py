@@ -59,7 +59,7 @@ def arguments(case: str) -> dict[str, Any]:
 
 
 def drawn(group: Group) -> dict[str, list[Tensor]]:
-    """Of each case: latents of the first stage, those that the second one starts from, and those of the second."""
+    """For each case, latents of the first stage, those that the second one starts from, and those of the second."""
     torch.use_deterministic_algorithms(True)
     return {case: drawn_alone(group, case) for case in CASES}
 

@@ -50,7 +50,7 @@ def windowed(size: tuple[int, int]) -> Tensor:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_late_halos(size: int) -> None:
-    """Of the wider picture's columns."""
+    """Halos are the wider picture's columns."""
     settings = EXACT | {"schedule": "stale", "warmup_steps": 2}
     for found in run_ranks(latents, size, settings, [PADDED, WHOLE]):
         for grid, mine in zip((PADDED, WHOLE), found, strict=True):
