@@ -5,7 +5,6 @@ help, bounds and rule, and a line where the engine acts on it; the command line 
 """
 
 import difflib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from operator import index
@@ -27,8 +26,7 @@ WARMUP_STEPS = 4
 MOST_REPLAYED = 8_192
 """Tokens up to which steps are replayed as CUDA graphs. A projection: with 12 billion parameters, a token takes 24 us
 of an H100 at 990 TFLOP/s, and a step's 1,100 to 1,700 launches 6 to 9 ms of the host, 23 in float8, which rule below
-1,000 tokens. Eight times as many, for hosts that are slower or have else to do: a graph costs little but its capture.
-"""
+1,000 tokens. Eight times as many, for hosts that are slower or have else to do: a graph costs only its capture."""
 FEWEST_REPLAYED = 4
 """Steps to come, or a capture, which takes the host as long as a step, does not pay."""
 DROPPING = ("masked", "tiled")
@@ -65,6 +63,8 @@ class Flag:
     """Whether it is positional."""
     planned: bool = True
     """Whether `plan` takes it too."""
+    beside_controlnets: bool = True
+    """Whether it can be chosen where there are ControlNets, which are run with it."""
 
     def check(self, name: str, value: Any) -> None:
         """Raises a Refusal where `value` is not allowed."""
@@ -75,7 +75,7 @@ class Flag:
             check_whole_number(name, value, *map(int, self.bounds))
         elif self.bounds is not None and not self.bounds[0] <= value <= self.bounds[1]:  # NaN too
             low, high = self.bounds
-            nearest = low if math.isnan(value) else min(max(value, low), high)
+            nearest = min(max(low, value), high)  # of NaN the low one
             raise Refusal(f"{name} must be a number from {low:g} to {high:g}, got {value}; nearest: {nearest:g}")
 
 
@@ -169,8 +169,9 @@ class Options(Flags):
         choices=get_args(CudaGraphs),
     )  # fmt: skip
     cache: str | None = flag(
-        None, "skip steps: those of little change, or all but each N-th", CUT, metavar="first-block:CHANGE|taylor:N"
-    )
+        None, "skip steps: those of little change, or all but each N-th", CUT, metavar="first-block:CHANGE|taylor:N",
+        beside_controlnets=False,  # their residuals come between the blocks that are left out
+    )  # fmt: skip
     share_gpus: bool = flag(False, "ranks may share a GPU while others are idle", planned=False)
     attention_backend: str = flag(
         "auto", "auto: the fastest for the image, as far as measured", CUT, choices=ATTENTION_BACKENDS
@@ -181,9 +182,7 @@ class Options(Flags):
         check_window(self.window)
         check_choice("--guidance-ranks", self.guidance_ranks, get_args(GuidanceRanks))
         if self.text_tokens == "sharded" and self.schedule == "stale":
-            raise Refusal(
-                "--text-tokens must be replicated where the schedule is stale, got sharded; nearest: replicated"
-            )
+            raise Refusal("--text-tokens must be replicated with --schedule stale, got sharded; nearest: replicated")
         if self.step_cache[0] == "taylor" and self.schedule == "stale":
             raise Refusal("--schedule must be sync with --cache taylor (no halos to lag), got stale; nearest: sync")
         if self.float8 and self.int8:
@@ -257,7 +256,8 @@ def read_cache(text: str) -> tuple[str, float]:
     try:
         number = type(bounds[0])(word)
     except ValueError:
-        number = math.nan
+        kind, nearest = "whole number" if name == "taylor" else "number", f"{name}:{bounds[0] or 0.1:g}"
+        raise Refusal(f"--cache needs a {kind} behind {name}:, got {shortened(word)!r}; nearest: {nearest}") from None
     Flag(help=name, bounds=bounds).check(f"--cache {name}", number)
     return name, number
 

@@ -31,6 +31,7 @@ from clear_dist.engine.striped import StripedModel, striped_of
 from clear_dist.families.transformers import controlnets_of, family_of
 from clear_dist.options import Options, Refusal, Window, check_window, nearest_word
 from clear_dist.parallelized import Parallelized
+from clear_dist.request.beside_controlnets import check_beside_controlnets, without_them
 from clear_dist.request.devices import missing_compiler
 from clear_dist.request.notes import averaging, sharing
 from clear_dist.weights.blocks import quantise_and_shard, require_quantisable
@@ -70,8 +71,8 @@ def parallelize(
     with as_arguments():
         options = settled(as_record(options, chosen), clear_weights)
         check_window(controlnet_window, "--controlnet-window")
-    if nets and options.cache is not None:  # their residuals come between the blocks that are left out
-        raise ValueError("cache cannot be combined with ControlNets; nearest: cache=None")
+        if nets:
+            check_beside_controlnets(options)
     device = group.device if group is not None else pipe._execution_device  # also where its parts are on the host
     dtype = family.transformer.dtype
     require_machine(options, device, dtype)
@@ -223,8 +224,8 @@ def of_controlnet(settings: Settings, net: Family, window: Window) -> Settings:
     choose = partial(settings.choose_backend, dtype=net.transformer.dtype, head_dim=net.head_dim)
     choose()
     text_attention = "exact" if window == "full" else settings.options.text_attention
-    own: dict[str, Any] = {"text_attention": text_attention, "text_tokens": "replicated", "cache": None}
-    options = replace(settings.options, window=window, **own)
+    own: dict[str, Any] = {"text_attention": text_attention, "text_tokens": "replicated"}
+    options = replace(without_them(settings.options), window=window, **own)
     return replace(settings, options=options, choose_backend=choose, pooling=None, transformer=settings)
 
 

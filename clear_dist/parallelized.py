@@ -77,6 +77,12 @@ class Parallelized:
         return "columns" if self._striped.cut.by_columns else "rows"
 
     @property
+    def last_image(self) -> dict[str, Any]:
+        """What a report tells of the last image, in plain JSON values: how it was cut, and steps that were left out."""
+        stripes = [list(stripe) for stripe in self.stripes]
+        return {"grid": list(self.grid), "cut": self.cut, "stripes": stripes, "skipped_steps": self.skipped_steps}
+
+    @property
     def skipped_steps(self) -> list[int]:
         """Steps of the last generation, from 0, of which a cache left out a pass of this rank's."""
         return list(self._striped.cache.skipped)

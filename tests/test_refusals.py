@@ -121,7 +121,7 @@ def test_groups_are_closed_after_a_refusal_and_not_after_a_lost_peer(error: type
             "^attention_backend must be one of auto, .*, got 'tild'; nearest: tiled$",
         ),
         ({"window": 4, "text_tokens": "shared"}, "one of auto, replicated, sharded, got 'shared'; nearest: sharded"),
-        ({"text_tokens": "sharded", "schedule": "stale"}, "text_tokens must be replicated where the schedule is stale"),
+        ({"text_tokens": "sharded", "schedule": "stale"}, "text_tokens must be replicated with schedule stale"),
         ({"window": 4, "schedule": "late"}, "^schedule must be one of sync, stale, got 'late'; nearest: stale$"),
         ({"window": 4, "warmup_steps": -1}, "^warmup_steps must be from 0 to 1000, got -1; nearest: 0$"),
         (

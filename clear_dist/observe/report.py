@@ -43,12 +43,8 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class StageFigures:
-    grid: tuple[int, int]
-    """Height and width in tokens."""
-    cut: str
-    """Rows or columns."""
-    stripes: Sequence[tuple[int, int]]
-    """Those [start, stop) of each stripe."""
+    image: Mapping[str, Any]
+    """`Parallelized.last_image`, once it was drawn."""
     ranks: int
     """In use."""
     times: Times
@@ -58,8 +54,6 @@ class StageFigures:
     """2: each half of the ranks took a pass of guidance."""
     data_rank: int = 0
     """Number of the group that drew it."""
-    skipped_steps: Sequence[int] = ()
-    """Steps, from 0, that a step cache left out on the group's first rank."""
 
 
 def build(
@@ -105,14 +99,11 @@ def build(
 
 def _stage(stage: StageFigures) -> dict[str, Any]:
     return {
-        "grid": list(stage.grid),
-        "cut": stage.cut,
-        "stripes": [list(stripe) for stripe in stage.stripes],
+        **stage.image,
         "ranks": stage.ranks,
         "why_fewer_ranks": stage.why,
         "guidance_ranks": stage.guidance_ranks,
         "data_rank": stage.data_rank,
-        "skipped_steps": list(stage.skipped_steps),
         "seconds": {name: stage.times.seconds[name] for name in STAGE_PHASES},
         "seconds_per_step": stage.times.seconds_per_step,
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from clear_dist.options import CUT, JOIN_SECONDS, MODEL, Flags, Refusal, check_encoding, flag, shortened
 from clear_dist.refining import REFINEMENTS
+from clear_dist.request.beside_controlnets import check_beside_controlnets
 from clear_dist.request.hardware import GPUS, LINKS
 from clear_dist.request.model_flags import DEVICES, ModelFlags, RunFlags
 from clear_dist.request.picture_flags import PICTURES, ControlFlags, InputFlags
@@ -138,8 +139,8 @@ class PictureFlags(Kept, ControlFlags, ModelFlags):
             for name, value in zip(("width", "height", "res"), (*self.res, None), strict=True):
                 object.__setattr__(self, name, value)  # frozen from here on
         super().__post_init__()
-        if self.controlnet is not None and self.cache is not None:
-            raise Refusal("either --controlnet or --cache can be given, got both; leave one out")
+        if self.controlnet is not None:
+            check_beside_controlnets(self)
 
 
 @dataclass(frozen=True, kw_only=True)

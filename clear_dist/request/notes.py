@@ -84,8 +84,8 @@ def _choices(flags: PictureFlags, request: Request, facts: ModelFacts, cards: Ca
         sizes = " -> ".join(f"{stage.width}x{stage.height}" for stage in request.stages)
         upper = request.upscaling
         how = f"at strength {upper.strength:g}" if upper.refinement == "sdedit" else f"of {upper.refinement}"
-        later = f", then {upper.later_steps}" if upper.later_steps else ""
-        yield f"cascade: {sizes} ({upper.steps} steps{later} {how} in each upper stage)"
+        later = f", then {upper.later_steps}" if upper.later_steps and len(request.stages) > 2 else ""
+        yield f"cascade: {sizes} ({upper.steps} step{'s' * (upper.steps > 1)}{later} {how} in each upper stage)"
     if isinstance(flags, UpscaleFlags):
         yield from _pictures(flags, request)
     if isinstance(request.sampling, ImageToImage):

@@ -161,10 +161,10 @@ def test_halos_lag_where_the_step_before_was_computed() -> None:
     [
         ("first-block:-0.1", "^--cache first-block must be a number from 0 to 2, got -0.1; nearest: 0$"),
         ("first-block:nan", "^--cache first-block must be a number from 0 to 2, got nan; nearest: 0$"),
-        ("first-block", "^--cache first-block must be a number from 0 to 2, got nan; nearest: 0$"),
+        ("first-block", "^--cache needs a number behind first-block:, got ''; nearest: first-block:0.1$"),
         ("first-block:inf", "^--cache first-block must be a number from 0 to 2, got inf; nearest: 2$"),
         ("taylor:1", "^--cache taylor must be from 2 to 10, got 1; nearest: 2$"),
-        ("taylor:2.5", "^--cache taylor must be a whole number from 2 to 10, got nan; nearest: 2$"),
+        ("taylor:2.5", "^--cache needs a whole number behind taylor:, got '2.5'; nearest: taylor:2$"),
         ("tailor:2", "^--cache must be one of first-block, taylor, got 'tailor'; nearest: taylor$"),
     ],
 )

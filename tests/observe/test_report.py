@@ -25,20 +25,15 @@ def build(**changes: object) -> dict:
         "total": 9.0,
         "stages": [
             report.StageFigures(
-                grid=(2, 3),
-                cut="rows",
-                stripes=[(0, 2)],
+                image={"grid": [2, 3], "cut": "rows", "stripes": [[0, 2]], "skipped_steps": []},
                 ranks=1,
                 times=Times(SECONDS | {"denoise": 2.0}, [1.0, 1.0]),
                 why="it is sooner",
             ),
             report.StageFigures(
-                grid=(4, 6),
-                cut="columns",
-                stripes=[(0, 3), (3, 6)],
+                image={"grid": [4, 6], "cut": "columns", "stripes": [[0, 3], [3, 6]], "skipped_steps": [3, 4]},
                 ranks=2,
                 times=Times(SECONDS | {"denoise": 5.0}, [5.0]),
-                skipped_steps=[3, 4],
             ),
         ],
         "ranks": [FIGURES, FIGURES],

@@ -29,7 +29,7 @@ WRONG = [
     ),
     (
         {"text_tokens": "sharded", "schedule": "stale"},
-        "--text-tokens must be replicated where the schedule is stale, got sharded; nearest: replicated",
+        "--text-tokens must be replicated with --schedule stale, got sharded; nearest: replicated",
     ),
     ({"schedule": "stail"}, "--schedule must be one of sync, stale, got 'stail'; nearest: stale"),
     ({"warmup_steps": -1}, "--warmup-steps must be from 0 to 1000, got -1; nearest: 0"),
