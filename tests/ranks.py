@@ -32,7 +32,6 @@ PRELOADED = [
     "tests.ranks",
     *draw.PRELOAD,
     *verify.PRELOAD,
-    "clear_dist.commands.answer",
     "tests.frozen",
 ]
 SECONDS_AFTER_A_FAILURE = 10.0 * PATIENCE
