@@ -34,7 +34,9 @@ class PlainFirstBlock(Plain):
         self.threshold, self.image = threshold, image
         self.changes: list[float] = []
         self.before: dict[int, Tensor] = {}
-        self.others: dict[int, Tensor] = {}
+        self.others: dict[int, list[tuple[int, Tensor]]] = {}
+        self.continued: list[tuple[int, int]] = []
+        """Step and pass of what was left out after more than one step that was computed."""
         blocks = [block for name in LISTS for block in getattr(model, name, [])]
         for index, block in enumerate(blocks):
             block.forward = partial(self.block, index, len(blocks) - 1, block.forward)
@@ -51,10 +53,20 @@ class PlainFirstBlock(Plain):
             self.decide(image, given)
             self.first = image.clone()
             if self.is_skipping:
-                image += self.others[self.turn]
+                image += self.line()
         if index == last:
-            self.others[self.turn] = image - self.first
+            self.others.setdefault(self.turn, []).append((self.step, image - self.first))
         return output
+
+    def line(self) -> Tensor:
+        """What the others would add, on a line through the last two steps in which they ran."""
+        step_1, others_1 = self.others[self.turn][-1]
+        if len(self.others[self.turn]) == 1:
+            return others_1
+        self.continued.append((self.step, self.turn))
+        step_0, others_0 = self.others[self.turn][-2]
+        slope = (others_1 - others_0) / (step_1 - step_0)
+        return others_1 + (self.step - step_1) * slope
 
     def decide(self, image: Tensor, given: Tensor) -> None:
         added, before = image - given, self.before.get(self.turn)

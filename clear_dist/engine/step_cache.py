@@ -1,10 +1,11 @@
 """Step caches: forwards that are computed in part, or not at all, as all ranks decide together.
 
     first-block    The first block always runs. Where its residual has changed little since the last computed step,
-                   the other blocks are left out, and what they added then is added again (First Block Cache of
-                   ParaAttention and diffusers, with diffusers' measure).
-    taylor         Each N-th step is computed. Between, the output goes on along a straight line through the last two
-                   that were (TaylorSeer, arXiv 2503.06923, of order 1, the model's output: diffusers' lite mode).
+                   the other blocks are left out (First Block Cache of ParaAttention and diffusers, with diffusers'
+                   measure). What they would add goes on along a straight line through the last two computed steps
+                   (cache-dit's DBCache with TaylorSeer, of order 1); after only one, what they added is added again.
+    taylor         Each N-th step is computed. Between, the output goes on along such a line (TaylorSeer, arXiv
+                   2503.06923, of order 1, the model's output: diffusers' lite mode).
 
 diffusers' own hooks decide in each process from what it holds: ranks would decide apart, and wait for each other. Here
 sums over all ranks decide. Each pass of guidance, each size and each number of pictures has a state of its own; a
@@ -13,6 +14,7 @@ generation's last steps are always computed.
 Shapes: B pictures, R image tokens of this rank, C channels.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_map
 
 from clear_dist.comm.clock import Clock
 from clear_dist.comm.counters import Counters
@@ -33,6 +35,28 @@ LAST = 2
 """Steps at a generation's end that are always computed: they draw what is finest."""
 FIRST = 3
 """Steps from which on `taylor` extrapolates, as in diffusers."""
+
+
+class Line:
+    """The straight line through what a pass gave in its last two computed steps: tensors, alone or in a tree."""
+
+    def __init__(self) -> None:
+        self._points: deque[tuple[int, Any]] = deque(maxlen=2)
+
+    @property
+    def has_slope(self) -> bool:
+        return len(self._points) == 2
+
+    def add(self, step: int, values: Any) -> None:
+        self._points.append((step, values))
+
+    def at(self, step: int) -> Any:
+        """What a later step would give; after only one computed step, what that gave."""
+        (step_0, values_0), (step_1, values_1) = self._points[0], self._points[-1]
+        if not self.has_slope:
+            return values_1
+        weight = (step - step_0) / (step_1 - step_0)
+        return tree_map(lambda x, y: x.lerp(y, weight), values_0, values_1)  # in float32 within, if x has fewer bits
 
 
 class StepCache:
@@ -92,10 +116,10 @@ class Blocks(nn.ModuleList):
 
 @dataclass(frozen=True)
 class Change:
-    """What the first block, and what all others, added to my image tokens in a computed step, [B, R, C] each."""
+    """What was added to my image tokens, [B, R, C]: by the first block in the last computed step, by all others."""
 
     first: Tensor
-    others: Tensor
+    others: Line
 
 
 class FirstBlock(StepCache):
@@ -148,7 +172,9 @@ class FirstBlock(StepCache):
         # A pass that leaves out the last block (`skip_layers`) is computed each time.
         if self._begun is not None and self._last_BRC is not None and not self._is_last:
             first_BRC, after_first_BRC = self._begun
-            self._held[self._where] = Change(first_BRC, self._last_BRC - after_first_BRC)
+            others = self._held[self._where].others if self._where in self._held else Line()
+            others.add(self._clock.step, self._last_BRC - after_first_BRC)
+            self._held[self._where] = Change(first_BRC, others)
         self.skips_rest, self._begun, self._last_BRC = False, None, None
         return output
 
@@ -158,7 +184,8 @@ class FirstBlock(StepCache):
         residual_BRC = image_BRC - given[:, self._own]
         held = self._held.get(self._where)
         if held is not None and self._is_near(residual_BRC, held.first):
-            image_BRC += held.others  # a new tensor's: blocks on stripes never return what they are given
+            # A new tensor's: blocks on stripes never return what they are given.
+            image_BRC += held.others.at(self._clock.step)
             self.skips_rest = True
             self._note()
         else:
@@ -179,21 +206,6 @@ class FirstBlock(StepCache):
         return change < self._threshold * whole  # never with 0 or NaN
 
 
-@dataclass(frozen=True)
-class Line:
-    """A computed step's output, tensor by tensor, and what it changes by in a step; None after the first one."""
-
-    step: int
-    spec: TreeSpec
-    values: list[Tensor]
-    slopes: list[Tensor] | None
-
-    def at(self, step: int) -> Any:
-        assert self.slopes is not None, "asked before"
-        along = zip(self.values, self.slopes, strict=True)
-        return tree_unflatten([(x.float() + (step - self.step) * dx).to(x.dtype) for x, dx in along], self.spec)
-
-
 class Taylor(StepCache):
     def __init__(self, every: int, *, clock: Clock) -> None:
         """Each `every`-th step is computed."""
@@ -203,24 +215,17 @@ class Taylor(StepCache):
 
     def begin(self, group: Group, cut: Cut, batch: int) -> bool:
         super().begin(group, cut, batch)
-        step, held = self._clock.step, self._held.get(self._where)
+        step, line = self._clock.step, self._held.get(self._where)
         is_due = step < FIRST or (step + 1 - FIRST) % self._every == 0
-        self._is_known = not is_due and held is not None and held.slopes is not None
+        self._is_known = not is_due and line is not None and line.has_slope
         return self._is_known
 
     def end(self, output: Any) -> Any:
-        held, step = self._held.get(self._where), self._clock.step
         if self._is_known:
-            assert held is not None, "its slopes were looked at"
             self._note()
-            return held.at(step)
+            return self._held[self._where].at(self._clock.step)
         if not self._is_last:
-            values, spec = tree_flatten(output)
-            slopes = None
-            if held is not None:
-                pairs = zip(values, held.values, strict=True)
-                slopes = [(x.float() - before.float()) / (step - held.step) for x, before in pairs]
-            self._held[self._where] = Line(step, spec, values, slopes)
+            self._held.setdefault(self._where, Line()).add(self._clock.step, output)
         return output
 
 

@@ -226,8 +226,9 @@ def _run(question: StepQuestion, striped: StripedModel, in_blocks: InBlocks, all
     inputs = [_of_one_generation(family, each, generation) for each in inputs]
     before = allocated.by_row()["latents"]
     grids, has_two = _grids(striped), question.halves or question.options.cache
+    continues = question.options.step_cache[0] == "first-block"  # what two steps on each grid gave
     # The first one on each grid has both passes, and no late halos; of two grids, the last one's here is the larger.
-    for _ in range(1 + grids if has_two or grids > 1 else min(question.steps, 2)):
+    for _ in range(1 + grids * (1 + continues) if has_two or grids > 1 else min(question.steps, 2)):
         in_blocks.begin_step()
         latents = _new_latents(shape, getattr(torch, question.dtype))
         calls = ({name: latents if x is None else x for name, x in each.items()} for each in inputs)

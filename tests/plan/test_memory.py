@@ -34,7 +34,7 @@ LEAST = 2**21
 """Bytes: below, a few numbers for each picture, which are not estimated, weigh too much."""
 SETTINGS = (
     "window", "text_attention", "text_tokens", "schedule", "warmup_steps", "int8", "attention_backend", "shard_weights",
-    "hoist_modulation", "cut",
+    "hoist_modulation", "cut", "cache",
 )  # fmt: skip
 Peaks = dict[tuple[int, str], int]
 
@@ -172,6 +172,17 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         {"height": 512, "width": 384, "window": 8, "heads": 24, "dtype": "bfloat16", "flags": {"int8": True}},
     ),
+    "first-block's cache": (
+        2,
+        {
+            "height": 512,
+            "width": 512,
+            "window": 8,
+            "guidance": 2.0,
+            "steps": 6,
+            "flags": {"cache": "first-block:0"},
+        },
+    ),
     "YaRN, and a VAE with a stride": (2, {"height": 2176, "width": 512, "window": 4, "pipeline": make_ultraflux}),
     "attention in the VAE": (2, {"height": 1024, "width": 512, "window": 4, "vae_attention": True}),
 }
@@ -190,3 +201,13 @@ def test_peaks_are_as_planned(name: str, engine: Engine) -> None:
                 compared += 1
                 assert phase.total - held == pytest.approx(peak, rel=TOLERANCE), f"rank {rank}, {phase}"
     assert compared >= 2 * ranks
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_first_block_s_cache_holds_three_tensors_for_each_pass(guidance: float, engine: Engine) -> None:
+    """And the first block's new residual, while others run; each the size of the hidden state of 32 x 32 tokens."""
+    _, case = CASES["first-block's cache"]
+    asked = requested(pipe := make_tiny_pipeline(double_blocks=3, single_blocks=3), 1, case | {"guidance": guidance})
+    planned = engine.step(asked, asked.stages[0], asked.parts[0][0]).peak["step cache"]
+    channels = pipe.transformer.config.num_attention_heads * pipe.transformer.config.attention_head_dim
+    assert planned == (3 * asked.passes(asked.stages[0]) + 1) * 32 * 32 * channels * 4
