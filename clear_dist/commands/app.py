@@ -12,6 +12,7 @@ import typer
 from clear_dist import __version__
 from clear_dist.commands.distill import distill
 from clear_dist.commands.draw import generate, upscale
+from clear_dist.commands.evaluate import evaluate
 from clear_dist.commands.flags import Command, no_number
 from clear_dist.commands.plan import plan
 from clear_dist.commands.serve import serve
@@ -20,6 +21,7 @@ from clear_dist.families.cards import CARDS
 from clear_dist.launch import ends, env
 from clear_dist.options import Refusal, shortened, spelled
 from clear_dist.request.distill import DistillFlags
+from clear_dist.request.evaluate import EvaluateFlags
 from clear_dist.request.flags import READ_ENDINGS, GenerateFlags, PlanFlags, UpscaleFlags, VerifyFlags
 from clear_dist.request.serve import ServeFlags
 
@@ -30,6 +32,7 @@ COMMANDS = {
     "plan": Command(record=PlanFlags, run=plan),
     "verify": Command(record=VerifyFlags, run=verify),
     "distill": Command(record=DistillFlags, run=distill),
+    "evaluate": Command(record=EvaluateFlags, run=evaluate),
 }
 ELSEWHERE = {
     "--prompt": "the prompt stands by itself, in quotes; nearest: 'a lighthouse at dusk'",

@@ -12,10 +12,11 @@ import typer
 
 from clear_dist.options import Flag, Flags, Refusal, flag_of, shortened, spelled
 from clear_dist.request.distill import DISTILL_PANELS
+from clear_dist.request.evaluate import EVALUATE_PANELS
 from clear_dist.request.flags import PANELS
 from clear_dist.request.serve import SERVE_PANELS
 
-ALL_PANELS = (*PANELS[:-1], *DISTILL_PANELS, *SERVE_PANELS, None)
+ALL_PANELS = (*PANELS[:-1], *DISTILL_PANELS, *SERVE_PANELS, *EVALUATE_PANELS, None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,7 +83,7 @@ def run(*arguments: str, cwd: Path, **environment: str) -> tuple[int, list[str],
         (["x.png", "a hill"], "got 'x.png'; nearest: clear-dist upscale x.png"),
         (
             ["generat"],
-            "a command must be one of generate, upscale, serve, plan, verify, distill, got 'generat'; nearest: clear-dist generate",
+            "a command must be one of generate, upscale, serve, plan, verify, distill, evaluate, got 'generat'; nearest: clear-dist generate",
         ),
         (["a lighthouse"], "got 'a lighthouse'; nearest: clear-dist generate 'a lighthouse'"),
         (["the", "sea's", "end", "--res", "64"], """nearest: clear-dist generate 'the sea'"'"'s end'"""),

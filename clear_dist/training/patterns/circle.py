@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from clear_dist.attention import flex
 from clear_dist.attention.backend import WindowCall
 from clear_dist.cards.clear import SPATIAL_WEIGHT, spatial_shape
+from clear_dist.evaluate.operations import attended
 from clear_dist.training.attention import Layout
 
 WEIGHT = SPATIAL_WEIGHT.rpartition(".")[2]
@@ -50,16 +51,9 @@ class Circle:
         return layout.join(out_text, attend(query, image_key, image_value, text_key, text_value, layout, self.radius))
 
     def operations(self, layout: Layout, text: int, heads: int, head_dim: int) -> int:
-        reach = range(1 - self.radius, self.radius)
-        seen = sum(
-            max(0, layout.height - abs(down)) * max(0, layout.width - abs(across))
-            for down in reach
-            for across in reach
-            if down**2 + across**2 < self.radius**2
-        )
-        is_pooled = self.down_factor > 1 and layout.sees_text
-        pooled = layout.image * (layout.image // self.down_factor**2) if is_pooled else 0
-        return 4 * heads * head_dim * (text * (text + 2 * layout.image) + seen + pooled)
+        factor = self.down_factor if layout.sees_text else 1
+        grid = layout.height, layout.width
+        return 4 * heads * head_dim * attended(grid, self.radius, down_factor=factor, text_tokens=text)
 
 
 def pooled_keys(x_BNLD: Tensor, layout: Layout, weight: Tensor) -> Tensor:
