@@ -13,8 +13,9 @@ generation's last steps are always computed.
 Shapes: B pictures, R image tokens of this rank, C channels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -67,6 +68,30 @@ class StepCache:
 
     def remove(self) -> None:
         self.forget()
+
+    def collected(self) -> tuple[list[Tensor], dict[str, Any]]:
+        """What this rank's steps to come depend on, between two steps: tensors, and the rest in JSON's types."""
+        tensors, held = [], []
+        for (turn, size, batch), state in self._held.items():
+            mine, about = self._told(state)
+            tensors += mine
+            held.append([turn, size, batch, len(mine), about])
+        return tensors, {"skipped": self.skipped, "held": held}
+
+    def put_back(self, tensors: list[Tensor], about: Mapping[str, Any]) -> None:
+        """Take what was `collected` on the same rank of as many, after a first step of the same generation."""
+        left, held = iter(tensors), {}
+        for turn, size, batch, count, told in about["held"]:
+            where = turn, tuple(size), batch
+            held[where] = self._made(list(islice(left, count)), told, self._held.get(where))
+        self._held, self.skipped = held, list(about["skipped"])
+
+    def _told(self, state: Any) -> tuple[list[Tensor], Any]:
+        raise NotImplementedError
+
+    def _made(self, tensors: list[Tensor], about: Any, like: Any) -> Any:
+        """The inverse of `_told`; `like`: a state of an earlier step, if there is one."""
+        raise NotImplementedError
 
     @property
     def _is_last(self) -> bool:
@@ -152,6 +177,12 @@ class FirstBlock(StepCache):
         self.skips_rest, self._begun, self._last_BRC = False, None, None
         return output
 
+    def _told(self, state: Change) -> tuple[list[Tensor], None]:
+        return [state.first, state.others], None
+
+    def _made(self, tensors: list[Tensor], about: None, like: Any) -> Change:
+        return Change(*tensors)
+
     def _after_first(self, block: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         given = named["hidden_states"] if "hidden_states" in named else args[0]
         image_BRC = self._image(output)
@@ -222,6 +253,13 @@ class Taylor(StepCache):
                 slopes = [(x.float() - before.float()) / (step - held.step) for x, before in pairs]
             self._held[self._where] = Line(step, spec, values, slopes)
         return output
+
+    def _told(self, state: Line) -> tuple[list[Tensor], int]:
+        return [*state.values, *(state.slopes or ())], state.step
+
+    def _made(self, tensors: list[Tensor], about: int, like: Line) -> Line:
+        values, slopes = tensors[: like.spec.num_leaves], tensors[like.spec.num_leaves :]
+        return Line(about, like.spec, values, slopes or None)
 
 
 def step_cache(model: nn.Module, options: Options, *, clock: Clock, counters: Counters) -> StepCache:
