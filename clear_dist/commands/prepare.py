@@ -1,7 +1,6 @@
 """A rank before it draws: its place, its device, its group, and the model on stripes."""
 
 import gc
-import secrets
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -23,7 +22,6 @@ from clear_dist.comm.process_groups import device_of
 from clear_dist.commands.resuming import Resuming
 from clear_dist.drawing.previews import Previews
 from clear_dist.drawing.prompts import nothing
-from clear_dist.drawing.resume import require_repeatable
 from clear_dist.engine.family import Encoded
 from clear_dist.families.cards import CARDS
 from clear_dist.families.transformers import adapter_of
@@ -47,7 +45,6 @@ from clear_dist.weights.lora import load_loras
 from clear_dist.weights.offload import offloaded_parts
 
 Choice = tuple[Halves | None, tuple[Fewer, ...]]
-SEED_BITS = 32
 BETWEEN_MESSAGES, WHILE_OTHERS_DRAW = 600.0, 30 * 86_400.0
 """Seconds that all ranks wait for each other; those of other pictures may draw for long before they meet again."""
 
@@ -87,16 +84,13 @@ class Prepared:
             options, weights = options_of(self.request), request.clear_weights
             with refusing():
                 given: dict[str, Any] = {"clear_weights": weights, "controlnet_window": window_of(request.control)}
-                if request.resume:
-                    require_repeatable(self.pipe.scheduler)
                 self.handle = parallelize(self.pipe, options, group=group, **given)
             load_loras(self.pipe, hub.local_loras(request), CARDS)
         replaced = self.handle.replaced
         if everyone.rank == 0 and replaced is not None and not replaced.file.is_relative_to(request.model):
             say(f"CLEAR weights: {replaced}")  # a model's own go without saying
         self.loading_peak_bytes = peaks.peak_memory(device)
-        drawn = secrets.randbits(SEED_BITS) if self.resuming.seed is None else self.resuming.seed
-        self.seed = everyone.broadcast_object(drawn if request.seed is None else request.seed)
+        self.seed = everyone.broadcast_object(self.resuming.chosen_seed())
         torch.manual_seed(self.seed)
         self.host_memory_bytes = None if request.report is None else peaks.host_memory()
         self.peak_since_loading = peaks.reset_peak_memory(device)

@@ -16,7 +16,7 @@ from torch import Tensor
 from clear_dist.comm.group import close
 from clear_dist.comm.mesh import SharedCount
 from clear_dist.comm.rows import collect_stripes
-from clear_dist.commands.prepare import Prepared, encode
+from clear_dist.commands.prepare import Prepared, encode, refusing
 from clear_dist.commands.saving import Saving
 from clear_dist.drawing.cascade import Cascade, nth_stage, work_of
 from clear_dist.drawing.control import Control
@@ -24,6 +24,7 @@ from clear_dist.drawing.drawn import Drawing
 from clear_dist.drawing.given import WHITE, Given, from_image
 from clear_dist.drawing.many import alike, draw_each
 from clear_dist.drawing.prompts import share
+from clear_dist.drawing.resume import require_repeatable
 from clear_dist.engine.family import Encoded
 from clear_dist.families.transformers import adapter_of
 from clear_dist.geometry import Rows
@@ -50,6 +51,9 @@ class Rendering(Prepared):
     def run(self) -> None:
         self.stages: list[report.StageFigures] = []
         request = self.request
+        if request.resume:
+            with refusing():
+                require_repeatable(self.pipe.scheduler)
         self._expect()
         latents: list[Tensor] = []
 

@@ -1,5 +1,6 @@
 """What `--resume` finds and leaves beside the pictures of a request."""
 
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from clear_dist.pictures.decoding import written_metadata
 from clear_dist.request.request import Request
 from clear_dist.request.resume import REQUEST, described, digest_of_note, folder_of, note, require_same, weights_of
 from clear_dist.request.resume_flags import CHECKPOINT_EVERY
+
+SEED_BITS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,11 @@ class Resuming:
             found = require_same(folder, resuming._described(index, images), asked)
             seeds += [found] if asked is None else []
         return cls(request=request, weights=weights, seed=next((s for s in reversed(seeds) if s is not None), None))
+
+    def chosen_seed(self) -> int:
+        """The seed that is asked for, else that of the run before, else one that is drawn."""
+        known = (seed for seed in (self.request.seed, self.seed) if seed is not None)
+        return next(known, secrets.randbits(SEED_BITS))
 
     def folder(self, index: int, images: Rows) -> Path | None:
         """Folder of the checkpoints of pictures `images` of prompt `index`; None: none are kept."""

@@ -127,6 +127,30 @@ def test_torchrun_starts_a_lost_rank_anew(model: Path, here: Path) -> None:
     assert sorted(os.listdir(here)) == ["clear-dist.png", "said.txt", "whole.png"]
 
 
+def test_slurm_puts_a_job_whose_time_is_over_back_into_the_queue(model: Path, here: Path) -> None:
+    """Slurm's commands are stand-ins; it asks the batch script to end, which asks srun, torchrun and the ranks."""
+    for name, body in {
+        "scontrol": f'[ "$1" = requeue ] && echo "$2" > {here}/requeued || echo localhost',
+        "srun": 'shift; exec "$@"',
+    }.items():
+        (here / name).write_text(f"#!/bin/sh\n{body}\n")
+        (here / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "71", "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1", "RANKS": "2"}
+    path = f"{here}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | job | {"PATH": path, "CLEAR_DIST_ROOT": str(ROOT)}
+    given = ["a fox", "--model", str(model), *QUICK, "--seed", "5", "--resume", "--checkpoint-every", "1"]
+    command = ["bash", str(ROOT / "launchers" / "slurm.sbatch"), *given]
+    with Path("said.txt").open("w") as said:
+        first = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+        wait_for((1, 2), first)
+        first.terminate()
+        assert first.wait() != 0 and Path("requeued").read_text() == "71\n", Path("said.txt").read_text()
+        assert places()
+        assert subprocess.run(command, env=environment, stdout=said, stderr=said).returncode == 0
+    assert "going on after step" in Path("said.txt").read_text()
+    assert Path("clear-dist.png").exists() and not FOLDER.exists()
+
+
 def test_checkpoints_of_another_picture_are_refused_by_name(model: Path, here: Path) -> None:
     flags = ("--resume", "--checkpoint-every", "1", "--seed", "5", "--schedule", "stale", "--warmup-steps", "1")
     process = start(model, *flags, "--nproc", "2")

@@ -127,7 +127,7 @@ def test_a_picture_that_is_gone_on_with_is_the_undisturbed_one(tmp_path: Path, r
 def with_caches(group: Group, folder: Path, place: int) -> list[tuple[bool, list[list[int]]]]:
     """For each cache whether it drew the same, and the steps left out by an undisturbed one and this one."""
     found, stages = [], stages_of("sdedit", guided=True, steps=12)[:1]
-    for cache in ("first-block:0.3", "taylor:3"):
+    for cache in ("first-block:0.9", "taylor:3"):
         drawer = Drawer(group, cache=cache, **GUIDED)
         whole, skipped = drawer.drawn(stages), [require_striped(drawer.pipe).cache.skipped]
         here = folder / cache
