@@ -13,15 +13,16 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 FOREIGN = {
     *("--help", "--version", "--install-completion", "--nproc-per-node", "--no-python", "--table", "--check"),
-    *("--page", "--results"),
+    *("--page", "--results", "--max-restarts", "--nodes", "--gpus-per-node", "--requeue"),
     *("--flow-alone", "--rm", "--gpus", "--ipc", "--shm-size", "--pid", "--oldest", "--newest", "--cuda", "--cuda-all"),
 }
-"""Not in our records: typer's, ours without a command, torchrun's, the benchmarks', ruff's, Docker's, py-spy's and CI's."""
+"""Not in our records: typer's, ours without a command, torchrun's, SLURM's, the benchmarks', ruff's, Docker's and CI's."""
 FLAGS = {
-    name.strip(" /")
+    name.strip()
     for command in COMMANDS.values()
     for field, flag in command.flags().items()
-    for name in (flag.names or (flags.spelled(field),))
+    for names in (flag.names or (flags.spelled(field),))
+    for name in names.split("/")
 }
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
 

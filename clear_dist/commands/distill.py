@@ -12,9 +12,9 @@ from clear_dist.request import devices
 from clear_dist.request.captioned import find_captioned
 from clear_dist.request.distill import Recipe, newest_checkpoint, read_recipe, require_grid, require_left, require_same
 from clear_dist.request.flags import GenerateFlags
+from clear_dist.request.lines import lines_of
 from clear_dist.request.request import Request
 from clear_dist.request.settle import choose
-from clear_dist.request.start import lines_of
 
 PRELOAD = ("torch", "clear_dist.training.run")
 VALIDATION = "--validation-prompts"

@@ -7,7 +7,7 @@ from functools import partial
 from importlib import import_module
 
 from clear_dist.families.cards import CARDS
-from clear_dist.launch import ends, env, ranks, streams
+from clear_dist.launch import ends, env, interrupts, ranks, streams
 from clear_dist.plan import fit_here
 from clear_dist.request.flags import GenerateFlags, PictureFlags, UpscaleFlags
 from clear_dist.request.request import Request
@@ -42,6 +42,7 @@ def _run(flags: PictureFlags) -> int:
         traceback=flags.traceback,
         preload=PRELOAD,
         beside=None if check is None else check.require,
+        farewell=interrupts.SECONDS_TO_END if request.resume else ranks.FAREWELL_SECONDS,
     )
 
 

@@ -1,7 +1,6 @@
 """A rank before it draws: its place, its device, its group, and the model on stripes."""
 
 import gc
-import secrets
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -20,6 +19,7 @@ from clear_dist.comm.group import Group
 from clear_dist.comm.in_touch import in_touch
 from clear_dist.comm.mesh import image_group
 from clear_dist.comm.process_groups import device_of
+from clear_dist.commands.resuming import Resuming
 from clear_dist.drawing.previews import Previews
 from clear_dist.drawing.prompts import nothing
 from clear_dist.engine.family import Encoded
@@ -45,7 +45,6 @@ from clear_dist.weights.lora import load_loras
 from clear_dist.weights.offload import offloaded_parts
 
 Choice = tuple[Halves | None, tuple[Fewer, ...]]
-SEED_BITS = 32
 BETWEEN_MESSAGES, WHILE_OTHERS_DRAW = 600.0, 30 * 86_400.0
 """Seconds that all ranks wait for each other; those of other pictures may draw for long before they meet again."""
 
@@ -72,6 +71,7 @@ class Prepared:
             require_machine(options_of(request), device, getattr(torch, request.dtype))
         with phases.phase("load", detail=" the files"):
             self.request = request = hub.locate(request, everyone, CARDS, local_rank=place.local_rank)
+        self.resuming = Resuming.of(request, everyone)
         self.data_rank = everyone.rank // group.size
         self.mine = request.drawn_by(self.data_rank)
         """Prompts of this rank's group, and which pictures of each it draws."""
@@ -90,7 +90,7 @@ class Prepared:
         if everyone.rank == 0 and replaced is not None and not replaced.file.is_relative_to(request.model):
             say(f"CLEAR weights: {replaced}")  # a model's own go without saying
         self.loading_peak_bytes = peaks.peak_memory(device)
-        self.seed = everyone.broadcast_object(secrets.randbits(SEED_BITS) if request.seed is None else request.seed)
+        self.seed = everyone.broadcast_object(self.resuming.chosen_seed())
         torch.manual_seed(self.seed)
         self.host_memory_bytes = None if request.report is None else peaks.host_memory()
         self.peak_since_loading = peaks.reset_peak_memory(device)
@@ -210,25 +210,26 @@ def encode_ahead(
         )
         load_loras(pipe, hub.local_loras(request), CARDS)
     with phases.phase("text", detail="s" if len(request.prompts) > 1 else ""):
-        encoded = dict(zip(mine, encode(pipe, request, [request.prompts[index] for index in mine]), strict=True))
+        encoded = dict(zip(mine, encode(pipe, request, mine), strict=True))
     del pipe
     gc.collect()
     peaks.give_back(device)
     return encoded
 
 
-def encode(pipe: Any, request: Request, prompts: Iterable[str]) -> list[Encoded]:
-    """Embeddings of each prompt and of the negative one, in host memory, by the pipeline's text encoders."""
+def encode(pipe: Any, request: Request, indices: Iterable[int]) -> list[Encoded]:
+    """Embeddings of each prompt and its negative one, in host memory, by the pipeline's text encoders."""
     adapter, most = adapter_of(pipe), request.max_sequence_length
     is_guided = max(stage.sampling.passes for stage in request.stages) > 1
-    negative = nothing(adapter)
-    if request.negative_prompt is not None and is_guided:
-        _tell_too_long("the negative prompt", adapter.too_long(request.negative_prompt, most))
-        negative = adapter.encode([request.negative_prompt], most)
+    negatives: dict[str | None, Encoded] = {None: nothing(adapter)}
     encoded = []
-    for prompt in prompts:
+    for index in indices:
+        prompt, negative = request.prompts[index], request.alone(index).negative_prompt if is_guided else None
+        if negative is not None and negative not in negatives:
+            _tell_too_long("the negative prompt", adapter.too_long(negative, most))
+            negatives[negative] = adapter.encode([negative], most)
         _tell_too_long("the prompt", adapter.too_long(prompt, most))
-        both = (*adapter.encode([prompt], most), *negative)
+        both = (*adapter.encode([prompt], most), *negatives[negative])
         encoded.append([None if tensor is None else tensor.cpu() for tensor in both])
     return encoded
 

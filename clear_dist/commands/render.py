@@ -16,19 +16,21 @@ from torch import Tensor
 from clear_dist.comm.group import close
 from clear_dist.comm.mesh import SharedCount
 from clear_dist.comm.rows import collect_stripes
-from clear_dist.commands.prepare import Prepared, encode
+from clear_dist.commands.prepare import Prepared, encode, refusing
 from clear_dist.commands.saving import Saving
-from clear_dist.drawing.cascade import Cascade, Drawing, nth_stage, work_of
+from clear_dist.drawing.cascade import Cascade, nth_stage, work_of
 from clear_dist.drawing.control import Control
+from clear_dist.drawing.drawn import Drawing
 from clear_dist.drawing.given import WHITE, Given, from_image
 from clear_dist.drawing.many import alike, draw_each
 from clear_dist.drawing.prompts import share
+from clear_dist.drawing.resume import require_repeatable
 from clear_dist.engine.family import Encoded
 from clear_dist.families.transformers import adapter_of
 from clear_dist.geometry import Rows
 from clear_dist.launch import env
 from clear_dist.launch.aside import in_background
-from clear_dist.launch.ends import Failure, say
+from clear_dist.launch.ends import PartlyFailed, say
 from clear_dist.launch.interrupts import unwinding
 from clear_dist.observe import peaks, report
 from clear_dist.observe.progress import watched
@@ -49,6 +51,9 @@ class Rendering(Prepared):
     def run(self) -> None:
         self.stages: list[report.StageFigures] = []
         request = self.request
+        if request.resume:
+            with refusing():
+                require_repeatable(self.pipe.scheduler)
         self._expect()
         latents: list[Tensor] = []
 
@@ -58,17 +63,20 @@ class Rendering(Prepared):
                 assert drawing.latents is not None, "rank 0 draws every stage"
                 latents.append(drawing.latents.cpu())
 
-        is_there = (lambda index: self._saving(index, self.mine[index]).is_there()) if request.resume else None
+        is_there = (lambda index: self._is_there(index, self.mine[index])) if request.resume else None
         kind, count = "picture" if request.enlarges else "prompt", len(request.prompts)
-        outcome = draw_each(count, draw, group=self.group, mine=tuple(self.mine), is_there=is_there, kind=kind)
+        listed: dict[str, Any] = {"mine": tuple(self.mine), "is_there": is_there, "kind": kind}
+        outcome = draw_each(count, draw, group=self.group, keep_going=request.keep_going, **listed)
         self._wait_for_all()
-        failed = set[int]().union(*self.everyone.gather_objects(set(outcome.failed)))
+        failed = {index: why for each in self.everyone.gather_objects(outcome.failed) for index, why in each.items()}
         if request.latents_out is not None:
             self._save_latents(request.latents_out, latents)
         if request.report is not None:
             self._report(request.report)
+        for index in sorted(failed) if self.everyone.rank == 0 else ():
+            say(f"{kind} {index + 1}, {request.outputs[index * request.num_images]}: {failed[index]}")
         if failed:
-            raise Failure(f"{len(failed)} of {count} {kind}s failed, as told above; the others are there")
+            raise PartlyFailed(f"{len(failed)} of {count} {kind}s failed, as told above; the others are there")
 
     def _expect(self) -> None:
         """Have progress shown of all groups' work."""
@@ -108,13 +116,21 @@ class Rendering(Prepared):
             request=request,
             prompt=self.request.prompts[index],
             settings=self._settings(request),
-            seed=self.seed,
+            seed=self._seed(request),
             group=self.group,
             files=self.request.outputs[index * request.num_images :][images.relative_to(0)],
             first=images.start,
             alpha=alpha,
             began=time.perf_counter(),
+            within=self.resuming.folder(index, images),
         )
+
+    def _is_there(self, index: int, images: Rows) -> bool:
+        """Whether a prompt's pictures have been written; then their checkpoints go, which a kill may have left."""
+        is_there = self._saving(index, images).is_there()
+        if is_there:
+            self.resuming.end(index, images)
+        return is_there
 
     def _render_prompt(self, index: int, images: Rows) -> Drawing:
         request, count = self.request.alone(index), len(self.request.prompts)
@@ -132,7 +148,9 @@ class Rendering(Prepared):
             "references": given.references,
             "controls": self._controls(request),
         }
-        cascade = Cascade(self.pipe, embeddings, seed=self.seed, others=others, **shown, **begun)
+        seed = self._seed(request)
+        begun["checkpoints"] = checkpoints = self.resuming.checkpoints(index, images, seed, self.group)
+        cascade = Cascade(self.pipe, embeddings, seed=seed, others=others, **shown, **begun)
         stages, last = on_ranks(request.stages, by_size(self.fewer)), len(request.stages) - 1
         averages = self.handle.text_attention == "average"
         reasons = {each.size: each.words(averages=averages) for each in self.fewer}
@@ -141,7 +159,8 @@ class Rendering(Prepared):
         def around(number: int) -> AbstractContextManager[None]:
             return profile.recording() if profile is not None and number == last else nullcontext()
 
-        for number, drawn in enumerate(cascade.run(stages, drawing, detail=detail, around=around)):
+        drawn_now = cascade.run(stages, drawing, detail=detail, around=around)
+        for number, drawn in enumerate(drawn_now, checkpoints.stage):
             drawing, stage = drawn, stages[number]
             if number == last or request.save_stages:
                 with self.phases.phase(
@@ -157,6 +176,8 @@ class Rendering(Prepared):
                         print(f"profile={first} ranks={self.everyone.size} steps={profile.steps}", flush=True)
             if self.group.rank == 0:
                 self.stages.append(self._figures(drawn, reasons.get(stage.size)))
+        if self.group.rank == 0:
+            self.resuming.end(index, images)
         assert drawing is not None, "there is at least one stage"
         return drawing
 
@@ -205,7 +226,7 @@ class Rendering(Prepared):
         if self.encoded is not None:
             encoded = self.encoded[index]
         elif self.group.rank == 0:
-            (encoded,) = encode(self.pipe, self.request, [self.request.prompts[index]])
+            (encoded,) = encode(self.pipe, self.request, [index])
         adapter, counters = adapter_of(self.pipe), self.handle.counters
         return share(adapter, self.group, counters, encoded, num_images=len(images))
 
@@ -218,8 +239,12 @@ class Rendering(Prepared):
         if self.previews is not None:
             self.previews.after_step(pipe, stage, done, latents)
 
+    def _seed(self, request: Request) -> int:
+        return self.seed if request.seed is None else request.seed
+
     def _settings(self, request: Request) -> dict[str, Any]:
-        chosen = {"seed": self.seed, "text_attention": self.handle.text_attention, "transport": self.group.transport}
+        chosen: dict[str, Any] = {"seed": self._seed(request), "text_attention": self.handle.text_attention}
+        chosen["transport"] = self.group.transport
         return json.loads(json.dumps(asdict(request), default=str)) | chosen
 
     def _report(self, file: Path) -> None:

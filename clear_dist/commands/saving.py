@@ -11,7 +11,7 @@ from typing import Any
 
 from clear_dist import __version__
 from clear_dist.comm.group import Group
-from clear_dist.drawing.cascade import Drawing
+from clear_dist.drawing.drawn import Drawing
 from clear_dist.drawing.generation import picture_rows
 from clear_dist.drawing.many import alike
 from clear_dist.pictures import keeps_alpha, save_picture, stage_file
@@ -21,7 +21,7 @@ from clear_dist.request.request import Request
 
 NOT_TO_BE_SHARED = (
     "prompts", "negative_prompt", "output", "latents_out", "report", "profile", "pictures", "files", "join_timeout",
-    "quiet", "resume",
+    "quiet", "resume", "checkpoint_every", "keep_going", "lines",
 )  # fmt: skip
 """Settings of other prompts, files of this machine, and what leaves the picture as it is."""
 
@@ -44,6 +44,8 @@ class Saving:
     """The start picture's, on rank 0."""
     began: float
     """By `time.perf_counter`."""
+    within: Path | None = None
+    """Folder for files that are not whole; None: beside the pictures."""
 
     def save(self, drawing: Drawing, *, last: bool) -> None:
         """Save all pictures of a stage, a lower one's named by size; raises ItemFailed and leaves no part of a file."""
@@ -63,7 +65,8 @@ class Saving:
     def _write(self, rows: Iterator[Any], file: Path, index: int, *, height: int, width: int) -> None:
         metadata = self._metadata(index) if self.request.metadata else None
         alpha = self.alpha if keeps_alpha(file) else None
-        written = save_picture(rows, file, height=height, width=width, metadata=metadata, alpha=alpha)
+        settings: dict[str, Any] = {"metadata": metadata, "alpha": alpha, "within": self.within}
+        written = save_picture(rows, file, height=height, width=width, **settings)
         named = zip(("output", "thumbnail"), (shlex.quote(str(each)) for each in written), strict=False)
         figures = f"seed={self.seed} size={width}x{height} ranks={self.group.size}"
         seconds = f"seconds={time.perf_counter() - self.began:.2f}"

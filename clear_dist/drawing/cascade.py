@@ -7,7 +7,6 @@ Shapes: B pictures, C channels, R my rows, E the rows that mine are interpolated
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +16,12 @@ from clear_dist.comm.group import Group
 from clear_dist.comm.rows import move_rows
 from clear_dist.drawing.beyond import extrapolation_of, ranks_of
 from clear_dist.drawing.control import Control, conditions_of, controlled, striped_nets
-from clear_dist.drawing.encoding import encode_rows, join_rows
+from clear_dist.drawing.drawn import Drawing
+from clear_dist.drawing.encoding import encode_rows, join_rows, to_bytes
 from clear_dist.drawing.kept import Below, Kept
 from clear_dist.drawing.masking import Stencil
 from clear_dist.drawing.resize import resize_rows, rows_behind
+from clear_dist.drawing.resume import Running, Unsaved
 from clear_dist.engine.adapters import resting
 from clear_dist.engine.agreement import fingerprint, require_equal_settings
 from clear_dist.engine.family import Condition, OnStep, Others, ReferringAdapter
@@ -28,7 +29,7 @@ from clear_dist.engine.striped import require_striped
 from clear_dist.geometry import Rows, cut_in_stripes
 from clear_dist.observe.peaks import give_back
 from clear_dist.observe.progress import Phases
-from clear_dist.stages import Size, Stage, Upscaling
+from clear_dist.stages import Stage, Upscaling
 from clear_dist.vae import decode_stripes
 
 SEED_STRIDE = 0x9E3779B97F4A7C15
@@ -36,23 +37,6 @@ SEED_STRIDE = 0x9E3779B97F4A7C15
 
 ENCODING, DECODING = 1.5, 3.0
 """Passes through the transformer that take equally long, on a CPU with the embedded model."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """Pictures of one size in pixels, each rank holding some of their rows."""
-
-    size: Size
-    rows: tuple[Rows, ...]
-    """Pixel rows by rank, none where a rank has nothing."""
-    pixels: Tensor | None
-    """My rows, bytes [B, 3, R, W]."""
-    latents: Tensor | None = None
-    """Whole pictures [B, tokens, C], on the ranks that drew them."""
-    guidance_ranks: int = 1
-    """2: each half of the ranks took a pass of guidance."""
-    kept: Kept | None = None
-    """What the next stage's steps go by, if they go by any."""
 
 
 class Cascade:
@@ -70,12 +54,14 @@ class Cascade:
         controls: Sequence[Control] = (),
         mask: Drawing | None = None,
         references: Sequence[Any] = (),
+        checkpoints: Unsaved | None = None,
     ) -> None:
         """`pipe` is parallelized, `embeddings` are from `encode_prompts`, `controls` for its ControlNets, if any.
 
         `others` as `PipelineAdapter.denoise` takes them.
         With a mask (grey, in three channels), the picture that `run` begins with stays as it is where that is black.
-        `references` are PIL's pictures, equal on all ranks, for a pipeline that looks at such.
+        `references` are PIL's pictures, equal on all ranks, for a pipeline that looks at such. With `checkpoints` it
+        goes on from the newest one.
         Raises ValueError where VAEs differ, or a ControlNet is not on stripes.
         """
         self._pipe = pipe
@@ -97,7 +83,8 @@ class Cascade:
         self._phases = phases or Phases()
         self._on_step = on_step
         self._mask = mask
-        self._stages_drawn = 0
+        self._checkpoints = checkpoints or Unsaved()
+        self._stages_drawn = self._checkpoints.stage
 
     def run(
         self,
@@ -109,6 +96,7 @@ class Cascade:
     ) -> Iterator[Drawing]:
         """Pictures stage by stage, the first from `before` or noise, each drawn inside `around(number)`.
 
+        Stages that were finished before are left out.
         Raises a Refusal, before any is drawn, where the stale schedule's buffers of the last stage would not fit.
         """
         last, token = stages[-1], self._adapter.token_size
@@ -117,8 +105,11 @@ class Cascade:
         for model in self._models:
             passes = sampling.passes if model is self._striped else 1
             model.require_room(grid, batch=batch, passes=passes, steps=sampling.steps)
-        own = None if self._mask is None else before
-        for number, stage in enumerate(stages):
+        own, first = None if self._mask is None else before, self._checkpoints.stage
+        before = self._checkpoints.before(before)
+        for finished in stages[:first]:
+            self._phases.skip(sum(work_of(finished).values()))
+        for number, stage in enumerate(stages[first:], first):
             self._phases.begin_stage()
             with around(number):
                 above = stages[number + 1].sampling if number + 1 < len(stages) else None
@@ -126,6 +117,8 @@ class Cascade:
                 nth = f"{detail}{nth_stage(number, len(stages))}"
                 before = self.draw(stage, before, own, keep=keep, detail=nth)
             yield before
+            if number + 1 < len(stages):
+                self._checkpoints.end_stage(number, before)
 
     def draw(
         self,
@@ -142,8 +135,6 @@ class Cascade:
         """
         group, ranks = self._striped.group, ranks_of(stage, self._striped, self._adapter.token_size)
         stripes = cut_in_stripes(stage.height // self._adapter.token_size, ranks)
-        seed = (self._seed + self._stages_drawn * SEED_STRIDE) % 2**63
-        self._stages_drawn += 1
         held = self._in_pixels(stripes)
         part = group if ranks == group.size else group.split(ranks)
         start = mask = stencil = latents = pixels = None
@@ -156,7 +147,7 @@ class Cascade:
         if group.rank < ranks:
             conditions = self._conditions(stage, part, stripes, detail)
             with self._phase("denoise", stage, detail):
-                latents = self._denoise(stage, part, start, mask, seed, conditions, below, kept)
+                latents = self._denoise(stage, part, start, mask, conditions, below, kept)
             del start, conditions  # as large as the latents
             with self._phase("decode", stage, detail):
                 pixels = self._decode(latents, stage, part, stripes)
@@ -168,6 +159,7 @@ class Cascade:
                 counters.pause()
         if part is not group:
             part.close()
+        self._stages_drawn += 1
         halves = 2 if self._splits(stage, ranks) else 1
         return Drawing(size=stage.size, rows=held, pixels=pixels, latents=latents, guidance_ranks=halves, kept=kept)
 
@@ -194,7 +186,6 @@ class Cascade:
         part: Group,
         start: Tensor | None,
         mask: Tensor | None,
-        seed: int,
         conditions: tuple[Condition, ...],
         below: Below | None,
         kept: Kept | None,
@@ -204,13 +195,26 @@ class Cascade:
         pipe = pipe if kept is None else self._adapter.keeping(pipe, stage, kept)
         is_guided = self._is_guided and stage.sampling.passes > 1
         beyond = extrapolation_of(stage, self._striped, self._adapter, is_alone=self._is_alone)
-        how: dict[str, Any] = {"scheduler": pipe.scheduler, "extrapolation": beyond}
+        number = self._stages_drawn
+        taken = self._checkpoints.steps_done(number)
+        how: dict[str, Any] = {"scheduler": pipe.scheduler, "extrapolation": beyond, "done": taken}
+        seed = (self._seed + number * SEED_STRIDE) % 2**63
         given: dict[str, Any] = {"seed": seed, "others": self._others, "start": start, "mask": mask}
+        shared: dict[str, Any] = {"stage": stage, "number": number, "scheduler": pipe.scheduler, "group": part}
+        state = Running(kept=kept, cache=self._striped.cache, counters=self._striped.counters, **shared)
+
+        def end_step(pipe: Any, stage: Stage, done: int, latents: Tensor) -> Tensor:
+            latents = self._checkpoints.end_step(state, done, latents)
+            if self._on_step is not None and done >= taken:
+                self._on_step(pipe, stage, done, latents)
+            return latents
+
         with ExitStack() as running:
             running.enter_context(resting(self._striped.family.transformer, stage.resting))
             for model in self._models:  # a ControlNet, too, is above the size that it was trained at
                 running.enter_context(model.running(group=part, is_guided=is_guided, **how))
-            return adapter.denoise(pipe, self._embeddings, stage, on_step=self._on_step, **given)
+            running.enter_context(self._checkpoints.heeding())
+            return adapter.denoise(pipe, self._embeddings, stage, on_step=end_step, **given)
 
     def _enlarge(self, before: Drawing, stage: Stage, held: tuple[Rows, ...]) -> Tensor | None:
         """My rows at this stage's size, bytes [B, C, R, W]."""
@@ -288,8 +292,3 @@ def unit_size(pipe: Any) -> int:
     """Pixels that sides of pictures are multiples of; raises ValueError where the pipeline is not parallelized."""
     striped = require_striped(pipe)
     return striped.family.adapted(pipe).token_size * striped.settings.unit
-
-
-def to_bytes(pixels: Tensor) -> Tensor:
-    """Bytes of what a decoder returns; what is beyond [-1, 1] is clamped."""
-    return pixels.float().mul(127.5).add_(127.5).clamp_(0, 255).round_().to(torch.uint8)

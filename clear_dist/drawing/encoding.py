@@ -1,4 +1,4 @@
-"""Pictures in bytes to latents, over stripes.
+"""Pictures in bytes to latents, over stripes, and bytes of what is decoded.
 
 Shapes: B pictures, C channels, R my rows, H rows of the picture, W columns.
 """
@@ -32,3 +32,8 @@ def join_rows(rows_BCRW: Tensor, group: Group, stripes: tuple[Rows, ...], counte
 def in_vae_range(pixels: Tensor) -> Tensor:
     """Bytes as numbers from -1 to 1."""
     return pixels.float().div_(127.5).sub_(1)
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Bytes of what a decoder returns; what is beyond [-1, 1] is clamped."""
+    return pixels.float().mul(127.5).add_(127.5).clamp_(0, 255).round_().to(torch.uint8)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from clear_dist.comm.group import Group
 from clear_dist.comm.rows import collect_stripes
-from clear_dist.drawing.cascade import Cascade, Drawing, unit_size
+from clear_dist.drawing.cascade import Cascade, unit_size
 from clear_dist.drawing.control import Control
+from clear_dist.drawing.drawn import Drawing
 from clear_dist.drawing.given import Given, controls_of, from_image, given_pictures
 from clear_dist.drawing.prompts import encode_prompts
 from clear_dist.engine.adapters import require_adapters

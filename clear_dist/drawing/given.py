@@ -9,8 +9,8 @@ import torch
 from PIL.Image import Image
 
 from clear_dist.comm.group import Group
-from clear_dist.drawing.cascade import Drawing
 from clear_dist.drawing.control import Control, controlled
+from clear_dist.drawing.drawn import Drawing
 from clear_dist.engine.family import ReferringAdapter
 from clear_dist.engine.striped import require_striped
 from clear_dist.geometry import Rows

@@ -4,8 +4,9 @@ Stripes are runs of positions in raster order, so that there are some for any nu
 Shapes: B pictures, C channels, P positions of this rank, H rows and W columns of latents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
-from clear_dist.comm.rows import StripeJoin, move_rows
+from clear_dist.comm.rows import StripeJoin, collect_stripes, move_rows
 from clear_dist.geometry import Rows, cut_in_stripes
 from clear_dist.stages import Size, Stage, Upscaling
 
@@ -48,6 +49,40 @@ class Kept:
         mine = cut_in_stripes(self.size[0] * self.size[1], self.ranks)[self.rank]
         self.sigmas.append(sigma)
         self.clean.append(clean_BCHW.flatten(2)[..., mine.relative_to(0)].clone())
+
+    def collected(self, group: Group) -> tuple[Tensor | None, dict[str, Any]]:
+        """On rank 0 whole pictures [positions, steps x B, C], and on all ranks, which call this, the rest of it."""
+        about = {
+            "steps": self.steps,
+            "count": self.count,
+            "level": self.level,
+            "size": self.size,
+            "sigmas": [float(sigma) for sigma in self.sigmas],
+            "shape": [len(self.clean) * len(self.clean[0]), self.clean[0].shape[1]] if self.clean else [0, 0],
+        }
+        about = group.broadcast_object(about)  # rank 0 has always taken part
+        mine = torch.cat(self.clean).permute(2, 0, 1) if self.clean else torch.empty(0)
+        heights = by_rank(about["size"][0] * about["size"][1], self.ranks, group.size) if about["sigmas"] else ()
+        parts = list(collect_stripes(mine, group, tuple(map(len, heights)))) if heights else []
+        return torch.cat(parts) if parts else None, about
+
+    def put_back(self, whole: Tensor | None, about: Mapping[str, Any], group: Group, counters: Counters) -> None:
+        """Take this rank's part of what rank 0 has `collected` on any number of ranks; all ranks call this."""
+        self.size = about["size"][0], about["size"][1]
+        self.sigmas = [torch.tensor(sigma) for sigma in about["sigmas"]]
+        if not self.sigmas:
+            return
+        have, want = (by_rank(self.size[0] * self.size[1], ranks, group.size) for ranks in (1, self.ranks))
+        moved_BCP1 = move_rows(
+            None if whole is None else whole.to(group.device).permute(1, 2, 0)[..., None],
+            group,
+            have,
+            want,
+            shape=(*about["shape"], 1),
+            dtype=torch.float32,
+            counters=counters,
+        )
+        self.clean = list(moved_BCP1[..., 0].chunk(len(self.sigmas)))
 
 
 class Below:

@@ -47,6 +47,7 @@ def draw_each(
     group: Group,
     mine: Sequence[int] | None = None,
     is_there: Callable[[int], bool] | None = None,
+    keep_going: bool = True,
     kind: str = "picture",
 ) -> Outcome:
     """Call `draw` for each index of a list on all ranks; where it raises ItemFailed, the next one's turn has come.
@@ -54,9 +55,10 @@ def draw_each(
     Args:
         mine: indices of this group's items, where other groups draw others; None: all.
         is_there: whether an item is finished, as rank 0 finds; None: all are drawn.
+        keep_going: whether the others are drawn where one fails.
         kind: of an item, for the lines that tell of them.
 
-    Raises ItemFailed if there is one item only, and on all ranks whatever else `draw` raises.
+    Raises ItemFailed if there is one item only, or none is to follow it, and on all ranks whatever else `draw` raises.
     """
     indices = range(count) if mine is None else mine
     found = [] if is_there is None or group.rank != 0 else [index for index in indices if is_there(index)]
@@ -71,7 +73,7 @@ def draw_each(
             draw(index)
             drawn.append(index)
         except ItemFailed as error:
-            if count == 1:
+            if count == 1 or not keep_going:
                 raise
             failed[index] = str(error)
             if group.rank == 0:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL.Image import fromarray
 from torch import Tensor
 
-from clear_dist.drawing.cascade import to_bytes
+from clear_dist.drawing.encoding import to_bytes
 from clear_dist.engine.striped import require_striped
 from clear_dist.launch.ends import describe, say
 from clear_dist.pictures import replacing
@@ -24,7 +24,8 @@ LEAST_SIDE = 2
 class Previews:
     """Writes, on one rank, the finished picture as the current step expects it.
 
-    The velocity is the difference of two steps' latents, so there is no preview after a stage's first step.
+    The velocity is the difference of two steps' latents, so there is no preview after a stage's first step, nor
+    where it is gone on with.
     """
 
     def __init__(self, file: Path, every: int) -> None:
@@ -33,13 +34,13 @@ class Previews:
         self._before: Tensor | None = None
 
     def after_step(self, pipe: Any, stage: Stage, done: int, latents: Tensor) -> None:
-        if done % self._every == 0 and done > 1:
-            assert self._before is not None, "kept after the step before"
+        if done % self._every == 0 and done > 1 and self._before is not None:
             sigmas = pipe.scheduler.sigmas
             index = pipe.scheduler.step_index
             velocity = (latents[:1] - self._before) / (sigmas[index] - sigmas[index - 1])
             self._write(pipe, stage, latents[:1] - sigmas[index] * velocity)
-        self._before = latents[:1] if (done + 1) % self._every == 0 else None
+        is_due = (done + 1) % self._every == 0 and done < stage.sampling.steps
+        self._before = latents[:1] if is_due else None
 
     @torch.no_grad()
     def _write(self, pipe: Any, stage: Stage, clean: Tensor) -> None:

@@ -169,9 +169,12 @@ class ShiftingFamily(Family, Protocol):
 
 
 class OnStep(Protocol):
-    """Callback after each denoising step: the number of steps done, and the latents as the pipeline returns them."""
+    """Callback after each denoising step: the number of steps done, and the latents as the pipeline returns them.
 
-    def __call__(self, pipe: Any, stage: Stage, done: int, latents: Tensor) -> None: ...
+    The latents that it returns, if any, take their place.
+    """
+
+    def __call__(self, pipe: Any, stage: Stage, done: int, latents: Tensor) -> Tensor | None: ...
 
 
 Others = tuple[int, int]

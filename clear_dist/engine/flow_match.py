@@ -161,10 +161,10 @@ class FlowMatchAdapter:
 
         def end_step(pipeline: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             latents = tensors["latents"]
-            held["latents"] = latents = latents if kept is None else kept.put_back(pipeline.scheduler, latents)
-            if on_step is not None:
-                on_step(pipeline, stage, step + 1, latents)
-            return {} if kept is None else {"latents": latents}
+            latents = latents if kept is None else kept.put_back(pipeline.scheduler, latents)
+            others = None if on_step is None else on_step(pipeline, stage, step + 1, latents)
+            held["latents"] = latents if others is None else others
+            return dict(held) if held["latents"] is not tensors["latents"] else {}
 
         returned = pipe(
             **{"num_inference_steps": steps, **given},

@@ -54,10 +54,11 @@ class Guidance:
         self._ours = forward
         vars(model).update(forward=forward)
 
-    def run_on(self, group: Group, *, is_guided: bool = True, grids: int = 1) -> None:
+    def run_on(self, group: Group, *, is_guided: bool = True, grids: int = 1, done: int = 0) -> None:
         """Forget a generation, and draw on another group: in halves if it is the first, and guided.
 
-        Steps take turns on so many grids.
+        Steps take turns on so many grids. The first `done` steps have been taken before: of their forwards only those
+        are computed that tell what an answer looks like.
         """
         self._group = group
         self.stripes = self._given[1] if is_guided and group is self._given[0] else group
@@ -69,6 +70,7 @@ class Guidance:
         self._is_split = False
         self._passes = 0
         self._grids = grids
+        self._done = range(grids, done)
         self._joins: dict[tuple[int, int], tuple[Cut, StripeJoin]] = {}
         """With the other half, by the size of the grid."""
         self._first: Any = None
@@ -88,6 +90,11 @@ class Guidance:
     @property
     def has_halves(self) -> bool:
         return self.stripes is not self._group
+
+    @property
+    def answers(self) -> bool:
+        """Whether this rank computes an answer to the running forward, or knows it."""
+        return self.takes_part and self._clock.step not in self._done
 
     @property
     def checked(self) -> Group:
@@ -116,20 +123,26 @@ class Guidance:
         return inputs
 
     def end(self, output: Any, cut: Cut) -> Any:
-        """The pipeline's answer for all rows and pictures."""
+        """The pipeline's answer for all rows and pictures; without values where its step has been taken before."""
+        if self._clock.step in self._done:
+            return self._without_values(cut)
         if not self._is_split:
-            whole = self._family.joined(output, cut)
-            self._like[cut.size] = tree_map_only(Tensor, partial(torch.empty_like, device="meta"), whole)
-            return whole
+            return self._noted(self._family.joined(output, cut), cut)
         if self._takes_turns and not self._clock.turn:
-            self._mine = output
-            # Whoever reads it now reads NaN.
-            to_come = partial(torch.full_like, fill_value=torch.nan, device=self._group.device)
-            self._first = tree_map_only(Tensor, to_come, self._like[cut.size])
+            self._mine, self._first = output, self._without_values(cut)
             return self._first
         mine, self._mine = self._mine if self._takes_turns and not self._half else output, None
         both = self._family.joined(mine, replace(cut, join=self._join_of(cut)))
-        return self._second_of(both) if self._takes_turns else both
+        return self._second_of(both) if self._takes_turns else self._noted(both, cut)
+
+    def _noted(self, whole: Any, cut: Cut) -> Any:
+        self._like[cut.size] = tree_map_only(Tensor, partial(torch.empty_like, device="meta"), whole)
+        return whole
+
+    def _without_values(self, cut: Cut) -> Any:
+        """An answer in which whoever reads it finds NaN."""
+        to_come = partial(torch.full_like, fill_value=torch.nan, device=self._group.device)
+        return tree_map_only(Tensor, to_come, self._like[cut.size])
 
     @property
     def _takes_turns(self) -> bool:

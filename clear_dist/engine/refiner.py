@@ -50,7 +50,8 @@ class Leading:
     target: Tensor
     below: Below | None
     steps: int
-    _before: Any = field(default=None, init=False)
+    before: Any = field(default=None, init=False)
+    """What the way has told the next step."""
 
     def velocity(self, index: int, sigma: Tensor, velocity: Tensor, latents: Tensor) -> Tensor:
         """Velocity that step `index` goes by, float32, in the pipeline's layout; without the ring that it may have."""
@@ -64,7 +65,7 @@ class Leading:
         if has_ring:
             latents_BCHW, target = (pad(x, (1, 1, 1, 1)) for x in (latents_BCHW, target))
         step = Step(index=index, count=self.steps, sigma=sigma, latents=latents_BCHW)
-        led, self._before = self.way.velocity(spread, step, Guide(target=target, **guide), self._before)
+        led, self.before = self.way.velocity(spread, step, Guide(target=target, **guide), self.before)
         return self.layout.packed(led[..., 1:-1, 1:-1] if has_ring else led)
 
 

@@ -15,14 +15,15 @@ Shapes: B pictures, R image tokens of this rank, C channels.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from clear_dist.comm.clock import Clock
 from clear_dist.comm.counters import Counters
@@ -58,6 +59,21 @@ class Line:
         weight = (step - step_0) / (step_1 - step_0)
         return tree_map(lambda x, y: x.lerp(y, weight), values_0, values_1)  # in float32 within, if x has fewer bits
 
+    def told(self) -> tuple[list[Tensor], list[int]]:
+        """Its tensors, a computed step's after the other's, and these steps."""
+        return [x for _, values in self._points for x in tree_leaves(values)], [step for step, _ in self._points]
+
+    def take(self, tensors: Sequence[Tensor], steps: Sequence[int], like: Any) -> "Line":
+        """Take what another line told, whose values were trees as `like` is; returns itself."""
+        leaves, spec = tree_flatten(like)
+        for number, step in enumerate(steps):
+            self.add(step, tree_unflatten(tensors[number * len(leaves) :][: len(leaves)], spec))
+        return self
+
+    @property
+    def newest(self) -> Any:
+        return self._points[-1][1]
+
 
 class StepCache:
     """No cache: all is computed."""
@@ -91,6 +107,30 @@ class StepCache:
 
     def remove(self) -> None:
         self.forget()
+
+    def collected(self) -> tuple[list[Tensor], dict[str, Any]]:
+        """What this rank's steps to come depend on, between two steps: tensors, and the rest in JSON's types."""
+        tensors, held = [], []
+        for (turn, size, batch), state in self._held.items():
+            mine, about = self._told(state)
+            tensors += mine
+            held.append([turn, size, batch, len(mine), about])
+        return tensors, {"skipped": self.skipped, "held": held}
+
+    def put_back(self, tensors: list[Tensor], about: Mapping[str, Any]) -> None:
+        """Take what was `collected` on the same rank of as many, after a first step of the same generation."""
+        left, held = iter(tensors), {}
+        for turn, size, batch, count, told in about["held"]:
+            where = turn, tuple(size), batch
+            held[where] = self._made(list(islice(left, count)), told, self._held.get(where))
+        self._held, self.skipped = held, list(about["skipped"])
+
+    def _told(self, state: Any) -> tuple[list[Tensor], Any]:
+        raise NotImplementedError
+
+    def _made(self, tensors: list[Tensor], about: Any, like: Any) -> Any:
+        """The inverse of `_told`; `like`: a state of an earlier step, if there is one."""
+        raise NotImplementedError
 
     @property
     def _is_last(self) -> bool:
@@ -178,6 +218,14 @@ class FirstBlock(StepCache):
         self.skips_rest, self._begun, self._last_BRC = False, None, None
         return output
 
+    def _told(self, state: Change) -> tuple[list[Tensor], list[int]]:
+        others, steps = state.others.told()
+        return [state.first, *others], steps
+
+    def _made(self, tensors: list[Tensor], about: list[int], like: Any) -> Change:
+        first, *others = tensors
+        return Change(first, Line().take(others, about, first))
+
     def _after_first(self, block: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         given = named["hidden_states"] if "hidden_states" in named else args[0]
         image_BRC = self._image(output)
@@ -227,6 +275,12 @@ class Taylor(StepCache):
         if not self._is_last:
             self._held.setdefault(self._where, Line()).add(self._clock.step, output)
         return output
+
+    def _told(self, state: Line) -> tuple[list[Tensor], list[int]]:
+        return state.told()
+
+    def _made(self, tensors: list[Tensor], about: list[int], like: Line) -> Line:
+        return Line().take(tensors, about, like.newest)
 
 
 def step_cache(model: nn.Module, options: Options, *, clock: Clock, counters: Counters) -> StepCache:

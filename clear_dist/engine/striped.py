@@ -50,8 +50,7 @@ class StripedModel:
     ) -> None:
         """`counters` are shared with `shards`; `remove` undoes these and `modulation`; `stripes` as in `Guidance`."""
         self.family = family
-        self.scheduler = scheduler
-        self.group = group
+        self.group, self.scheduler = self._given = group, scheduler
         self.settings = settings
         self.counters = counters
         self.modulation = modulation
@@ -68,7 +67,6 @@ class StripedModel:
         self.graphs = Graphs(family.transformer, settings, same_call=self._same_call, **shared)
         self.guidance = Guidance(family, group, stripes or group, **shared)
         self.cache = step_cache(family.transformer, settings.options, **shared)
-        self._given = group, scheduler
         self._extrapolated = ExitStack()
         transformer = family.transformer
         self._layers = attention_layers(transformer)
@@ -161,26 +159,27 @@ class StripedModel:
         scheduler: Any = None,
         extrapolation: Extrapolation | None = None,
         is_guided: bool = True,
+        done: int = 0,
     ) -> Iterator[None]:
         """Context in which the model runs on another group, with another scheduler, above its native size.
 
         The ranks of `group` enter together, with equal arguments; the others don't call the model meanwhile. None: as
-        before. The caller closes the group, and gives the scheduler to the pipeline. `is_guided` as in `Guidance`.
+        before. The caller closes the group, and gives the scheduler to the pipeline. The rest is as in `Guidance`.
         """
         before = self.group, self.scheduler, self.extrapolation
         try:
             chosen = group or self.group, scheduler or self.scheduler, extrapolation or self.extrapolation
-            self._run_on(*chosen, is_guided)
+            self._run_on(*chosen, is_guided=is_guided, done=done)
             yield
         finally:
             self._run_on(*before)
 
-    def _run_on(self, group: Group, scheduler: Any, beyond: Extrapolation | None, is_guided: bool = True) -> None:
+    def _run_on(self, group: Group, scheduler: Any, beyond: Extrapolation | None, **how: Any) -> None:
         self.graphs.drop()
         if not self._forward_is_under_way:  # else messages in flight may never arrive
             self.drain()
         self.group, self.scheduler, self.extrapolation = group, scheduler, beyond
-        self.guidance.run_on(group, is_guided=is_guided, grids=1 if beyond is None else beyond.grids)
+        self.guidance.run_on(group, grids=1 if beyond is None else beyond.grids, **how)
         self._clock.forget()
         self._cuts = ()
         if self.modulation is not None:
@@ -219,7 +218,7 @@ class StripedModel:
             self._begin_generation(inputs, mine)
         self.cut = self._cuts[self._clock.step % 2] if self._cuts else self.cut
         cut, batch, tokens = self.running_cut, len(self.family.latents(mine)), self.family.text_tokens(mine)
-        self.guidance.skips = not self.guidance.takes_part or self.cache.begin(self.guidance.answering, cut, batch)
+        self.guidance.skips = not self.guidance.answers or self.cache.begin(self.guidance.answering, cut, batch)
         if self.guidance.skips:
             self._same_call.require()
             self.graphs.pass_by()
@@ -239,7 +238,7 @@ class StripedModel:
         return (), self.family.cut(inputs, cut, self.text_plan)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        joined = self.guidance.end(self.cache.end(output) if self.guidance.takes_part else None, self.running_cut)
+        joined = self.guidance.end(self.cache.end(output) if self.guidance.answers else None, self.running_cut)
         self.counters.pause()
         self._forward_is_under_way = False
         return joined

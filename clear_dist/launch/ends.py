@@ -1,6 +1,6 @@
 """How a run ends: one line from whoever knows the cause, and an exit status, which functions that tell return.
 
-0 done, 2 the request is wrong, 1 it failed while running, 130 interrupted.
+0 done, 2 the request is wrong, 1 it failed while running, 3 some of a list did, 130 interrupted.
 """
 
 import os
@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from clear_dist.launch import env
 from clear_dist.options import Refusal
 
-REFUSED, FAILED, INTERRUPTED = 2, 1, 130
+REFUSED, FAILED, PARTLY_FAILED, INTERRUPTED = 2, 1, 3, 130
 LONGEST_CAUSE, LONGEST_TRACEBACK = 600, 30_000
 """Characters; a pipe holds 64 KB that nobody reads as yet."""
 SECONDS_FOR_THE_CAUSE = 1.0
@@ -36,6 +36,14 @@ HOW_TO_SEE_MORE = "(for the traceback: --traceback)"
 
 class Failure(Exception):
     """A failure whose message tells all: nothing broke, so no traceback is shown."""
+
+    status = FAILED
+
+
+class PartlyFailed(Failure):
+    """Some of a list failed, and all others are there."""
+
+    status = PARTLY_FAILED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +64,9 @@ def run_rank(work: Callable[[], None], *, traceback: bool, outbox: Connection | 
     try:
         work()
     except KeyboardInterrupt:
-        return interrupted()
+        return interrupted() if outbox is None else INTERRUPTED
     except (Refusal, Failure) as error:
-        status = REFUSED if isinstance(error, Refusal) else FAILED
+        status = REFUSED if isinstance(error, Refusal) else error.status
         cause = _cause(place, status, str(error), error)
     except Exception as error:
         lost = _lost_peer(error) if place.launcher is not None else None
@@ -121,6 +129,8 @@ def conclude(
     failed = {rank: status for rank, status in statuses.items() if status}
     if not failed:
         return 0
+    if set(failed.values()) == {INTERRUPTED}:
+        return interrupted()
     _restore_terminal()
     told = sorted(causes, key=lambda cause: (cause.lost, cause.seconds))
     follows = {-signal.SIGABRT} if told and not told[0].lost else set()

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -13,6 +13,9 @@ from clear_dist.launch import ends, env
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LAST_WORDS_SECONDS = 0.5
 """Time for a line that another thread of this rank has begun."""
+ASKED_ONCE_SECONDS = 1.0
+SECONDS_TO_END = 25.0
+"""Time that a rank has which ends by itself; torchrun kills it after 30 s."""
 
 
 @contextmanager
@@ -36,6 +39,23 @@ def unwinding() -> Iterator[None]:
 
 
 @contextmanager
+def noted() -> Iterator[Callable[[], bool]]:
+    """Whether this process has been asked to end, for work that then does so by itself; a second time it ends at once.
+
+    Launchers ask twice in no time: that is once.
+    """
+    asked: list[float] = []
+
+    def note(_: int, __: FrameType | None) -> None:
+        asked.append(time.monotonic())
+        if asked[-1] - asked[0] > ASKED_ONCE_SECONDS:
+            raise KeyboardInterrupt
+
+    with _handled(note, ENDING):
+        yield lambda: bool(asked)
+
+
+@contextmanager
 def undisturbed() -> Iterator[None]:
     """Hold back signals that end this process, from this thread and from those that it starts meanwhile."""
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
@@ -51,16 +71,21 @@ def heeding_launcher() -> Iterator[None]:
     arrived, sent = os.pipe()
     os.set_blocking(sent, False)
 
+    def quiet(_: int, __: FrameType | None) -> None:
+        pass
+
     def listen() -> None:
         while os.read(arrived, 1) != bytes([signal.SIGTERM]):
             pass
+        if signal.getsignal(signal.SIGTERM) is not quiet:  # `noted`: work that ends by itself
+            time.sleep(SECONDS_TO_END)
         status = ends.ended_by_launcher()
         time.sleep(LAST_WORDS_SECONDS)
         os._exit(status)
 
     # A thread hears of it even while the main one waits inside a library.
     threading.Thread(target=listen, daemon=True).start()
-    handler, before = signal.signal(signal.SIGTERM, lambda *_: None), signal.set_wakeup_fd(sent)
+    handler, before = signal.signal(signal.SIGTERM, quiet), signal.set_wakeup_fd(sent)
     try:
         yield
     finally:
@@ -69,9 +94,11 @@ def heeding_launcher() -> Iterator[None]:
 
 
 @contextmanager
-def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    # By SIGTERM a launcher ends its ranks.
-    numbers = ENDING[:1] if env.is_launched() else ENDING
+def _handled(
+    handler: Callable[[int, FrameType | None], None], numbers: Sequence[signal.Signals] | None = None
+) -> Iterator[None]:
+    if numbers is None:  # by SIGTERM a launcher ends its ranks
+        numbers = ENDING[:1] if env.is_launched() else ENDING
     before = {number: signal.getsignal(number) for number in numbers}
     # Ignored on purpose: by nohup, by a shell's &, by our own ranks.
     before = {number: old for number, old in before.items() if old != signal.SIG_IGN}

@@ -47,6 +47,7 @@ def run(
     traceback: bool = False,
     preload: Sequence[str] = (),
     beside: Callable[[], None] | None = None,
+    farewell: float = FAREWELL_SECONDS,
 ) -> int:
     """Do `work` in this process or, if nobody launched it and nproc > 1, in `nproc` new ones; returns the exit status.
 
@@ -57,6 +58,7 @@ def run(
         preload: modules imported before the fork: in each of eight ranks they would cost a minute on two cores.
         beside: waits for a check that has been started already, and raises a Refusal where work may not go on. It is
             called once in this process: before the work here, else in a thread while the new processes run.
+        farewell: seconds that ranks have to end once they are asked to, unless that is asked twice.
     """
     hush()
     with at_once():
@@ -72,7 +74,8 @@ def run(
         try:
             with unwinding(), _reserved_port() as port:
                 places = [env.variables(rank=rank, size=nproc, port=port, threads=threads) for rank in range(nproc)]
-                return _run_ranks(work, places, beside, on_cuda=on_cuda, traceback=traceback)
+                how: dict[str, Any] = {"on_cuda": on_cuda, "traceback": traceback, "farewell": farewell}
+                return _run_ranks(work, places, beside, **how)
         except KeyboardInterrupt:
             return ends.interrupted()
 
@@ -106,6 +109,7 @@ def _run_ranks(
     *,
     on_cuda: bool,
     traceback: bool,
+    farewell: float,
 ) -> int:
     # mypy knows no common class of contexts that has Process.
     context: Any = multiprocessing.get_context("spawn" if on_cuda else "fork")
@@ -126,7 +130,7 @@ def _run_ranks(
         with undisturbed():
             # Before the rest is ended: only those that ended by themselves tell what happened.
             statuses = {rank: process.exitcode for rank, process in enumerate(processes)}
-            _end(processes)
+            _end(processes, farewell)
     return ends.conclude(statuses, causes, traceback=traceback, beside=raised)
 
 
@@ -185,13 +189,15 @@ def _wait(
     return call.raised if running else None
 
 
-def _end(processes: list[BaseProcess]) -> None:
+def _end(processes: list[BaseProcess], farewell: float) -> None:
     started = [process for process in processes if process.pid is not None]
     for process in started:
         process.terminate()
-    deadline = time.monotonic() + FAREWELL_SECONDS
-    for process in started:
-        process.join(max(0.0, deadline - time.monotonic()))
+    deadline = time.monotonic() + farewell
+    while any(process.is_alive() for process in started) and time.monotonic() < deadline:
+        if signal.sigpending() & set(ENDING):  # held back: asked again
+            break
+        multiprocessing.connection.wait([process.sentinel for process in started if process.is_alive()], 0.1)
     for process in started:
         process.kill()
         process.join()

@@ -119,6 +119,10 @@ class Phases:
             total = self._progress.tasks[self._progress.task_ids.index(self._task)].total
             self._progress.update(self._task, completed=done, shown=f"{done}/{total:g}")
 
+    def skip(self, work: float) -> None:
+        """Note work of the whole run that has been done before."""
+        self._show(self._add(work))
+
     def look(self) -> None:
         """Show what others have done of the whole run's work meanwhile."""
         self._show(self._add(0.0))

@@ -33,12 +33,13 @@ def save_picture(
     width: int,
     metadata: Mapping[str, str] | None,
     alpha: "Alpha | None" = None,
+    within: Path | None = None,
 ) -> list[Path]:
     """Write a picture in the format of the file's ending; returns the files written.
 
     Rows are uint8 [some rows, width, 3], from the top, in sRGB; `alpha` is resized to them. Metadata are text chunks of
     a PNG, elsewhere a JSON description (in EXIF long values are cut and end in "..."). Raises OSError; then, as when
-    `rows` raises, nothing is left behind.
+    `rows` raises, nothing is left behind. `within` as in `replacing`.
     """
     # Numpy and Pillow: checks and --help do without.
     from clear_dist.pictures.thumbnail import Thumbnail, in_blocks
@@ -46,7 +47,8 @@ def save_picture(
     files = files_of(file, height=height, width=width)
     blocks = in_blocks(rows, height, width)
     with ExitStack() as stack:
-        partials = [stack.enter_context(replacing(each)) for each in reversed(files)]  # the picture is renamed first
+        # The picture is renamed first.
+        partials = [stack.enter_context(replacing(each, within=within)) for each in reversed(files)]
         thumbnail = Thumbnail(height, width) if len(files) > 1 else None
         watched = blocks if thumbnail is None else thumbnail.watching(blocks)
         shown = watched if alpha is None else alpha.put_back(watched, height, width)

@@ -33,13 +33,14 @@ def keeps_alpha(file: Path) -> bool:
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[Path]:
+def replacing(file: Path, *, within: Path | None = None) -> Iterator[Path]:
     """Temporary name beside `file`, with the same ending; becomes `file` at the end, and vanishes on failure.
 
-    A symlink stays one: what it points to is replaced.
+    A symlink stays one: what it points to is replaced. `within`: another folder of the same disk for the temporary one.
     """
     file = file.resolve()
-    partial = file.with_name(f".{secrets.token_hex(8)}{file.suffix}")  # short: `file` may have the longest name allowed
+    name = f".{secrets.token_hex(8)}{file.suffix}"  # short: `file` may have the longest name allowed
+    partial = (within or file.parent) / name
     try:
         with _raising_on_sigterm():
             yield partial

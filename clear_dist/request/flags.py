@@ -14,6 +14,7 @@ from clear_dist.request.beside_controlnets import check_beside_controlnets
 from clear_dist.request.hardware import GPUS, LINKS
 from clear_dist.request.model_flags import DEVICES, ModelFlags, RunFlags
 from clear_dist.request.picture_flags import PICTURES, ControlFlags, InputFlags
+from clear_dist.request.resume_flags import ResumeFlags, check_resume
 from clear_dist.stages import NTK
 
 DRAWN, LARGE, WRITTEN = "What to draw", "Above the native size", "What is written"
@@ -34,15 +35,12 @@ def read_res(text: str) -> int | tuple[int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept(RunFlags):
+class Kept(RunFlags, ResumeFlags):
     seed: int | None = flag(
         None, "of the noise, on any number of ranks (drawn and reported)", DRAWN, bounds=(0, 2**63 - 1), planned=False
     )
     base_res: int | None = flag(
         None, "side of a square as large as the first stage (the native size)", LARGE, bounds=SQUARES
-    )
-    resume: bool = flag(
-        False, "leave out pictures that are there, drawn with the same seed and settings", WRITTEN, planned=False
     )
     save_stages: bool = flag(False, "write the lower stages' pictures too", LARGE, planned=False)
     data_ranks: int = flag(
@@ -125,13 +123,8 @@ class PictureFlags(Kept, ControlFlags, ModelFlags):
     )
 
     def __post_init__(self) -> None:
-        if self.resume and self.seed is None:
-            raise Refusal("--resume needs the --seed of the run before, got none; nearest: --seed 0")
-        if self.resume and (self.latents_out is not None or not self.metadata):
-            other = "--no-metadata" if not self.metadata else "--latents-out"
-            raise Refusal(
-                f"--resume knows pictures by their metadata and draws only some, got {other} too; leave one out"
-            )
+        written = {"latents_out": self.latents_out is not None, "profile": self.profile is not None}
+        check_resume(resume=self.resume, no_metadata=not self.metadata, **written)
         if self.res is not None and (self.height is not None or self.width is not None):
             given = "--height" if self.height is not None else "--width"
             raise Refusal(f"--res is both height and width, got {given} too; leave one out")
@@ -147,7 +140,11 @@ class PictureFlags(Kept, ControlFlags, ModelFlags):
 class GenerateFlags(PictureFlags, InputFlags):
     prompt: str | None = flag(None, "what the picture shows; quote it", is_argument=True, planned=False)
     prompts: Path | None = flag(
-        None, "one prompt a line; the model is loaded once", DRAWN, metavar="FILE", planned=False
+        None,
+        "one prompt a line, or .jsonl: prompt, negative_prompt, seed, size, output; the model is loaded once",
+        DRAWN,
+        metavar="FILE",
+        planned=False,
     )
     steps: int | None = flag(
         None,
@@ -177,7 +174,10 @@ class UpscaleFlags(PictureFlags):
         is_argument=True, metavar="IMAGE... [PROMPT]",
     )  # fmt: skip
     prompts: Path | None = flag(
-        None, "one prompt a line, as many as pictures; the model is loaded once", DRAWN, metavar="FILE"
+        None,
+        "one prompt a line, as many as pictures, or .jsonl without sizes; the model is loaded once",
+        DRAWN,
+        metavar="FILE",
     )
     background: str | None = flag(None, "below transparent parts: a name or #rrggbb (white)", DRAWN, metavar="COLOUR")
     res: int | None = flag(

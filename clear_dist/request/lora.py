@@ -71,7 +71,7 @@ def parts_of(facts: ModelFacts, cards: Cards) -> dict[str, Layers | None]:
 
 def check_stages(request: Request) -> None:
     """Raises a Refusal where a LoRA is for stages that none of the pictures has, as far as they are known."""
-    stages = [stage for index in range(len(request.pictures) or 1) for stage in request.alone(index).stages]
+    stages = [stage for index in request.differing for stage in request.alone(index).stages]
     for lora in request.loras:
         try:
             if lora.stages is not None:

@@ -28,6 +28,8 @@ def check_outputs(request: Request) -> None:
     sizes = [request.alone(index).size for index in range(len(request.prompts))]
     pixels = sum(map(prod, sizes)) * request.num_images
     check_file("--output", output, PICTURE_ENDINGS)
+    for own in {line.output for line in request.lines if line.output is not None}:
+        check_file("output in --prompts", own, PICTURE_ENDINGS)
     kept = 1 + SHARE_OF_LOWER_STAGES * request.save_stages
     channels = 3 + any(picture.has_alpha for picture in request.pictures)
     needed = {output.resolve().parent: round(pixels * channels * kept)}

@@ -11,6 +11,7 @@ from clear_dist.geometry import Rows, Striping, cut_in_stripes, most_stripes, st
 from clear_dist.options import Window
 from clear_dist.pictures import numbered
 from clear_dist.request.flags import Kept
+from clear_dist.request.lines import Line
 from clear_dist.stages import (
     AtStages,
     ImageToImage,
@@ -105,6 +106,8 @@ class Request(Kept):
     """A file, or a hub file as `owner/name:file` or `owner/name@revision:file`."""
     loras: tuple[Lora, ...]
     control: Control | None = None
+    lines: tuple[Line, ...] = ()
+    """For each prompt, sizes in pixels; none where prompts are all that they have."""
     files: Files
     """Weights that are not in the model's folder."""
     height: int | None
@@ -191,19 +194,35 @@ class Request(Kept):
         return bool(self.pictures) and not self.enlarges and not isinstance(self.sampling, ImageToImage)
 
     def alone(self, prompt: int) -> "Request":
-        """The request of one prompt's picture; this one where it starts from noise."""
-        if not self.pictures:
-            return self
-        picture, (height, width) = self.pictures[prompt], self.pictures[prompt].target
-        return replace(self, prompts=(self.prompts[prompt],), pictures=(picture,), height=height, width=width)
+        """The request of one prompt's picture; this one where all are alike but for their prompts."""
+        own: dict[str, Any] = {}
+        if self.lines:
+            line = self.lines[prompt]
+            seed = self.seed if line.seed is None else line.seed
+            own |= {"lines": (line,), "negative_prompt": line.negative_prompt, "seed": seed}
+            own |= {"output": line.output or self.output, "height": line.height, "width": line.width}
+        if self.pictures:
+            picture, (height, width) = self.pictures[prompt], self.pictures[prompt].target
+            own |= {"pictures": (picture,), "height": height, "width": width}
+        return replace(self, prompts=(self.prompts[prompt],), **own) if own else self
+
+    @property
+    def differing(self) -> range:
+        """Prompts whose requests may differ in more than the prompt."""
+        return range(len(self.prompts) if self.pictures or self.lines else 1)
 
     @property
     def outputs(self) -> tuple[Path, ...]:
         """Names of all pictures, `num_images` for each prompt."""
-        if named := tuple(picture.output for picture in self.pictures if picture.output is not None):
-            return named
-        count = len(self.prompts) * self.num_images
-        return tuple(numbered(self.output, index, count) for index in range(count))
+        if enlarged := tuple(picture.output for picture in self.pictures if picture.output is not None):
+            return enlarged
+        images, count = self.num_images, len(self.prompts) * self.num_images
+        files = [numbered(self.output, index, count) for index in range(count)]
+        for index, line in enumerate(self.lines):
+            if (named := line.output) is not None:
+                own = (numbered(named, image, images) for image in range(images))
+                files[index * images : (index + 1) * images] = own
+        return tuple(files)
 
     @property
     def traces(self) -> tuple[Path, ...]:

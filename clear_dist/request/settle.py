@@ -70,9 +70,14 @@ def choose(
     begin = find_start(flags, facts, place, unit=facts.token_size * factor)
     settled = flags.settled(window)
     kept: dict[str, Any] = {each.name: getattr(settled, each.name) for each in fields(Kept)}
-    negative_prompt = facts.negative_prompt if flags.negative_prompt is None else flags.negative_prompt
+    negative = facts.negative_prompt if flags.negative_prompt is None else flags.negative_prompt
+    negatives = [negative if line.negative_prompt is None else line.negative_prompt for line in begin.lines]
+    pairs = zip(begin.lines, negatives, strict=True)
+    lines = tuple(replace(line, negative_prompt=understood(own, facts)) for line, own in pairs)
+    negative = next((x for x in (negative, *negatives) if x is not None), None)  # asked: whether any picture has one
+    prompts = tuple(understood(prompt, facts) or "" for prompt in begin.prompts)
     request = Request(
-        negative_prompt=understood(negative_prompt, facts),
+        negative_prompt=understood(negative, facts),
         model=facts.location,
         model_name=facts.name,
         clear_weights=checkpoint,
@@ -87,7 +92,7 @@ def choose(
         dtype=_dtype(flags.dtype, device, gpus),
         device=device,
         world_size=devices.world_size(flags.nproc, place, otherwise=len(gpus) or 1),
-        **kept | vars(begin) | {"prompts": tuple(understood(prompt, facts) or "" for prompt in begin.prompts)},
+        **kept | vars(begin) | {"prompts": prompts, "lines": lines},
     )
     check_axes(request)
     _check_sizes(request, facts)
@@ -155,7 +160,7 @@ def _check_refining(flags: PictureFlags, request: Request) -> None:
         raise Refusal(
             f"--strength is for a picture to start from, or a size above the native one, {got}; nearest: none"
         )
-    for index in range(len(request.pictures) or 1):
+    for index in request.differing:
         try:
             check_refining(request.alone(index).stages, flags.refine)
         except ValueError as error:
@@ -200,7 +205,7 @@ def _window(flags: PictureFlags, checkpoint: str | None) -> Window:
 def _check_sizes(request: Request, facts: ModelFacts) -> None:
     if request.pictures and facts.card is not None and not facts.card.starts_from_pictures:
         _check_looking(request, facts)
-    for index in range(len(request.pictures) or 1):
+    for index in request.differing:
         one = request.alone(index)
         _check_positions(one, facts)
         _check_size(one)

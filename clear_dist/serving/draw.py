@@ -11,7 +11,8 @@ from torch import Tensor
 
 from clear_dist.comm.counters import Counters
 from clear_dist.comm.group import Group
-from clear_dist.drawing.cascade import Cascade, Drawing, work_of
+from clear_dist.drawing.cascade import Cascade, work_of
+from clear_dist.drawing.drawn import Drawing
 from clear_dist.drawing.generation import picture_rows
 from clear_dist.drawing.many import alike
 from clear_dist.drawing.prompts import encode_prompts

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from clear_dist.cli import main
 from clear_dist.commands.render import Rendering
-from clear_dist.drawing.cascade import Drawing
+from clear_dist.drawing.drawn import Drawing
 from clear_dist.geometry import Rows
 from tests.forked import forked
 from tests.test_parallelize import relative_error

@@ -177,7 +177,7 @@ def test_of_a_list_what_is_there_is_left_out_and_what_fails_is_told(
     command = ("upscale", "a.png", "b.png", "c.png", "a fox", "--nproc", "2", *FEW)
     with monkeypatch.context() as patch:
         patch.setattr(saving, "save_picture", full_disk_for("b-upscaled.png"))
-        assert run(model, *command) == 1
+        assert run(model, *command) == 3
     told = capfd.readouterr()
     assert "clear-dist: picture 2 of 3 failed: OSError: [Errno 28] No space left" in told.err
     assert told.err.splitlines()[-1] == "clear-dist: 1 of 3 pictures failed, as told above; the others are there"

@@ -17,7 +17,8 @@ from torch import Tensor
 import clear_dist
 from clear_dist.comm.group import Group
 from clear_dist.demo import WEIGHTS
-from clear_dist.drawing.cascade import SEED_STRIDE, Cascade, Drawing
+from clear_dist.drawing.cascade import SEED_STRIDE, Cascade
+from clear_dist.drawing.drawn import Drawing
 from clear_dist.drawing.given import from_image
 from clear_dist.drawing.prompts import encode_prompts
 from clear_dist.engine.striped import require_striped
