@@ -49,7 +49,7 @@ class ServeFlags(RunFlags, ModelFlags, LimitFlags):
         None, "folder of LoRA that requests may name; the same on all machines", SERVER, metavar="FOLDER"
     )
     keep_hours: float = flag(24.0, "hours that pictures are kept (24)", SERVER, bounds=(0.01, 8_760.0))
-    keep_gb: float = flag(10.0, "GB of pictures kept, the newest (10)", SERVER, bounds=(0.01, 100_000.0))
+    keep_gb: float = flag(10.0, "GB of pictures kept, the newest (10)", SERVER, bounds=(0.0001, 100_000.0))
 
     def for_pictures(self, **asked: Any) -> GenerateFlags:
         """Flags of `generate` for pictures by this server's model, which is held as it is; raises as they do."""

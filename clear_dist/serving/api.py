@@ -5,7 +5,8 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from clear_dist import __version__
@@ -14,6 +15,7 @@ from clear_dist.serving.errors import BROKEN, ApiError, of_validation
 from clear_dist.serving.guard import Guard, answer
 from clear_dist.serving.image_routes import add_image_routes
 from clear_dist.serving.job_routes import add_job_routes
+from clear_dist.serving.page_routes import add_page_routes
 from clear_dist.serving.service import Service
 
 OWNER = "clear-dist"
@@ -26,7 +28,10 @@ def app_of(service: Service) -> FastAPI:
     _about_the_server(app, service)
     add_image_routes(app, service)
     add_job_routes(app, service)
-    app.add_middleware(Guard, key=service.start.key, most_bytes=service.flags.max_body * 10**6)
+    add_page_routes(app, service)
+    app.add_middleware(
+        Guard, key=service.start.key, most_bytes=service.flags.max_body * 10**6, on_answer=service.metrics.answered
+    )
     return app
 
 
@@ -56,6 +61,11 @@ def _about_the_server(app: FastAPI, service: Service) -> None:
         """Whether pictures can be drawn now."""
         state = "ready" if service.is_ready else "loading"
         return JSONResponse({"status": state, "queue": len(service.queue)}, 200 if service.is_ready else 503)
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    def metrics() -> Response:
+        """Figures for Prometheus."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     def model() -> dict[str, Any]:
         return {"id": service.start.model_name, "object": "model", "created": service.created, "owned_by": OWNER}

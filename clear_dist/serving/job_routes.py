@@ -1,5 +1,6 @@
 """Routes of jobs and of their results, which are sent from the disk."""
 
+from pathlib import Path as File
 from typing import Annotated
 
 from fastapi import FastAPI, Path, Query
@@ -43,10 +44,14 @@ def add_job_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/results/{name}/{picture}", response_class=FileResponse)
     def result(name: Name, picture: Name) -> FileResponse:
         """A picture, as it lies on the disk."""
-        record = service.store.read(name)
-        if record is None or f"/v1/results/{name}/{picture}" not in record["images"]:
-            raise ApiError(404, "there is no such picture here", code="result_not_found")
-        file = service.store.folder_of(name) / picture
-        if not file.is_file():
-            raise ApiError(404, "the picture has made room for others", code="result_not_found")
+        file = picture_file(service, name, picture)
         return FileResponse(file, media_type=MEDIA_TYPES[file.suffix], headers=HEADERS)
+
+
+def picture_file(service: Service, name: str, picture: str) -> File:
+    """A job's picture on the disk; raises ApiError for what is none."""
+    record = service.store.read(name)
+    file = service.store.folder_of(name) / picture
+    if record is None or f"/v1/results/{name}/{picture}" not in record["images"] or not file.is_file():
+        raise ApiError(404, "there is no such picture here, or it has made room for others", code="result_not_found")
+    return file

@@ -60,6 +60,8 @@ class Job:
     """Share of all work that is done."""
     seconds: float | None = None
     """Of drawing, once it has ended."""
+    waited: float = 0.0
+    """Seconds before it was begun."""
     tokens: int = 0
     """Of the prompt's text."""
     error: ApiError | None = None
@@ -104,6 +106,7 @@ class Job:
         self._is_stopped = True
 
     def begin(self) -> None:
+        self.waited = time.time() - self.created
         self.state, self._began = State.RUNNING, time.monotonic()
 
     def end(self, error: ApiError | None = None) -> None:

@@ -12,7 +12,8 @@ from clear_dist.launch.ends import Failure, say
 from clear_dist.request.request import Request
 from clear_dist.request.serve import ServeFlags
 from clear_dist.serving.errors import ApiError
-from clear_dist.serving.jobs import Full, Job, Queue
+from clear_dist.serving.jobs import Full, Job, Queue, State
+from clear_dist.serving.metrics import Metrics
 from clear_dist.serving.records import record_of
 from clear_dist.serving.schema import Drawn, Edit, Generation
 from clear_dist.serving.settled import Shapes, Start, files_of
@@ -40,8 +41,12 @@ class Service:
     store: Store
     jobs: dict[str, Job] = field(default_factory=dict)
     """Those that have not ended."""
+    metrics: Metrics = field(init=False)
     is_ready: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.queue.__len__, self._count_running)
 
     @property
     def flags(self) -> ServeFlags:
@@ -145,9 +150,13 @@ class Service:
             raise
         return job
 
+    def _count_running(self) -> int:
+        return sum(job.state is State.RUNNING for job in list(self.jobs.values()))
+
     def _ended(self, job: Job) -> None:
         self._save(job)
         self.jobs.pop(job.id, None)
+        self.metrics.ended(job)
         self.store.make_room(self.jobs.keys())
 
     def _save(self, job: Job) -> None:

@@ -71,12 +71,13 @@ class Shapes:
         return self._of_shape(self._once(repr(sorted(shape.items())), flags, file), asked, flags, file)
 
     def _once(self, key: str, flags: Mapping[str, Any], file: Path) -> Request:
-        with self._lock:
-            if key not in self._known:
+        known = self._known.get(key)
+        if known is None:
+            with self._lock:  # one plan at a time: shapes that are known need not wait for it
+                known = self._known.get(key) or self._found(flags, file)
                 while len(self._known) >= MOST_SHAPES:
                     self._known.pop(next(iter(self._known)))
-                self._known[key] = self._found(flags, file)
-            known = self._known[key]
+                self._known[key] = known
         if isinstance(known, ApiError):
             raise known
         return known

@@ -81,5 +81,5 @@ class Store:
 
     def _size(self, name: str) -> int:
         with suppress(OSError):
-            return sum(file.stat().st_size for file in self.folder_of(name).iterdir())
+            return sum(file.stat().st_size for file in self.folder_of(name).rglob("*"))
         return 0
