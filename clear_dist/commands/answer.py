@@ -15,16 +15,15 @@ from clear_dist.launch.interrupts import unwinding
 from clear_dist.observe.progress import watched
 from clear_dist.plan.choice import by_size
 from clear_dist.serving.api import app_of
-from clear_dist.serving.desk import taking
-from clear_dist.serving.draw import Held
-from clear_dist.serving.errors import ApiError
+from clear_dist.serving.desk import Desk
+from clear_dist.serving.draw import Held, counting
 from clear_dist.serving.jobs import Queue
+from clear_dist.serving.loras import Shelf
 from clear_dist.serving.server import answering, bound, url_of
 from clear_dist.serving.service import Service
 from clear_dist.serving.settled import Shapes, Start
+from clear_dist.serving.store import Store
 from clear_dist.serving.worker import work
-
-LEAVING = ApiError(503, "the server is being ended", code="ending")
 
 
 def answer(known: dict[str, Any], began: float) -> None:
@@ -39,11 +38,13 @@ def answer(known: dict[str, Any], began: float) -> None:
             group=prepared.group,
             counters=prepared.handle.counters,
             ranks=by_size(prepared.fewer),
+            shelf=Shelf(pipe=prepared.pipe, group=prepared.group, folder=start.flags.lora_dir),
         )
+        next_task = None
         if service is not None:
-            service.is_ready = True
-            say("ready")
-        next_task = None if service is None else taking(service.queue, service.flags.max_seconds)
+            service.warm_up()
+            count = counting(prepared.pipe)
+            next_task = Desk(queue=service.queue, most_seconds=service.flags.max_seconds, count_tokens=count).next_task
         with unwinding(), torch.inference_mode():
             work(held, next_task, bool)
     prepared.handle.close()
@@ -53,12 +54,14 @@ def answer(known: dict[str, Any], began: float) -> None:
 @contextmanager
 def _service(start: Start) -> Iterator[Service]:
     """HTTP on rank 0, from now on: while the model loads it says so."""
-    queue, folder = Queue(start.flags.max_queue), Path(start.flags.results).resolve()
-    service = Service(start=start, queue=queue, shapes=Shapes(start=start), folder=folder)
-    listening = bound(start.flags.host, start.flags.port)
+    flags = start.flags
+    listening, queue = bound(flags.host, flags.port), Queue(flags.max_queue)
+    kept = {"most_bytes": flags.keep_gb * 1e9, "most_seconds": flags.keep_hours * 3_600}
+    store = Store(Path(flags.results).resolve(), **kept)
+    service = Service(start=start, queue=queue, shapes=Shapes(start=start), store=store)
     with answering(app_of(service), listening):
         say(f"listening at {url_of(listening)}")
         try:
             yield service
         finally:
-            queue.close(LEAVING)
+            service.leave()

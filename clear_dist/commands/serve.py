@@ -29,6 +29,8 @@ def serve(flags: ServeFlags) -> int:
     key = key_of(flags, os.environ.get(KEY_VARIABLE))
     check_key(flags, key)
     _make_folder(flags)
+    if flags.lora_dir is not None and not flags.lora_dir.is_dir():
+        raise Refusal(f"--lora-dir must be a folder, got {flags.lora_dir}; nearest: none")
     request, facts, notes = settle(flags.for_pictures(prompt="", output=flags.results / NAME), place, CARDS)
     for line in notes if place.rank == 0 else ():
         ends.say(line)

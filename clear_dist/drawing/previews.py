@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL.Image import fromarray
+from PIL.Image import Image, fromarray
 from torch import Tensor
 
 from clear_dist.drawing.encoding import to_bytes
@@ -52,8 +52,11 @@ class Previews:
         small = F.interpolate(latents_BCHW.float(), size, mode="area")
         with brought(vae):
             pixels_BCHW = to_bytes(vae.decode(adapter.for_vae(small).to(vae.dtype)).sample)
+        self._keep(fromarray(pixels_BCHW[0].permute(1, 2, 0).cpu().numpy()))
+
+    def _keep(self, picture: Image) -> None:
         try:
             with replacing(self._file) as partial:
-                fromarray(pixels_BCHW[0].permute(1, 2, 0).cpu().numpy()).save(partial, icc_profile=profile())
+                picture.save(partial, icc_profile=profile())
         except OSError as error:  # no reason to lose the picture itself
             say(f"warning: no preview: {describe(error)}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -33,13 +34,14 @@ def save_picture(
     width: int,
     metadata: Mapping[str, str] | None,
     alpha: "Alpha | None" = None,
+    quality: int | None = None,
     within: Path | None = None,
 ) -> list[Path]:
     """Write a picture in the format of the file's ending; returns the files written.
 
-    Rows are uint8 [some rows, width, 3], from the top, in sRGB; `alpha` is resized to them. Metadata are text chunks of
-    a PNG, elsewhere a JSON description (in EXIF long values are cut and end in "..."). Raises OSError; then, as when
-    `rows` raises, nothing is left behind. `within` as in `replacing`.
+    Rows are uint8 [some rows, width, 3], from the top, in sRGB; `alpha` is resized to them. `quality`, 0 to 100, is for
+    JPEG and WebP. Metadata are text chunks of a PNG, elsewhere a JSON description (in EXIF long values are cut and end
+    in "..."). Raises OSError; then, as when `rows` raises, nothing is left behind. `within` as in `replacing`.
     """
     # Numpy and Pillow: checks and --help do without.
     from clear_dist.pictures.thumbnail import Thumbnail, in_blocks
@@ -52,19 +54,21 @@ def save_picture(
         thumbnail = Thumbnail(height, width) if len(files) > 1 else None
         watched = blocks if thumbnail is None else thumbnail.watching(blocks)
         shown = watched if alpha is None else alpha.put_back(watched, height, width)
-        _writer(file)(shown, partials[-1], (height, width, 3 if alpha is None else 4), metadata or {})
+        _writer(file, quality)(shown, partials[-1], (height, width, 3 if alpha is None else 4), metadata or {})
         next(watched, None)  # a writer stops at the last row, `rows` may have more to do
         if thumbnail is not None:
             thumbnail.save(partials[0])
     return files
 
 
-def _writer(file: Path) -> Writer:
+def _writer(file: Path, quality: int | None) -> Writer:
     match file.suffix.lower():
         case ".png":
             from clear_dist.pictures.png import write
         case ".tif" | ".tiff":
             from clear_dist.pictures.tiff import write
         case _:
-            from clear_dist.pictures.whole import write
+            from clear_dist.pictures import whole
+
+            write = whole.write if quality is None else partial(whole.write, quality=quality)
     return write

@@ -23,13 +23,22 @@ SAVE_OPTIONS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def write(blocks: Iterator[np.ndarray], file: Path, shape: tuple[int, int, int], metadata: Mapping[str, str]) -> None:
+def write(
+    blocks: Iterator[np.ndarray],
+    file: Path,
+    shape: tuple[int, int, int],
+    metadata: Mapping[str, str],
+    *,
+    quality: int | None = None,
+) -> None:
     height, width, channels = shape
     image, top = Image.new(MODES[channels], (width, height)), 0
     for block in blocks:
         image.paste(Image.fromarray(block), (0, top))
         top += len(block)
     options = {**SAVE_OPTIONS.get(file.suffix.lower(), {}), "icc_profile": profile()}
+    if quality is not None:
+        options["quality"] = quality
     if metadata:
         options["exif"] = _exif(metadata)
     image.save(file, **options)

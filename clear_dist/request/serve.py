@@ -1,11 +1,12 @@
 """Flags of `clear-dist serve`, and the request that its model is loaded for."""
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from clear_dist.options import Flags, Refusal, flag
-from clear_dist.request.flags import GenerateFlags
+from clear_dist.request.flags import GenerateFlags, PictureFlags, UpscaleFlags
 from clear_dist.request.model_flags import ModelFlags, RunFlags
 
 SERVER, LIMITS = "The server", "What a client may ask for"
@@ -19,6 +20,7 @@ class LimitFlags(Flags):
     max_side: int = flag(4_096, "most pixels along a side (4096)", LIMITS, bounds=(16, 32_768))
     max_steps: int = flag(100, "most denoising steps (100)", LIMITS, bounds=(1, 1_000))
     max_images: int = flag(10, "most pictures of a request (10)", LIMITS, bounds=(1, 10))
+    max_loras: int = flag(4, "most LoRA of a request (4)", LIMITS, bounds=(0, 8))
     max_prompt: int = flag(4_000, "most characters of a prompt (4000)", LIMITS, bounds=(1, 32_000))
     max_body: int = flag(50, "most MB that a request sends (50)", LIMITS, bounds=(1, 1_000))
     max_seconds: int = flag(
@@ -43,14 +45,38 @@ class ServeFlags(RunFlags, ModelFlags, LimitFlags):
         Path("clear-dist-results"), "folder of the pictures, made if need be (clear-dist-results)", SERVER,
         metavar="FOLDER",
     )  # fmt: skip
+    lora_dir: Path | None = flag(
+        None, "folder of LoRA that requests may name; the same on all machines", SERVER, metavar="FOLDER"
+    )
     keep_hours: float = flag(24.0, "hours that pictures are kept (24)", SERVER, bounds=(0.01, 8_760.0))
-    keep_gb: float = flag(10.0, "GB of pictures kept, the newest (10)", SERVER, bounds=(0.01, 100_000.0))
+    keep_gb: float = flag(10.0, "GB of pictures kept, the newest (10)", SERVER, bounds=(0.0001, 100_000.0))
 
     def for_pictures(self, **asked: Any) -> GenerateFlags:
         """Flags of `generate` for pictures by this server's model, which is held as it is; raises as they do."""
-        shared = {each.name for each in fields(self)} & {each.name for each in fields(GenerateFlags)}
-        own = {name: getattr(self, name) for name in shared} | {"keep_text_encoder": True, "quiet": True}
-        return GenerateFlags(**own | asked)
+        return GenerateFlags(**self._shared(GenerateFlags) | asked)
+
+    def for_upscaling(self, file: Path, prompt: str, **asked: Any) -> "OneUpscaleFlags":
+        """The same of `upscale`, for one picture."""
+        return OneUpscaleFlags(images=[str(file)], text=prompt, **self._shared(UpscaleFlags) | asked)
+
+    def _shared(self, kind: type[PictureFlags]) -> dict[str, Any]:
+        shared = {each.name for each in fields(self)} & {each.name for each in fields(kind)}
+        return {name: getattr(self, name) for name in shared} | {"keep_text_encoder": True, "quiet": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneUpscaleFlags(UpscaleFlags):
+    """One picture and its prompt, which is a prompt whatever files there are by that name."""
+
+    text: str
+
+    @property
+    def files(self) -> list[Path]:
+        return [Path(self.images[0])]
+
+    @cached_property
+    def words(self) -> list[str]:
+        return [self.text]
 
 
 def check_key(flags: ServeFlags, key: str | None) -> None:

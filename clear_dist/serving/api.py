@@ -1,19 +1,21 @@
 """Routes of the server; what they do is elsewhere."""
 
+import traceback
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from clear_dist import __version__
-from clear_dist.serving import answers, following
+from clear_dist.launch.ends import describe, say
 from clear_dist.serving.errors import BROKEN, ApiError, of_validation
 from clear_dist.serving.guard import Guard, answer
-from clear_dist.serving.jobs import State
-from clear_dist.serving.schema import Generation
+from clear_dist.serving.image_routes import add_image_routes
+from clear_dist.serving.job_routes import add_job_routes
+from clear_dist.serving.page_routes import add_page_routes
 from clear_dist.serving.service import Service
 
 OWNER = "clear-dist"
@@ -24,8 +26,12 @@ def app_of(service: Service) -> FastAPI:
     app = FastAPI(title="clear-dist", version=__version__, docs_url=None, redoc_url=None)
     _tell_errors(app)
     _about_the_server(app, service)
-    _images(app, service)
-    app.add_middleware(Guard, key=service.start.key, most_bytes=service.flags.max_body * 10**6)
+    add_image_routes(app, service)
+    add_job_routes(app, service)
+    add_page_routes(app, service)
+    app.add_middleware(
+        Guard, key=service.start.key, most_bytes=service.flags.max_body * 10**6, on_answer=service.metrics.answered
+    )
     return app
 
 
@@ -44,6 +50,8 @@ def _tell_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def broken(_: Request, error: Exception) -> JSONResponse:
+        say(f"a request failed: {describe(error)}")
+        traceback.print_exception(error)  # to the server's log, not to its client
         return answer(ApiError(500, "the server failed; its log tells more", code=BROKEN))
 
 
@@ -53,6 +61,11 @@ def _about_the_server(app: FastAPI, service: Service) -> None:
         """Whether pictures can be drawn now."""
         state = "ready" if service.is_ready else "loading"
         return JSONResponse({"status": state, "queue": len(service.queue)}, 200 if service.is_ready else 503)
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    def metrics() -> Response:
+        """Figures for Prometheus."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     def model() -> dict[str, Any]:
         return {"id": service.start.model_name, "object": "model", "created": service.created, "owned_by": OWNER}
@@ -66,16 +79,3 @@ def _about_the_server(app: FastAPI, service: Service) -> None:
         if name != service.start.model_name:
             raise ApiError(404, "there is no such model here", param="model", code="model_not_found")
         return model()
-
-
-def _images(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/images/generations", response_model=None)
-    async def generate(asked: Generation, request: Request) -> Response:
-        job = await run_in_threadpool(service.submit, asked)
-        await following.ended(job, request, service.queue)
-        if job.state is not State.SUCCEEDED:
-            assert job.error is not None, "it has not succeeded"
-            raise job.error
-        if asked.response_format == "url":
-            return JSONResponse(answers.with_urls(job, str(request.base_url).rstrip("/")))
-        return StreamingResponse(answers.with_base64(job), media_type="application/json")

@@ -1,14 +1,20 @@
 """Rank 0's side of drawing: jobs become tasks, and hear how far they are."""
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
 from torch import Tensor
 
 from clear_dist import __version__
+from clear_dist.drawing.previews import Previews
+from clear_dist.pictures.srgb import profile
 from clear_dist.request.request import Request
+from clear_dist.serving.answers import FORMATS
 from clear_dist.serving.draw import Inputs
 from clear_dist.serving.errors import CANCELLED, TOO_LONG, ApiError
 from clear_dist.serving.jobs import Job, Queue
@@ -16,10 +22,30 @@ from clear_dist.serving.task import Task
 from clear_dist.stages import Stage
 
 
+class Shown(Previews):
+    """Previews for a job's followers, of its first picture."""
+
+    def __init__(self, job: Job) -> None:
+        steps = sum(stage.sampling.steps for stage in job.request.stages)
+        super().__init__(job.files[0], every=max(1, steps // (job.previews + 1)))
+        self._job, self._left = job, job.previews
+
+    def after_step(self, pipe: Any, stage: Stage, done: int, latents: Tensor) -> None:
+        if self._left:
+            super().after_step(pipe, stage, done, latents)
+
+    def _keep(self, picture: Image) -> None:
+        self._left -= 1
+        encoded = io.BytesIO()
+        picture.save(encoded, FORMATS[self._file.suffix], icc_profile=profile())
+        self._job.show(encoded.getvalue())
+
+
 @dataclass(frozen=True, kw_only=True)
 class JobWatch:
     job: Job
     most_seconds: float
+    previews: Shown
 
     def is_stopped(self) -> bool:
         return self.job.is_stopped or self.is_late
@@ -32,20 +58,35 @@ class JobWatch:
         self.job.stage, self.job.step, self.job.work = stage, step, work
 
     def step(self, pipe: Any, stage: Stage, done: int, latents: Tensor) -> None:
-        pass
+        self.previews.after_step(pipe, stage, done, latents)
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobCommission:
     job: Job
     queue: Queue
-    task: Task
-    inputs: Inputs
     watch: JobWatch
+
+    @property
+    def task(self) -> Task:
+        return self.job.task
+
+    @property
+    def inputs(self) -> Inputs:
+        job, request = self.job, self.job.request
+        return Inputs(
+            prompts=request.prompts,
+            negative_prompt=request.negative_prompt,
+            max_sequence_length=request.max_sequence_length,
+            picture=request.picture,
+            files=job.files,
+            metadata=[metadata_of(request, index) for index in range(len(job.files))],
+            compression=job.compression,
+        )
 
     def end(self, error: ApiError | None) -> None:
         job = self.job
-        if error is CANCELLED and self.watch.is_late:
+        if error is CANCELLED and self.watch.is_late and not job.is_stopped:
             error = TOO_LONG
         for file in job.files if error is not None else ():
             file.unlink(missing_ok=True)
@@ -53,34 +94,27 @@ class JobCommission:
         job.end(error)
 
 
-def taking(queue: Queue, most_seconds: float) -> Callable[[float], JobCommission | None]:
-    """What waits for the queue's next job, for at most so many seconds."""
+@dataclass(frozen=True, kw_only=True)
+class Desk:
+    """What rank 0 draws next."""
 
-    def next_task(seconds: float) -> JobCommission | None:
-        job = queue.take(seconds)
+    queue: Queue
+    most_seconds: float
+    count_tokens: Callable[[str], int]
+
+    def next_task(self, seconds: float) -> JobCommission | None:
+        """The queue's next job, waited for during at most so many seconds."""
+        job = self.queue.take(seconds)
         if job is None:
             return None
-        watch = JobWatch(job=job, most_seconds=most_seconds)
-        return JobCommission(job=job, queue=queue, task=job.task, inputs=inputs_of(job), watch=watch)
-
-    return next_task
-
-
-def inputs_of(job: Job) -> Inputs:
-    request = job.request
-    return Inputs(
-        prompts=request.prompts,
-        negative_prompt=request.negative_prompt,
-        max_sequence_length=request.max_sequence_length,
-        files=job.files,
-        metadata=[metadata_of(request, index) for index in range(len(job.files))],
-        compression=job.compression,
-    )
+        job.tokens = self.count_tokens(job.request.prompts[0])
+        watch = JobWatch(job=job, most_seconds=self.most_seconds, previews=Shown(job))
+        return JobCommission(job=job, queue=self.queue, watch=watch)
 
 
 def metadata_of(request: Request, index: int) -> dict[str, str]:
     """What a picture's file says of it, by which `upscale` knows the prompt."""
-    settings = {"model": request.model_name, "stages": [asdict(stage) for stage in request.stages]}
+    settings = {"model": Path(request.model_name).name, "stages": [asdict(stage) for stage in request.stages]}
     own = {
         "prompt": request.prompts[0],
         "seed": str(request.seed),

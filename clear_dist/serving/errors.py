@@ -35,7 +35,7 @@ class ApiError(Exception):
 
 
 CANCELLED = ApiError(409, "the job was cancelled", code="cancelled")
-TOO_LONG = ApiError(504, "the pictures took longer than this server allows", code="timeout")
+TOO_LONG = ApiError(422, "the pictures took longer than this server allows", code="timeout")
 
 
 def refused(error: ValueError, *, status: int = 400) -> ApiError:

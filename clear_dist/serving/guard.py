@@ -26,15 +26,16 @@ def answer(error: ApiError) -> JSONResponse:
 class Guard:
     """Refuses requests before anything of them is read."""
 
-    def __init__(self, app: Any, *, key: str | None, most_bytes: int) -> None:
+    def __init__(self, app: Any, *, key: str | None, most_bytes: int, on_answer: Callable[[int], None]) -> None:
         """Without a key only this machine's own names are answered: a foreign page must not reach us by another."""
         self._app = app
         self._key = None if key is None else key.encode()
-        self._most_bytes = most_bytes
+        self._most_bytes, self._on_answer = most_bytes, on_answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        send = self._counted(send)
         headers = {name.lower(): value for name, value in scope["headers"]}
         error = self._refusal(scope["path"], headers)
         if error is not None:
@@ -43,6 +44,14 @@ class Guard:
             await self._app(scope, self._bounded(receive), send)
         except ApiError as late:  # while the body came; nothing has been answered
             await answer(late)(scope, receive, send)  # type: ignore[arg-type]
+
+    def _counted(self, send: Send) -> Send:
+        async def counted(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                self._on_answer(message["status"])
+            await send(message)
+
+        return counted
 
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
         if self._key is None and not _is_here(headers.get(b"host", b"")):

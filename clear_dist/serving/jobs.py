@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -45,7 +45,12 @@ class Job:
     files: tuple[Path, ...]
     """The pictures, in their order."""
     compression: int | None = None
-    partial_images: int = 0
+    previews: int = 0
+    """Wanted while it is drawn."""
+    is_kept: bool = False
+    """Whether nobody waits for it, so that it outlives this server."""
+    attempts: int = 1
+    on_end: Callable[["Job"], None] = lambda job: None
     created: float = field(default_factory=time.time)
     state: State = State.QUEUED
     stage: int = 0
@@ -55,9 +60,13 @@ class Job:
     """Share of all work that is done."""
     seconds: float | None = None
     """Of drawing, once it has ended."""
+    waited: float = 0.0
+    """Seconds before it was begun."""
     tokens: int = 0
     """Of the prompt's text."""
     error: ApiError | None = None
+    preview: bytes | None = None
+    """The last one."""
     _began: float | None = field(default=None, init=False)
     _is_stopped: bool = field(default=False, init=False)
     _followers: list[tuple[asyncio.AbstractEventLoop, "asyncio.Queue[bytes | None]"]] = field(
@@ -67,9 +76,17 @@ class Job:
 
     @property
     def task(self) -> Task:
-        assert self.request.seed is not None, "drawn where it was not given"
-        images = (self.request.num_images,)
-        return Task(stages=self.request.stages, seeds=(self.request.seed,), images=images)
+        request = self.request
+        assert request.seed is not None, "drawn where it was not given"
+        picture = request.picture
+        return Task(
+            stages=request.stages,
+            seeds=(request.seed,),
+            images=(request.num_images,),
+            loras=tuple((Path(lora.source).name, lora.weight) for lora in request.loras),
+            start="noise" if picture is None else "looks" if request.looks else "picture",
+            has_mask=picture is not None and picture.mask is not None,
+        )
 
     @property
     def is_stopped(self) -> bool:
@@ -89,17 +106,20 @@ class Job:
         self._is_stopped = True
 
     def begin(self) -> None:
+        self.waited = time.time() - self.created
         self.state, self._began = State.RUNNING, time.monotonic()
 
     def end(self, error: ApiError | None = None) -> None:
         """End it, cancelled or failed where there is an error, and tell all followers."""
         self.seconds = self.running_seconds
-        self.error = error
+        self.error, self.preview = error, None
         self.state = State.SUCCEEDED if error is None else State.CANCELLED if error is CANCELLED else State.FAILED
+        self.on_end(self)
         self._tell(None)
 
     def show(self, preview: bytes) -> None:
-        """Tell followers of a preview, a PNG."""
+        """Tell followers of a preview, a picture in the format of the job's."""
+        self.preview = preview
         self._tell(preview)
 
     @contextmanager
@@ -163,13 +183,6 @@ class Queue:
                 return
             self._jobs.remove(job)
         job.end(CANCELLED)
-
-    def close(self, why: ApiError) -> None:
-        """End all that wait."""
-        with self._changed:
-            left, self._jobs = list(self._jobs), deque()
-        for job in left:
-            job.end(why)
 
     def note(self, seconds: float) -> None:
         """Note how long a job has taken."""

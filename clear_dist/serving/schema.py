@@ -1,5 +1,6 @@
 """Bodies of requests, OpenAI's parameters and our own; what is not named here is refused."""
 
+import json
 import re
 from typing import Annotated, Any, Literal
 
@@ -83,6 +84,7 @@ class Drawn(BaseModel):
             ("steps", self.steps or 0, limits.max_steps, ""),
             ("n", self.n or 1, limits.max_images, ""),
             ("prompt", len(self.prompt), limits.max_prompt, " characters"),
+            ("lora", len(self.lora or ()), limits.max_loras, ""),
             ("negative_prompt", len(self.negative_prompt or ""), limits.max_prompt, " characters"),
         ):
             if value > most:
@@ -104,3 +106,23 @@ class Drawn(BaseModel):
 
 class Generation(Drawn):
     """Body of `POST /v1/images/generations`."""
+
+
+class Edit(Drawn):
+    """Fields of `POST /v1/images/edits`, beside the pictures."""
+
+    use: Literal["edit", "upscale"] | None = None
+    """edit: begin from the picture, with so much noise as `strength` says; upscale: make it larger."""
+    input_fidelity: Literal["high", "low"] | None = None
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _from_form(cls, value: Any) -> Any:
+        return json.loads(value) if isinstance(value, str) else value
+
+    def check(self, limits: LimitFlags) -> None:
+        super().check(limits)
+        if self.use == "upscale" and (self.n or 1) > 1:
+            raise ApiError(400, f"n must be 1 where a picture is made larger, got {self.n}", param="n")
+        if self.use == "upscale" and self.steps is not None:
+            raise ApiError(400, "steps are for edits; those of upscale go by strength", param="steps")

@@ -3,11 +3,14 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from clear_dist.stages import ImageToImage, Sampling, Stage, Upscaling
 
 KINDS: Mapping[str, type[Sampling]] = {kind.__name__: kind for kind in (Sampling, ImageToImage, Upscaling)}
+
+Start = Literal["noise", "picture", "looks"]
+"""What pictures begin with; one that is looked at is no beginning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,13 +22,17 @@ class Task:
     """Of each request's noise."""
     images: tuple[int, ...]
     """Pictures of each request."""
+    loras: tuple[tuple[str, float], ...] = ()
+    """Names of files in the server's folder, and their weights."""
+    start: Start = "noise"
+    has_mask: bool = False
 
     def to_json(self) -> str:
         stages = [
             asdict(stage) | {"sampling": asdict(stage.sampling), "kind": type(stage.sampling).__name__}
             for stage in self.stages
         ]
-        return json.dumps({"stages": stages, "seeds": self.seeds, "images": self.images})
+        return json.dumps(vars(self) | {"stages": stages})
 
     @classmethod
     def of_json(cls, text: str) -> "Task":
@@ -35,6 +42,9 @@ class Task:
             stages=tuple(map(_stage, fields["stages"])),
             seeds=tuple(fields["seeds"]),
             images=tuple(fields["images"]),
+            loras=tuple((str(name), float(weight)) for name, weight in fields["loras"]),
+            start=fields["start"],
+            has_mask=fields["has_mask"],
         )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import recurse_remove_peft_layers
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -44,6 +45,15 @@ def load_loras(pipe: Any, loras: Iterable[Lora], cards: Cards) -> None:
     for part in here.values():
         if adapters := list(getattr(part, "peft_config", ())):
             part.set_adapter(adapters)
+
+
+def unload_loras(pipe: Any) -> None:
+    """Take all LoRA off again; the layers are as they were."""
+    for part in pipe.components.values():
+        if getattr(part, "peft_config", None):
+            recurse_remove_peft_layers(part)
+            del part.peft_config
+            part._hf_peft_config_loaded = False
 
 
 def _layers_of(part: Any, cards: Cards) -> Layers:

@@ -17,7 +17,7 @@ from tests.forked import forked
 from tests.patience import PATIENCE
 from tests.tiny import make_tiny_flux
 
-LIMITS = ("--max-side", "128", "--max-steps", "50", "--max-queue", "4")
+LIMITS = ("--max-side", "128", "--max-steps", "500", "--max-queue", "4")
 SECONDS_TO_START = 240 * PATIENCE
 
 

@@ -69,7 +69,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a size in no whole tokens": ({"size": "100x64"}, "size"),
     "a size beyond the server's": ({"size": "144x64"}, "size"),
     "too many pictures": ({"n": 11}, "n"),
-    "too many steps": ({"extra_body": {"steps": 51}}, "steps"),
+    "too many steps": ({"extra_body": {"steps": 501}}, "steps"),
     "an unknown parameter": ({"extra_body": {"stepz": 5}}, "stepz"),
     "another window": ({"extra_body": {"window": 3}}, "window"),
     "no way of refining": ({"extra_body": {"refine": "magic"}}, "refine"),

@@ -19,6 +19,7 @@ from clear_dist.parallelize import parallelize
 from clear_dist.serving import worker
 from clear_dist.serving.draw import Held, Inputs
 from clear_dist.serving.errors import CANCELLED, ApiError
+from clear_dist.serving.loras import Shelf
 from clear_dist.serving.task import Task
 from clear_dist.stages import ImageToImage, Sampling, Stage, Upscaling
 from tests.ranks import RanksFailedError, run_ranks
@@ -58,7 +59,13 @@ class Asked:
 
 def asked(file: Path, **rest: Any) -> Asked:
     inputs = Inputs(
-        prompts=("a hill",), negative_prompt=None, max_sequence_length=8, files=(file,), metadata=[{}], compression=None
+        prompts=("a hill",),
+        negative_prompt=None,
+        max_sequence_length=8,
+        files=(file,),
+        metadata=[{}],
+        compression=None,
+        picture=None,
     )
     return Asked(task=Task(stages=STAGES, seeds=(5,), images=(1,)), inputs=inputs, **rest)
 
@@ -66,7 +73,7 @@ def asked(file: Path, **rest: Any) -> Asked:
 def idle(group: Group, silence: float, beats: int) -> bool:
     """Wait for longer than the group's timeout, with words of rank 0 every `silence` seconds."""
     short = Group.create("cpu", timeout_seconds=SHORT)
-    held, left = Held(pipe=None, group=short, counters=None, ranks={}), beats  # type: ignore[arg-type]
+    held, left = Held(pipe=None, group=short, counters=None, ranks={}, shelf=None), beats  # type: ignore[arg-type]
 
     def nothing(_: float) -> None:
         nonlocal left
@@ -102,7 +109,9 @@ def served(group: Group, folder: Path) -> list[Any]:
     def following(_: float) -> Asked | None:
         return waiting.pop(0) if waiting else None
 
-    held = Held(pipe=pipe, group=group, counters=handle.counters, ranks={})
+    held = Held(
+        pipe=pipe, group=group, counters=handle.counters, ranks={}, shelf=Shelf(pipe=pipe, group=group, folder=None)
+    )
     first = group.rank == 0
     with torch.inference_mode():
         worker.work(
@@ -147,7 +156,9 @@ SAMPLINGS: tuple[Callable[[], Sampling], ...] = (
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_a_task_is_the_same_after_its_journey(sampling: Callable[[], Sampling]) -> None:
     stages = (Stage(height=64, width=80, sampling=sampling(), ranks=2, resting=("lora_0",)),)
-    task = Task(stages=stages, seeds=(2**63 - 1,), images=(3,))
+    task = Task(
+        stages=stages, seeds=(2**63 - 1,), images=(3,), loras=(("a.safetensors", -0.5),), start="picture", has_mask=True
+    )
     assert Task.of_json(task.to_json()) == task
 
 
