@@ -11,8 +11,8 @@ from clear_dist.options import Refusal, shortened
 from clear_dist.pictures.decoding import ORIENTATION
 from clear_dist.request.evaluate import EvaluateFlags
 from clear_dist.request.flags import READ_ENDINGS
+from clear_dist.request.lines import lines_of
 from clear_dist.request.pictures import decoded_file
-from clear_dist.request.start import lines_of
 from clear_dist.stages import Size
 
 MADE_BESIDE = (".preview", ".thumbnail")
