@@ -127,7 +127,7 @@ def located(
         token_size=facts.token_size,
     )
     for name in ("height", "width", "base_res"):  # a token is as large as its VAE says
-        check_units(name, getattr(settled, name), settled.unit, facts.token_size)
+        check_units(spelled(name), getattr(settled, name), settled.unit, facts.token_size)
     compare_loras(loras, facts, cards, request)
     if request.control is not None:
         compare_control(request.control, controlnet, facts, cards)
