@@ -22,7 +22,7 @@ NODE = {"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2", "S
 
 
 def in_slurm(variables: dict[str, str], arguments: tuple[str, ...]) -> None:
-    os.environ.update(variables)
+    os.environ.update({"CLEAR_DIST_ALONE": "", **variables})  # a command with --nproc in this process leaves it behind
     main(arguments)
 
 
