@@ -18,10 +18,11 @@ async function ask(path, options = {}) {
   return answer;
 }
 
+/** Do what a person has asked for; what is wrong with it stands below the form until the next time. */
 async function told(work) {
-  part("message").textContent = "";
   try {
     await work();
+    part("message").textContent = "";
   } catch (error) {
     part("message").textContent = error.message;
   }
@@ -106,7 +107,11 @@ let shown = "";
 
 async function watch() {
   let isBusy = false;
-  await told(async () => { isBusy = await look(); });
+  try {
+    isBusy = await look();
+  } catch (error) {
+    part("message").textContent = error.message;
+  }
   setTimeout(watch, isBusy ? 500 : 3000);
 }
 
